@@ -1,0 +1,43 @@
+# make train: the main job on this machine. make test: the tests. Both set up .venv first, once.
+#
+# PYTHON=python3.12   another interpreter (3.11 or newer)
+# TORCH_INDEX=URL     where torch comes from: PyTorch's "Get Started" page lists one for CPU and one per CUDA
+# ARGS="..."          overrides for train.py
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+TORCH_INDEX ?=
+ARGS ?=
+
+.PHONY: train test lint setup clean
+.DEFAULT_GOAL := train
+
+train: setup
+	@$(VENV)/bin/python train.py $(ARGS)
+
+test: setup
+	@$(VENV)/bin/python -m pytest
+
+lint: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+setup: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed; dsv3 needs Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $$($(PYTHON) --version) is too old; dsv3 needs 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "installing into $(VENV), see README.md for the download's size"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,31 @@
+"""Moves models between formats and places: `python convert.py --help` says how."""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from dsv3.config import strict
+from dsv3.runtime.application import Application
+from dsv3.runtime.commandline import quote_texts
+from dsv3.runtime.groups import convert_help
+
+
+def carry_out(composed: DictConfig) -> None:
+    """Check the config and do what its direction says."""
+    from dsv3.checkpoint.download import download
+
+    print(download(strict(composed)))
+
+
+application = Application("convert.py", convert_help, quote_texts, carry_out)
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="convert")
+def main(config: DictConfig) -> float | None:
+    """One conversion."""
+    return application.job(config)
+
+
+if __name__ == "__main__":
+    sys.exit(application.run(main, sys.argv[1:]))

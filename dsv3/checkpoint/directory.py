@@ -1,0 +1,119 @@
+"""Where checkpoints lie in a run directory, and how one appears and disappears whole."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dsv3.runtime.errors import UserError
+
+MODEL_FILE, STATE_FILE, TOKENIZER_DIR = "model.yaml", "state.json", "tokenizer"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Progress:
+    """How far a run had come; everything of its state that is not a tensor, kept as JSON."""
+
+    step: int = 0
+    samples: int = 0
+    """Sequences taken from the data: the position of the loader."""
+    tokens: int = 0
+    """Training tokens seen."""
+
+    def write(self, directory: Path) -> None:
+        """Store as state.json."""
+        write_text(directory / STATE_FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> "Progress":
+        """The progress stored with a checkpoint; UserError where it is missing or damaged."""
+        try:
+            stored = json.loads((directory / STATE_FILE).read_text())
+            if not all(type(count) is int and count >= 0 for count in stored.values()):
+                raise ValueError("it holds something else than counts")
+            return cls(**stored)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{directory / STATE_FILE} cannot be read: {error}") from None
+
+
+def step_directory(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies once it is complete."""
+    return run_dir / "checkpoints" / f"step-{step}"
+
+
+def complete_steps(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first: a directory has its name only when whole."""
+    found = [
+        (int(m[1]), path) for path in (run_dir / "checkpoints").glob("*") if (m := _STEP.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint directory that `checkpoint.load=PATH` means: a run's newest, or the one given."""
+    directory = Path(path)
+    if (directory / ".metadata").is_file():
+        return directory
+    steps = complete_steps(directory)
+    if steps:
+        return steps[-1]
+    if not directory.exists():
+        raise UserError(f"checkpoint.load={path} does not exist")
+    what = "no checkpoint yet" if (directory / "config.yaml").exists() else "neither a run nor a checkpoint"
+    raise UserError(f"checkpoint.load={path} holds {what}: give a run, step or DCP directory")
+
+
+def prepare_partial(directory: Path) -> Path:
+    """An empty directory beside `directory` to write into before `commit`."""
+    partial = directory.with_name(f".partial-{directory.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def commit(partial: Path, directory: Path) -> None:
+    """Give a completely written directory its name; what stood there goes."""
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
+    remove(directory)
+    partial.rename(directory)
+    sync(directory.parent)
+
+
+def remove(directory: Path) -> None:
+    """Take a checkpoint away such that a crash half-way leaves nothing that looks complete."""
+    if directory.exists():
+        doomed = directory.with_name(f".removed-{directory.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        directory.rename(doomed)
+        # What cannot be deleted now (an open file on NFS, say) is swept later: no reason to end a run.
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep_leftovers(run_dir: Path) -> None:
+    """Clear what a crash left half-written or half-removed."""
+    for pattern in (".partial-*", ".removed-*"):
+        for path in (run_dir / "checkpoints").glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a directory's entries, last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,58 @@
+"""direction=download: a model's tokenizer, config or weights from the HuggingFace hub."""
+
+from pathlib import Path
+
+from dsv3.checkpoint.config import Assets, ConvertConfig
+from dsv3.runtime.errors import RunFailed, UserError
+
+PATTERNS = {
+    Assets.tokenizer: ["tokenizer*", "special_tokens_map.json", "*tiktoken*", "vocab*", "merges*"],
+    Assets.config: ["config.json", "generation_config.json"],
+    Assets.weights: ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"],
+}
+# huggingface_hub keeps its notes on an unfinished download here, so such an output may be gone on with.
+_NOTES = Path(".cache") / "huggingface"
+
+
+def download(config: ConvertConfig) -> Path:
+    """Download `assets` of `repo` into `output`, going on where an earlier call was cut off.
+
+    Credentials, proxies and HF_HUB_OFFLINE come from the environment, as huggingface_hub reads them.
+    UserError for an output in use, an unknown repository or no connection; RunFailed when it breaks off.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    output = Path(config.output or "")
+    check_output(output)
+    try:
+        snapshot_download(
+            str(config.repo),
+            revision=config.revision,
+            allow_patterns=PATTERNS[config.assets],
+            local_dir=output,
+        )
+    except HFValidationError as error:
+        raise UserError(f"repo={config.repo} is no repository name: {_first(error)}") from None
+    except LocalEntryNotFoundError:
+        why = "there is no connection, or HF_HUB_OFFLINE is set"
+        raise UserError(f"repo={config.repo} cannot be reached: {why}") from None
+    except HfHubHTTPError as error:
+        raise UserError(f"repo={config.repo} is refused: {_first(error)}") from None
+    except OSError as error:
+        raise RunFailed(f"the download broke off, the same command goes on: {_first(error)}") from None
+    if not any(path.is_file() for path in output.glob("*")):
+        raise UserError(f"repo={config.repo} has no files for assets={config.assets.name}")
+    return output
+
+
+def check_output(output: Path) -> None:
+    """UserError unless `output` is new, empty, or a download that was cut off."""
+    if output.is_file():
+        raise UserError(f"output={output} is a file: name a directory")
+    if output.is_dir() and any(output.iterdir()) and not (output / _NOTES).is_dir():
+        raise UserError(f"output={output} is not empty: name a new directory")
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,88 @@
+"""metrics.jsonl: one line a step, written so that a kill costs at most the rows still buffered."""
+
+import os
+from pathlib import Path
+
+from dsv3.metrics.row import MetricsRow
+
+
+class JsonlWriter:
+    """Appends rows to a file; the file holds complete, synced lines after every flush.
+
+    Opening creates the folder and the file. On resume call `cut_back` first. Raises OSError where the
+    file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+        # A kill may have left half a line: the next row must not be glued to it.
+        self._buffer = ["\n"] if _ends_torn(path) else []
+
+    def append(self, row: MetricsRow) -> None:
+        """Remember a row until the next flush."""
+        self._buffer.append(row.to_json() + "\n")
+
+    def flush(self) -> None:
+        """Write the remembered rows and wait until they are on the disk."""
+        if not self._buffer:
+            return
+        self._file.write("".join(self._buffer).encode())
+        self._buffer.clear()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Flush and close; a second call does nothing."""
+        if not self._file.closed:
+            try:
+                self.flush()
+            finally:
+                self._file.close()
+
+
+def read(path: Path) -> list[MetricsRow]:
+    """The rows of a file by step, each step once (its latest line); damaged lines are passed over.
+
+    A file that does not exist has no rows.
+    """
+    return [row for row, _ in _latest(path)]
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the rows up to and including `step`, each once, so that a run can go on from there.
+
+    The kept lines stay as they were written. The file is replaced in one rename: a kill leaves the old
+    file or the new one.
+    """
+    if not path.exists():
+        return
+    lines = [line for row, line in _latest(path) if row.step <= step]
+    replacement = path.with_name(path.name + ".tmp")
+    with replacement.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    replacement.replace(path)
+
+
+def _latest(path: Path) -> list[tuple[MetricsRow, str]]:
+    """Rows with their lines in the order of their steps; of a step written twice, the later line."""
+    found: dict[int, tuple[MetricsRow, str]] = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        try:
+            row = MetricsRow.from_json(line)
+        except ValueError:
+            continue
+        found[row.step] = (row, line)
+    return [found[step] for step in sorted(found)]
+
+
+def _ends_torn(path: Path) -> bool:
+    data_size = path.stat().st_size
+    if data_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(data_size - 1)
+        return file.read(1) != b"\n"

@@ -1,0 +1,96 @@
+"""Collects a run's figures step by step and hands them to metrics.jsonl, the console and the logger."""
+
+import math
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv3.metrics.console import Console
+from dsv3.metrics.jsonl import JsonlWriter
+from dsv3.metrics.logger import Logger
+from dsv3.metrics.row import MetricsRow
+from dsv3.runtime.distributed import Worker
+from dsv3.runtime.errors import RunFailed
+
+
+@dataclass
+class Pending:
+    """A step whose figures still lie on the device."""
+
+    row: MetricsRow
+    figures: dict[str, Tensor]
+
+
+class Recorder:
+    """Rows wait until they are read together, so that a GPU is not made to wait every step.
+
+    Every rank keeps the rows (all know the same figures); rank 0 alone has a `console` and a `logger`.
+    """
+
+    def __init__(
+        self, path: Path, worker: Worker, every: int, console: Console | None, logger: Logger | None
+    ) -> None:
+        self.worker = worker
+        self.every = every if worker.device.type != "cpu" else 1
+        self.console = console
+        self.logger = logger
+        self.pending: list[Pending] = []
+        self.latest: MetricsRow | None = None
+        self.memory = peak_memory_gib(worker)
+        self.writer = JsonlWriter(path) if worker.is_main else None
+
+    def add(self, row: MetricsRow, figures: dict[str, Tensor]) -> None:
+        """Take a step's row, to be completed with its `figures`."""
+        self.pending.append(Pending(row, figures))
+        if len(self.pending) >= self.every:
+            self.read()
+
+    def read(self) -> None:
+        """Complete the waiting rows and show them; RunFailed at the first loss that is not finite."""
+        for pending in self.pending:
+            row = pending.row
+            for name, value in pending.figures.items():
+                setattr(row, name, value.item())
+            row.memory_gib = self.memory
+            self._show(row)
+            if not all(map(math.isfinite, (row.loss or 0.0, row.grad_norm or 0.0))):
+                self.close()
+                raise RunFailed(
+                    f"step {row.step}: loss {row.loss}, gradient norm {row.grad_norm}: not finite. "
+                    "The last checkpoint is from before; a lower optimizer.lr or longer warm-up may help."
+                )
+        self.pending.clear()
+
+    def flush(self) -> None:
+        """Complete and write everything so far; before a checkpoint, so that a resume leaves no gap."""
+        self.memory = peak_memory_gib(self.worker)
+        self.read()
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is there and close the file."""
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def _show(self, row: MetricsRow) -> None:
+        self.latest = row
+        if self.writer is not None:
+            self.writer.append(row)
+        if self.console is not None:
+            self.console.step(row)
+        if self.logger is not None:
+            self.logger.log(row)
+
+
+def peak_memory_gib(worker: Worker) -> float:
+    """Peak memory of the busiest rank: allocated on its GPU, or resident in RAM."""
+    if worker.device.type == "cuda":
+        peak = float(torch.cuda.max_memory_allocated())
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return worker.max(torch.tensor(peak, device=worker.device)).item() / 2**30

@@ -1,0 +1,54 @@
+"""The small parts: RMSNorm, a linear map that follows its input's dtype, and the SwiGLU feed-forward."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim, accumulated in fp32 whatever the dtype of x.
+
+    `eps` has no default on purpose: it belongs to each model's config (HF: rms_norm_eps).
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., dim]; same shape and dtype."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """y = x W^T without bias, computed in the dtype of x.
+
+    The weight may be an fp32 master while x is bf16: it is cast at its use, and its gradient comes
+    back in fp32.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is: initialization.py fills every parameter by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [..., in_features] to [..., out_features]."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)); the dense layers and the shared experts (HF: mlp)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(dim, hidden_dim)
+        self.up_proj = Linear(dim, hidden_dim)
+        self.down_proj = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `x` [..., dim] to the same shape."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out

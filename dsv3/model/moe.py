@@ -1,0 +1,105 @@
+"""Mixture of experts: routed experts by grouped matmul, plus shared experts that see every token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3.model.config import MoEConfig
+from dsv3.model.layers import FeedForward
+from dsv3.model.router import Router, RouterStats, Routing
+
+ExpertsFunction = Callable[[Tensor, Tensor], Tensor]
+Dispatcher = Callable[[Tensor, Routing, ExpertsFunction], Tensor]
+
+
+class Experts(nn.Module):
+    """All routed experts' SwiGLU weights in two stacks, applied by two grouped matmuls.
+
+    gate_up_proj is [experts, 2 x hidden, dim] with the gate's rows first, down_proj is [experts, dim,
+    hidden]; a released checkpoint holds the same rows one expert at a time.
+    """
+
+    def __init__(self, dim: int, config: MoEConfig) -> None:
+        super().__init__()
+        experts, hidden = config.num_experts, config.hidden_dim
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
+        self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Map `rows` [rows, dim], sorted by expert with `counts` [experts] rows each, to [rows, dim]."""
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = _grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        return _grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+
+
+class Spread(torch.autograd.Function):
+    """Row `order[n] // copies` of x at place n: `copies` of every row, in the order of a permutation.
+
+    Its gradient gathers through the inverse permutation and sums the copies. PyTorch's own gradient
+    of indexing adds with atomics, which is slower and, on CPU too, not the same bits every time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
+        """`x` [rows, dim] and a permutation `order` [rows x copies] with its inverse `place`."""
+        ctx.save_for_backward(place)
+        ctx.copies = copies
+        return x[order // copies]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of x: each row's copies added up."""
+        (place,) = ctx.saved_tensors
+        gathered = gradients[0][place]
+        if ctx.copies > 1:
+            gathered = gathered.unflatten(0, (-1, ctx.copies)).sum(1)
+        return gathered, None, None, None
+
+
+class LocalDispatcher:
+    """Brings tokens to experts that all live here: sort by expert, compute, weigh, add up.
+
+    parallel/expert.py puts one with an all-to-all exchange in its place.
+    """
+
+    def __call__(self, x: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
+        """Combine the chosen experts' outputs for `x` [tokens, dim]; same shape."""
+        top_k = routing.experts.shape[-1]
+        order = routing.experts.flatten().argsort(stable=True)
+        place = order.argsort()
+        rows = experts(_spread(x, order, place, top_k), routing.stats.load)
+        # Back in token order: summing a token's top_k rows is a matmul, so no scattered adds.
+        rows = _spread(rows, place, order, 1).unflatten(0, (-1, top_k))
+        return torch.bmm(routing.weights.to(x.dtype).unsqueeze(1), rows).squeeze(1)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts of one layer (HF: mlp)."""
+
+    def __init__(self, dim: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.router = Router(dim, config)
+        self.experts = Experts(dim, config)
+        shared_dim = config.num_shared_experts * config.hidden_dim
+        self.shared_experts = FeedForward(dim, shared_dim) if shared_dim else None
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        """Map `x` [batch, sequence, dim] to the same shape; also how the router spread it."""
+        routing: Routing = self.router(x)
+        out = self.dispatcher(x.flatten(0, 1), routing, self.experts).view_as(x)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return out, routing.stats
+
+
+def _spread(x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
+    return Spread.apply(x, order, place, copies)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows W_e^T for each expert e's own rows; `weight` is [experts, out, in], `ends` row numbers."""
+    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends)

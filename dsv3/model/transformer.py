@@ -1,0 +1,99 @@
+"""The whole model: embedding, layers, norm and head, and the MTP depths behind them."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.model.block import Block
+from dsv3.model.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from dsv3.model.kernels import document_segments
+from dsv3.model.layers import Linear, RMSNorm
+from dsv3.model.moe import MoE
+from dsv3.model.mtp import MTPModule, shift_tokens
+from dsv3.model.rope import rotary_table
+from dsv3.model.router import Router, RouterStats
+
+
+@dataclass
+class ModelOutput:
+    """What a forward pass gives."""
+
+    logits: Tensor
+    """[batch, sequence, vocab] fp32, for the next token."""
+    mtp_logits: list[Tensor]
+    """One [batch, sequence, vocab] a depth k, for token i + 1 + k; empty in evaluation mode."""
+    balance_loss: Tensor
+    """Sum over MoE layers of the sequence-wise balance terms, without alpha; a scalar."""
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V3 family model; its arguments are the fields of config.ModelConfig.
+
+    `compute_dtype` is the dtype of the activations; weights are cast to it where they are used.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_dense_layers: int,
+        dense_hidden_dim: int,
+        attention: AttentionConfig,
+        moe: MoEConfig,
+        rope: RopeConfig,
+        mtp_depths: int,
+        norm_eps: float,
+        latent_norm_eps: float,
+        init_std: float,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        own = locals()
+        self.config = ModelConfig(**{f.name: own[f.name] for f in fields(ModelConfig) if f.name in own})
+        self.compute_dtype = compute_dtype
+        self.embedding = nn.Embedding(vocab_size, dim)
+        blocks = (Block(self.config, dense=n < num_dense_layers) for n in range(num_layers))
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(dim, norm_eps)
+        self.head = Linear(dim, vocab_size)
+        self.mtp = nn.ModuleList(MTPModule(self.config) for _ in range(mtp_depths))
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> ModelOutput:
+        """Logits for `tokens` [batch, sequence]; `documents` (same shape) keeps attention within them."""
+        segments = document_segments(documents)
+        positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        rotary = rotary_table(self.config.rope, self.config.attention.qk_rope_head_dim, positions)
+        balance = torch.zeros((), device=tokens.device)
+        x = self.embed(tokens)
+        for block in self.layers:
+            x, stats = block(x, rotary, segments)
+            balance = balance + self._account(block, stats)
+        x = self.norm(x)
+        logits, mtp_logits = self.head(x).float(), []
+        # Evaluation and generation need the next token only.
+        for depth, module in enumerate(self.mtp if self.training else (), start=1):
+            assert isinstance(module, MTPModule)
+            x, stats = module(x, self.embed(shift_tokens(tokens, depth)), rotary, segments)
+            balance = balance + self._account(module.block, stats)
+            mtp_logits.append(self.head(x).float())
+        return ModelOutput(logits, mtp_logits, balance)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Vectors [batch, sequence, dim] of `tokens` [batch, sequence], in the compute dtype."""
+        return self.embedding(tokens).to(self.compute_dtype)  # type: ignore[no-any-return]
+
+    def routers(self) -> list[Router]:
+        """The routers of every MoE layer in order, the MTP depths' last."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def _account(self, block: nn.Module, stats: RouterStats | None) -> Tensor:
+        """Count the layer's load for the bias update (training only); its balance term."""
+        if stats is None:
+            return torch.zeros((), device=self.head.weight.device)
+        if self.training:
+            assert isinstance(block, Block)
+            assert isinstance(block.ffn, MoE)
+            block.ffn.router.load += stats.load
+        return stats.balance_loss

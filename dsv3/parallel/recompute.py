@@ -1,0 +1,29 @@
+"""Activation recomputation: a layer keeps its input and computes the rest again in the backward pass."""
+
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+
+from dsv3.model.block import Block
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.config import Recomputed
+
+
+class Recompute:
+    """Recomputes whole layers (`full`) or nothing (`none`)."""
+
+    def __init__(self, mode: Recomputed) -> None:
+        self.mode = mode
+
+    def __call__(self, model: Transformer) -> None:
+        """Wrap the layers' forward in place: names of modules and parameters stay as they are."""
+        if self.mode is Recomputed.full:
+            for module in model.modules():
+                if isinstance(module, Block):
+                    module.forward = partial(_recomputed, module.forward)  # type: ignore[method-assign]
+
+
+def _recomputed(forward: Any, *arguments: Any) -> Any:
+    # Nothing in a layer draws random numbers, so their state need not be kept.
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,176 @@
+"""The plan of a run: what a layout costs before anything is started."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dsv3.metrics.flops import FlopsConvention, training_flops_per_token
+from dsv3.model.config import ModelConfig
+from dsv3.parallel.config import Recomputed
+from dsv3.parallel.degrees import Degrees
+from dsv3.planning import parameters
+from dsv3.planning.hardware import HardwareConfig
+from dsv3.planning.memory import MemoryBytes, StateBytes, StepShape, rank_memory
+from dsv3.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from dsv3.config import Config  # it imports hydra, which a plan does without
+
+GIB = 2**30
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
+# More shards than any cluster has ranks: what does not fit there fits nowhere.
+MOST_SHARDS = 2**16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layout, sizes and memory of a run; `memory` is the fullest rank's, `hardware` has been detected."""
+
+    model: ModelConfig
+    degrees: Degrees
+    hardware: HardwareConfig
+    shape: StepShape
+    memory: MemoryBytes
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the layout."""
+        return self.degrees.world_size
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the fullest rank fits its device; None where the device's memory is unknown."""
+        limit = self.hardware.memory_bytes
+        return None if limit is None else self.memory.total <= limit
+
+    def flops_per_token(self, convention: FlopsConvention) -> int:
+        """Training FLOPs a token with the MTP depths."""
+        return training_flops_per_token(self.model, self.shape.sequence_length, convention)
+
+    def to_json(self) -> dict[str, object]:
+        """The contract of `task=plan task.format=json`; what is not computed yet is None."""
+        return {
+            "degrees": self.degrees.to_json(),
+            "world_size": self.world_size,
+            "parameters": parameters.total(self.model),
+            "parameters_active": parameters.active(self.model),
+            "memory_bytes": self.memory.to_json(),
+            "device_memory_bytes": self.hardware.memory_bytes,
+            "fits": self.fits,
+            "traffic_bytes": None,
+            "bubble": None,
+            "tokens_per_second_per_gpu": None,
+            "mfu": None,
+        }
+
+    def to_text(self) -> str:
+        """A table for people, without a line feed at its end."""
+        rows = [*self._model_rows(), ("", ""), *self._memory_rows(), ("", ""), *self._verdict_rows()]
+        width = max(len(name) for name, _ in rows) + 2
+        return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in rows)
+
+    def _model_rows(self) -> list[tuple[str, str]]:
+        model, moe, shape = self.model, self.model.moe, self.shape
+        layers = f"{model.num_layers} layers ({model.num_dense_layers} dense) + {model.mtp_depths} MTP"
+        causal, square = (self.flops_per_token(convention) / 1e9 for convention in FlopsConvention)
+        axes = " x ".join(f"{axis} {n}" for axis, n in self.degrees.to_json().items() if axis != "ep")
+        batch = f"{shape.microbatch_size} x {shape.sequence_length:,} tokens, {shape.microbatches} a step"
+        return [
+            ("model", f"{layers}, dim {model.dim:,}, top {moe.top_k} of {moe.num_experts} experts"),
+            ("parameters", f"{parameters.total(model):,}"),
+            ("active parameters", f"{parameters.active(model):,}"),
+            ("FLOPs a token", f"{causal:,.3f} G causal, {square:,.3f} G full square"),
+            ("hardware", self.hardware.name),
+            ("layout", f"{self.world_size:,} ranks = {axes}; ep {self.degrees.ep}"),
+            ("microbatch", f"{batch}, recompute {shape.recompute.value}"),
+        ]
+
+    def _memory_rows(self) -> list[tuple[str, str]]:
+        parts = {name.replace("_", " "): value for name, value in vars(self.memory).items()}
+        parts["total"] = self.memory.total
+        rows = [(f"  {name}", f"{value / GIB:>10,.2f}") for name, value in parts.items()]
+        limit = self.hardware.memory_bytes
+        device = f"{'unknown':>10}" if limit is None else f"{limit / GIB:>10,.2f}"
+        return [("memory a rank", f"{'GiB':>10}"), *rows, ("  device memory", device)]
+
+    def _verdict_rows(self) -> list[tuple[str, str]]:
+        if self.fits is None:
+            return [("verdict", "unknown: hardware.memory_bytes is not known")]
+        if self.fits:
+            return [("verdict", "fits")]
+        rows = [("verdict", f"does not fit: {needs(self)}")]
+        smallest = smallest_dp_shard(self)
+        return [
+            *rows,
+            ("nearest fix", advice(self)) if smallest is None else ("would fit", _shards(smallest)),
+        ]
+
+
+def make_plan(config: "Config", degrees: Degrees, hardware: HardwareConfig) -> Plan:
+    """The plan of a completed config on resolved `degrees` of detected `hardware`."""
+    train = config.train
+    shape = StepShape(
+        microbatch_size=train.microbatch,
+        sequence_length=train.length,
+        microbatches=train.batch // (train.microbatch * degrees.data_parallel),
+        recompute=config.recompute.mode,
+        reshard_after_forward=config.parallel.reshard_after_forward,
+        state=StateBytes(compute=COMPUTE_BYTES[config.precision.compute.name]),
+        fused_kernels=hardware.name != "cpu",
+    )
+    return plan_shape(config.model, degrees, hardware, shape)
+
+
+def plan_shape(model: ModelConfig, degrees: Degrees, hardware: HardwareConfig, shape: StepShape) -> Plan:
+    """The plan of `model` in steps of `shape` on `degrees` of detected `hardware`."""
+    return Plan(model, degrees, hardware, shape, rank_memory(model, degrees, shape))
+
+
+def require_fits(plan: Plan) -> None:
+    """Raise UserError, in two lines with the numbers and the nearest fix, for a plan that does not fit."""
+    if plan.fits is False:
+        model = f"{parameters.total(plan.model):,} parameters"
+        layout = f"{model} on {plan.world_size:,} ranks of hardware={plan.hardware.name}"
+        raise UserError(f"{layout} do not fit: a rank {needs(plan)}\n{advice(plan)}")
+
+
+def needs(plan: Plan) -> str:
+    """`needs X GiB, has Y GiB` of a plan whose device memory is known."""
+    return f"needs {plan.memory.total / GIB:,.2f} GiB, has {(plan.hardware.memory_bytes or 0) / GIB:,.2f} GiB"
+
+
+def advice(plan: Plan) -> str:
+    """The nearest change that makes a plan fit: recomputation on the same ranks, more shards, or both."""
+    shape = replace(plan.shape, recompute=Recomputed.full)
+    recomputing = plan_shape(plan.model, plan.degrees, plan.hardware, shape)
+    if recomputing.fits:
+        return "recompute=full fits on the same ranks"
+    smallest = smallest_dp_shard(plan)
+    if smallest is not None:
+        return _shards(smallest)
+    smallest = smallest_dp_shard(recomputing)
+    if smallest is not None:
+        return f"recompute=full and {_shards(smallest)}"
+    within = recomputing.memory.to_json()["activations"] / GIB
+    sizes = f"train.microbatch_size={shape.microbatch_size} or sequence_length={shape.sequence_length}"
+    return (
+        f"no dp_shard helps, {within:,.2f} GiB live within a step under recompute=full: "
+        f"lower {sizes}, or raise parallel.degrees.ep, tp or pp"
+    )
+
+
+def smallest_dp_shard(plan: Plan) -> Degrees | None:
+    """Degrees with the smallest power-of-two multiple of dp_shard, the world growing with it, that fit.
+
+    None where no number of ranks does, as when activations alone are too large.
+    """
+    degrees = plan.degrees
+    while degrees.dp_shard < MOST_SHARDS:
+        degrees = replace(degrees, dp_shard=2 * degrees.dp_shard)
+        if plan_shape(plan.model, degrees, plan.hardware, plan.shape).fits:
+            return degrees
+    return None
+
+
+def _shards(degrees: Degrees) -> str:
+    world = f"launch.nproc x launch.nnodes = {degrees.world_size:,} ranks"
+    return f"parallel.degrees.dp_shard={degrees.dp_shard} fits, with {world}"

@@ -1,0 +1,1 @@
+"""Processes, signals, directories and errors around the work."""

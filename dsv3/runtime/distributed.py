@@ -1,0 +1,92 @@
+"""One worker's place in the world: rank, device and the reductions the training step asks for."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among `world` of them; without a process group it is alone."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` added up over all ranks; every rank gets the sum."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def max(self, value: Tensor) -> Tensor:
+        """The largest `value` of any rank, element by element."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so: all ranks get one answer."""
+        if self.world == 1:
+            return flag
+        return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def _reduce(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value, op=operation)
+        return value
+
+
+@contextmanager
+def worker(timeout: int) -> Iterator[Worker]:
+    """Join the process group that the environment describes, if any, and leave it when all went well.
+
+    `timeout` is what a collective may take, in seconds. On CPU the ranks of a node share its cores.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(local_rank)
+    if device.type == "cpu":
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
+    yield Worker(rank, local_rank, world, device)
+    # Not in a finally: a failing rank that closed its connections would make the others fail first,
+    # with a complaint about the connection in place of the reason. Its process ends them anyway.
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

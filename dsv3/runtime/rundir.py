@@ -1,0 +1,121 @@
+"""The run directory: who may write into it, and the files that describe the run."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsv3.checkpoint.directory import write_text
+from dsv3.config import Config, plain
+from dsv3.runtime.commandline import absolute_paths
+from dsv3.runtime.errors import UserError
+from dsv3.runtime.job import Job
+
+CONFIG_FILE, OVERRIDES_FILE, ENVIRONMENT_FILE = "config.yaml", "overrides.yaml", "environment.json"
+_PACKAGES = ("dsv3", "torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
+
+
+def check_run_dir(directory: Path, resume: bool) -> None:
+    """UserError unless the run may start in `directory`: an existing run is only gone on with."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"run.dir={directory} is a file: name a directory")
+    if (directory / CONFIG_FILE).exists() and not resume:
+        raise UserError(
+            f"run.dir={directory} holds a run already: go on with resume={directory} or name another"
+        )
+
+
+def make_run_dir(job: Job) -> Path:
+    """Make the job's run directory; a default one that exists already gets a number behind its name."""
+    directory, number = job.run_dir.absolute(), 1
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        while not job.named_run_dir:
+            try:
+                directory.mkdir()
+                return directory
+            except FileExistsError:
+                number += 1
+                directory = directory.with_name(f"{job.run_dir.name}_{number}")
+        directory.mkdir(exist_ok=True)
+        _set_aside_checkpoints(directory)
+    except OSError as error:
+        raise UserError(f"run.dir={directory} cannot be made: {error.strerror}") from None
+    return directory
+
+
+def _set_aside_checkpoints(directory: Path) -> None:
+    """Move the checkpoints of a run whose config.yaml is gone: a new run must not resume from them."""
+    checkpoints, number = directory / "checkpoints", 1
+    if checkpoints.exists() and not (directory / CONFIG_FILE).exists():
+        while (aside := directory / f"checkpoints-before-{number}").exists():
+            number += 1
+        checkpoints.rename(aside)
+
+
+def describe_run(job: Job, data: dict[str, Any]) -> None:
+    """Write the files that say what this run is; config.yaml comes last and makes it a run."""
+    directory = job.run_dir
+    overrides = yaml.safe_dump(absolute_paths(job.overrides), sort_keys=False, allow_unicode=True)
+    write_text(directory / OVERRIDES_FILE, overrides)
+    write_text(directory / ENVIRONMENT_FILE, json.dumps(environment(job, data), indent=1) + "\n")
+    write_text(directory / "plan.txt", job.plan.to_text() + "\n")
+    write_text(
+        directory / CONFIG_FILE, yaml.safe_dump(plain(job.config), sort_keys=False, allow_unicode=True)
+    )
+
+
+def check_same_model(config: Config, directory: Path) -> None:
+    """UserError where a resumed run's model is not the one that its checkpoints hold."""
+    try:
+        stored = dict(yaml.safe_load((directory / CONFIG_FILE).read_text())["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise UserError(f"resume={directory}: config.yaml holds no model; is it a run's?") from None
+    now = plain(config.model)
+    changed = [key for key in now if now[key] != stored.get(key)]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"resume={directory} has model.{key}={stored.get(key)}, not {now[key]}: a run keeps its model; "
+            "checkpoint.load= starts a new one from its weights"
+        )
+
+
+def environment(job: Job, data: dict[str, Any]) -> dict[str, Any]:
+    """Versions, git commit, hardware and the data's fingerprint."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_commit": _git_commit(),
+        "hardware": asdict(job.hardware),
+        "world_size": job.plan.world_size,
+        "data": data,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this source tree, with `+changes` where files differ from it; None outside git."""
+    root = Path(__file__).resolve().parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,0 +1,52 @@
+"""How many processes a job has, from the config, the launcher's environment and the machine."""
+
+import os
+
+from dsv3.config import Config
+from dsv3.planning.hardware import visible_gpus
+from dsv3.runtime.commandline import under_launcher
+from dsv3.runtime.errors import UserError
+
+
+def world_size(config: Config) -> int:
+    """Ranks of the job: as launched, as configured, or what the layout needs at least (all GPUs here).
+
+    UserError where the config and the launcher disagree, or the GPUs are not there.
+    """
+    launch = config.launch
+    chosen = launch.world_size or (launch.nproc * launch.nnodes if launch.nproc else None)
+    if not config.task.uses_model:
+        return chosen or _smallest(config)
+    if under_launcher():
+        return _launched(chosen)
+    if launch.world_size and not launch.nproc:
+        raise UserError(
+            f"launch.world_size={launch.world_size} alone is for task=plan: "
+            "to start processes give launch.nproc (and launch.nnodes)"
+        )
+    gpus = len(visible_gpus())
+    world = chosen or max(_smallest(config), gpus if config.parallel.fsdp else 1)
+    here = world // launch.nnodes
+    if gpus and here > gpus:
+        raise UserError(
+            f"launch.nproc={here}, but this node has {gpus} GPUs: use launch.nproc={gpus} or fewer"
+        )
+    return world
+
+
+def _smallest(config: Config) -> int:
+    degrees = vars(config.parallel.degrees)
+    product = 1
+    for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
+        product *= degrees[axis] or 1
+    return max(product, config.parallel.smallest_world)
+
+
+def _launched(chosen: int | None) -> int:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if chosen not in (None, world):
+        raise UserError(
+            f"launch.nproc x launch.nnodes make {chosen}, but the launcher started {world} processes: "
+            "leave launch.* out under torchrun"
+        )
+    return world

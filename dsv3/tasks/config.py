@@ -1,0 +1,78 @@
+"""What each task can be told."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from dsv3.runtime.errors import require, require_positive
+
+
+class PlanFormat(Enum):
+    """How task=plan prints."""
+
+    text = "text"
+    json = "json"
+
+
+@dataclass
+class TaskConfig:
+    """The base of conf/task; what the launcher must know of a task before it imports torch for it.
+
+    `uses_model` tasks run in workers on a device, `must_fit` ones are refused where their plan does not
+    fit, `writes_run` ones need a run directory of their own.
+    """
+
+    uses_model: ClassVar[bool] = True
+    must_fit: ClassVar[bool] = False
+    writes_run: ClassVar[bool] = False
+    _target_: str = ""
+    _recursive_: bool = False
+    _convert_: str = "object"
+
+
+@dataclass
+class TrainTaskConfig(TaskConfig):
+    """Train, evaluate now and then, save, and tell how it went."""
+
+    must_fit: ClassVar[bool] = True
+    writes_run: ClassVar[bool] = True
+    _target_: str = "dsv3.tasks.train.Train"
+
+
+@dataclass
+class EvaluateTaskConfig(TaskConfig):
+    """Held-out loss of a checkpoint."""
+
+    _target_: str = "dsv3.tasks.evaluate.Evaluate"
+
+
+@dataclass
+class SamplingConfig:
+    """How text is sampled: `temperature` 0 takes the likeliest token, `top_p` keeps the nucleus."""
+
+    max_tokens: int = 120
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+    def validate(self) -> None:
+        require_positive(self, "max_tokens")
+        allowed = "must be 0 (greedy) or at least 0.01"
+        require(self.temperature == 0 or self.temperature >= 0.01, "temperature", self.temperature, allowed)
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
+
+
+@dataclass
+class GenerateTaskConfig(TaskConfig, SamplingConfig):
+    """Text that continues `prompt`."""
+
+    _target_: str = "dsv3.tasks.generate.Generate"
+    prompt: str = "def "
+
+
+@dataclass
+class PlanTaskConfig(TaskConfig):
+    """What a layout would need, by arithmetic alone."""
+
+    uses_model: ClassVar[bool] = False
+    _target_: str = "dsv3.tasks.plan.Plan"
+    format: PlanFormat = PlanFormat.text

@@ -1,0 +1,50 @@
+"""task=evaluate: the held-out loss of a checkpoint."""
+
+import json
+import math
+
+from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.metrics.console import Console
+from dsv3.runtime.determinism import make_deterministic
+from dsv3.runtime.distributed import worker
+from dsv3.runtime.job import Job
+from dsv3.tasks.data import prepare_data, stored_tokenizer
+from dsv3.tasks.generate import require_checkpoint
+from dsv3.tasks.loading import load_model
+from dsv3.training.evaluation import evaluate
+
+
+class Evaluate:
+    """A table on stderr, and as the last line of stdout `{"loss": .., "perplexity": .., "tokens": ..}`."""
+
+    def run(self, job: Job) -> float:
+        """The loss; nothing is written anywhere but into the data cache."""
+        config = job.config
+        directory = find_checkpoint(require_checkpoint(job))
+        make_deterministic(config.train.deterministic, config.train.seed)
+        with worker(config.launch.timeout) as me:
+            tokenizer = stored_tokenizer(config, directory, job.overrides)
+            data = prepare_data(config, me, tokenizer, evaluate=True)
+            model = load_model(job, me)
+            size, masked = config.train.microbatch, config.data.document_mask
+            found = evaluate(model, data.held_out, size, me, masked, config.train.evaluate_batches)
+            if me.is_main:
+                result = {
+                    "loss": found.loss,
+                    "perplexity": math.exp(min(found.loss, 700.0)),
+                    "tokens": found.tokens,
+                }
+                _show(str(directory), result)
+            return found.loss
+
+
+def _show(checkpoint: str, result: dict[str, float]) -> None:
+    console = Console(stderr=True)
+    rows = [("checkpoint", checkpoint)]
+    rows += [
+        (name, f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+        for name, value in result.items()
+    ]
+    console.table("Held-out", rows)
+    console.close()
+    print(json.dumps(result), flush=True)

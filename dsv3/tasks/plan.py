@@ -1,0 +1,20 @@
+"""task=plan: what a layout needs, by arithmetic alone; imports no torch."""
+
+import json
+
+from dsv3.runtime.job import Job
+from dsv3.tasks.config import PlanFormat
+
+
+class Plan:
+    """Prints the plan; a layout that does not fit is a result here, not an error."""
+
+    def __init__(self, format: PlanFormat) -> None:
+        self.format = format
+
+    def run(self, job: Job) -> None:
+        """Print the job's plan to stdout, as text or as one JSON object."""
+        if self.format is PlanFormat.json:
+            print(json.dumps(job.plan.to_json(), indent=1))
+        else:
+            print(job.plan.to_text())

@@ -1,0 +1,152 @@
+"""task=train: put everything together, run the loop, tell how it went."""
+
+import shlex
+from contextlib import ExitStack
+from pathlib import Path
+
+from dsv3.checkpoint.directory import TOKENIZER_DIR, Progress, find_checkpoint
+from dsv3.checkpoint.manager import CheckpointManager, load_weights
+from dsv3.config import Config, build, plain
+from dsv3.data.loader import Loader
+from dsv3.data.sources import PreparedData
+from dsv3.metrics import jsonl
+from dsv3.metrics.console import Console
+from dsv3.metrics.flops import training_flops_per_token
+from dsv3.metrics.logger import Logger
+from dsv3.metrics.recorder import Recorder
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import build_mesh
+from dsv3.parallel.parallelizer import build_model
+from dsv3.runtime.determinism import make_deterministic
+from dsv3.runtime.distributed import Worker, worker
+from dsv3.runtime.job import Job
+from dsv3.runtime.profiler import profiler
+from dsv3.runtime.rundir import check_same_model, describe_run, make_run_dir
+from dsv3.runtime.signals import Stopped, StopRequest, stop_on_signal
+from dsv3.tasks.config import SamplingConfig
+from dsv3.tasks.data import prepare_data
+from dsv3.tasks.generate import sample_text
+from dsv3.tasks.summary import conclude
+from dsv3.training.evaluation import evaluate
+from dsv3.training.loop import Hooks, Loop, Rates
+from dsv3.training.optimizer import build_optimizer
+from dsv3.training.step import TrainStep
+
+SAMPLING = SamplingConfig()
+SAMPLE_PROMPT = "def "
+
+
+class Train:
+    """Trains in RUN_DIR, from step 0 or from where the run stopped."""
+
+    def run(self, job: Job) -> float | None:
+        """The last held-out loss, which is a sweep's objective; Stopped when a signal ended the run."""
+        make_deterministic(job.config.train.deterministic, job.config.train.seed)
+        with worker(job.config.launch.timeout) as me, stop_on_signal(alone=me.world == 1) as stop:
+            return _Run(job, me, stop).run()
+
+
+class _Run:
+    """One training run on one rank: what Train.run puts together, in the order it is needed."""
+
+    def __init__(self, job: Job, me: Worker, stop: StopRequest) -> None:
+        self.job = job
+        self.config: Config = job.config
+        self.me = me
+        self.stop = stop
+        self.data: PreparedData = prepare_data(self.config, me)
+        mesh = build_mesh(job.plan.degrees, me.device.type) if me.world > 1 else None
+        self.model: Transformer = build_model(self.config, mesh, me.device)
+        self.optimizer = build_optimizer(self.config.optimizer, self.model)
+        self.directory: Path = me.share(make_run_dir(job) if me.is_main else job.run_dir)
+        job.run_dir = self.directory
+        self.manager = CheckpointManager(self.directory, self.config.checkpoint.keep_last, me)
+        self.progress = self._restore()
+        self.logger: Logger | None = None
+        self.console = Console(
+            self.config.train.log_every, log_path=self.directory / "log.txt", quiet=not me.is_main
+        )
+
+    def run(self) -> float | None:
+        with ExitStack() as stack:
+            stack.callback(self.console.close)
+            if self.me.is_main:
+                self._describe()
+            logger = self.logger = self._open_logger(stack)
+            recorder = Recorder(
+                self.directory / "metrics.jsonl", self.me, self.config.train.log_every, self.console, logger
+            )
+            stack.callback(recorder.close)
+            profile = stack.enter_context(profiler(self.config.profile, self.directory, self.me))
+            loop = self._loop(recorder, Hooks(self._evaluate, self._generate, profile))
+            self.console.start(self.config.train.steps, self.progress.step)
+            finished = loop.run()
+            recorder.close()
+            if not finished:
+                raise Stopped(f"stopped after step {self.progress.step} and saved; go on: {self._resume()}")
+            self._generate(self.progress.step)
+            if self.me.is_main:
+                conclude(self.console, self.directory, self.progress.step < self.config.train.steps)
+            return recorder.latest.evaluation_loss if recorder.latest else None
+
+    def _restore(self) -> Progress:
+        """Continue from the newest checkpoint, or take the weights of `checkpoint.load`, or start anew."""
+        metrics = self.directory / "metrics.jsonl"
+        progress = None
+        if self.config.run.resume:
+            check_same_model(self.config, self.directory)
+            progress = self.manager.restore(self.model, self.optimizer)
+        elif self.config.checkpoint.load:
+            load_weights(self.model, find_checkpoint(self.config.checkpoint.load))
+        progress = progress or Progress()
+        if self.me.is_main and metrics.exists():
+            jsonl.cut_back(metrics, progress.step)
+        return progress
+
+    def _describe(self) -> None:
+        if self.data.tokenizer is not None:
+            self.data.tokenizer.save(self.directory / TOKENIZER_DIR)
+        describe_run(self.job, {"fingerprint": self.data.fingerprint, **self.data.summary})
+        if self.progress.step:
+            self.console.message(f"going on after step {self.progress.step} of {self.directory}")
+
+    def _open_logger(self, stack: ExitStack) -> Logger | None:
+        if not self.me.is_main:
+            return None
+        logger: Logger = build(self.config.logger)
+        stack.push(lambda kind, error, trace: logger.finish(0 if kind is None else 1))
+        files = [self.directory / name for name in ("config.yaml", "plan.txt")]
+        logger.open(self.directory, plain(self.config), files, self.console.message)
+        return logger
+
+    def _loop(self, recorder: Recorder, hooks: Hooks) -> Loop:
+        config, train = self.config, self.config.train
+        assert self.data.train is not None
+        length = self.data.sequence_length
+        flops = training_flops_per_token(config.model, length)
+        peak = getattr(self.job.hardware, f"peak_flops_{config.precision.compute.name}")
+        peak = peak and peak * self.me.world
+        rates = Rates(train.batch, train.batch * length, flops, peak)
+        step = TrainStep(self.model, self.optimizer, self.me, train.clip_norm, config.data.document_mask)
+        loader = Loader(self.data.train, train.batch, train.microbatch, self.me.rank, self.me.world)
+        return Loop(
+            train, config.optimizer.lr, build(config.schedule), step, loader, recorder, self.manager,
+            rates, hooks, self.progress, self.stop, self.me,
+        )  # fmt: skip
+
+    def _evaluate(self) -> float:
+        train, masked = self.config.train, self.config.data.document_mask
+        rows = self.data.held_out
+        return evaluate(self.model, rows, train.microbatch, self.me, masked, train.evaluate_batches).loss
+
+    def _generate(self, step: int) -> None:
+        """Show a sample, on all ranks together; data that is ids already has no text to show."""
+        if self.data.tokenizer is None:
+            return
+        text = sample_text(self.model, self.data.tokenizer, SAMPLING, SAMPLE_PROMPT, step)
+        self.console.sample(SAMPLE_PROMPT, text)
+        if self.logger is not None:
+            self.logger.text("sample", SAMPLE_PROMPT + text, step)
+
+    def _resume(self) -> str:
+        return shlex.join(["python", "train.py", f"resume={self.directory}"])

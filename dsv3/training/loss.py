@@ -1,0 +1,53 @@
+"""The training loss: next token, multi-token prediction, balance; each summed once, divided once."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.data.batch import IGNORE, Batch, mtp_targets
+from dsv3.model.transformer import ModelOutput
+
+
+@dataclass
+class GlobalBatch:
+    """What the losses of one optimizer step are divided by, over all ranks and microbatches."""
+
+    tokens: Tensor
+    """Valid targets; a scalar."""
+    sequences: int
+
+
+@dataclass
+class Losses:
+    """One microbatch's share of the step's losses: the shares of a step add up to its losses."""
+
+    main: Tensor
+    """Cross-entropy of the next token in nats; a scalar."""
+    mtp: Tensor
+    """Mean over depths of their cross-entropies; each has the main loss's denominator (eq. 24: 1/T)."""
+    balance: Tensor
+    """Sequence-wise balance terms summed over layers, without alpha."""
+
+
+def valid_tokens(batch: Batch) -> Tensor:
+    """How many targets of the batch count; a scalar on the batch's device."""
+    return (batch.targets != IGNORE).sum()
+
+
+def losses(output: ModelOutput, batch: Batch, whole: GlobalBatch) -> Losses:
+    """This microbatch's part of the losses over the `whole` global batch."""
+    main = cross_entropy_sum(output.logits, batch.targets) / whole.tokens
+    mtp = torch.zeros_like(main)
+    for depth, logits in enumerate(output.mtp_logits, start=1):
+        share = cross_entropy_sum(logits, mtp_targets(batch.targets, batch.documents, depth)) / whole.tokens
+        mtp = mtp + share / len(output.mtp_logits)
+    balance = output.balance_loss * (batch.tokens.shape[0] / whole.sequences)
+    return Losses(main, mtp, balance)
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over valid `targets` [batch, sequence] of -log softmax(logits)[target], in fp32 nats."""
+    flat = logits.float().flatten(0, -2)
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -1,0 +1,96 @@
+"""One optimizer step: forward and backward over the microbatches, clip, update, move the biases."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv3.data.batch import Batch
+from dsv3.metrics import moe
+from dsv3.model.transformer import Transformer
+from dsv3.runtime.distributed import Worker
+from dsv3.training.balance import selection_biases, take_load, update_biases
+from dsv3.training.config import TrainConfig
+from dsv3.training.loss import GlobalBatch, losses, valid_tokens
+from dsv3.training.optimizer import clip_gradients, set_learning_rate
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a step's loss terms and its bias update are weighed with."""
+
+    lr: float
+    mtp: float
+    balance: float
+    bias_speed: float
+
+    @classmethod
+    def at(cls, step: int, total_steps: int, lr: float, config: TrainConfig) -> "Weights":
+        """The weights of `step` (from 1) in a run of `total_steps`."""
+        share = step / total_steps
+        mtp, balance = config.mtp_loss, config.balance
+        mtp_weight = mtp.weight if share <= mtp.switch_at else mtp.final_weight
+        bias_speed = balance.bias_speed if share <= balance.bias_until else 0.0
+        return cls(lr, mtp_weight, balance.loss_weight, bias_speed)
+
+
+class TrainStep:
+    """Carries out optimizer steps on one model; all ranks call it together."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        worker: Worker,
+        clip_norm: float,
+        document_mask: bool,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.worker = worker
+        self.clip_norm = clip_norm
+        self.document_mask = document_mask
+        self.routers = model.routers()
+
+    def __call__(self, microbatches: list[Batch], weights: Weights) -> dict[str, Tensor]:
+        """Train on this rank's microbatches of one global batch.
+
+        Returns the figures of metrics/row.py as tensors, still on the device: reading them is what
+        would make the host wait.
+        """
+        self.model.train()
+        microbatches = [batch.to(self.worker.device) for batch in microbatches]
+        whole = self._measure(microbatches)
+        parts = [self._accumulate(batch, whole, weights) for batch in microbatches]
+        main, mtp, balance = self.worker.sum(torch.stack(parts).sum(0)).unbind()
+        grad_norm = clip_gradients(self.model, self.clip_norm)
+        set_learning_rate(self.optimizer, weights.lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = {"loss": main, "grad_norm": grad_norm}
+        if self.model.mtp:
+            figures["mtp_loss"] = mtp
+        if self.routers:
+            figures["balance_loss"] = balance * weights.balance
+            figures |= self._balance(weights.bias_speed)
+        return figures
+
+    def _measure(self, microbatches: list[Batch]) -> GlobalBatch:
+        local = torch.stack([valid_tokens(batch) for batch in microbatches]).sum()
+        sequences = sum(batch.tokens.shape[0] for batch in microbatches) * self.worker.world
+        return GlobalBatch(self.worker.sum(local).clamp(min=1), sequences)
+
+    def _accumulate(self, batch: Batch, whole: GlobalBatch, weights: Weights) -> Tensor:
+        output = self.model(batch.tokens, batch.documents if self.document_mask else None)
+        terms = losses(output, batch, whole)
+        (terms.main + weights.mtp * terms.mtp + weights.balance * terms.balance).backward()
+        return torch.stack([terms.main, terms.mtp, terms.balance]).detach()
+
+    def _balance(self, bias_speed: float) -> dict[str, Tensor]:
+        load = take_load(self.routers, self.worker.sum)
+        update_biases(self.routers, load, bias_speed)
+        figures = {"moe_max_violation": moe.max_violation(load), "moe_entropy": moe.entropy(load)}
+        biases = selection_biases(self.routers)
+        if len(biases):
+            figures["moe_bias_range"] = moe.bias_range(biases)
+        return figures

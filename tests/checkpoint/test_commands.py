@@ -1,0 +1,128 @@
+"""A checkpoint that somebody else made, met by the commands themselves."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train
+from dsv3.checkpoint.directory import complete_steps
+
+from . import hostile
+from .running import Commands, Outcome
+
+
+@pytest.fixture(scope="module")
+def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def run(commands: Commands, _finished: Path, tmp_path: Path) -> Path:
+    """A run of one step, to be spoiled."""
+    if not _finished.exists():
+        commands.train(_finished, "train.steps=2", "train.stop_after=1", "train.evaluate_every=0")
+    return Path(shutil.copytree(_finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "executed"
+
+
+def _poison(run: Path, marker: Path) -> Path:
+    (step,) = complete_steps(run)
+    malicious, _ = hostile.attacks(f"touch {marker}")["os.system"]
+    (step / ".metadata").write_bytes(malicious)
+    return step
+
+
+def _refused(outcome: Outcome, path: Path) -> None:
+    """Exit code 2 and one or two lines that name the path."""
+    assert outcome.code == 2
+    assert str(path) in outcome.err
+    assert 1 <= len(outcome.err.strip().splitlines()) <= 2
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+
+
+def test_evaluating_a_malicious_checkpoint_runs_nothing_and_exits_with_2(
+    commands: Commands, run: Path, marker: Path
+) -> None:
+    """The real command in a process of its own."""
+    step = _poison(run, marker)
+    command = [sys.executable, str(Path(train.__file__)), "task=evaluate", f"checkpoint.load={step}"]
+    data = ["data=text", f"data.path={commands.text}"]
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    done = subprocess.run([*command, *data], capture_output=True, text=True, env=environment, check=False)
+    _refused(Outcome(done.returncode, done.stdout, done.stderr), step)
+    assert "it names os.system" in done.stderr
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate", "generate", "train"])
+def test_a_malicious_checkpoint_is_refused_by_every_command_that_reads_one(
+    commands: Commands, run: Path, marker: Path, command: str
+) -> None:
+    step = _poison(run, marker)
+    data = ["data=text", f"data.path={commands.text}"]
+    training = ["logger=none", "tokenizer.vocab_size=300", "train.sequence_length=32", *data]
+    arguments = {
+        "resume": [f"resume={run}"],
+        "evaluate": ["task=evaluate", f"checkpoint.load={run}", *data],
+        "generate": ["task=generate", f"checkpoint.load={run}", "task.prompt=w1"],
+        "train": [f"checkpoint.load={run}", f"run.dir={run.parent / 'next'}", *training],
+    }
+    _refused(commands.run(*arguments[command]), step)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("model.yaml", b"{", id="model.yaml torn"),
+        pytest.param("model.yaml", b"- 1", id="model.yaml a list"),
+        pytest.param("model.yaml", b"", id="model.yaml empty"),
+        pytest.param("model.yaml", b"dim: wide", id="model.yaml text for a number"),
+        pytest.param("model.yaml", b"\xff\x00", id="model.yaml no text"),
+        pytest.param("model.yaml", None, id="model.yaml missing"),
+        pytest.param("__0_0.distcp", None, id="tensors missing"),
+        pytest.param("__0_0.distcp", b"PK", id="tensors torn"),
+        pytest.param(".metadata", b"\x80", id="metadata torn"),
+    ],
+)
+def test_evaluating_a_damaged_checkpoint_names_the_path(
+    commands: Commands, run: Path, name: str, content: bytes | None
+) -> None:
+    (step,) = complete_steps(run)
+    (step / name).unlink()
+    if content is not None:
+        (step / name).write_bytes(content)
+    data = ["data=text", f"data.path={commands.text}"]
+    _refused(commands.run("task=evaluate", f"checkpoint.load={step}", *data), step)
+
+
+@pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "dsv3.runtime.errors.difflib"])
+def test_a_model_file_cannot_choose_what_is_built(commands: Commands, run: Path, target: str) -> None:
+    (step,) = complete_steps(run)
+    stored = yaml.safe_load((step / "model.yaml").read_text())
+    (step / "model.yaml").write_text(yaml.safe_dump(stored | {"_target_": target}))
+    data = ["data=text", f"data.path={commands.text}"]
+    outcome = commands.run("task=evaluate", f"checkpoint.load={step}", *data)
+    assert outcome.code == 2
+    assert f"model._target_={target} is refused" in outcome.err
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"step": "x"}', None])
+def test_resuming_without_a_sound_state_names_it(
+    commands: Commands, run: Path, content: bytes | None
+) -> None:
+    (step,) = complete_steps(run)
+    (step / "state.json").unlink()
+    if content is not None:
+        (step / "state.json").write_bytes(content)
+    _refused(commands.run(f"resume={run}"), step / "state.json")

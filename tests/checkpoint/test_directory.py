@@ -1,0 +1,181 @@
+from pathlib import Path
+
+import pytest
+
+from dsv3.checkpoint.directory import (
+    Progress,
+    commit,
+    complete_steps,
+    find_checkpoint,
+    prepare_partial,
+    remove,
+    step_directory,
+    sweep_leftovers,
+    write_text,
+)
+from dsv3.runtime.errors import UserError
+
+
+def _make(run_dir: Path, *steps: int) -> list[Path]:
+    made = [step_directory(run_dir, step) for step in steps]
+    for directory in made:
+        directory.mkdir(parents=True)
+        (directory / ".metadata").touch()
+    return made
+
+
+def test_steps_are_ordered_by_number_and_others_are_left_out(tmp_path: Path) -> None:
+    nine, ten, hundred = _make(tmp_path, 9, 10, 100)
+    for name in (".partial-step-200", ".removed-step-300", "step-", "step-4x", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert complete_steps(tmp_path) == [nine, ten, hundred]
+    assert complete_steps(tmp_path / "nothing") == []
+
+
+def test_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    *_, newest = _make(tmp_path, 9, 10)
+    assert find_checkpoint(str(tmp_path)) == newest
+
+
+def test_a_step_of_a_run_means_itself(tmp_path: Path) -> None:
+    older, _ = _make(tmp_path, 9, 10)
+    assert find_checkpoint(str(older)) == older
+
+
+def test_a_converted_checkpoint_means_itself(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").touch()
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"checkpoint.load=.*/nowhere does not exist"):
+        find_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_a_run_without_a_checkpoint_is_told_from_nonsense(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path} holds neither a run nor a checkpoint"):
+        find_checkpoint(str(tmp_path))
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=f"{tmp_path} holds no checkpoint yet"):
+        find_checkpoint(str(tmp_path))
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="neither a run nor a checkpoint"):
+        find_checkpoint(str(tmp_path / "file"))
+
+
+def test_progress_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    progress = Progress(step=3, samples=24, tokens=768)
+    progress.write(tmp_path)
+    assert Progress.read(tmp_path) == progress
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b'{"step": 3, "sam', id="torn"),
+        pytest.param(b"[3]", id="a list"),
+        pytest.param(b'{"step": "3"}', id="text for a count"),
+        pytest.param(b'{"step": -3}', id="negative"),
+        pytest.param(b'{"step": 3.5}', id="a fraction"),
+        pytest.param(b'{"steps": 3}', id="unknown key"),
+        pytest.param(b"\xff\xfe", id="no text"),
+        pytest.param(b"[" * 100_000, id="endless nesting"),
+    ],
+)
+def test_damaged_progress_is_told_with_its_path(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.json").write_bytes(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/state.json cannot be read"):
+        Progress.read(tmp_path)
+
+
+def test_missing_progress_is_told_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}/state.json cannot be read"):
+        Progress.read(tmp_path)
+
+
+def test_a_commit_replaces_what_had_the_name(tmp_path: Path) -> None:
+    (old,) = _make(tmp_path, 3)
+    (old / "old").touch()
+    partial = prepare_partial(old)
+    (partial / "new").touch()
+    commit(partial, old)
+    assert [path.name for path in old.iterdir()] == ["new"]
+    assert [path.name for path in old.parent.iterdir()] == ["step-3"]
+
+
+def test_every_file_and_folder_is_on_the_disk_before_the_name_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = step_directory(tmp_path, 3)
+    partial = prepare_partial(directory)
+    (partial / "tokenizer").mkdir()
+    (partial / "tokenizer" / "tokenizer.json").touch()
+    synced: list[tuple[Path, bool]] = []
+    monkeypatch.setattr(
+        "dsv3.checkpoint.directory.sync", lambda path: synced.append((path, directory.exists()))
+    )
+    commit(partial, directory)
+    before = {path for path, named in synced if not named}
+    assert before == {partial, partial / "tokenizer", partial / "tokenizer" / "tokenizer.json"}
+    assert (directory.parent, True) in synced
+
+
+def test_a_partial_directory_starts_empty(tmp_path: Path) -> None:
+    directory = step_directory(tmp_path, 3)
+    (prepare_partial(directory) / "old").touch()
+    partial = prepare_partial(directory)
+    assert partial.parent == directory.parent
+    assert list(partial.iterdir()) == []
+
+
+def test_removing_takes_the_name_away_before_anything_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory,) = _make(tmp_path, 3)
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        "dsv3.checkpoint.directory.shutil.rmtree", lambda *_, **__: seen.append(directory.exists())
+    )
+    remove(directory)
+    assert seen[-1] is False
+    assert complete_steps(tmp_path) == []
+
+
+def test_removing_a_linked_checkpoint_takes_the_link_and_leaves_the_rest(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    (tmp_path / "checkpoints").mkdir()
+    step_directory(tmp_path, 3).symlink_to(elsewhere)
+    remove(step_directory(tmp_path, 3))
+    assert complete_steps(tmp_path) == []
+    assert (elsewhere / "kept").exists()
+
+
+def test_leftovers_are_swept_and_checkpoints_stay(tmp_path: Path) -> None:
+    (kept,) = _make(tmp_path, 3)
+    for name in (".partial-step-6", ".removed-step-1"):
+        (tmp_path / "checkpoints" / name / "deep").mkdir(parents=True)
+    sweep_leftovers(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == [kept]
+
+
+def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_text(path, "new")
+    assert path.read_text() == "old"
+    write_text(path, "new")
+    assert path.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

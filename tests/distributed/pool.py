@@ -1,0 +1,73 @@
+"""A pool of gloo workers that lives as long as the test session: starting Python and torch costs seconds."""
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 120.0
+
+
+class WorkerError(Exception):
+    """A worker's exception, with its traceback as text."""
+
+
+class Pool:
+    """`size` processes in one process group, each running the function that it is sent."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = tempfile.NamedTemporaryFile(prefix="dsv3-pool-", delete=False)  # noqa: SIM115
+        self.store = Path(store.name)
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, store.name, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call a module-level `function(*arguments)` on every rank; the results by rank."""
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT):
+                raise WorkerError(f"rank {rank} gave no answer in {TIMEOUT:.0f} s")
+            answers.append(pipe.recv())
+        failures = [f"rank {rank}: {text}" for rank, (failed, text) in enumerate(answers) if failed]
+        if failures:
+            raise WorkerError("\n".join(failures))
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        """End the workers."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+        self.store.unlink(missing_ok=True)
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            break
+        try:
+            pipe.send((False, function(*arguments)))
+        except Exception:
+            pipe.send((True, traceback.format_exc()))
+    dist.destroy_process_group()

@@ -1,0 +1,150 @@
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from dsv3.parallel.config import Recomputed
+from dsv3.parallel.degrees import Degrees
+from dsv3.planning.hardware import HardwareConfig
+from dsv3.planning.memory import StateBytes, StepShape
+from dsv3.planning.report import (
+    COMPUTE_BYTES,
+    GIB,
+    Plan,
+    make_plan,
+    plan_shape,
+    require_fits,
+    smallest_dp_shard,
+)
+from dsv3.precision.config import ComputeType
+from dsv3.runtime.errors import UserError
+from tests.planning.presets import preset
+
+if TYPE_CHECKING:
+    from dsv3.config import Config
+
+H800 = HardwareConfig(name="h800", memory_bytes=80 * 10**9)
+SHAPE = StepShape(1, 4096, recompute=Recomputed.full, state=StateBytes(compute=2))
+KEYS = """
+degrees world_size parameters parameters_active memory_bytes device_memory_bytes fits traffic_bytes bubble
+tokens_per_second_per_gpu mfu
+"""
+
+
+def plan_16b(dp_shard: int = 8, hardware: HardwareConfig = H800, shape: StepShape = SHAPE) -> Plan:
+    return plan_shape(preset("16b"), Degrees(dp_shard=dp_shard), hardware, shape)
+
+
+def test_json_is_the_contract() -> None:
+    told = json.loads(json.dumps(plan_shape(preset("671b"), Degrees(dp_shard=2), H800, SHAPE).to_json()))
+    assert list(told) == KEYS.split()
+    assert told["degrees"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1, "ep": 1}
+    assert (told["world_size"], told["parameters"]) == (2, 682_636_472_320)
+    assert told["parameters_active"] == 37_552_282_624
+    assert (told["device_memory_bytes"], told["fits"]) == (80 * 10**9, False)
+    assert [told[key] for key in KEYS.split()[-4:]] == [None] * 4
+
+
+def test_a_plan_fits_up_to_the_last_byte() -> None:
+    need = plan_16b().memory.total
+    for spare, fits in ((0, True), (-1, False)):
+        assert plan_16b(hardware=HardwareConfig(name="x", memory_bytes=need + spare)).fits is fits
+
+
+def test_text_tells_both_conventions_every_part_and_the_verdict() -> None:
+    text = plan_16b().to_text()
+    lines = text.splitlines()
+    assert "16.407 G causal, 18.105 G full square" in text
+    assert "15,706,484,224" in text
+    assert "2,661,150,208" in text
+    assert lines[-1].split() == ["verdict", "fits"]
+    parts = {line.split()[0]: float(line.split()[-1]) for line in lines if line.startswith("  ")}
+    memory = plan_16b().memory
+    for name in ("parameters", "gradients", "optimizer", "activations", "total"):
+        assert parts[name] == pytest.approx(getattr(memory, name) / GIB, abs=0.006)
+    assert {line[: len("active parameters  ")][-2:] for line in lines if line} == {"  "}
+    assert all(len(line) < 111 for line in lines)
+
+
+def test_a_plan_that_does_not_fit_says_how_many_shards_would() -> None:
+    plan = plan_16b(dp_shard=3)
+    need = f"needs {plan.memory.total / GIB:,.2f} GiB, has 74.51 GiB"
+    smallest = smallest_dp_shard(plan)
+    assert smallest is not None
+    assert smallest.dp_shard == 6
+    assert plan_16b(dp_shard=6).fits
+    verdict, advice = plan.to_text().splitlines()[-2:]
+    assert verdict.split(maxsplit=1) == ["verdict", f"does not fit: {need}"]
+    assert "parallel.degrees.dp_shard=6 fits" in advice
+    with pytest.raises(UserError) as refused:
+        require_fits(plan)
+    first, second = str(refused.value).splitlines()
+    assert first == f"15,706,484,224 parameters on 3 ranks of hardware=h800 do not fit: a rank {need}"
+    assert second == "parallel.degrees.dp_shard=6 fits, with launch.nproc x launch.nnodes = 6 ranks"
+
+
+def test_recomputation_is_the_nearest_fix_where_it_is_enough() -> None:
+    plan = plan_16b(shape=replace(SHAPE, microbatch_size=8, recompute=Recomputed.none))
+    with pytest.raises(UserError, match=r"\nrecompute=full fits on the same ranks$"):
+        require_fits(plan)
+
+
+def test_activations_alone_may_be_too_large() -> None:
+    plan = plan_16b(shape=replace(SHAPE, microbatch_size=64))
+    assert smallest_dp_shard(plan) is None
+    assert "would fit" not in plan.to_text()
+    with pytest.raises(UserError, match=r"\nno dp_shard helps, .* train.microbatch_size=64 or") as refused:
+        require_fits(plan)
+    assert len(str(refused.value).splitlines()) == 2
+    assert plan.to_text().endswith(str(refused.value).splitlines()[1])
+
+
+def test_recomputation_and_shards_together_may_be_needed() -> None:
+    plan = plan_16b(dp_shard=2, shape=replace(SHAPE, microbatch_size=8, recompute=Recomputed.none))
+    with pytest.raises(UserError, match=r"\nrecompute=full and parallel.degrees.dp_shard=(4|8) fits"):
+        require_fits(plan)
+
+
+def test_a_config_is_read_into_the_shape_of_a_step() -> None:
+    nodes = SimpleNamespace(
+        model=preset("debug"),
+        train=SimpleNamespace(microbatch=2, length=512, batch=24),
+        recompute=SimpleNamespace(mode=Recomputed.full),
+        parallel=SimpleNamespace(reshard_after_forward=False),
+        precision=SimpleNamespace(compute=ComputeType.bf16),
+    )
+    config = cast("Config", nodes)
+    plan = make_plan(config, Degrees(dp_replicate=2, dp_shard=2), H800)
+    assert plan.shape == StepShape(2, 512, 3, Recomputed.full, False, StateBytes(compute=2), True)
+    assert plan.world_size == 4
+    assert not make_plan(config, Degrees(), HardwareConfig(name="cpu")).shape.fused_kernels
+
+
+def test_every_compute_type_has_its_bytes() -> None:
+    assert set(COMPUTE_BYTES) == {compute.name for compute in ComputeType}
+
+
+def test_what_fits_or_is_unknown_is_let_through() -> None:
+    require_fits(plan_16b())
+    unknown = plan_16b(hardware=HardwareConfig(name="x"))
+    require_fits(unknown)
+    assert unknown.fits is None
+    assert "hardware.memory_bytes is not known" in unknown.to_text()
+
+
+def test_a_plan_travels_between_processes() -> None:
+    assert pickle.loads(pickle.dumps(plan_16b())) == plan_16b()
+
+
+def test_planning_imports_none_of_the_heavy_ones() -> None:
+    program = (
+        "import sys, dsv3.planning.report, dsv3.parallel.degrees, dsv3.metrics.flops; "
+        "print({'torch', 'numpy', 'hydra', 'omegaconf', 'yaml'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,164 @@
+"""What a `_target_` and a stored file may make run: classes of dsv3 and torch.optim, and no more."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dsv3.config import plain
+from dsv3.model.config import ModelConfig
+from dsv3.runtime.errors import UserError
+from dsv3.runtime.targets import check_target
+
+from .commands import Commands
+from .conftest import StoredRun
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("os.system", "run.allow_targets"),
+        ("dsv3.runtime.launch.os.system", "does not exist"),
+        ("dsv3.runtime.rundir.subprocess.Popen", "does not exist"),
+        ("dsv3.runtime.rundir.Path", "not a class that"),
+        ("dsv3.runtime.launch.launch", "not a class that"),
+        ("dsv3.model.transformer.Transfomer", "does not exist"),
+        ("dsv3", "refused"),
+        ("dsv3x.Model", "refused"),
+        ("torch.load", "refused"),
+        ("dsv3.model.layers.", "refused"),
+        ("", "refused"),
+    ],
+)
+def test_anything_but_a_class_of_a_trusted_module_is_refused(target: str, words: str) -> None:
+    with pytest.raises(UserError, match=r"model\._target_=") as caught:
+        check_target(target, "model._target_")
+    assert words in str(caught.value)
+
+
+def test_a_class_must_take_the_settings_of_its_node() -> None:
+    settings = ["lr", "betas", "eps", "weight_decay", "fused"]
+    check_target("torch.optim.Adam", "optimizer._target_", settings=settings)
+    with pytest.raises(UserError, match="takes no betas, eps"):
+        check_target("torch.optim.SGD", "optimizer._target_", settings=settings)
+    with pytest.raises(UserError, match="takes no lr"):
+        check_target("torch.optim.lr_scheduler.StepLR", "optimizer._target_", settings=settings)
+
+
+def test_a_typed_permission_opens_a_module_and_no_other(commands: Commands) -> None:
+    target = "optimizer._target_=collections.OrderedDict"
+    assert commands.run("task=plan", target, "run.allow_targets=[collections]").code == 0
+    assert commands.run("task=plan", target, "run.allow_targets=[collection]").code == 2
+    assert commands.run("task=plan", target).code == 2
+
+
+@pytest.mark.parametrize("node", ["model", "optimizer", "task", "data", "schedule", "logger", "recompute"])
+def test_every_node_refuses_a_foreign_target(commands: Commands, node: str) -> None:
+    outcome = commands.run(f"{node}._target_=os.system")
+    assert outcome.code == 2
+    assert f"{node}._target_=os.system is refused" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "permission",
+    [
+        "run.allow_targets=[collections]",
+        "++run.allow_targets=[collections]",
+        "run={allow_targets:[collections]}",
+    ],
+)
+def test_a_stored_permission_does_not_count(commands: Commands, stored: StoredRun, permission: str) -> None:
+    directory = stored.store("optimizer._target_=collections.OrderedDict", permission)
+    outcome = commands.run(f"resume={directory}")
+    assert outcome.code == 2
+    assert "is refused" in outcome.err
+    assert commands.run(f"resume={directory}", "run.allow_targets=[collections]").code == 0
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "+hydra.callbacks.x._target_=os.system",
+        "++hydra.job.env_set.X=1",
+        "hydra/launcher=joblib",
+        "+experiments@hydra.callbacks.x=learning_rate",
+        "+data@_global_.hydra.callbacks.x=text",
+        "--config-dir=evil",
+        "--config-path=evil",
+        "-m",
+        "~logger",
+        7,
+    ],
+)
+def test_what_a_run_never_stores_is_refused(commands: Commands, stored: StoredRun, planted: str) -> None:
+    directory = stored.store("train.steps=3", planted)
+    outcome = commands.run(f"resume={directory}")
+    assert outcome.code == 2
+    assert "overrides.yaml" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert not outcome.jobs
+
+
+def test_a_stored_yaml_tag_runs_nothing(commands: Commands, stored: StoredRun, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    directory = stored.store()
+    harm = f"!!python/object/apply:os.system ['touch {marker}']\n"
+    for name in ("overrides.yaml", "config.yaml"):
+        kept = (directory / name).read_text()
+        (directory / name).write_text(harm)
+        outcome = commands.run(f"resume={directory}")
+        assert outcome.code == 2
+        assert name in outcome.err
+        (directory / name).write_text(kept)
+    assert not marker.exists()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, commands: Commands) -> Path:
+    """What checkpoint.load needs of a checkpoint before torch reads it: a model of 96 dimensions."""
+    step = tmp_path / "it's a, run" / "checkpoints" / "step-3"
+    step.mkdir(parents=True)
+    (step / ".metadata").touch()
+    model = commands.run("task=plan", "model.dim=96", "model.num_layers=3").job.config.model
+    write_model(step, model)
+    return step
+
+
+def write_model(step: Path, model: ModelConfig, **changes: str) -> None:
+    (step / "model.yaml").write_text(yaml.safe_dump({**plain(model), **changes}))
+
+
+def test_a_checkpoint_supplies_the_model(commands: Commands, checkpoint: Path) -> None:
+    for path in (checkpoint, checkpoint.parents[1]):
+        config = commands.run("task=plan", f"checkpoint.load={path}").job.config
+        assert (config.model.dim, config.model.num_layers) == (96, 3)
+
+
+def test_a_typed_model_takes_the_place_of_the_checkpoints(commands: Commands, checkpoint: Path) -> None:
+    load = f"checkpoint.load={checkpoint}"
+    assert commands.run("task=plan", load, "model=debug").job.config.model.num_layers == 4
+    config = commands.run("task=plan", load, "model.moe.top_k=1", "model.rope.theta=500").job.config
+    assert (config.model.moe.top_k, config.model.rope.theta, config.model.dim) == (1, 500.0, 96)
+    wrong = commands.run("task=plan", load, "model.moe.top_k=99")
+    assert wrong.code == 2
+    assert "model.moe.top_k=99" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("_target_: os.system", "model._target_=os.system is refused"),
+        ("dim: '${oc.env:HOME}'", "model.dim: "),
+        ("foo: 1", "model.yaml is not a model"),
+        ("!!python/object/apply:os.system ['touch ran']", "model.yaml is not a model"),
+        ("[1", "model.yaml is not a model"),
+    ],
+)
+def test_a_planted_model_runs_nothing(commands: Commands, checkpoint: Path, text: str, words: str) -> None:
+    with (checkpoint / "model.yaml").open("a" if ":" in text and "!!" not in text else "w") as file:
+        file.write(text + "\n")
+    outcome = commands.run("task=plan", f"checkpoint.load={checkpoint}")
+    assert outcome.code == 2
+    assert words in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert not list(Path.cwd().iterdir())

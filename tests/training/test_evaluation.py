@@ -1,0 +1,80 @@
+"""Held-out loss: one mean over all valid targets."""
+
+import math
+
+import pytest
+import torch
+
+from dsv3.data.packing import Row
+from dsv3.training.evaluation import evaluate
+from tests.reference import tiny_model
+from tests.training.batches import ALONE, ROWS, batch
+
+
+class Held:
+    """ROWS as the evaluation reads them."""
+
+    sequence_length = 10
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def row(self, index: int) -> Row:
+        return ROWS[index]
+
+
+def by_hand(rows: list[int]) -> tuple[float, int]:
+    """Mean of -log p over the valid targets, each document read by the model alone; their number."""
+    model, total, count = tiny_model().eval(), 0.0, 0
+    for number in rows:
+        tokens, documents = ROWS[number]
+        for document in set(documents.tolist()) - {-1}:
+            ids = torch.from_numpy(tokens[documents == document])
+            for i, scores in enumerate(model(ids[None]).logits[0, :-1].double().tolist()):
+                total += math.log(sum(math.exp(s) for s in scores)) - scores[ids[i + 1]]
+                count += 1
+    return total / count, count
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3, 4, 6, 7])
+def test_loss_is_the_mean_over_all_targets_whatever_the_microbatch_size(microbatch: int) -> None:
+    found = evaluate(tiny_model(), Held(), microbatch, ALONE, document_mask=True)
+    loss, tokens = by_hand([0, 1, 2, 3, 4, 5])
+    assert found.tokens == tokens == 41
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_first_batches_may_be_enough() -> None:
+    found = evaluate(tiny_model(), Held(), 2, ALONE, document_mask=True, batches=2)
+    loss, tokens = by_hand([0, 1, 2, 3])
+    assert found.tokens == tokens == 27
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_without_the_document_mask_documents_see_those_before_them() -> None:
+    masked = evaluate(tiny_model(), Held(), 3, ALONE, document_mask=True)
+    open_ = evaluate(tiny_model(), Held(), 3, ALONE, document_mask=False)
+    assert open_.tokens == masked.tokens
+    assert abs(open_.loss - masked.loss) > 1e-3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_model_as_it_was(training: bool) -> None:
+    model = tiny_model().train(training)
+    output = model(batch(0).tokens)
+    output.logits.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    loads = [router.load.clone() for router in model.routers()]
+    evaluate(model, Held(), 2, ALONE, document_mask=True)
+    assert model.training == training
+    assert all(module.training == training for module in model.modules())
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, gradients[name])
+        else:
+            assert parameter.grad is None
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    for router, load in zip(model.routers(), loads, strict=True):
+        assert torch.equal(router.load, load)

@@ -1,0 +1,123 @@
+"""Losses: sums over valid tokens divided once, whatever the microbatches."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.data.batch import IGNORE, Batch
+from dsv3.model.transformer import ModelOutput
+from dsv3.training.loss import GlobalBatch, Losses, cross_entropy_sum, losses, valid_tokens
+from tests.reference import normal
+from tests.training.batches import ROWS, batch
+
+VOCAB = 48
+
+
+def output(rows: int, depths: int, seed: int = 0, balance: float = 1.0) -> ModelOutput:
+    """Random logits that need gradients."""
+    logits = [normal(rows, 10, VOCAB, seed=seed + n) for n in range(depths + 1)]
+    return ModelOutput(logits[0], logits[1:], torch.tensor(balance, requires_grad=True))
+
+
+def part(whole: ModelOutput, rows: slice, balance: float) -> ModelOutput:
+    return ModelOutput(
+        whole.logits[rows], [logits[rows] for logits in whole.mtp_logits], torch.tensor(balance)
+    )
+
+
+def by_hand(logits: Tensor, ahead: int, rows: list[int]) -> tuple[float, int]:
+    """Sum of -log p of the tokens `ahead` places on that lie in the same document; how many there are."""
+    total, count = 0.0, 0
+    for place, number in enumerate(rows):
+        tokens, documents = ROWS[number]
+        for i in range(10):
+            j = i + ahead
+            if j <= 10 and documents[i] >= 0 and documents[j] == documents[i]:
+                scores = logits[place, i].double().tolist()
+                total += math.log(sum(math.exp(s) for s in scores)) - scores[tokens[j]]
+                count += 1
+    return total, count
+
+
+def whole_of(batch: Batch) -> GlobalBatch:
+    return GlobalBatch(valid_tokens(batch), batch.tokens.shape[0])
+
+
+def test_valid_tokens_are_those_with_a_successor_in_their_document() -> None:
+    assert [int(valid_tokens(batch(n))) for n in range(6)] == [10, 9, 7, 1, 4, 10]
+    assert int(valid_tokens(batch(0, 2, 3))) == 18
+
+
+def test_cross_entropy_of_even_logits_is_the_logarithm_of_the_vocabulary() -> None:
+    targets = torch.tensor([[3, IGNORE, 0, 47]])
+    even = torch.full((1, 4, VOCAB), 5.0)
+    assert cross_entropy_sum(even, targets).item() == pytest.approx(3 * math.log(48), rel=1e-6)
+    assert cross_entropy_sum(even, torch.full((1, 4), IGNORE)).item() == 0
+
+
+def test_cross_entropy_is_computed_in_fp32() -> None:
+    logits, targets = 4 * normal(2, 10, VOCAB).detach().bfloat16(), batch(0, 1).targets
+    found = cross_entropy_sum(logits, targets)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(cross_entropy_sum(logits.double(), targets).item(), rel=1e-5)
+
+
+def test_ignored_targets_get_no_gradient() -> None:
+    out, data = output(2, 0), batch(1, 4)
+    losses(out, data, whole_of(data)).main.backward()
+    assert out.logits.grad is not None
+    assert torch.equal(out.logits.grad.any(-1), data.targets != IGNORE)
+
+
+@pytest.mark.parametrize("depths", [1, 2, 3])
+def test_losses_by_hand(depths: int) -> None:
+    rows = [0, 1, 2, 4]
+    out, data = output(4, depths), batch(*rows)
+    found = losses(out, data, whole_of(data))
+    main, valid = by_hand(out.logits, 1, rows)
+    assert valid == 30
+    assert found.main.item() == pytest.approx(main / 30, rel=1e-5)
+    # Each depth has fewer targets than the main loss and yet its denominator, eq. 24's 1/T.
+    sums = [by_hand(logits, depth + 1, rows) for depth, logits in enumerate(out.mtp_logits, start=1)]
+    assert [count for _, count in sums] == [23, 17, 12][:depths]
+    assert found.mtp.item() == pytest.approx(sum(s for s, _ in sums) / depths / 30, rel=1e-5)
+
+
+def test_without_mtp_its_loss_is_zero() -> None:
+    out, data = output(2, 0), batch(0, 1)
+    assert losses(out, data, whole_of(data)).mtp.item() == 0
+
+
+def test_shares_of_the_microbatches_add_up_to_the_losses_of_the_batch() -> None:
+    # Rows with 10, 9, 7, 1, 4 and 10 targets: a mean of means would weigh row 3's target tenfold.
+    rows = [0, 1, 2, 3, 4, 5]
+    out, data = output(6, 2, balance=(2 * 1.0 + 1 * 4.0 + 3 * 2.0) / 6), batch(*rows)
+    whole = whole_of(data)
+    once = losses(out, data, whole)
+    parts: list[Losses] = []
+    for first, last, balance in ((0, 2, 1.0), (2, 3, 4.0), (3, 6, 2.0)):
+        micro = batch(*rows[first:last])
+        parts.append(losses(part(out, slice(first, last), balance), micro, whole))
+    for name in ("main", "mtp", "balance"):
+        total = torch.stack([getattr(p, name) for p in parts]).sum()
+        assert total.item() == pytest.approx(getattr(once, name).item(), rel=1e-6)
+    inputs = [out.logits, *out.mtp_logits]
+    expected = torch.autograd.grad(once.main + once.mtp, inputs)
+    total = torch.stack([p.main + p.mtp for p in parts]).sum()
+    for found, right in zip(torch.autograd.grad(total, inputs), expected, strict=True):
+        assert (found - right).abs().max() < 1e-6 * right.abs().max()
+
+
+def test_balance_is_a_mean_over_the_sequences_of_the_whole_batch() -> None:
+    data = batch(0, 1)
+    found = losses(output(2, 0, balance=6.0), data, GlobalBatch(torch.tensor(99), 12))
+    assert found.balance.item() == pytest.approx(1.0)
+
+
+def test_main_loss_is_what_torch_calls_the_mean() -> None:
+    out, data = output(3, 0), batch(0, 1, 3)
+    expected = F.cross_entropy(out.logits.transpose(1, 2), data.targets, ignore_index=IGNORE)
+    assert losses(out, data, whole_of(data)).main.item() == pytest.approx(expected.item(), rel=1e-6)

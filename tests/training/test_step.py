@@ -1,0 +1,212 @@
+"""One optimizer step: microbatches add up, figures are right, biases move after the update."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3.data.batch import IGNORE, Batch
+from dsv3.metrics.row import MetricsRow
+from dsv3.model.config import ModelConfig
+from dsv3.model.transformer import Transformer
+from dsv3.training.config import AdamWConfig, TrainConfig
+from dsv3.training.optimizer import build_optimizer
+from dsv3.training.step import TrainStep, Weights
+from tests import reference
+from tests.reference import MODEL, SOFTMAX_MOE, tiny_model
+from tests.training.batches import ALONE, batch
+
+# So large that a move is the gradient and not the rounding of the parameter it is added to.
+LR = 100.0
+WEIGHTS = Weights(lr=LR, mtp=0.3, balance=0.05, bias_speed=0.01)
+
+
+def step_of(model: Transformer, clip_norm: float = 1e9, document_mask: bool = True) -> TrainStep:
+    # SGD: AdamW's division would turn rounding into updates of the size of lr.
+    optimizer = torch.optim.SGD(model.parameters(), lr=99.0)
+    return TrainStep(model, optimizer, ALONE, clip_norm, document_mask)
+
+
+def trained(
+    microbatches: Sequence[Batch], weights: Weights = WEIGHTS, clip_norm: float = 1e9
+) -> tuple[Transformer, dict[str, Tensor]]:
+    """A model after one step, and the step's figures."""
+    model = tiny_model()
+    return model, step_of(model, clip_norm)(list(microbatches), weights)
+
+
+def moves(model: Transformer) -> dict[str, Tensor]:
+    """How far each parameter has come from where it started."""
+    start = dict(tiny_model().named_parameters())
+    return {name: (p - start[name]).detach() for name, p in model.named_parameters()}
+
+
+def expected_terms(data: Batch) -> tuple[Transformer, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Main, MTP and balance term of a batch by the reference model, and its loads."""
+    model = tiny_model()
+    logits, predicted, balance, loads = reference.transformer(model, data.tokens, data.documents)
+    main, mtp = torch.zeros(()), torch.zeros(())
+    valid = 0
+    for b in range(len(data.tokens)):
+        for i, target in enumerate(data.targets[b].tolist()):
+            if target != IGNORE:
+                valid += 1
+                main = main - logits[b, i].log_softmax(-1)[target]
+            # Depth 1 predicts position i + 1's target, if i + 1 is in the document and has one.
+            inside = i + 1 < data.targets.shape[1] and data.documents[b, i] == data.documents[b, i + 1]
+            if inside and data.targets[b, i + 1] != IGNORE:
+                mtp = mtp - predicted[0][b, i].log_softmax(-1)[data.targets[b, i + 1]]
+    return model, main / valid, mtp / valid, balance, loads
+
+
+def test_a_step_follows_the_gradient_of_the_weighted_sum_of_the_losses() -> None:
+    data = batch(1, 2)
+    model, main, mtp, balance, _ = expected_terms(data)
+    weights = replace(WEIGHTS, balance=3.0)
+    gradients = torch.autograd.grad(main + 0.3 * mtp + 3.0 * balance, list(model.parameters()))
+    found, figures = trained([data], weights)
+    for move, gradient in zip(moves(found).values(), gradients, strict=True):
+        assert gradient.any()
+        reference.assert_close(move, -LR * gradient, 1e-4)
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    assert figures["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+    assert figures["loss"].item() == pytest.approx(main.item(), rel=1e-5)
+    assert figures["mtp_loss"].item() == pytest.approx(mtp.item(), rel=1e-5)
+    assert figures["balance_loss"].item() == pytest.approx(3.0 * balance.item(), rel=1e-5)
+
+
+def test_microbatches_with_different_numbers_of_targets_equal_one_large_batch() -> None:
+    # 19, 8 and 14 valid targets.
+    whole, figures = trained([batch(0, 1, 2, 3, 4, 5)])
+    split, parts = trained([batch(0, 1), batch(2, 3), batch(4, 5)])
+    for name, move in moves(whole).items():
+        assert move.any()
+        reference.assert_close(moves(split)[name], move)
+    assert set(parts) == set(figures)
+    for name, value in figures.items():
+        assert parts[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    for mine, right in zip(split.routers(), whole.routers(), strict=True):
+        assert mine.selection_bias is not None
+        assert right.selection_bias is not None
+        assert torch.equal(mine.selection_bias, right.selection_bias)
+
+
+def test_a_batch_twice_is_the_batch_once() -> None:
+    once, twice = trained([batch(1, 2)])[0], trained([batch(1, 2), batch(1, 2)])[0]
+    for name, move in moves(once).items():
+        reference.assert_close(moves(twice)[name], move)
+
+
+def test_biases_move_by_the_load_of_all_microbatches_after_the_step() -> None:
+    _, _, _, _, first = expected_terms(batch(1, 2))
+    _, _, _, _, second = expected_terms(batch(0, 5))
+    before = [router.selection_bias for router in tiny_model().routers()]
+    model, figures = trained([batch(1, 2), batch(0, 5)])
+    assert len(first) == len(model.routers()) == 2  # the MTP depth's too
+    violations = []
+    for router, bias, a, b in zip(model.routers(), before, first, second, strict=True):
+        load = a + b
+        assert router.selection_bias is not None
+        assert bias is not None
+        assert torch.allclose(router.selection_bias, bias + 0.01 * (load.mean() - load).sign())
+        assert not router.load.any()
+        violations.append((load.max() / load.mean() - 1).item())
+    assert figures["moe_max_violation"].item() == pytest.approx(max(violations))
+
+
+def test_bias_speed_zero_leaves_the_biases_and_still_clears_the_counters() -> None:
+    model, _ = trained([batch(0, 1)], replace(WEIGHTS, bias_speed=0.0))
+    for router, before in zip(model.routers(), tiny_model().routers(), strict=True):
+        assert router.selection_bias is not None
+        assert before.selection_bias is not None
+        assert torch.equal(router.selection_bias, before.selection_bias)
+        assert not router.load.any()
+
+
+def test_clipping_shortens_the_step_and_the_norm_told_is_that_before() -> None:
+    free, figures = trained([batch(0, 1)])
+    norm = figures["grad_norm"].item()
+    clipped, clipped_figures = trained([batch(0, 1)], clip_norm=norm / 8)
+    assert clipped_figures["grad_norm"].item() == pytest.approx(norm)
+    for name, move in moves(free).items():
+        reference.assert_close(8 * moves(clipped)[name], move, 1e-4)
+
+
+def test_two_steps_do_not_share_gradients() -> None:
+    model = tiny_model()
+    step = step_of(model)
+    step([batch(0, 1)], replace(WEIGHTS, lr=0.0, bias_speed=0.0))
+    assert all(p.grad is None for p in model.parameters())
+    step([batch(2, 5)], WEIGHTS)
+    alone, _ = trained([batch(2, 5)])
+    for mine, right in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine, right)
+
+
+def test_the_document_mask_keeps_documents_apart() -> None:
+    data = batch(1, 2)
+    masked = step_of(tiny_model())([data], WEIGHTS)["loss"]
+    open_ = step_of(tiny_model(), document_mask=False)([data], WEIGHTS)["loss"]
+    _, expected, _, _, _ = expected_terms(data)
+    assert masked.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert abs(masked.item() - open_.item()) > 1e-3
+
+
+def test_a_step_trains_a_model_that_was_evaluating() -> None:
+    model = tiny_model().eval()
+    assert "mtp_loss" in step_of(model)([batch(0)], WEIGHTS)
+    assert model.training
+
+
+def test_a_batch_without_targets_leaves_finite_weights() -> None:
+    empty = batch(0)
+    empty = replace(empty, targets=torch.full_like(empty.targets, IGNORE))
+    model, figures = trained([empty])
+    assert figures["loss"].item() == 0
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "unknown"),
+    [
+        (MODEL, set()),
+        (replace(MODEL, mtp_depths=0), {"mtp_loss"}),
+        (replace(MODEL, moe=SOFTMAX_MOE), {"moe_bias_range"}),
+        (
+            replace(MODEL, num_dense_layers=2, mtp_depths=0),
+            {"mtp_loss", "balance_loss", "moe_max_violation", "moe_entropy", "moe_bias_range"},
+        ),
+    ],
+)
+def test_figures_are_those_of_the_metrics_row_that_the_model_has(
+    config: ModelConfig, unknown: set[str]
+) -> None:
+    known = {"loss", "mtp_loss", "balance_loss", "grad_norm"}
+    known |= {"moe_max_violation", "moe_entropy", "moe_bias_range"}
+    assert known <= {f.name for f in fields(MetricsRow)}
+    figures = step_of(tiny_model(config))([batch(0, 1)], WEIGHTS)
+    assert set(figures) == known - unknown
+    assert all(value.ndim == 0 and value.isfinite() for value in figures.values())
+
+
+def test_weights_switch_where_the_report_says() -> None:
+    # A step is 0.1T tokens of 14.8T.
+    weights = {step: Weights.at(step, 148, 0.5, TrainConfig()) for step in range(1, 149)}
+    assert {step for step, w in weights.items() if w.mtp == 0.3} == set(range(1, 101))
+    assert {step for step, w in weights.items() if w.mtp == 0.1} == set(range(101, 149))
+    assert {step for step, w in weights.items() if w.bias_speed == 0.001} == set(range(1, 144))
+    assert {step for step, w in weights.items() if w.bias_speed == 0.0} == set(range(144, 149))
+    assert {(w.lr, w.balance) for w in weights.values()} == {(0.5, 0.0001)}
+
+
+def test_a_tiny_model_learns_a_repeated_batch_by_heart() -> None:
+    model = tiny_model(replace(MODEL, norm_eps=1e-6, latent_norm_eps=1e-6))
+    step = TrainStep(model, build_optimizer(AdamWConfig(), model), ALONE, 1.0, True)
+    data = batch(0, 1, 2, 5)
+    for _ in range(60):
+        figures = step([data], replace(WEIGHTS, lr=0.01))
+    assert figures["loss"] < 0.1 * math.log(MODEL.vocab_size)
+    assert figures["mtp_loss"] < 0.1 * math.log(MODEL.vocab_size)
