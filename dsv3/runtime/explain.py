@@ -15,6 +15,12 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from dsv3.runtime.commandline import split_override
 from dsv3.runtime.errors import nearest
 
+_EXTRAS = {
+    "hydra/launcher": {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"},
+    "hydra/sweeper": {"optuna": "sweep"},
+}
+"""Choices that a plugin of Hydra's adds, with the extra of setup.cfg that installs it."""
+
 
 def explain(error: Exception, arguments: Sequence[str], groups: dict[str, list[str]]) -> str:
     """What the user should read instead of `error`; `groups` are the config groups' choices."""
@@ -45,6 +51,10 @@ def _bad_grammar(error: OverrideParseException) -> str:
 def _missing_choice(error: MissingConfigException, groups: dict[str, list[str]]) -> str:
     group, _, choice = str(error.missing_cfg_file).rpartition("/")
     choices = groups.get(group) or list(error.options or ())  # Hydra's own groups are not in conf/
+    extras = _EXTRAS.get(group, {})
+    if choice in extras:
+        return f"{group}={choice} is not installed: pip install 'dsv3[{extras[choice]}]'"
+    choices = sorted({*choices, *extras})
     if not choices:
         return f"there is no config group '{group}'.{nearest(group, groups)} Groups: {', '.join(groups)}"
     return _no_choice(group, choice, choices)

@@ -21,6 +21,7 @@ MISTAKES: dict[str, list[str]] = {
     "++foo.bar=1": ["unknown key 'foo'"],
     "+model=16b": ["+model=16b", "without the +"],
     "hydra/launcher=jobib": ["hydra/launcher=jobib", "'joblib'"],
+    "hydra/sweeper=optun -m": ["hydra/sweeper=optun", "'optuna'"],
     "hydra.foo=1": ["hydra.foo", "sweep"],
     "experiments=nope": ["experiments=nope", "learning_rate"],
     "parallel.fsdp.foo=1": ["parallel.fsdp.foo=1", "null", "another choice"],
