@@ -7,8 +7,8 @@ from omegaconf import DictConfig
 
 from dsv3.config import strict
 from dsv3.runtime.application import Application
-from dsv3.runtime.commandline import quote_texts
 from dsv3.runtime.groups import convert_help
+from dsv3.runtime.quoting import quote_texts
 
 
 def carry_out(composed: DictConfig) -> None:

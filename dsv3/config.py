@@ -1,5 +1,6 @@
 """The whole configuration: its schema, the strict check of what Hydra composed, and `build`."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -120,11 +121,20 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
         elif f.name == "_target_" and value != f.default:
             settings = [f.name for f in fields(node) if not f.name.startswith("_")]
             check_target(value, f"{path}_target_", allow_targets, settings)
+        elif not f.metadata.get("unbounded"):
+            _require_finite(f"{path}{f.name}", value)
     if hasattr(node, "validate"):
         try:
             node.validate()
         except InvalidValue as error:
             raise InvalidValue(f"{path}{error.key}", error.value, error.allowed) from None
+
+
+def _require_finite(key: str, value: Any) -> None:
+    """InvalidValue for nan and inf, which pass every comparison or fail none."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise InvalidValue(key, value, "must be a finite number")
 
 
 def build(node: Any, **runtime: Any) -> Any:

@@ -44,12 +44,17 @@ def step_directory(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step}"
 
 
+def step_number(checkpoint: Path) -> int:
+    """The step after which a run's checkpoint was saved, from its name."""
+    found = _STEP.fullmatch(checkpoint.name)
+    assert found is not None
+    return int(found[1])
+
+
 def complete_steps(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first: a directory has its name only when whole."""
-    found = [
-        (int(m[1]), path) for path in (run_dir / "checkpoints").glob("*") if (m := _STEP.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    found = [path for path in (run_dir / "checkpoints").glob("*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=step_number)
 
 
 def find_checkpoint(path: str) -> Path:

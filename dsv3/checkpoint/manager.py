@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from dsv3.checkpoint.directory import (
     MODEL_FILE,
@@ -32,6 +33,7 @@ from dsv3.checkpoint.reader import load_tensors, read_metadata
 from dsv3.config import plain
 from dsv3.model.transformer import Transformer
 from dsv3.runtime.distributed import Worker
+from dsv3.runtime.errors import RunFailed, UserError
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -53,11 +55,12 @@ class CheckpointManager:
         directory = step_directory(self.run_dir, progress.step)
         if directory == self.newest:
             return directory  # nothing has been trained since
+        tensors = {**_model_state(model), **_optimizer_state(model, optimizer), **self._random_state()}
+        self._require_finite(tensors, progress.step)
         partial = directory.with_name(f".partial-{directory.name}")
         if self.worker.is_main:
             prepare_partial(directory)
         self.worker.barrier()
-        tensors = {**_model_state(model), **_optimizer_state(model, optimizer), **self._random_state()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
             save(tensors, storage_writer=FileSystemWriter(partial))
@@ -88,6 +91,16 @@ class CheckpointManager:
         self.newest = directory
         return Progress.read(directory)
 
+    def _require_finite(self, tensors: dict[str, Tensor], step: int) -> None:
+        """RunFailed where a number to be saved is none: a loss tells of it only one step later."""
+        bad = [name for name, tensor in tensors.items() if not bool(_local(tensor).isfinite().all())]
+        if self.worker.any(bool(bad)):
+            where = bad[0] if bad else "a tensor of another rank"
+            raise RunFailed(
+                f"after step {step} {where} is not finite, so it is not saved; the last checkpoint is from "
+                "before. A lower optimizer.lr or longer warm-up may help."
+            )
+
     def _describe(self, partial: Path, model: Transformer, progress: Progress) -> None:
         write_text(partial / MODEL_FILE, yaml.safe_dump(plain(model.config), sort_keys=False))
         progress.write(partial)
@@ -100,8 +113,20 @@ class CheckpointManager:
 
 
 def load_weights(model: Transformer, directory: Path) -> None:
-    """Load the weights alone, from a step of a run or a converted checkpoint."""
-    load_tensors(directory, _model_state(model))
+    """Load the weights alone, from a step of a run or a converted checkpoint.
+
+    UserError where it holds weights that this model has no place for; MTP layers may be left out.
+    """
+    wanted = _model_state(model)
+    left_out = "model.mtp." if not model.mtp else ()
+    for name in read_metadata(directory).state_dict_metadata:
+        if name.startswith("model.") and name not in wanted and not name.startswith(left_out):
+            raise UserError(f"{directory} has '{name}', the model does not: it was saved from another model")
+    load_tensors(directory, wanted)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _model_state(model: Transformer) -> dict[str, Tensor]:

@@ -27,6 +27,10 @@ class DataConfig:
         """Refuse a held-out share that leaves too little on either side."""
         require(0 < self.held_out < 0.5, "held_out", self.held_out, "must be above 0 and below 0.5")
 
+    def given_length(self) -> int | None:
+        """The sequence length that the data itself sets; None where text is packed to any."""
+        return None
+
 
 @dataclass
 class StdlibDataConfig(DataConfig):
@@ -59,6 +63,12 @@ class TokensDataConfig(DataConfig):
         """Refuse a missing path."""
         super().validate()
         require(bool(self.path), "path", self.path, "give a file of ids [rows, width], data.path=FILE.npy")
+
+    def given_length(self) -> int:
+        """Width - 1, from the file's header; UserError where it is no such file."""
+        from dsv3.data.table import TokensData
+
+        return TokensData(path=self.path).sequence_length
 
 
 @dataclass

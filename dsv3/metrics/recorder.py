@@ -56,10 +56,11 @@ class Recorder:
                 setattr(row, name, value.item())
             row.memory_gib = self.memory
             self._show(row)
-            if not all(map(math.isfinite, (row.loss or 0.0, row.grad_norm or 0.0))):
+            watched = {name: getattr(row, name) or 0.0 for name in ("loss", "grad_norm", "evaluation_loss")}
+            if not all(map(math.isfinite, watched.values())):
                 self.close()
                 raise RunFailed(
-                    f"step {row.step}: loss {row.loss}, gradient norm {row.grad_norm}: not finite. "
+                    f"step {row.step} is not finite: {', '.join(f'{k} {v}' for k, v in watched.items())}. "
                     "The last checkpoint is from before; a lower optimizer.lr or longer warm-up may help."
                 )
         self.pending.clear()

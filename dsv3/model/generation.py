@@ -52,7 +52,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """One id from `logits` [vocab]: the likeliest at temperature 0, else drawn from the nucleus.
 
     The nucleus is the smallest set of likeliest ids whose probabilities reach `top_p`.
+    FloatingPointError where a logit is not a number.
     """
+    if not bool(logits.isfinite().all()):
+        raise FloatingPointError("the model's logits are not finite")
     if temperature == 0:
         return int(logits.argmax())
     probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)

@@ -55,11 +55,11 @@ class Router(nn.Module):
             logits = F.linear(x.float(), self.weight.float())
         sigmoid = self.config.score_function is ScoreFunction.sigmoid
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
-        experts = self.select(scores.detach())
-        load = torch.bincount(experts.flatten(), minlength=scores.shape[-1]).float()
-        weights = self.weigh(scores, experts)
+        flat = scores.flatten(0, 1)
+        experts = self.select(flat.detach())
+        load = torch.bincount(experts.flatten(), minlength=flat.shape[-1]).float()
         stats = RouterStats(load, self.balance_loss(scores))
-        return Routing(experts.flatten(0, 1), weights.flatten(0, 1), stats)
+        return Routing(experts, self.weigh(flat, experts), stats)
 
     def select(self, scores: Tensor) -> Tensor:
         """Expert numbers [..., top_k] from `scores` [..., experts], bias and group limit applied."""

@@ -1,6 +1,7 @@
 """A command from its arguments to its exit code: prepare, compose, check, plan, launch."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -43,6 +44,7 @@ class Application:
         self.carry_out = carry_out
         self.composed = False
         self.failure: BaseException | None = None
+        self.failed: list[str] = []
 
     def run(self, main: Callable[[], T], argv: list[str]) -> int:
         """Carry out the command; the exit code of the contract."""
@@ -53,6 +55,8 @@ class Application:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print errors itself and exit with 1
         register()
         register_resolvers()
+        # Before training listens itself there is nothing to save: a stop ends the command as Ctrl-C does.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             arguments = flags_first(self.prepare(argv))
             sys.argv = [self.program, *arguments]
@@ -66,6 +70,8 @@ class Application:
                 # Overrides that Hydra stumbles over while it composes: no job of ours has begun.
                 error = ConfigCompositionException(str(error))
             return report(error, argv)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return DONE
 
     def job(self, config: DictConfig) -> float | None:
@@ -77,7 +83,9 @@ class Application:
             if HydraConfig.get().mode is RunMode.MULTIRUN:
                 number = HydraConfig.get().job.num
                 print(f"job {number} failed: {_one_line(error)}", file=sys.stderr, flush=True)
-                raise RunFailed(f"job {number} failed; the others went on") from error
+                self.failed.append(str(number))
+                jobs = "job" if len(self.failed) == 1 else "jobs"
+                raise RunFailed(f"{jobs} {', '.join(self.failed)} failed; the others went on") from error
             # Hydra would announce an exception in words of its own: hand it to run() instead.
             self.failure = error
             return None

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from dsv3.runtime.errors import require, require_positive
 
+WEEK = 7 * 24 * 3600
+
 
 @dataclass
 class LaunchConfig:
@@ -18,7 +20,8 @@ class LaunchConfig:
     timeout: int = 600
 
     def validate(self) -> None:
-        require_positive(self, "nproc", "nnodes", "world_size", "timeout")
+        require_positive(self, "nproc", "nnodes", "world_size")
+        require(0 < self.timeout <= WEEK, "timeout", self.timeout, f"must be 1 to {WEEK} seconds (a week)")
         if self.nproc is not None and self.world_size is not None:
             world = self.nproc * self.nnodes
             allowed = (

@@ -12,8 +12,8 @@ from hydra.errors import (
 )
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
-from dsv3.runtime.commandline import split_override
 from dsv3.runtime.errors import nearest
+from dsv3.runtime.quoting import split_override
 
 _EXTRAS = {
     "hydra/launcher": {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"},
@@ -88,6 +88,8 @@ def _bad_value(cause: OmegaConfBaseException, arguments: Sequence[str], groups: 
 def _bad_composition(error: Exception, arguments: Sequence[str], groups: dict[str, list[str]]) -> str:
     """Complaints about a group's choice that do not say which argument is meant, or how it is put right."""
     for argument in arguments:
+        if argument.startswith("="):
+            return f"{argument!r}: the key before the = is missing"
         key, value = split_override(argument) or ("", "")
         if key in groups and argument.startswith("+"):
             return f"{argument}: {key} is chosen already; without the +: {key}={value}"

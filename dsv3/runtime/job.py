@@ -39,7 +39,8 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     _check_wrapped(config, degrees)
     config = complete(config, degrees)
     train = config.train
-    check_batch(degrees, train.length, train.batch, train.microbatch)
+    if config.task.trains:
+        check_batch(degrees, train.length, train.batch, train.microbatch)
     hardware = detect(config.hardware, max(1, world // config.launch.nnodes))
     plan = make_plan(config, degrees, hardware)
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
@@ -49,13 +50,24 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
 def complete(config: Config, degrees: Degrees) -> Config:
     """The config with what was left null filled in: lengths, batch sizes, the schedule's end."""
     train = config.train
-    length = train.sequence_length or config.model.rope.original_sequence_length
+    length = _sequence_length(config)
     ranks = degrees.data_parallel
     whole = train.global_batch_size or max(_GLOBAL_BATCH, ranks * (train.microbatch_size or 1))
     micro = train.microbatch_size or _microbatch(whole // ranks, length)
     train = replace(train, sequence_length=length, global_batch_size=whole, microbatch_size=micro)
     schedule = replace(config.schedule, total_steps=config.schedule.total_steps or train.steps)
     return replace(config, train=train, schedule=schedule)
+
+
+def _sequence_length(config: Config) -> int:
+    """Tokens of a row: given ids set it, else as typed, else what the rotary embedding was made for."""
+    typed, given = config.train.sequence_length, config.data.given_length()
+    if typed and given and typed != given:
+        raise UserError(
+            f"train.sequence_length={typed}: the rows of data.path are {given + 1} ids wide, "
+            f"which sets it to {given}; leave it out"
+        )
+    return given or typed or config.model.rope.original_sequence_length
 
 
 def _microbatch(sequences: int, length: int) -> int:

@@ -14,7 +14,7 @@ from dsv3.planning.report import require_fits
 from dsv3.runtime.commandline import under_launcher
 from dsv3.runtime.errors import RunFailed, UserError
 from dsv3.runtime.job import Job
-from dsv3.runtime.rundir import check_run_dir
+from dsv3.runtime.rundir import check_run_dir, check_same_run
 from dsv3.runtime.signals import KILLED, STOPPED, Stopped
 
 if TYPE_CHECKING:
@@ -27,14 +27,21 @@ _SHUTDOWN_TIMEOUT = 600
 
 def launch(job: Job) -> float | None:
     """Run the job's task here or in workers started for it; rank 0's result."""
+    check(job)
     task = job.config.task
-    if task.writes_run and job.named_run_dir:
-        check_run_dir(job.run_dir, job.config.run.resume)
-    if task.must_fit:
-        require_fits(job.plan)
     if not task.uses_model or job.plan.world_size == 1 or under_launcher():
         return build(task).run(job)  # type: ignore[no-any-return]
     return _start_workers(job)
+
+
+def check(job: Job) -> None:
+    """The last checks before anything starts: UserError for a run directory or a plan that cannot do."""
+    if job.config.task.writes_run and job.named_run_dir:
+        check_run_dir(job.run_dir, job.config.run.resume)
+        if job.config.run.resume:
+            check_same_run(job.config, job.run_dir)
+    if job.config.task.must_fit:
+        require_fits(job.plan)
 
 
 def _start_workers(job: Job) -> float | None:

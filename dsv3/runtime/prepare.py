@@ -10,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint
 from dsv3.config import Config, literal, strict
 from dsv3.model.config import ModelConfig
-from dsv3.runtime.commandline import split_override
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job, plan_job
+from dsv3.runtime.quoting import split_override
+from dsv3.runtime.rundir import CONFIG_FILE
 
 
 def prepare_job(composed: DictConfig) -> Job:
@@ -35,15 +36,26 @@ def carry_out(composed: DictConfig) -> float | None:
 
 
 def _take_model_of_checkpoint(composed: DictConfig, keys: set[str]) -> None:
-    """Replace the model node by the one stored with checkpoint.load; typed `model.*` keys stay."""
-    path = find_checkpoint(composed.checkpoint.load) / MODEL_FILE
-    if not path.is_file():
-        raise UserError(f"{path} is missing: say which model it is, model=...")
+    """Replace the model node by the one stored with checkpoint.load; typed `model.*` keys stay.
+
+    A resumed run has it in its own config.yaml: the checkpoint it was begun from may be gone.
+    """
+    resumed = composed.run.resume
+    path = Path(composed.run.dir) / CONFIG_FILE if resumed else _model_file(composed.checkpoint.load)
     try:
-        stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), literal(yaml.safe_load(path.read_text())))
+        content = yaml.safe_load(path.read_text())
+        content = content["model"] if resumed else content
+        stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), literal(content))
     except Exception as error:
         raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}") from None
     for key in keys:
         if key.startswith("model."):
             OmegaConf.update(stored, key.removeprefix("model."), OmegaConf.select(composed, key))
     composed.model = stored
+
+
+def _model_file(checkpoint: str) -> Path:
+    path = find_checkpoint(checkpoint) / MODEL_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing: say which model it is, model=...")
+    return path

@@ -10,13 +10,15 @@ from typing import Any
 
 import yaml
 
-from dsv3.checkpoint.directory import write_text
+from dsv3.checkpoint.directory import complete_steps, step_number, write_text
 from dsv3.config import Config, plain
-from dsv3.runtime.commandline import absolute_paths
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job
+from dsv3.runtime.quoting import absolute_paths
 
 CONFIG_FILE, OVERRIDES_FILE, ENVIRONMENT_FILE = "config.yaml", "overrides.yaml", "environment.json"
+_KEPT = ("data._target_", "data.held_out", "data.shuffle", "train.seed", "train.sequence_length")
+"""Beside model and tokenizer: which rows there are, in which order."""
 _PACKAGES = ("dsv3", "torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
 
 
@@ -70,20 +72,56 @@ def describe_run(job: Job, data: dict[str, Any]) -> None:
     )
 
 
-def check_same_model(config: Config, directory: Path) -> None:
-    """UserError where a resumed run's model is not the one that its checkpoints hold."""
-    try:
-        stored = dict(yaml.safe_load((directory / CONFIG_FILE).read_text())["model"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        raise UserError(f"resume={directory}: config.yaml holds no model; is it a run's?") from None
-    now = plain(config.model)
-    changed = [key for key in now if now[key] != stored.get(key)]
-    if changed:
-        key = changed[0]
+def check_same_run(config: Config, directory: Path) -> None:
+    """UserError where going on with the run in `directory` would make another run of it.
+
+    Its weights belong to one model and tokenizer, its place in the data to one order of the rows.
+    """
+    stored = _flat(_stored_config(directory))
+    for key, now in _flat(plain(config)).items():
+        kept = key in _KEPT or key.startswith(("model.", "tokenizer."))
+        if kept and key in stored and stored[key] != now:
+            raise UserError(
+                f"resume={directory} has {key}={stored[key]}, not {now}: a run keeps its model and its data; "
+                "checkpoint.load= starts a new one from its weights"
+            )
+    done = max(map(step_number, complete_steps(directory)), default=0)
+    if config.train.steps < done:
         raise UserError(
-            f"resume={directory} has model.{key}={stored.get(key)}, not {now[key]}: a run keeps its model; "
-            "checkpoint.load= starts a new one from its weights"
+            f"train.steps={config.train.steps} is less than resume={directory} has done: use {done} or more"
         )
+
+
+def check_same_data(fingerprint: str, directory: Path) -> None:
+    """UserError where the data is not what the run in `directory` has been trained on."""
+    path = directory / ENVIRONMENT_FILE
+    try:
+        stored = json.loads(path.read_text())["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} does not tell the data's fingerprint; is it a run's?") from None
+    if stored != fingerprint:
+        raise UserError(
+            f"resume={directory} was trained on data with the fingerprint {stored}, it is {fingerprint} now: "
+            "give that data (data.path=...), or start a new run from the weights with checkpoint.load="
+        )
+
+
+def _stored_config(directory: Path) -> dict[str, Any]:
+    try:
+        stored = yaml.safe_load((directory / CONFIG_FILE).read_text())
+        if not isinstance(stored["model"], dict):
+            raise TypeError
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"resume={directory}: config.yaml holds no model; is it a run's?") from None
+    return dict(stored)
+
+
+def _flat(node: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        leaves |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return leaves
 
 
 def environment(job: Job, data: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,12 @@ class PlanFormat(Enum):
 class TaskConfig:
     """The base of conf/task; what the launcher must know of a task before it imports torch for it.
 
-    `uses_model` tasks run in workers on a device, `must_fit` ones are refused where their plan does not
-    fit, `writes_run` ones need a run directory of their own.
+    `uses_model` tasks run in workers on a device, `trains` ones obey the laws of the batch, `must_fit`
+    ones are refused where their plan does not fit, `writes_run` ones need a run directory of their own.
     """
 
     uses_model: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
     must_fit: ClassVar[bool] = False
     writes_run: ClassVar[bool] = False
     _target_: str = ""
@@ -34,6 +35,7 @@ class TaskConfig:
 class TrainTaskConfig(TaskConfig):
     """Train, evaluate now and then, save, and tell how it went."""
 
+    trains: ClassVar[bool] = True
     must_fit: ClassVar[bool] = True
     writes_run: ClassVar[bool] = True
     _target_: str = "dsv3.tasks.train.Train"
@@ -74,5 +76,6 @@ class PlanTaskConfig(TaskConfig):
     """What a layout would need, by arithmetic alone."""
 
     uses_model: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
     _target_: str = "dsv3.tasks.plan.Plan"
     format: PlanFormat = PlanFormat.text

@@ -9,11 +9,6 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.runtime.distributed import Worker
 
 
-def sequence_length(config: Config) -> int:
-    """Tokens of a row: as set, else the length the model's rotary embedding was made for."""
-    return config.train.sequence_length or config.model.rope.original_sequence_length
-
-
 def prepare_data(
     config: Config, worker: Worker, tokenizer: Tokenizer | None = None, evaluate: bool = False
 ) -> PreparedData:
@@ -22,7 +17,7 @@ def prepare_data(
     chosen = tokenizer or build(config.tokenizer)
 
     def prepare() -> PreparedData:
-        data: PreparedData = source.prepare(chosen, sequence_length(config), config.train.seed, evaluate)
+        data: PreparedData = source.prepare(chosen, config.train.length, config.train.seed, evaluate)
         return data
 
     # One process does the work and the rest find it done. A failure of rank 0 ends the others too.

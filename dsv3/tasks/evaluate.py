@@ -7,6 +7,7 @@ from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.metrics.console import Console
 from dsv3.runtime.determinism import make_deterministic
 from dsv3.runtime.distributed import worker
+from dsv3.runtime.errors import RunFailed
 from dsv3.runtime.job import Job
 from dsv3.tasks.data import prepare_data, stored_tokenizer
 from dsv3.tasks.generate import require_checkpoint
@@ -28,6 +29,8 @@ class Evaluate:
             model = load_model(job, me)
             size, masked = config.train.microbatch, config.data.document_mask
             found = evaluate(model, data.held_out, size, me, masked, config.train.evaluate_batches)
+            if not math.isfinite(found.loss):
+                raise RunFailed(f"the held-out loss of {directory} is {found.loss}")
             if me.is_main:
                 result = {
                     "loss": found.loss,

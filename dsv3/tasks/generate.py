@@ -7,7 +7,7 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.model.generation import generate
 from dsv3.model.transformer import Transformer
 from dsv3.runtime.distributed import worker
-from dsv3.runtime.errors import UserError
+from dsv3.runtime.errors import RunFailed, UserError
 from dsv3.runtime.job import Job
 from dsv3.tasks.config import SamplingConfig
 from dsv3.tasks.data import stored_tokenizer
@@ -43,7 +43,10 @@ def sample_text(
             "task.prompt is empty and the tokenizer has no begin-of-sentence token: give a prompt"
         )
     how = (sampling.max_tokens, sampling.temperature, sampling.top_p)
-    return tokenizer.decode(generate(model, ids, *how, seed, tokenizer.eos))
+    try:
+        return tokenizer.decode(generate(model, ids, *how, seed, tokenizer.eos))
+    except FloatingPointError as error:
+        raise RunFailed(f"no text can be sampled: {error}") from None
 
 
 def require_checkpoint(job: Job) -> str:

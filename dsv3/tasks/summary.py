@@ -11,21 +11,13 @@ from dsv3.metrics.plot import loss_curve
 from dsv3.metrics.row import MetricsRow
 
 
-def conclude(console: Console, directory: Path, more: bool) -> None:
-    """Draw loss.png, print the table of results and the command to try next.
-
-    `more` says that the run was stopped on purpose before its last step.
-    """
+def conclude(console: Console, directory: Path, following: list[str]) -> None:
+    """Draw loss.png, print the table of results and, as the command to try next, `following`."""
     rows = jsonl.read(directory / "metrics.jsonl")
     if rows:
         loss_curve(rows, directory / "loss.png", f"Loss of {directory.name}")
         console.table("Done", _results(rows, directory))
-    following = f"resume={directory}" if more else f"checkpoint.load={directory}"
-    command = ["python", "train.py", following]
-    if not more:
-        command[2:2] = ["task=generate"]
-        command.append("task.prompt=import ")
-    console.next_command(shlex.join(command))
+    console.next_command(shlex.join(["python", "train.py", *following]))
 
 
 def _results(rows: list[MetricsRow], directory: Path) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from dsv3.checkpoint.manager import CheckpointManager, load_weights
 from dsv3.config import Config, build, plain
 from dsv3.data.loader import Loader
 from dsv3.data.sources import PreparedData
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.metrics import jsonl
 from dsv3.metrics.console import Console
 from dsv3.metrics.flops import training_flops_per_token
@@ -21,10 +22,10 @@ from dsv3.runtime.determinism import make_deterministic
 from dsv3.runtime.distributed import Worker, worker
 from dsv3.runtime.job import Job
 from dsv3.runtime.profiler import profiler
-from dsv3.runtime.rundir import check_same_model, describe_run, make_run_dir
+from dsv3.runtime.rundir import check_same_data, describe_run, make_run_dir
 from dsv3.runtime.signals import Stopped, StopRequest, stop_on_signal
 from dsv3.tasks.config import SamplingConfig
-from dsv3.tasks.data import prepare_data
+from dsv3.tasks.data import prepare_data, stored_tokenizer
 from dsv3.tasks.generate import sample_text
 from dsv3.tasks.summary import conclude
 from dsv3.training.evaluation import evaluate
@@ -54,7 +55,9 @@ class _Run:
         self.config: Config = job.config
         self.me = me
         self.stop = stop
-        self.data: PreparedData = prepare_data(self.config, me)
+        self.data: PreparedData = prepare_data(self.config, me, self._stored_tokenizer())
+        if self.config.run.resume:
+            check_same_data(self.data.fingerprint, job.run_dir)
         mesh = build_mesh(job.plan.degrees, me.device.type) if me.world > 1 else None
         self.model: Transformer = build_model(self.config, mesh, me.device)
         self.optimizer = build_optimizer(self.config.optimizer, self.model)
@@ -86,17 +89,24 @@ class _Run:
                 raise Stopped(f"stopped after step {self.progress.step} and saved; go on: {self._resume()}")
             self._generate(self.progress.step)
             if self.me.is_main:
-                conclude(self.console, self.directory, self.progress.step < self.config.train.steps)
+                conclude(self.console, self.directory, self._following())
             return recorder.latest.evaluation_loss if recorder.latest else None
+
+    def _stored_tokenizer(self) -> Tokenizer | None:
+        """The one whose ids the weights know: the run's own, or that of the checkpoint it begins with."""
+        if self.config.run.resume:
+            folder = self.job.run_dir / TOKENIZER_DIR
+            return Tokenizer.from_file(folder) if folder.is_dir() else None
+        if self.config.checkpoint.load:
+            checkpoint = find_checkpoint(self.config.checkpoint.load)
+            return stored_tokenizer(self.config, checkpoint, self.job.overrides)
+        return None
 
     def _restore(self) -> Progress:
         """Continue from the newest checkpoint, or take the weights of `checkpoint.load`, or start anew."""
         metrics = self.directory / "metrics.jsonl"
-        progress = None
-        if self.config.run.resume:
-            check_same_model(self.config, self.directory)
-            progress = self.manager.restore(self.model, self.optimizer)
-        elif self.config.checkpoint.load:
+        progress = self.manager.restore(self.model, self.optimizer) if self.config.run.resume else None
+        if progress is None and self.config.checkpoint.load:
             load_weights(self.model, find_checkpoint(self.config.checkpoint.load))
         progress = progress or Progress()
         if self.me.is_main and metrics.exists():
@@ -147,6 +157,20 @@ class _Run:
         self.console.sample(SAMPLE_PROMPT, text)
         if self.logger is not None:
             self.logger.text("sample", SAMPLE_PROMPT + text, step)
+
+    def _following(self) -> list[str]:
+        """The command to try next: go on where it was to stop early, else use the model."""
+        load = f"checkpoint.load={self.directory}"
+        if self.progress.step < self.config.train.steps:
+            return [f"resume={self.directory}"]
+        if self.data.tokenizer is None:
+            return [
+                "task=evaluate",
+                load,
+                "data=tokens",
+                f"data.path={getattr(self.config.data, 'path', '')}",
+            ]
+        return ["task=generate", load, "task.prompt=import "]
 
     def _resume(self) -> str:
         return shlex.join(["python", "train.py", f"resume={self.directory}"])

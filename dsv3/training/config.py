@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from dsv3.runtime.errors import require, require_positive
 
+SEEDS = 2**63
+"""Seeds are 64-bit counts to torch and signed ones to NumPy."""
+
 
 @dataclass
 class OptimizerConfig:
@@ -140,7 +143,8 @@ class TrainConfig:
     sequence_length: int | None = None
     seed: int = 0
     deterministic: bool = False
-    clip_norm: float = 1.0
+    clip_norm: float = field(default=1.0, metadata={"unbounded": True})
+    """Largest norm of the whole gradient; inf never clips."""
     log_every: int = 20
     checkpoint_every: int = 100
     evaluate_every: int = 100
@@ -168,11 +172,10 @@ class TrainConfig:
     def validate(self) -> None:
         require_positive(self, "steps", "stop_after", "global_batch_size", "microbatch_size")
         require_positive(self, "sequence_length", "clip_norm", "log_every", "evaluate_batches")
-        for key in ("checkpoint_every", "evaluate_every", "generate_every", "collect_garbage_every", "seed"):
+        for key in ("checkpoint_every", "evaluate_every", "generate_every", "collect_garbage_every"):
             value = getattr(self, key)
-            require(
-                value >= 0, key, value, "must be 0 or more" if key == "seed" else "must be 0 (never) or more"
-            )
+            require(value >= 0, key, value, "must be 0 (never) or more")
+        require(0 <= self.seed < SEEDS, "seed", self.seed, f"must be 0 or more and below {SEEDS}")
 
 
 def _completed(value: int | None) -> int:

@@ -8,13 +8,12 @@ import pytest
 from omegaconf import DictConfig
 
 from dsv3.config import CONF
-from dsv3.planning.report import require_fits
 from dsv3.runtime.application import Application
 from dsv3.runtime.commandline import prepare
 from dsv3.runtime.groups import train_help
 from dsv3.runtime.job import Job
+from dsv3.runtime.launch import check
 from dsv3.runtime.prepare import prepare_job
-from dsv3.runtime.rundir import check_run_dir
 
 
 @dataclass
@@ -46,10 +45,7 @@ class Commands:
 
         def carry_out(composed: DictConfig) -> None:
             job = prepare_job(composed)
-            if job.config.task.writes_run and job.named_run_dir:
-                check_run_dir(job.run_dir, job.config.run.resume)
-            if job.config.task.must_fit:
-                require_fits(job.plan)
+            check(job)
             jobs.append(job)
 
         application = Application("train.py", train_help, prepare, carry_out)

@@ -1,10 +1,13 @@
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from dsv3.config import plain, strict
+from dsv3.runtime.job import plan_job
 from dsv3.runtime.rundir import CONFIG_FILE, OVERRIDES_FILE
+from tests.composing import compose
 from tests.end_to_end.fixtures import command_line, prepared
 
 from .commands import Commands
@@ -32,7 +35,12 @@ class StoredRun:
     def store(self, *overrides: str, total_steps: int = 300) -> Path:
         """Write the run's files; its directory."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {"schedule": {"total_steps": total_steps}}
+        foreign = re.compile(
+            r"[+]*(run|hydra|checkpoint|experiments)|[-~]|\d|.*_target_"
+        )  # not for a config of ours
+        kept = [override for override in overrides if not foreign.match(str(override))]
+        config = plain(plan_job(strict(compose(kept)), kept).config)
+        config["schedule"]["total_steps"] = total_steps
         (self.directory / CONFIG_FILE).write_text(yaml.safe_dump(config))
         (self.directory / OVERRIDES_FILE).write_text(yaml.safe_dump(list(overrides)))
         return self.directory

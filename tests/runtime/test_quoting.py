@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dsv3.config import build, strict
-from dsv3.runtime.commandline import prepare, quote_texts
+from dsv3.runtime.commandline import prepare
+from dsv3.runtime.quoting import quote_texts
 from dsv3.tasks.config import GenerateTaskConfig
 
 PARTS = [

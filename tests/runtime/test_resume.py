@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import pytest
+import yaml
+
+from dsv3.runtime.rundir import OVERRIDES_FILE
 
 from .commands import Commands
 from .conftest import StoredRun
 
 
 def test_stored_overrides_come_back_and_new_ones_win(commands: Commands, stored: StoredRun) -> None:
-    directory = stored.store("train.steps=50", "optimizer.lr=1e-2", "+train.seed=4")
-    config = commands.run(f"resume={directory}", "optimizer.lr=5e-3", "train.seed=5").job.config
-    assert (config.train.steps, config.optimizer.lr, config.train.seed) == (50, 5e-3, 5)
+    directory = stored.store("train.steps=50", "optimizer.lr=1e-2", "++train.log_every=4")
+    config = commands.run(f"resume={directory}", "optimizer.lr=5e-3", "train.log_every=5").job.config
+    assert (config.train.steps, config.optimizer.lr, config.train.log_every) == (50, 5e-3, 5)
     assert config.run.resume
 
 
@@ -25,12 +28,11 @@ def test_a_group_chosen_anew_replaces_the_stored_choice(commands: Commands, stor
 
 
 def test_what_counted_for_one_start_only_is_dropped(commands: Commands, stored: StoredRun) -> None:
-    once = ("train.stop_after=3", "run.allow_targets=[os]", "checkpoint.load=/gone", "run.dir=/gone")
+    once = ("train.stop_after=3", "run.allow_targets=[os]", "run.dir=/gone")
     job = commands.run(f"resume={stored.store(*once)}").job
     config = job.config
     assert config.train.stop_after is None
     assert config.run.allow_targets == []
-    assert config.checkpoint.load is None
     assert job.run_dir == stored.directory
 
 
@@ -43,7 +45,7 @@ def test_the_schedules_end_is_kept_when_the_run_is_made_longer(commands: Command
 
 
 def test_a_resumed_run_can_be_resumed_again(commands: Commands, stored: StoredRun) -> None:
-    first = commands.run(f"resume={stored.store('train.steps=50')}", "train.seed=7").job
+    first = commands.run(f"resume={stored.store('train.steps=50')}", "optimizer.lr=7e-3").job
     again = commands.run(f"resume={stored.store(*first.overrides)}").job
     assert again.config == first.config
     assert again.overrides == first.overrides
@@ -70,3 +72,59 @@ def test_damaged_files_are_named(commands: Commands, stored: StoredRun, name: st
     assert outcome.code == 2
     assert name in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_a_run_begun_from_a_checkpoint_that_is_gone_keeps_its_model(
+    commands: Commands, stored: StoredRun
+) -> None:
+    """The model came from the checkpoint then: no override names it."""
+    directory = stored.store("model.dim=64")
+    (directory / OVERRIDES_FILE).write_text(yaml.safe_dump(["checkpoint.load=/gone"]))
+    config = commands.run(f"resume={directory}").job.config
+    assert config.model.dim == 64
+    assert config.checkpoint.load == "/gone"
+
+
+CHANGES: dict[str, list[str]] = {
+    "model.dim=96": ["model.dim=128", "not 96"],
+    "model=16b": ["model.", "a run keeps its model"],
+    "train.sequence_length=128": ["train.sequence_length=64", "not 128"],
+    "train.seed=5": ["train.seed=4", "not 5"],
+    "data.held_out=0.1": ["data.held_out=0.03", "not 0.1"],
+    "data.shuffle=false": ["data.shuffle=True", "not False"],
+    "data=text data.path=/tmp": ["data._target_", "TextData"],
+    "tokenizer.vocab_size=300": ["tokenizer.vocab_size=4096", "not 300"],
+    "train.steps=8": ["train.steps=8", "use 9 or more"],
+    "checkpoint.load=/nope": ["resume=", "checkpoint.load=", "give one"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_would_make_it_another_run_is_refused(
+    commands: Commands, stored: StoredRun, change: str
+) -> None:
+    directory = stored.store("train.steps=50", "train.seed=4", "train.sequence_length=64")
+    (directory / "checkpoints" / "step-9").mkdir(parents=True)
+    outcome = commands.run(f"resume={directory}", *change.split())
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    for words in CHANGES[change]:
+        assert words in outcome.err
+    assert commands.run(f"resume={directory}", "train.steps=9").code == 0
+
+
+def test_a_quoted_directory_is_read_as_hydra_reads_quotes(commands: Commands, tmp_path: Path) -> None:
+    run = StoredRun(tmp_path / "it's")
+    run.store()
+    escaped = str(run.directory).replace("'", "\\'")
+    assert commands.run(f"resume='{escaped}'").job.run_dir == run.directory
+
+
+def test_a_home_directory_is_found(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    directory = StoredRun(tmp_path / "runs" / "first").store()
+    assert commands.run("resume=~/runs/first").job.run_dir == directory
+    assert commands.run("run.dir=~/runs/next").job.run_dir == directory.parent / "next"
+    assert vars(commands.run("task=generate", "task.prompt=~/x").job.config.task)["prompt"] == "~/x"

@@ -8,7 +8,7 @@ import pytest
 from dsv3.config import Config, strict
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job, plan_job
-from dsv3.runtime.rundir import check_same_model, make_run_dir
+from dsv3.runtime.rundir import check_same_run, make_run_dir
 from tests.composing import compose
 
 
@@ -50,4 +50,4 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_config_that_holds_no_model_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml"):
-        check_same_model(a_job().config, tmp_path)
+        check_same_run(a_job().config, tmp_path)

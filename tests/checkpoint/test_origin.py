@@ -1,0 +1,151 @@
+"""What a run takes over from a checkpoint or its own past, and what it refuses to take for the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from dsv3.checkpoint.directory import complete_steps
+
+from .running import Commands, last_tensors, rows
+
+TOKENIZER = "tokenizer/tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def first(commands: Commands, _finished: Path) -> Path:
+    """A finished run of two steps; not to be changed."""
+    if not _finished.exists():
+        commands.train(_finished, "train.steps=2")
+    return _finished
+
+
+@pytest.fixture
+def other_text(tmp_path: Path) -> Path:
+    """Text of other words, of which another tokenizer would be made."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(f"quick brown foxes jump over {number} lazy dogs " * 12)
+    return folder
+
+
+def begin(commands: Commands, first: Path, run: Path, *arguments: str) -> None:
+    """A run from the weights of `first`, whose model is not named again."""
+    settings = ["data.held_out=0.1", "train.sequence_length=32", "train.steps=4", "logger=none"]
+    settings += ["data=text", f"data.path={commands.text}", "train.global_batch_size=4"]
+    commands.must(*settings, f"checkpoint.load={first}", *arguments, f"run.dir={run}")
+
+
+def test_a_run_from_a_checkpoint_reads_other_text_with_its_tokenizer(
+    commands: Commands, first: Path, tmp_path: Path, other_text: Path
+) -> None:
+    begin(commands, first, tmp_path / "next", f"data.path={other_text}")
+    assert (tmp_path / "next" / TOKENIZER).read_bytes() == (first / TOKENIZER).read_bytes()
+
+
+def test_a_run_from_a_checkpoint_goes_on_as_if_it_had_not_stopped(
+    commands: Commands, first: Path, tmp_path: Path
+) -> None:
+    straight, stopped, origin = tmp_path / "straight", tmp_path / "stopped", tmp_path / "origin"
+    shutil.copytree(first, origin)
+    begin(commands, origin, straight)
+    begin(commands, origin, stopped, "train.stop_after=2")
+    shutil.rmtree(origin)
+    commands.must(f"resume={stopped}")
+    assert rows(stopped) == rows(straight)
+    assert last_tensors(stopped) == last_tensors(straight)
+
+
+def test_a_run_from_a_checkpoint_that_saved_nothing_begins_with_the_same_weights(
+    commands: Commands, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    begin(commands, first, straight)
+    monkeypatch.chdir(first.parent)
+    begin(commands, Path("run"), killed)
+    shutil.rmtree(killed / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    commands.must(f"resume={killed}")
+    assert rows(killed) == rows(straight)
+
+
+def test_a_run_does_not_go_on_with_other_data(commands: Commands, first: Path, tmp_path: Path) -> None:
+    run, text = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(first, run)
+    shutil.copytree(commands.text, text)
+    commands.must(f"resume={run}", f"data.path={text}")  # moved, but the same
+    before = (run / "environment.json").read_bytes()
+    (text / "new.txt").write_text("one more document\n" * 20)
+    outcome = commands.run(f"resume={run}", f"data.path={text}")
+    assert outcome.code == 2
+    assert "fingerprint" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert (run / "environment.json").read_bytes() == before
+
+
+def test_the_data_of_a_run_is_recorded_for_its_resume(
+    commands: Commands, first: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(first, run)
+    (run / "environment.json").write_text("{}")
+    outcome = commands.run(f"resume={run}")
+    assert outcome.code == 2
+    assert "environment.json" in outcome.err
+
+
+def test_the_width_of_given_ids_is_the_length_everywhere(commands: Commands, tmp_path: Path) -> None:
+    file, run = tmp_path / "ids.npy", tmp_path / "run"
+    np.save(file, np.random.default_rng(0).integers(0, 300, (24, 17)))
+    data = ["data=tokens", f"data.path={file}"]
+    outcome = commands.train(run, *data, "train.sequence_length=null", "train.steps=1")
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["sequence_length"] == 16
+    assert "task=evaluate" in outcome.err + outcome.out + (run / "log.txt").read_text()
+    outcome = commands.run(*data, "train.sequence_length=32")
+    assert outcome.code == 2
+    assert "train.sequence_length=32" in outcome.err
+    assert "16" in outcome.err
+
+
+def test_numbers_that_are_none_are_not_saved(commands: Commands, tmp_path: Path) -> None:
+    """The loss of the last step is finite still; it is the update after it that breaks the weights."""
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match="not finite, so it is not saved"):
+        commands.train(run, "train.stop_after=1", "optimizer.lr=1e39", "train.evaluate_every=0")
+    assert not complete_steps(run)
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(commands: Commands, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match=r"step 1 is not finite: .*evaluation_loss nan"):
+        commands.train(run, "train.steps=2", "optimizer.lr=1e39", "train.evaluate_every=1")
+    assert json.loads((run / "metrics.jsonl").read_text())["evaluation_loss"] is None
+
+
+@pytest.mark.parametrize("change", ["model.num_layers=1", "model.moe.num_shared_experts=0"])
+def test_a_smaller_model_does_not_pass_for_the_stored_one(
+    commands: Commands, first: Path, change: str
+) -> None:
+    data = ["data=text", f"data.path={commands.text}", "data.held_out=0.1"]
+    outcome = commands.run("task=evaluate", f"checkpoint.load={first}", *data, change)
+    assert outcome.code == 2
+    assert "another model" in outcome.err
+
+
+def test_a_model_may_be_scored_without_its_mtp_layers(commands: Commands, first: Path) -> None:
+    data = ["data=text", f"data.path={commands.text}", "data.held_out=0.1", "train.sequence_length=32"]
+    command = ["task=evaluate", f"checkpoint.load={first}", *data]
+    whole = json.loads(commands.must(*command).out.splitlines()[-1])
+    # The batch of evaluation obeys no law of training.
+    assert json.loads(
+        commands.must(*command, "model.mtp_depths=0", "train.microbatch_size=3").out.splitlines()[-1]
+    ) == pytest.approx(whole, rel=1e-6)
