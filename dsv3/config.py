@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from dsv3.checkpoint.config import CheckpointConfig, ConvertConfig
+from dsv3.checkpoint.config import CheckpointConfig, ConvertConfig, HFModelConfig
 from dsv3.data import config as data_room
 from dsv3.metrics import config as metrics_room
 from dsv3.model.config import ModelConfig
@@ -56,6 +56,7 @@ SCHEMAS: dict[str, Any] = {
     "config": Config,
     "convert": ConvertConfig,
     "model": ModelConfig,
+    "hf_model": HFModelConfig,
     "parallel": ParallelConfig,
     "compile": CompileConfig,
     "precision": PrecisionConfig,
@@ -81,6 +82,7 @@ SCHEMAS: dict[str, Any] = {
     "task/evaluate": tasks_room.EvaluateTaskConfig,
     "task/generate": tasks_room.GenerateTaskConfig,
     "task/plan": tasks_room.PlanTaskConfig,
+    "task/verify": tasks_room.VerifyTaskConfig,
 }
 """Schema nodes by their name under the `schema` group, which the files of conf/ extend."""
 

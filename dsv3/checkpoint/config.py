@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import require
 
 
@@ -18,6 +19,16 @@ class CheckpointConfig:
 
     def validate(self) -> None:
         require(self.keep_last >= 1, "keep_last", self.keep_last, "must be at least 1")
+
+
+@dataclass
+class HFModelConfig(ModelConfig):
+    """model=hf: a model whose numbers are still in the config.json of the checkpoint at `path`.
+
+    runtime/prepare.py puts a plain ModelConfig in its place.
+    """
+
+    path: str | None = None
 
 
 class Direction(Enum):

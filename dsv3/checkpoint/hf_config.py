@@ -69,6 +69,7 @@ def model_from_hf(directory: Path) -> ModelConfig:
     hf.require("attention_bias", (False,), False)
     hf.require("moe_layer_freq", (1,), 1)
     hf.require("rope_interleave", (True,), True)
+    _check_quantization(hf)
     return ModelConfig(
         vocab_size=hf.get("vocab_size", int),
         dim=hf.get("hidden_size", int),
@@ -82,6 +83,20 @@ def model_from_hf(directory: Path) -> ModelConfig:
         norm_eps=hf.get("rms_norm_eps", float),
         init_std=hf.get("initializer_range", float, 0.02),
     )
+
+
+def _check_quantization(hf: HFConfig) -> None:
+    """Weights may be block-fp8 as DeepSeek released them; other formats cannot be read."""
+    stored = hf.values.get("quantization_config")
+    if stored is None:
+        return
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    block = stored.get("weight_block_size") if isinstance(stored, dict) else None
+    if method != "fp8" or block != [128, 128]:
+        raise UserError(
+            f"{hf.path}: quantization_config with quant_method={method!r}, weight_block_size={block} is not "
+            "supported; supported: none, or fp8 with [128, 128]"
+        )
 
 
 def _attention(hf: HFConfig) -> AttentionConfig:

@@ -2,6 +2,7 @@
 
 import math
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from dsv3.metrics.logger import Logger
 from dsv3.metrics.row import MetricsRow
 from dsv3.runtime.distributed import Worker
 from dsv3.runtime.errors import RunFailed
+
+BROKEN = "broken_router"
+"""A step's figure that is no column: the first MoE layer whose router's logits were not finite, else -1."""
 
 
 @dataclass
@@ -28,11 +32,19 @@ class Recorder:
     """Rows wait until they are read together, so that a GPU is not made to wait every step.
 
     Every rank keeps the rows (all know the same figures); rank 0 alone has a `console` and a `logger`.
+    `layers` are the names of the MoE layers, as the figure BROKEN counts them.
     """
 
     def __init__(
-        self, path: Path, worker: Worker, every: int, console: Console | None, logger: Logger | None
+        self,
+        path: Path,
+        worker: Worker,
+        every: int,
+        console: Console | None,
+        logger: Logger | None,
+        layers: Sequence[str] = (),
     ) -> None:
+        self.layers = layers
         self.worker = worker
         self.every = every if worker.device.type != "cpu" else 1
         self.console = console
@@ -52,6 +64,7 @@ class Recorder:
         """Complete the waiting rows and show them; RunFailed at the first loss that is not finite."""
         for pending in self.pending:
             row = pending.row
+            broken = pending.figures.pop(BROKEN, None)
             for name, value in pending.figures.items():
                 setattr(row, name, value.item())
             row.memory_gib = self.memory
@@ -60,10 +73,16 @@ class Recorder:
             if not all(map(math.isfinite, watched.values())):
                 self.close()
                 raise RunFailed(
-                    f"step {row.step} is not finite: {', '.join(f'{k} {v}' for k, v in watched.items())}. "
-                    "The last checkpoint is from before; a lower optimizer.lr or longer warm-up may help."
+                    f"step {row.step} is not finite: {', '.join(f'{k} {v}' for k, v in watched.items())}"
+                    f"{self._first(broken)}. Checkpoints are from before; a lower optimizer.lr or longer "
+                    "warm-up may help."
                 )
         self.pending.clear()
+
+    def _first(self, broken: Tensor | None) -> str:
+        """The first layer whose router met numbers that are none, if any did."""
+        layer = -1 if broken is None else int(broken)
+        return f", first at the router of {self.layers[layer]}" if layer >= 0 else ""
 
     def flush(self) -> None:
         """Complete and write everything so far; before a checkpoint, so that a resume leaves no gap."""

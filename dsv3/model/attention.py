@@ -1,13 +1,15 @@
 """Multi-head latent attention: keys and values from one compressed latent a token.
 
 Report section 2.1.1, equations 1 to 11. Only the latent (kv_lora_rank) and one rotated key
-(qk_rope_head_dim) a token need to be kept for generation; per-head keys and values are expanded
-from them. Module names follow the released checkpoints (HF: self_attn.*).
+(qk_rope_head_dim) a token are kept for generation (cache.py): training expands per-head keys and
+values from them, decoding attends to them as they are. Module names follow the released checkpoints
+(HF: self_attn.*).
 """
 
 import torch
 from torch import Tensor, nn
 
+from dsv3.model.cache import LayerCache
 from dsv3.model.config import AttentionConfig
 from dsv3.model.kernels import Segments, attention_kernel
 from dsv3.model.layers import Linear, RMSNorm
@@ -36,12 +38,22 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(latent, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, dim)
 
-    def forward(self, x: Tensor, rotary: Tensor, segments: Segments | None = None) -> Tensor:
-        """Attend within `x` [batch, sequence, dim]; `rotary` comes from rope.rotary_table."""
+    def forward(
+        self, x: Tensor, rotary: Tensor, segments: Segments | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Attend within `x` [batch, sequence, dim]; `rotary` comes from rope.rotary_table.
+
+        With a `cache` (generation) also to the tokens that it holds; it then holds those of `x` too.
+        """
         q = self.queries(x, rotary)
         latent, k_rope = self.compress(x, rotary)
-        k, v = self.expand(latent, k_rope)
-        out = self.kernel(q, k, v, self.softmax_scale, segments)
+        if cache is not None:
+            cache.write(latent, k_rope)
+        if cache is None or cache.visible is None:
+            k, v = self.expand(latent, k_rope)
+            out = self.kernel(q, k, v, self.softmax_scale, segments)
+        else:
+            out = self.absorbed(q, cache.entries, cache.visible)
         return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
 
     def queries(self, x: Tensor, rotary: Tensor) -> Tensor:
@@ -66,3 +78,21 @@ class LatentAttention(nn.Module):
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         k_rope = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
         return torch.cat([k_nope, k_rope], dim=-1), v
+
+    def absorbed(self, q: Tensor, entries: Tensor, visible: Tensor) -> Tensor:
+        """Attend from `q` [batch, sequence, heads, qk_head_dim] to `entries` of the cache, not expanded.
+
+        q (W_UK c) = (q W_UK) c, so the two parts of kv_b_proj move to the query and to the output
+        (DeepSeek-V2, arXiv 2405.04434, section 2.1.2; equations 2 and 5 put into equation 10).
+        `visible` is [batch, sequence, slots]; the result [batch, sequence, heads, v_head_dim].
+        """
+        c = self.config
+        weight = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (-1, c.qk_nope_head_dim + c.v_head_dim))
+        w_uk, w_uv = weight.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
+        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_uk), q_rope], dim=-1)
+        scores = torch.einsum("bshe,bte->bsht", q, entries).float() * self.softmax_scale
+        scores = scores.masked_fill(~visible.unsqueeze(2), -torch.inf)
+        latents = entries[..., : c.kv_lora_rank]
+        mixed = torch.einsum("bsht,btc->bshc", scores.softmax(-1).to(q.dtype), latents)
+        return torch.einsum("bshc,hvc->bshv", mixed, w_uv)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from dsv3.model.attention import LatentAttention
+from dsv3.model.cache import LayerCache
 from dsv3.model.config import ModelConfig
 from dsv3.model.kernels import Segments
 from dsv3.model.layers import FeedForward, RMSNorm
@@ -24,10 +25,10 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.dim, config.dense_hidden_dim) if dense else MoE(config.dim, config.moe)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, segments: Segments | None = None
+        self, x: Tensor, rotary: Tensor, segments: Segments | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterStats | None]:
         """Map `x` [batch, sequence, dim] to the same shape; MoE layers also give their router's stats."""
-        x = x + self.attention(self.attention_norm(x), rotary, segments)
+        x = x + self.attention(self.attention_norm(x), rotary, segments, cache)
         if isinstance(self.ffn, MoE):
             out, stats = self.ffn(self.ffn_norm(x))
             return x + out, stats

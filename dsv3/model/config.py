@@ -25,6 +25,8 @@ class AttentionKernel(Enum):
 
     auto = "auto"
     sdpa = "sdpa"
+    varlen = "varlen"
+    flex = "flex"
 
 
 @dataclass
@@ -89,6 +91,8 @@ class MoEConfig:
     route_scale: float = 1.0
     normalize_top_k: bool = True
     selection_bias: bool = True
+    forced_balance: bool = False
+    """For benchmarks only: experts take turns whatever the scores, so that every one has the same load."""
 
     def validate(self) -> None:
         require_positive(

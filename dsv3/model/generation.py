@@ -1,39 +1,66 @@
-"""Sampling text token by token."""
+"""Sampling text token by token, for several prompts at once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from dsv3.model.cache import LatentCache
 from dsv3.model.transformer import Transformer
+
+# Between the seeds of two rows: odd, so that no two rows of a batch share one, and far from
+# the distance of seeds that are used together (0, 1, 2, or the numbers of training steps).
+ROW_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 def generate(
     model: Transformer,
-    prompt: list[int],
+    prompts: list[list[int]],
     max_tokens: int,
     temperature: float,
     top_p: float,
     seed: int,
     end: int | None = None,
-) -> list[int]:
-    """Up to `max_tokens` ids that continue the ids of `prompt`; stops before the id `end`.
+) -> list[list[int]]:
+    """Up to `max_tokens` ids that continue each of `prompts`; a row stops before the id `end`.
 
-    The draw depends on `seed` alone and leaves the global random state as it is. Sharded models
-    generate on all ranks together: every rank draws the same ids.
+    A row's draws depend on `seed` and its number alone, not on its neighbours, and leave the global
+    random state as it is. Sharded models generate on all ranks together: every rank draws the same
+    ids and makes the same number of forward passes. ValueError where a prompt is empty.
     """
-    device = model.head.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt)
-    with inference(model):
-        for _ in range(max_tokens):
-            logits = model(torch.tensor([ids], device=device)).logits[0, -1].float().cpu()
-            token = sample(logits, temperature, top_p, generator)
-            if token == end:
+    capacity = max(map(len, prompts), default=0) + max_tokens
+    cache = LatentCache(model.config, len(prompts), capacity, model.compute_dtype, model.head.weight.device)
+    generators = [row_generator(seed, row) for row in range(len(prompts))]
+    texts: list[list[int]] = [[] for _ in prompts]
+    new, running = list(prompts), list(range(len(prompts)))
+    # Each step has shapes of its own, and compiling for them takes longer than the text.
+    with inference(model), torch.compiler.set_stance("force_eager"):
+        for _ in range(max_tokens if prompts else 0):
+            logits = next_logits(model, new, cache).cpu()
+            # A row that has ended goes on with `end` as its input, and nobody looks at its output.
+            for row in running:
+                new[row] = [sample(logits[row], temperature, top_p, generators[row])]
+            running = [row for row in running if new[row] != [end]]
+            for row in running:
+                texts[row] += new[row]
+            if not running:
                 break
-            ids.append(token)
-    return ids[len(prompt) :]
+    return texts
+
+
+def next_logits(model: Transformer, new: list[list[int]], cache: LatentCache) -> Tensor:
+    """Logits [batch, vocab] for the token after the ids `new` of each row, which `cache` then holds."""
+    tokens = pad_sequence([torch.tensor(ids) for ids in new], batch_first=True)
+    step = cache.extend([len(ids) for ids in new])
+    logits: Tensor = model(tokens.to(cache.entries.device), cache=step).logits
+    return logits[:, -1]
+
+
+def row_generator(seed: int, row: int) -> torch.Generator:
+    """The random numbers of row number `row`; those of row 0 are those of `seed` itself."""
+    return torch.Generator().manual_seed((seed + row * ROW_SEED_STRIDE) % 2**64)
 
 
 @contextmanager

@@ -20,6 +20,10 @@ class RouterStats(NamedTuple):
     """[experts] fp32: how many tokens chose each."""
     balance_loss: Tensor
     """Sequence-wise balance term without alpha (eq. 17 to 20), mean over sequences; a scalar."""
+    z_loss: Tensor
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5), 0 where off; a scalar."""
+    finite: Tensor
+    """Whether every logit is a finite number; a scalar bool that nothing has waited for."""
 
 
 class Routing(NamedTuple):
@@ -40,6 +44,8 @@ class Router(nn.Module):
     def __init__(self, dim: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
+        self.z_loss = False
+        """Whether the z-loss is computed, which keeps the logits; training/step.py says when."""
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
         self.selection_bias: Tensor | None
@@ -56,9 +62,10 @@ class Router(nn.Module):
         sigmoid = self.config.score_function is ScoreFunction.sigmoid
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
         flat = scores.flatten(0, 1)
-        experts = self.select(flat.detach())
+        experts = self.take_turns(flat) if self.config.forced_balance else self.select(flat.detach())
         load = torch.bincount(experts.flatten(), minlength=flat.shape[-1]).float()
-        stats = RouterStats(load, self.balance_loss(scores))
+        z_loss = logits.logsumexp(dim=-1).square().mean() if self.z_loss else logits.new_zeros(())
+        stats = RouterStats(load, self.balance_loss(scores), z_loss, logits.detach().isfinite().all())
         return Routing(experts, self.weigh(flat, experts), stats)
 
     def select(self, scores: Tensor) -> Tensor:
@@ -74,6 +81,12 @@ class Router(nn.Module):
             # -inf, not 0: a negative bias may push every open score below zero.
             choice = groups.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(-2)
         return choice.topk(c.top_k, dim=-1, sorted=False).indices
+
+    def take_turns(self, scores: Tensor) -> Tensor:
+        """Expert numbers [tokens, top_k] that follow one another round and round (`forced_balance`)."""
+        tokens, experts = scores.shape
+        slots = torch.arange(tokens * self.config.top_k, device=scores.device)
+        return (slots % experts).view(tokens, self.config.top_k)
 
     def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
         """Weights [..., top_k] of the chosen experts from the unbiased `scores` [..., experts]."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.model.block import Block
+from dsv3.model.cache import CacheStep
 from dsv3.model.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from dsv3.model.kernels import document_segments
 from dsv3.model.layers import Linear, RMSNorm
@@ -20,11 +21,15 @@ class ModelOutput:
     """What a forward pass gives."""
 
     logits: Tensor
-    """[batch, sequence, vocab] fp32, for the next token."""
+    """[batch, sequence, vocab] fp32, for the next token; with a cache [batch, 1, vocab]."""
     mtp_logits: list[Tensor]
     """One [batch, sequence, vocab] a depth k, for token i + 1 + k; empty in evaluation mode."""
     balance_loss: Tensor
     """Sum over MoE layers of the sequence-wise balance terms, without alpha; a scalar."""
+    z_loss: Tensor
+    """Sum over MoE layers of the router z-losses; a scalar."""
+    broken: Tensor
+    """[MoE layers] bool: where a router's logits were not finite."""
 
 
 class Transformer(nn.Module):
@@ -60,25 +65,31 @@ class Transformer(nn.Module):
         self.head = Linear(dim, vocab_size)
         self.mtp = nn.ModuleList(MTPModule(self.config) for _ in range(mtp_depths))
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> ModelOutput:
-        """Logits for `tokens` [batch, sequence]; `documents` (same shape) keeps attention within them."""
+    def forward(
+        self, tokens: Tensor, documents: Tensor | None = None, cache: CacheStep | None = None
+    ) -> ModelOutput:
+        """Logits for `tokens` [batch, sequence]; `documents` (same shape) keeps attention within them.
+
+        With a `cache` (generation, where a row is one document) the tokens follow those that it holds,
+        and each row's last one alone gets logits.
+        """
         segments = document_segments(documents)
-        positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        positions = torch.arange(tokens.shape[-1], device=tokens.device) if cache is None else cache.positions
         rotary = rotary_table(self.config.rope, self.config.attention.qk_rope_head_dim, positions)
-        balance = torch.zeros((), device=tokens.device)
+        stats_of_layers: list[RouterStats] = []
         x = self.embed(tokens)
-        for block in self.layers:
-            x, stats = block(x, rotary, segments)
-            balance = balance + self._account(block, stats)
-        x = self.norm(x)
+        for number, block in enumerate(self.layers):
+            x, stats = block(x, rotary, segments, None if cache is None else cache.layer(number))
+            stats_of_layers += self._counted(block, stats)
+        x = self.norm(x if cache is None else cache.last_token(x))
         logits, mtp_logits = self.head(x).float(), []
         # Evaluation and generation need the next token only.
         for depth, module in enumerate(self.mtp if self.training else (), start=1):
             assert isinstance(module, MTPModule)
             x, stats = module(x, self.embed(shift_tokens(tokens, depth)), rotary, segments)
-            balance = balance + self._account(module.block, stats)
+            stats_of_layers += self._counted(module.block, stats)
             mtp_logits.append(self.head(x).float())
-        return ModelOutput(logits, mtp_logits, balance)
+        return ModelOutput(logits, mtp_logits, *self._summed(stats_of_layers))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Vectors [batch, sequence, dim] of `tokens` [batch, sequence], in the compute dtype."""
@@ -88,12 +99,27 @@ class Transformer(nn.Module):
         """The routers of every MoE layer in order, the MTP depths' last."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def _account(self, block: nn.Module, stats: RouterStats | None) -> Tensor:
-        """Count the layer's load for the bias update (training only); its balance term."""
+    def moe_layers(self) -> list[str]:
+        """The names of the layers of `routers()`."""
+        return [name.removesuffix(".ffn.router") for name, m in self.named_modules() if isinstance(m, Router)]
+
+    def _counted(self, block: nn.Module, stats: RouterStats | None) -> list[RouterStats]:
+        """The layer's stats, if it has a router; in training its load is added up for the bias update."""
         if stats is None:
-            return torch.zeros((), device=self.head.weight.device)
+            return []
         if self.training:
             assert isinstance(block, Block)
             assert isinstance(block.ffn, MoE)
             block.ffn.router.load += stats.load
-        return stats.balance_loss
+        return [stats]
+
+    def _summed(self, stats: list[RouterStats]) -> tuple[Tensor, Tensor, Tensor]:
+        """Balance terms and z-losses summed over layers, and which layers broke."""
+        if not stats:
+            zero = torch.zeros((), device=self.head.weight.device)
+            return zero, zero, zero.new_zeros(0, dtype=torch.bool)
+        return (
+            torch.stack([one.balance_loss for one in stats]).sum(),
+            torch.stack([one.z_loss for one in stats]).sum(),
+            ~torch.stack([one.finite for one in stats]),
+        )

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dsv3.config import Config, build
 from dsv3.model.initialization import initialize
+from dsv3.model.kernels import check_kernel
 from dsv3.model.transformer import Transformer
 
 
@@ -15,8 +16,10 @@ def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device) -
 
     It is built on the meta device, so that no rank ever holds more than its own shards.
     """
+    dtype = getattr(torch, config.precision.compute.value)
+    check_kernel(config.model.attention.kernel, device.type, config.task.trains, dtype)
     with torch.device("meta"):
-        model = build(config.model, compute_dtype=getattr(torch, config.precision.compute.value))
+        model = build(config.model, compute_dtype=dtype)
     assert isinstance(model, Transformer)
     parallelize(model, config, mesh, device)
     model.to_empty(device=device)

@@ -29,15 +29,14 @@ class TokenBytes:
 
 @dataclass(frozen=True)
 class Activations:
-    """Saved activations of a model computing in dtypes of `compute` bytes over rows of `sequence_length`.
+    """Saved activations of a model computing in dtypes of `compute` bytes; none grows with the square.
 
-    `fused_kernels` stands for attention that never writes its square and for a norm in one kernel: true
-    on GPUs. PyTorch's CPU path keeps the square in fp32 and the normalised input.
+    `fused_kernels` stands for attention that takes values as narrow as they are and for a norm in one
+    kernel: true on GPUs. On CPU values are padded (kernels.py) and the normalised input is kept.
     """
 
     config: ModelConfig
     compute: int
-    sequence_length: int
     fused_kernels: bool = True
 
     def block(self, dense: bool) -> TokenBytes:
@@ -71,7 +70,8 @@ class Activations:
             keys_values = 2 * a.qk_head_dim + a.qk_nope_head_dim + a.v_head_dim
             heads = a.heads * (c * keys_values + FP32)
         else:
-            heads = FP32 * a.heads * (2 * a.qk_head_dim + a.v_head_dim + self.sequence_length)
+            width = max(a.qk_head_dim, a.v_head_dim)
+            heads = a.heads * (2 * c * (a.qk_head_dim + width) + FP32)
         return TokenBytes(self._norm(dim) - gathered + heads + out, latents + gathered)
 
     def _dense_ffn(self) -> TokenBytes:

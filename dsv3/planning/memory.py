@@ -191,7 +191,7 @@ def _copied(weight: Weight, degrees: Degrees, sharded: bool, casts: bool) -> int
 
 def _activations(config: ModelConfig, degrees: Degrees, shape: StepShape, stage: Stage) -> int:
     """Saved activations; stage n of p holds p - n microbatches at once (1F1B), the logits of one."""
-    saved = Activations(config, shape.state.compute, shape.sequence_length, shape.fused_kernels)
+    saved = Activations(config, shape.state.compute, shape.fused_kernels)
     tokens = shape.microbatch_size * shape.sequence_length // degrees.cp
     blocks = [saved.block(dense) for dense in stage.block_kinds]
     working = TokenBytes(0)

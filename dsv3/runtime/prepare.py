@@ -1,5 +1,6 @@
 """From what Hydra composed to a job that may run: typed, completed, planned; imports no torch."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -7,13 +8,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dsv3.checkpoint.config import HFModelConfig
 from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint
+from dsv3.checkpoint.hf_config import model_from_hf
 from dsv3.config import Config, literal, strict
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job, plan_job
 from dsv3.runtime.quoting import split_override
 from dsv3.runtime.rundir import CONFIG_FILE
+from dsv3.tasks.config import VerifyTaskConfig
 
 
 def prepare_job(composed: DictConfig) -> Job:
@@ -21,8 +25,7 @@ def prepare_job(composed: DictConfig) -> Job:
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     keys = {pair[0] for pair in map(split_override, overrides) if pair}
-    if OmegaConf.select(composed, "checkpoint.load") and not keys & {"model", "experiments"}:
-        _take_model_of_checkpoint(composed, keys)
+    resolve_model(composed, keys)
     config: Config = strict(composed, OmegaConf.select(composed, "run.allow_targets") or ())
     sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
     return plan_job(config, overrides, sweep)
@@ -35,23 +38,66 @@ def carry_out(composed: DictConfig) -> float | None:
     return launch(prepare_job(composed))
 
 
-def _take_model_of_checkpoint(composed: DictConfig, keys: set[str]) -> None:
-    """Replace the model node by the one stored with checkpoint.load; typed `model.*` keys stay.
+def resolve_model(composed: DictConfig, keys: Collection[str]) -> None:
+    """Put the model that lies elsewhere in the place of the model node; `model.*` among `keys` stays.
 
-    A resumed run has it in its own config.yaml: the checkpoint it was begun from may be gone.
+    It comes from model.path with model=hf, or from checkpoint.load unless `model` was typed. A resumed
+    run has it in its own config.yaml: where it came from may be gone.
     """
-    resumed = composed.run.resume
-    path = Path(composed.run.dir) / CONFIG_FILE if resumed else _model_file(composed.checkpoint.load)
+    from_hf = OmegaConf.get_type(composed, "model") is HFModelConfig
+    from_checkpoint = OmegaConf.select(composed, "checkpoint.load") and not {"model", "experiments"} & set(
+        keys
+    )
+    if not from_hf and not from_checkpoint:
+        return
+    path = composed.model.path if from_hf else None
+    if OmegaConf.get_type(composed, "task") is VerifyTaskConfig and composed.task.path is None:
+        composed.task.path = literal(path)
+    changed = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
+    changed |= _set_values(composed.model) if from_hf else set()
+    if composed.run.resume:
+        found = _stored_model(Path(composed.run.dir) / CONFIG_FILE, inside=True)
+    elif from_hf:
+        found = OmegaConf.structured(model_from_hf(_hf_directory(path)))
+    else:
+        found = _stored_model(_model_file(composed.checkpoint.load))
+    for key in changed - {"path"}:
+        OmegaConf.update(found, key, OmegaConf.select(composed.model, key))
+    composed.model = found
+
+
+def _set_values(model: DictConfig, path: str = "") -> set[str]:
+    """The keys of model=hf that an experiment or a file has set, beside its defaults."""
+    keys: set[str] = set()
+    defaults = OmegaConf.structured(OmegaConf.get_type(model))
+    for key in map(str, model):
+        if OmegaConf.is_missing(model, key):
+            continue
+        if isinstance(model[key], DictConfig):
+            keys |= _set_values(model[key], f"{path}{key}.")
+        elif key in defaults and (OmegaConf.is_missing(defaults, key) or model[key] != defaults[key]):
+            keys.add(f"{path}{key}")
+    return keys
+
+
+def _stored_model(path: Path, inside: bool = False) -> DictConfig:
+    """The model of a model.yaml, or `inside` a run's config.yaml."""
     try:
         content = yaml.safe_load(path.read_text())
-        content = content["model"] if resumed else content
+        content = content["model"] if inside else content
         stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), literal(content))
+        assert isinstance(stored, DictConfig)
+        return stored
     except Exception as error:
         raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}") from None
-    for key in keys:
-        if key.startswith("model."):
-            OmegaConf.update(stored, key.removeprefix("model."), OmegaConf.select(composed, key))
-    composed.model = stored
+
+
+def _hf_directory(path: str | None) -> Path:
+    if not path:
+        raise UserError("model.path is missing: give a HuggingFace checkpoint, model.path=DIR")
+    if not Path(path).is_dir():
+        raise UserError(f"model.path={path} is no directory: give a HuggingFace checkpoint, model.path=DIR")
+    return Path(path)
 
 
 def _model_file(checkpoint: str) -> Path:

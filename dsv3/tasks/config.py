@@ -79,3 +79,23 @@ class PlanTaskConfig(TaskConfig):
     trains: ClassVar[bool] = True
     _target_: str = "dsv3.tasks.plan.Plan"
     format: PlanFormat = PlanFormat.text
+
+
+@dataclass
+class VerifyTaskConfig(TaskConfig):
+    """Weights of `path` (default: model.path) against HF transformers, layer by layer.
+
+    `tolerance` is relative to the norm of what is compared, in fp32; the input is `sequences` random
+    rows of `tokens` ids.
+    """
+
+    _target_: str = "dsv3.tasks.verify.Verify"
+    path: str | None = None
+    sequences: int = 2
+    tokens: int = 64
+    tolerance: float = 1e-4
+
+    def validate(self) -> None:
+        require(bool(self.path), "path", self.path, "give a HuggingFace checkpoint: model=hf model.path=DIR")
+        require_positive(self, "sequences", "tolerance")
+        require(self.tokens >= 2, "tokens", self.tokens, "must be at least 2")

@@ -44,7 +44,7 @@ def sample_text(
         )
     how = (sampling.max_tokens, sampling.temperature, sampling.top_p)
     try:
-        return tokenizer.decode(generate(model, ids, *how, seed, tokenizer.eos))
+        return tokenizer.decode(generate(model, [ids], *how, seed, tokenizer.eos)[0])
     except FloatingPointError as error:
         raise RunFailed(f"no text can be sampled: {error}") from None
 

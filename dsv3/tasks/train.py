@@ -76,9 +76,9 @@ class _Run:
             if self.me.is_main:
                 self._describe()
             logger = self.logger = self._open_logger(stack)
-            recorder = Recorder(
-                self.directory / "metrics.jsonl", self.me, self.config.train.log_every, self.console, logger
-            )
+            path, every = self.directory / "metrics.jsonl", self.config.train.log_every
+            layers = self.model.moe_layers()
+            recorder = Recorder(path, self.me, every, self.console, logger, layers)
             stack.callback(recorder.close)
             profile = stack.enter_context(profiler(self.config.profile, self.directory, self.me))
             loop = self._loop(recorder, Hooks(self._evaluate, self._generate, profile))

@@ -98,17 +98,20 @@ class BalanceConfig:
     """How experts are kept evenly loaded: the selection bias's speed and the sequence-wise loss.
 
     The bias moves by `bias_speed` a step during the first `bias_until` of the run (report: 0.001 for
-    14.3T of 14.8T tokens, then 0); `loss_weight` is eq. 17's alpha.
+    14.3T of 14.8T tokens, then 0); `loss_weight` is eq. 17's alpha. `z_loss_weight` adds the router's
+    z-loss (ST-MoE, arXiv 2202.08906; 0.001 there), which the report does not use.
     """
 
     bias_speed: float = 0.001
     bias_until: float = 14.3 / 14.8
     loss_weight: float = 0.0001
+    z_loss_weight: float = 0.0
 
     def validate(self) -> None:
         require(self.bias_speed >= 0, "bias_speed", self.bias_speed, "must be 0 or more")
         require(0 <= self.bias_until <= 1, "bias_until", self.bias_until, "must lie between 0 and 1")
-        require(self.loss_weight >= 0, "loss_weight", self.loss_weight, "must be 0 or more")
+        for key in ("loss_weight", "z_loss_weight"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
 
 
 @dataclass

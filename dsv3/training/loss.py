@@ -29,6 +29,8 @@ class Losses:
     """Mean over depths of their cross-entropies; each has the main loss's denominator (eq. 24: 1/T)."""
     balance: Tensor
     """Sequence-wise balance terms summed over layers, without alpha."""
+    z: Tensor
+    """Router z-losses summed over layers, before their weight."""
 
 
 def valid_tokens(batch: Batch) -> Tensor:
@@ -43,8 +45,8 @@ def losses(output: ModelOutput, batch: Batch, whole: GlobalBatch) -> Losses:
     for depth, logits in enumerate(output.mtp_logits, start=1):
         share = cross_entropy_sum(logits, mtp_targets(batch.targets, batch.documents, depth)) / whole.tokens
         mtp = mtp + share / len(output.mtp_logits)
-    balance = output.balance_loss * (batch.tokens.shape[0] / whole.sequences)
-    return Losses(main, mtp, balance)
+    share_of_sequences = batch.tokens.shape[0] / whole.sequences
+    return Losses(main, mtp, output.balance_loss * share_of_sequences, output.z_loss * share_of_sequences)
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:

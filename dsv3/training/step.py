@@ -23,6 +23,7 @@ class Weights:
     mtp: float
     balance: float
     bias_speed: float
+    z: float = 0.0
 
     @classmethod
     def at(cls, step: int, total_steps: int, lr: float, config: TrainConfig) -> "Weights":
@@ -31,7 +32,7 @@ class Weights:
         mtp, balance = config.mtp_loss, config.balance
         mtp_weight = mtp.weight if share <= mtp.switch_at else mtp.final_weight
         bias_speed = balance.bias_speed if share <= balance.bias_until else 0.0
-        return cls(lr, mtp_weight, balance.loss_weight, bias_speed)
+        return cls(lr, mtp_weight, balance.loss_weight, bias_speed, balance.z_loss_weight)
 
 
 class TrainStep:
@@ -59,10 +60,12 @@ class TrainStep:
         would make the host wait.
         """
         self.model.train()
+        for router in self.routers:
+            router.z_loss = weights.z > 0
         microbatches = [batch.to(self.worker.device) for batch in microbatches]
         whole = self._measure(microbatches)
         parts = [self._accumulate(batch, whole, weights) for batch in microbatches]
-        main, mtp, balance = self.worker.sum(torch.stack(parts).sum(0)).unbind()
+        main, mtp, balance, *broken = self.worker.sum(torch.stack(parts).sum(0)).unbind()
         grad_norm = clip_gradients(self.model, self.clip_norm)
         set_learning_rate(self.optimizer, weights.lr)
         self.optimizer.step()
@@ -73,6 +76,7 @@ class TrainStep:
         if self.routers:
             figures["balance_loss"] = balance * weights.balance
             figures |= self._balance(weights.bias_speed)
+            figures["broken_router"] = _first(torch.stack(broken) > 0)
         return figures
 
     def _measure(self, microbatches: list[Batch]) -> GlobalBatch:
@@ -83,8 +87,14 @@ class TrainStep:
     def _accumulate(self, batch: Batch, whole: GlobalBatch, weights: Weights) -> Tensor:
         output = self.model(batch.tokens, batch.documents if self.document_mask else None)
         terms = losses(output, batch, whole)
-        (terms.main + weights.mtp * terms.mtp + weights.balance * terms.balance).backward()
-        return torch.stack([terms.main, terms.mtp, terms.balance]).detach()
+        total = terms.main + weights.mtp * terms.mtp + weights.balance * terms.balance
+        if weights.z:
+            total = total + weights.z * terms.z
+        total.backward()
+        # Which layers' routers met numbers that are none travels with the losses: one reduction for all.
+        return torch.cat(
+            [torch.stack([terms.main, terms.mtp, terms.balance]).detach(), output.broken.float()]
+        )
 
     def _balance(self, bias_speed: float) -> dict[str, Tensor]:
         load = take_load(self.routers, self.worker.sum)
@@ -94,3 +104,8 @@ class TrainStep:
         if len(biases):
             figures["moe_bias_range"] = moe.bias_range(biases)
         return figures
+
+
+def _first(flags: Tensor) -> Tensor:
+    """The place of the first True in `flags` [count], -1 where there is none; a scalar."""
+    return torch.where(flags.any(), flags.int().argmax(), -1)

@@ -149,3 +149,19 @@ def test_a_model_may_be_scored_without_its_mtp_layers(commands: Commands, first:
     assert json.loads(
         commands.must(*command, "model.mtp_depths=0", "train.microbatch_size=3").out.splitlines()[-1]
     ) == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_first_layer(
+    commands: Commands, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match=r"step 2 is not finite: loss nan.*at the router of layers\.1"):
+        commands.train(run, "train.steps=3", "optimizer.lr=1e39", "train.evaluate_every=0")
+    assert not complete_steps(run)
+
+
+@pytest.mark.parametrize("kernel", ["flex", "varlen"])
+def test_a_kernel_that_cannot_train_here_is_refused(commands: Commands, tmp_path: Path, kernel: str) -> None:
+    with pytest.raises(AssertionError, match=rf"model\.attention\.kernel={kernel} is not possible"):
+        commands.train(tmp_path / "run", f"model.attention.kernel={kernel}")
+    assert not (tmp_path / "run").exists()

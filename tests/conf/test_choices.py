@@ -1,5 +1,6 @@
 """Every file of conf/ composes, passes the strict check, and names classes that can be built."""
 
+import json
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from omegaconf import OmegaConf
 from dsv3.config import CONF, SCHEMAS, Config, build, strict
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.groups import config_groups, train_help
+from dsv3.runtime.prepare import resolve_model
 from tests.composing import compose
+from tests.hf.test_config import RELEASED_V3
 
 CHOICES = [(group, choice) for group, choices in config_groups().items() for choice in choices]
 # What a choice cannot do without, and what building it asks of the code that calls it.
@@ -21,12 +24,28 @@ NEEDED = {
     ("data", "text"): ["data.path=somewhere"],
     ("data", "tokens"): ["data.path=somewhere.npy"],
     ("tokenizer", "local"): ["tokenizer.path=somewhere"],
+    ("model", "hf"): ["model.path={hf}"],
+    ("task", "verify"): ["model=hf", "model.path={hf}"],
 }
 
 
+def strict_config(overrides: list[str]) -> Config:
+    composed = compose(overrides)
+    resolve_model(composed, [override.split("=")[0] for override in overrides])
+    config: Config = strict(composed)
+    return config
+
+
+@pytest.fixture
+def hf_directory(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_V3))
+    return tmp_path
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_the_choice_composes_and_can_be_built(group: str, choice: str) -> None:
-    config: Config = strict(compose([f"{group}={choice}", *NEEDED.get((group, choice), [])]))
+def test_the_choice_composes_and_can_be_built(group: str, choice: str, hf_directory: Path) -> None:
+    needed = [override.format(hf=hf_directory) for override in NEEDED.get((group, choice), [])]
+    config = strict_config([f"{group}={choice}", *needed])
     node: Any = getattr(config, group, config)
     for target in targets(node):
         get_class(target)

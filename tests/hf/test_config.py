@@ -112,6 +112,8 @@ def test_latent_norms_keep_their_own_eps(tmp_path: Path) -> None:
         ({"topk_method": "topk"}, ["topk_method='topk'", "noaux_tc"]),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, ["'linear'", "yarn"]),
         ({"rope_scaling": {"type": "yarn"}}, ["'factor'"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["'awq'", "fp8 with [128, 128]"]),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, ["[64, 64]"]),
     ],
 )
 def test_what_is_missing_or_not_supported_is_named(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dsv3.model.attention import LatentAttention
-from dsv3.model.config import AttentionKernel, ModelConfig
-from dsv3.model.kernels import attention_kernel, document_segments
+from dsv3.model.config import ModelConfig
+from dsv3.model.kernels import document_segments
 from dsv3.model.rope import rotary_table, softmax_scale
 from tests import reference
 from tests.reference import ATTENTION, MODEL, YARN, assert_close, assert_same_gradients, normal
@@ -48,28 +48,3 @@ def test_what_a_token_leaves_behind_is_one_latent_and_one_rotated_key() -> None:
     assert (k.shape, v.shape) == ((2, 5, 2, 12), (2, 5, 2, 6))
     assert torch.equal(k[:, :, 0, 8:], k_rope)
     assert torch.equal(k[:, :, 1, 8:], k_rope)
-
-
-def test_document_segments_are_the_runs_of_equal_numbers_of_each_row() -> None:
-    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0], [0, 1, 2, 2, -1, -1]])
-    assert document_segments(documents) == [
-        *[(0, 0, 3), (0, 3, 5), (0, 5, 6)],
-        (1, 0, 6),
-        *[(2, 0, 1), (2, 1, 2), (2, 2, 4), (2, 4, 6)],
-    ]
-    assert document_segments(None) is None
-
-
-@pytest.mark.parametrize("name", list(AttentionKernel))
-def test_kernels_are_causal_softmax_attention_within_segments(name: AttentionKernel) -> None:
-    q, k, v = normal(2, 6, 2, 8), normal(2, 6, 2, 8, seed=2), normal(2, 6, 2, 4, seed=3)
-    for segments in (None, [(0, 0, 6), (1, 0, 2), (1, 2, 5), (1, 5, 6)]):
-        allowed = torch.zeros(2, 6, 6, dtype=torch.bool)
-        for row, start, end in segments or [(0, 0, 6), (1, 0, 6)]:
-            allowed[row, start:end, start:end] = True
-        allowed &= torch.ones(6, 6, dtype=torch.bool).tril()
-        logits = 0.7 * torch.einsum("bihd,bjhd->bhij", q, k).masked_fill(~allowed[:, None], -torch.inf)
-        expected = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v)
-        found = attention_kernel(name)(q, k, v, 0.7, segments)
-        assert_close(found, expected)
-        assert_same_gradients(found, expected, [q, k, v])

@@ -230,3 +230,45 @@ def test_gradient_of_the_balance_term_equals_finite_differences(softmax: bool) -
     assert torch.autograd.gradcheck(term, (logits,))
     (gradient,) = torch.autograd.grad(term(logits), logits)
     assert gradient.abs().max() > 1e-3
+
+
+def test_equal_scores_still_give_top_k_different_experts_of_open_groups() -> None:
+    grouped = replace(FOUR, num_experts=8, num_groups=4, top_k_groups=2, top_k=3, selection_bias=False)
+    router = identity_router(grouped)
+    routing = router(torch.zeros(2, 5, 8))
+    for experts in routing.experts.tolist():
+        assert len(set(experts)) == 3
+        assert len({expert // 2 for expert in experts}) == 2
+    assert torch.equal(routing.experts, router(torch.zeros(2, 5, 8)).experts)
+    assert routing.weights.flatten().tolist() == pytest.approx([1 / 8] * 30)
+
+
+def test_forced_balance_gives_every_expert_the_same_load_and_its_own_scores() -> None:
+    router, x = router_of(replace(MOE, forced_balance=True)), normal(2, 8, 32)
+    routing = router(x)
+    assert routing.stats.load.tolist() == [16 * MOE.top_k / MOE.num_experts] * MOE.num_experts
+    assert all(len(set(experts)) == MOE.top_k for experts in routing.experts.tolist())
+    scores = torch.stack([reference.affinities(router, vector) for vector in x.flatten(0, 1)])
+    expected = scores.gather(1, routing.experts)
+    expected = MOE.route_scale * expected / expected.sum(1, keepdim=True)
+    assert_close(routing.weights, expected)
+
+
+def test_z_loss_by_hand() -> None:
+    # log(4 e^0) = 1.386294 and log(3 + e^2) = 2.340752, squared and averaged.
+    x = torch.tensor([[[0.0, 0, 0, 0], [0, 0, 0, 2]]])
+    expected = (1.3862944**2 + 2.3407516**2) / 2
+    router = identity_router(FOUR)
+    assert router(x).stats.z_loss.item() == 0
+    router.z_loss = True
+    assert router(x).stats.z_loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_input_that_is_no_number_is_flagged_and_nothing_hangs(bad: float) -> None:
+    router, x = router_of(MOE), normal(1, 6, 32).detach()
+    assert bool(router(x).stats.finite)
+    x[0, 3, 5] = bad
+    routing = router(x)
+    assert not bool(routing.stats.finite)
+    assert routing.stats.load.sum() == 6 * MOE.top_k

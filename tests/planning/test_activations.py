@@ -53,24 +53,17 @@ def saved_by_a_block(dtype: torch.dtype, dense: bool) -> float:
 def test_a_block_saves_what_is_counted(dtype: torch.dtype, dense: bool) -> None:
     # In fp32 casts are no copies, so that a few tensors are kept which bf16 frees.
     tolerance = 0.03 if dtype is torch.float32 else 0.002
-    counted = Activations(DEBUG, dtype.itemsize, LENGTH, fused_kernels=False).block(dense)
+    counted = Activations(DEBUG, dtype.itemsize, fused_kernels=False).block(dense)
     assert saved_by_a_block(dtype, dense) == pytest.approx(counted.split + counted.whole, rel=tolerance)
 
 
-def test_fused_kernels_keep_no_square_of_the_sequence() -> None:
-    short, long = (Activations(DEBUG, 2, length) for length in (512, 131072))
-    assert short.block(dense=False) == long.block(dense=False)
-    unfused = Activations(DEBUG, 2, 512, fused_kernels=False).block(dense=False)
-    assert unfused.split - short.block(dense=False).split > 4 * DEBUG.attention.heads * 512
-
-
 def test_logits_are_fp32_whatever_the_compute_dtype() -> None:
-    assert Activations(DEBUG, 2, 64).logits().split > 2 * 4 * DEBUG.vocab_size
-    assert Activations(DEBUG, 2, 64).block_input() == TokenBytes(2 * DEBUG.dim)
+    assert Activations(DEBUG, 2).logits().split > 2 * 4 * DEBUG.vocab_size
+    assert Activations(DEBUG, 2).block_input() == TokenBytes(2 * DEBUG.dim)
 
 
 def test_tp_ranks_share_a_part_and_repeat_the_latents() -> None:
-    block = Activations(preset("671b"), 2, 4096).block(dense=False)
+    block = Activations(preset("671b"), 2).block(dense=False)
     # At least the latents (1536 + 512) and the gathered input in bf16 are whole on every rank.
     assert 2 * (1536 + 512 + 7168) <= block.whole < block.split / 10
     assert TokenBytes(7, 3).on_rank(5, 4) == 9 + 15

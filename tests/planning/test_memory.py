@@ -134,7 +134,7 @@ def test_a_stage_keeps_one_activation_a_microbatch_in_flight() -> None:
 def test_full_recomputation_keeps_block_inputs_and_the_block_at_work() -> None:
     config = replace(preset("16b"), mtp_depths=1)
     shape = replace(BF16, recompute=Recomputed.full)
-    saved = Activations(config, 2, 4096)
+    saved = Activations(config, 2)
     largest = max(saved.block(dense).on_rank(4096, 1) for dense in (True, False))
     rest = sum(part.on_rank(4096, 1) for part in (saved.logits(), saved.logits(), saved.mtp_join()))
     inputs = 28 * 4096 * 2 * 2048

@@ -19,11 +19,16 @@ VOCAB = 48
 def output(rows: int, depths: int, seed: int = 0, balance: float = 1.0) -> ModelOutput:
     """Random logits that need gradients."""
     logits = [normal(rows, 10, VOCAB, seed=seed + n) for n in range(depths + 1)]
-    return ModelOutput(logits[0], logits[1:], torch.tensor(balance, requires_grad=True))
+    return model_output(logits[0], logits[1:], torch.tensor(balance, requires_grad=True))
+
+
+def model_output(logits: Tensor, mtp: list[Tensor], balance: Tensor) -> ModelOutput:
+    """With a z-loss of twice the balance term."""
+    return ModelOutput(logits, mtp, balance, 2 * balance, torch.zeros(2, dtype=torch.bool))
 
 
 def part(whole: ModelOutput, rows: slice, balance: float) -> ModelOutput:
-    return ModelOutput(
+    return model_output(
         whole.logits[rows], [logits[rows] for logits in whole.mtp_logits], torch.tensor(balance)
     )
 
@@ -115,6 +120,7 @@ def test_balance_is_a_mean_over_the_sequences_of_the_whole_batch() -> None:
     data = batch(0, 1)
     found = losses(output(2, 0, balance=6.0), data, GlobalBatch(torch.tensor(99), 12))
     assert found.balance.item() == pytest.approx(1.0)
+    assert found.z.item() == pytest.approx(2.0)
 
 
 def test_main_loss_is_what_torch_calls_the_mean() -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from dsv3.data.batch import IGNORE, Batch
+from dsv3.metrics.recorder import BROKEN
 from dsv3.metrics.row import MetricsRow
 from dsv3.model.config import ModelConfig
+from dsv3.model.generation import inference
 from dsv3.model.transformer import Transformer
 from dsv3.training.config import AdamWConfig, TrainConfig
 from dsv3.training.optimizer import build_optimizer
@@ -188,6 +190,8 @@ def test_figures_are_those_of_the_metrics_row_that_the_model_has(
     known |= {"moe_max_violation", "moe_entropy", "moe_bias_range"}
     assert known <= {f.name for f in fields(MetricsRow)}
     figures = step_of(tiny_model(config))([batch(0, 1)], WEIGHTS)
+    broken = figures.pop(BROKEN, None)
+    assert (broken is None) == ("balance_loss" in unknown)
     assert set(figures) == known - unknown
     assert all(value.ndim == 0 and value.isfinite() for value in figures.values())
 
@@ -210,3 +214,28 @@ def test_a_tiny_model_learns_a_repeated_batch_by_heart() -> None:
         figures = step([data], replace(WEIGHTS, lr=0.01))
     assert figures["loss"] < 0.1 * math.log(MODEL.vocab_size)
     assert figures["mtp_loss"] < 0.1 * math.log(MODEL.vocab_size)
+
+
+def test_the_first_router_that_met_no_number_is_told() -> None:
+    model = tiny_model(replace(MODEL, num_layers=4, mtp_depths=0))
+    assert step_of(model)([batch(0)], WEIGHTS)[BROKEN] == -1
+    with torch.no_grad():
+        model.get_parameter("layers.2.attention.o_proj.weight")[0, 0] = torch.nan
+    names = model.moe_layers()
+    figures = step_of(model)([batch(0), batch(1)], WEIGHTS)
+    assert names[int(figures[BROKEN])] == "layers.2"
+    assert names == ["layers.1", "layers.2", "layers.3"]
+
+
+@pytest.mark.parametrize("weight", [0.0, 10.0])
+def test_the_z_loss_pulls_router_logits_towards_zero_where_it_has_a_weight(weight: float) -> None:
+    def z(model: Transformer) -> float:
+        for router in model.routers():
+            router.z_loss = True
+        with inference(model):
+            return float(model(batch(0, 1).tokens).z_loss)
+
+    model, other = tiny_model(), tiny_model()
+    step_of(other)([batch(0, 1)], replace(WEIGHTS, lr=1e-4, bias_speed=0.0))
+    step_of(model)([batch(0, 1)], replace(WEIGHTS, lr=1e-4, bias_speed=0.0, z=weight))
+    assert (z(model) < z(other)) == (weight > 0)

@@ -1,0 +1,362 @@
+"""Breaks each numerics rule on purpose, in a copy of the project, and records which test notices.
+
+A mutation replaces one piece of text; it counts as caught when a test of the named folders fails. The
+table goes into docs/numerics.md. A rule that no test holds makes the command exit with 1.
+
+    python benchmarks/mutations.py
+    python benchmarks/mutations.py --only yarn
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = Path(__file__).resolve().parent / "results" / "mutations.json"
+MODEL, HF = "tests/model", "tests/hf"
+TRAINING, SHARDED = "tests/training", "tests/distributed"
+
+
+@dataclass
+class Mutation:
+    """One rule, and the edit that breaks it."""
+
+    rule: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation("router in fp32 under autocast", "dsv3/model/router.py", "enabled=False", "enabled=True", MODEL),
+    Mutation(
+        "router in fp32 for bf16 input",
+        "dsv3/model/router.py",
+        "F.linear(x.float(), self.weight.float())",
+        "F.linear(x, self.weight.to(x.dtype)).float()",
+        MODEL,
+    ),
+    Mutation(
+        "the selection bias takes part in the choice",
+        "dsv3/model/router.py",
+        "scores if self.selection_bias is None else scores + self.selection_bias",
+        "scores",
+        MODEL,
+    ),
+    Mutation(
+        "and never in the weight",
+        "dsv3/model/router.py",
+        "weights = scores.gather(-1, experts)",
+        "weights = (scores + (0 if self.selection_bias is None else self.selection_bias)).gather(-1, experts)",
+        MODEL,
+    ),
+    Mutation(
+        "weights renormalised where the config says so",
+        "dsv3/model/router.py",
+        "if self.config.normalize_top_k:",
+        "if True:",
+        MODEL,
+    ),
+    Mutation(
+        "with + 1e-20",
+        "dsv3/model/router.py",
+        "weights.sum(-1, keepdim=True) + 1e-20",
+        "weights.sum(-1, keepdim=True)",
+        MODEL,
+    ),
+    Mutation(
+        "then scaled",
+        "dsv3/model/router.py",
+        "return weights * self.config.route_scale",
+        "return weights",
+        MODEL,
+    ),
+    Mutation(
+        "group score: sum of the top 2 with a bias",
+        "dsv3/model/router.py",
+        "best = 1 if self.selection_bias is None else 2",
+        "best = 1",
+        MODEL,
+    ),
+    Mutation(
+        "group score: the maximum without",
+        "dsv3/model/router.py",
+        "best = 1 if self.selection_bias is None else 2",
+        "best = 2",
+        MODEL,
+    ),
+    Mutation(
+        "closed groups masked with -inf",
+        "dsv3/model/router.py",
+        "closed.unsqueeze(-1), -torch.inf",
+        "closed.unsqueeze(-1), 0.0",
+        MODEL,
+    ),
+    Mutation(
+        "bias moves against the load",
+        "dsv3/training/balance.py",
+        "counts.mean() - counts",
+        "counts - counts.mean()",
+        TRAINING,
+    ),
+    Mutation(
+        "load counted over all ranks",
+        "dsv3/training/step.py",
+        "take_load(self.routers, self.worker.sum)",
+        "take_load(self.routers, lambda x: x)",
+        SHARDED,
+    ),
+    Mutation(
+        "load added up over microbatches",
+        "dsv3/model/transformer.py",
+        "block.ffn.router.load += stats.load",
+        "block.ffn.router.load.copy_(stats.load)",
+        TRAINING,
+    ),
+    Mutation(
+        "load not counted again under recomputation",
+        "dsv3/model/moe.py",
+        "routing: Routing = self.router(x)",
+        "routing: Routing = self.router(x); self.router.load.add_(routing.stats.load, alpha=0.5)",
+        MODEL,
+    ),
+    Mutation(
+        "bias update for MTP layers too",
+        "dsv3/model/transformer.py",
+        "return [module for module in self.modules() if isinstance(module, Router)]",
+        "return [module for module in self.layers.modules() if isinstance(module, Router)]",
+        f"{MODEL} {TRAINING}",
+    ),
+    Mutation(
+        "balance loss counts raw scores",
+        "dsv3/model/router.py",
+        "raw = scores.detach().topk(top_k, dim=-1, sorted=False).indices",
+        "raw = self.select(scores.detach())",
+        MODEL,
+    ),
+    Mutation(
+        "balance loss averages normalised scores",
+        "dsv3/model/router.py",
+        "(scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(dim=1)",
+        "scores.mean(dim=1)",
+        MODEL,
+    ),
+    Mutation(
+        "balance loss per sequence",
+        "dsv3/model/router.py",
+        "return (frequency * share).sum(-1).mean()",
+        "return (frequency.mean(0) * share.mean(0)).sum(-1)",
+        MODEL,
+    ),
+    Mutation(
+        "balance loss of MTP layers too",
+        "dsv3/model/transformer.py",
+        "            stats_of_layers += self._counted(module.block, stats)\n",
+        "            self._counted(module.block, stats)\n",
+        MODEL,
+    ),
+    Mutation(
+        "MTP loss: mean over depths",
+        "dsv3/training/loss.py",
+        "mtp = mtp + share / len(output.mtp_logits)",
+        "mtp = mtp + share",
+        TRAINING,
+    ),
+    Mutation(
+        "MTP loss: eq. 24's denominator",
+        "dsv3/training/loss.py",
+        "depth)) / whole.tokens",
+        "depth)) / (mtp_targets(batch.targets, batch.documents, depth) >= 0).sum().clamp(min=1)",
+        TRAINING,
+    ),
+    Mutation(
+        "MTP joins [embedding, hidden]",
+        "dsv3/model/mtp.py",
+        "[self.embedding_norm(embedded), self.hidden_norm(hidden)]",
+        "[self.hidden_norm(hidden), self.embedding_norm(embedded)]",
+        MODEL,
+    ),
+    Mutation(
+        "MTP receives the normed hidden state",
+        "dsv3/model/mtp.py",
+        "return self.norm(x), stats",
+        "return x, stats",
+        MODEL,
+    ),
+    Mutation(
+        "MTP targets stay in their document",
+        "dsv3/data/batch.py",
+        "targets[:, depth:].masked_fill(~same, IGNORE)",
+        "targets[:, depth:]",
+        "tests/data",
+    ),
+    Mutation(
+        "RMSNorm eps from the config", "dsv3/model/layers.py", "self.eps = eps", "self.eps = 1e-6", MODEL
+    ),
+    Mutation(
+        "latent norms have their own eps",
+        "dsv3/model/block.py",
+        "scale, config.latent_norm_eps)",
+        "scale, config.norm_eps)",
+        MODEL,
+    ),
+    Mutation(
+        "norms accumulate in fp32",
+        "dsv3/model/layers.py",
+        "F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)",
+        "F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)",
+        MODEL,
+    ),
+    Mutation(
+        "YaRN: mscale squared in the softmax",
+        "dsv3/model/rope.py",
+        "config.mscale_all_dim) ** 2",
+        "config.mscale_all_dim)",
+        HF,
+    ),
+    Mutation(
+        "YaRN: cos and sin times the ratio of mscales",
+        "dsv3/model/rope.py",
+        "_mscale(config.factor, config.mscale) / _mscale(config.factor, config.mscale_all_dim)",
+        "1.0",
+        HF,
+    ),
+    Mutation(
+        "YaRN: the ramp's bounds round outwards",
+        "dsv3/model/rope.py",
+        "math.ceil(_pair",
+        "math.floor(_pair",
+        HF,
+    ),
+    Mutation(
+        "RoPE pairs are adjacent",
+        "dsv3/model/rope.py",
+        "even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)",
+        "even, odd = x.float().chunk(2, -1)",
+        HF,
+    ),
+    Mutation(
+        "RoPE tables and rotation in fp32",
+        "dsv3/model/rope.py",
+        "torch.stack([angles.cos(), angles.sin()], dim=-1)",
+        "torch.stack([angles.cos(), angles.sin()], dim=-1).bfloat16()",
+        HF,
+    ),
+    Mutation(
+        "loss divided once by the global count",
+        "dsv3/training/step.py",
+        "local = torch.stack([valid_tokens(batch) for batch in microbatches]).sum()",
+        "local = torch.stack([valid_tokens(batch) for batch in microbatches]).max() * len(microbatches)",
+        TRAINING,
+    ),
+    Mutation(
+        "gradients summed over ranks, not averaged",
+        "dsv3/parallel/fsdp.py",
+        "module.set_gradient_divide_factor(1.0)",
+        "module.set_gradient_divide_factor(2.0)",
+        SHARDED,
+    ),
+    Mutation(
+        "one gradient norm over all shards",
+        "dsv3/training/optimizer.py",
+        'norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm',
+        'norm = norm.to_local() if hasattr(norm, "to_local") else norm',
+        SHARDED,
+    ),
+    Mutation(
+        "block-fp8 scales are used",
+        "dsv3/checkpoint/hf.py",
+        "return weight.float() * spread",
+        "return weight.float()",
+        "tests/checkpoint/test_hf.py",
+    ),
+    Mutation(
+        "documents do not see each other",
+        "dsv3/training/step.py",
+        "batch.documents if self.document_mask else None",
+        "None",
+        TRAINING,
+    ),
+    Mutation(
+        "logits in fp32",
+        "dsv3/model/transformer.py",
+        "logits, mtp_logits = self.head(x).float(), []",
+        "logits, mtp_logits = self.head(x), []",
+        MODEL,
+    ),
+    Mutation(
+        "latent cache holds normed latents",
+        "dsv3/model/attention.py",
+        "return self.kv_a_norm(latent), apply_rotary",
+        "return latent, apply_rotary",
+        MODEL,
+    ),
+]
+
+
+def caught_by(mutation: Mutation, copy: Path) -> str | None:
+    """The first test that fails with the mutation in place; None where all pass."""
+    path = copy / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise SystemExit(f"{mutation.file} holds {mutation.old!r} {text.count(mutation.old)} times, not once")
+    path.write_text(text.replace(mutation.old, mutation.new))
+    try:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *mutation.tests.split(),
+        ]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    finally:
+        path.write_text(text)
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)
+    if done.returncode and not found:
+        raise SystemExit(
+            f"{mutation.rule}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return found[1] if found else None
+
+
+def table(results: dict[str, str | None]) -> str:
+    """Markdown for docs/numerics.md."""
+    lines = ["| rule broken | caught by |", "|---|---|"]
+    lines += [f"| {rule} | {f'`{test}`' if test else '**nothing**'} |" for rule, test in results.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Try every mutation, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--only", default="", help="rules that hold this text")
+    parser.add_argument("--json", type=Path, default=RESULT)
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if options.only.lower() in mutation.rule.lower()]
+    results: dict[str, str | None] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "dsv3"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "outputs"), symlinks=True)
+        for mutation in chosen:
+            results[mutation.rule] = caught_by(mutation, copy)
+            print(f"{mutation.rule:<50} {results[mutation.rule] or 'NOT CAUGHT'}", flush=True)
+    print("\n" + table(results))
+    if not options.only:
+        report = [asdict(mutation) | {"caught_by": results[mutation.rule]} for mutation in chosen]
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if all(results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Our parameters by the names of released checkpoints (the names that HF's models save).
+
+A released checkpoint holds one tensor an expert and projection, where ours are stacked; and it holds
+the MTP depths as layers behind the last one, with copies of the shared embedding and head.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dsv3.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a released checkpoint and its place, `parameter[index][rows]`; None is all of it."""
+
+    source: str
+    parameter: str
+    index: int | None = None
+    """Which expert of a stack [experts, out, in]."""
+    rows: tuple[int, int] | None = None
+    """Which rows of the expert's matrix: gate and up lie behind each other."""
+
+
+_MODEL = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.q_proj": "self_attn.q_proj",
+    "attention.q_a_proj": "self_attn.q_a_proj",
+    "attention.q_a_norm": "self_attn.q_a_layernorm",
+    "attention.q_b_proj": "self_attn.q_b_proj",
+    "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_a_norm": "self_attn.kv_a_layernorm",
+    "attention.kv_b_proj": "self_attn.kv_b_proj",
+    "attention.o_proj": "self_attn.o_proj",
+    "ffn.router": "mlp.gate",
+    "ffn": "mlp",
+    "ffn.shared_experts": "mlp.shared_experts",
+}
+_MTP = {
+    "embedding_norm": "enorm",
+    "hidden_norm": "hnorm",
+    "projection": "eh_proj",
+    "norm": "shared_head.norm",
+}
+_LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.+)")
+
+
+def released_parts(parameter: str, config: ModelConfig) -> Iterator[Part]:
+    """The tensors of a released checkpoint that make up one parameter or buffer of ours.
+
+    KeyError for a name that no model of this family has.
+    """
+    if parameter in _MODEL:
+        yield Part(_MODEL[parameter], parameter)
+        return
+    found = _LAYER.fullmatch(parameter)
+    if found is None:
+        raise KeyError(parameter)
+    kind, number, rest = found[1], int(found[2]), found[3]
+    layer = f"model.layers.{number + (config.num_layers if kind == 'mtp' else 0)}"
+    if kind == "mtp":
+        module, _, leaf = rest.rpartition(".")
+        if module in _MTP:
+            yield Part(f"{layer}.{_MTP[module]}.{leaf}", parameter)
+            return
+        rest = rest.removeprefix("block.")
+    yield from _block_parts(parameter, layer, rest, config)
+
+
+def _block_parts(parameter: str, layer: str, rest: str, config: ModelConfig) -> Iterator[Part]:
+    hidden = config.moe.hidden_dim
+    if rest.startswith("ffn.experts."):
+        for expert in range(config.moe.num_experts):
+            name = f"{layer}.mlp.experts.{expert}"
+            if rest.endswith("gate_up_proj"):
+                yield Part(f"{name}.gate_proj.weight", parameter, expert, (0, hidden))
+                yield Part(f"{name}.up_proj.weight", parameter, expert, (hidden, 2 * hidden))
+            else:
+                yield Part(f"{name}.down_proj.weight", parameter, expert)
+    elif rest == "ffn.router.selection_bias":
+        yield Part(f"{layer}.mlp.gate.e_score_correction_bias", parameter)
+    else:
+        module, _, leaf = rest.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        theirs = _BLOCK[module] if module in _BLOCK else f"{_BLOCK[parent]}.{last}"
+        yield Part(f"{layer}.{theirs}.{leaf}", parameter)

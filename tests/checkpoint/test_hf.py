@@ -1,0 +1,131 @@
+"""Released checkpoints: every tensor of a file goes to its place, fp8 blocks by their scales."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsv3.checkpoint.hf import ReleasedWeights, dequantize, load_released
+from dsv3.checkpoint.hf_config import model_from_hf
+from dsv3.checkpoint.names import released_parts
+from dsv3.config import build
+from dsv3.model.transformer import Transformer
+from dsv3.runtime.errors import UserError
+from tests.hf.pairs import pair
+
+pytest.importorskip("transformers")
+V3: dict[str, Any] = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
+# As DeepSeek-V3's repository names them (README_WEIGHTS.md of the release).
+MTP_LAYER = {
+    "model.layers.61.enorm.weight",
+    "model.layers.61.hnorm.weight",
+    "model.layers.61.eh_proj.weight",
+    "model.layers.61.shared_head.norm.weight",
+    "model.layers.61.input_layernorm.weight",
+    "model.layers.61.post_attention_layernorm.weight",
+    "model.layers.61.self_attn.q_a_proj.weight",
+    "model.layers.61.self_attn.q_a_layernorm.weight",
+    "model.layers.61.self_attn.q_b_proj.weight",
+    "model.layers.61.self_attn.kv_a_proj_with_mqa.weight",
+    "model.layers.61.self_attn.kv_a_layernorm.weight",
+    "model.layers.61.self_attn.kv_b_proj.weight",
+    "model.layers.61.self_attn.o_proj.weight",
+    "model.layers.61.mlp.gate.weight",
+    "model.layers.61.mlp.gate.e_score_correction_bias",
+    "model.layers.61.mlp.shared_experts.gate_proj.weight",
+    "model.layers.61.mlp.shared_experts.up_proj.weight",
+    "model.layers.61.mlp.shared_experts.down_proj.weight",
+}
+
+
+def released(tmp_path: Path, **changes: Any) -> tuple[Path, Transformer]:
+    """A checkpoint that transformers wrote, and the model it was made from with HF's weights."""
+    theirs, ours = pair("deepseek_v3", tmp_path, **{**V3, **changes})
+    theirs.save_pretrained(tmp_path / "released")  # type: ignore[operator]
+    return tmp_path / "released", ours
+
+
+def empty(directory: Path) -> Transformer:
+    model: Transformer = build(model_from_hf(directory))
+    for tensor in model.state_dict().values():
+        tensor.fill_(torch.nan)
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}])
+def test_a_file_of_transformers_fills_every_parameter(tmp_path: Path, changes: dict[str, Any]) -> None:
+    directory, expected = released(tmp_path, **changes)
+    model = empty(directory)
+    load_released(model, directory)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    sources = {p.source for name in expected.state_dict() for p in released_parts(name, model.config)}
+    (file,) = directory.glob("*.safetensors")
+    assert sources == set(load_file(file))
+
+
+def test_mtp_layers_have_the_released_names() -> None:
+    from dsv3.config import strict
+    from tests.composing import compose
+
+    config = strict(compose(["model=671b"])).model
+    with torch.device("meta"):
+        model = build(config)
+    names = [name for name in model.state_dict() if name.startswith("mtp.")]
+    sources = {part.source for name in names for part in released_parts(name, config)}
+    experts = {
+        f"model.layers.61.mlp.experts.{n}.{kind}_proj.weight"
+        for n in range(256)
+        for kind in ("gate", "up", "down")
+    }
+    assert sources == MTP_LAYER | experts
+
+
+def by_blocks(weight: Tensor, scales: Tensor) -> Tensor:
+    out = torch.empty(weight.shape)
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            out[row, column] = weight[row, column].float() * scales[row // 128, column // 128]
+    return out
+
+
+def test_fp8_blocks_are_multiplied_by_their_scales_partial_ones_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(150, 260, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, 3, generator=generator) + 0.5
+    assert torch.equal(dequantize(weight, scales), by_blocks(weight, scales))
+
+
+def test_an_fp8_weight_is_read_through_an_index_and_needs_its_scales(tmp_path: Path) -> None:
+    weight = torch.randn(130, 8).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[2.0], [0.5]])
+    save_file({"a.weight": weight}, tmp_path / "one.safetensors")
+    save_file({"a.weight_scale_inv": scales}, tmp_path / "two.safetensors")
+    index = {"a.weight": "one.safetensors", "a.weight_scale_inv": "two.safetensors"}
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    with ReleasedWeights(tmp_path) as weights:
+        assert torch.equal(weights.read("a.weight"), by_blocks(weight, scales))
+    path.write_text(json.dumps({"weight_map": {"a.weight": "one.safetensors"}}))
+    with ReleasedWeights(tmp_path) as weights, pytest.raises(UserError, match="weight_scale_inv"):
+        weights.read("a.weight")
+
+
+def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
+    directory, _ = released(tmp_path)
+    (file,) = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    left_out = "model.layers.2.mlp.experts.7.up_proj.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if name != left_out}, file)
+    with pytest.raises(UserError, match=left_out):
+        load_released(empty(directory), directory)
+    file.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=file.name):
+        load_released(empty(directory), directory)
+    file.unlink()
+    with pytest.raises(UserError, match=r"holds no \.safetensors"):
+        load_released(empty(directory), directory)
