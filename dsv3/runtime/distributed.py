@@ -1,6 +1,8 @@
 """One worker's place in the world: rank, device and the reductions the training step asks for."""
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +84,14 @@ def worker(timeout: int) -> Iterator[Worker]:
     # with a complaint about the connection in place of the reason. Its process ends them anyway.
     if dist.is_initialized():
         dist.destroy_process_group()
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End a worker that is done before C++ tears its threads down, which now and then aborts it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _device(local_rank: int) -> torch.device:
