@@ -233,7 +233,7 @@ MUTATIONS = [
         "dsv3/model/rope.py",
         "math.ceil(_pair",
         "math.floor(_pair",
-        HF,
+        f"tests/model/test_rope.py {HF}",
     ),
     Mutation(
         "RoPE pairs are adjacent",
@@ -266,8 +266,8 @@ MUTATIONS = [
     Mutation(
         "one gradient norm over all shards",
         "dsv3/training/optimizer.py",
-        'norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm',
-        'norm = norm.to_local() if hasattr(norm, "to_local") else norm',
+        "get_total_norm([p.grad for p in",
+        "get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in",
         SHARDED,
     ),
     Mutation(
@@ -327,7 +327,7 @@ def caught_by(mutation: Mutation, copy: Path) -> str | None:
         raise SystemExit(
             f"{mutation.rule}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
-    return found[1] if found else None
+    return found[1].split("[")[0] if found else None
 
 
 def table(results: dict[str, str | None]) -> str:
