@@ -6,12 +6,10 @@ counts the half of the square that is computed, `full_square` (PaLM, arXiv 2204.
 counts all of it. Recomputation is never counted: MFU, not HFU.
 """
 
-from collections.abc import Iterable
 from enum import Enum
 
 from dsv3.model.config import ModelConfig
 from dsv3.planning import weights
-from dsv3.planning.weights import Component, Weight
 
 
 class FlopsConvention(Enum):
@@ -43,9 +41,11 @@ def training_flops_per_token(
 
 def active_matmul_weights(config: ModelConfig, mtp_depths: int) -> int:
     """Matmul weights that one token meets, the shared head once a prediction."""
-    main = _met(weights.main_model(config), config)
+    main = weights.met(weights.main_model(config), config)
     head = config.vocab_size * config.dim
-    return main + sum(_met(module, config) + head for module in weights.mtp_modules(config)[:mtp_depths])
+    return main + sum(
+        weights.met(module, config) + head for module in weights.mtp_modules(config)[:mtp_depths]
+    )
 
 
 def mfu(
@@ -56,13 +56,3 @@ def mfu(
     `tokens_per_second` is that of all `devices` together.
     """
     return None if peak_flops is None else tokens_per_second * flops_per_token / (peak_flops * devices)
-
-
-def _met(of: Iterable[Weight], config: ModelConfig) -> int:
-    total = 0
-    for weight in of:
-        if weight.component is Component.experts:
-            total += weight.numel // config.moe.num_experts * config.moe.top_k
-        elif weight.is_matrix:
-            total += weight.numel
-    return total

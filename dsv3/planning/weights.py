@@ -5,6 +5,7 @@ dsv3/model and is held to them by a test on the meta device.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -82,6 +83,16 @@ def mtp_join(config: ModelConfig) -> list[Weight]:
 def main_model(config: ModelConfig) -> list[Weight]:
     """Every weight but those of the MTP depths."""
     return [*embedding(config), *(w for layer in layers(config) for w in layer), *output(config)]
+
+
+def met(of: Iterable[Weight], config: ModelConfig) -> int:
+    """Matmul weights that one token meets: of the routed experts its top_k, of the embedding none."""
+    experts, chosen = config.moe.num_experts, config.moe.top_k
+    return sum(
+        weight.numel // experts * chosen if weight.component is Component.experts else weight.numel
+        for weight in of
+        if weight.is_matrix
+    )
 
 
 def _norm(dim: int) -> Weight:
