@@ -51,8 +51,13 @@ class Degrees:
 
     @property
     def dense_shards(self) -> int:
-        """Ranks one copy of the dense parameters is sharded over."""
+        """Ranks that a tensor-parallel part is sharded over."""
         return self.dp_shard * self.cp
+
+    @property
+    def whole_shards(self) -> int:
+        """Ranks that parameters which every rank uses whole are sharded over."""
+        return self.dp_shard * self.cp * self.tp
 
     @property
     def expert_shards(self) -> int:

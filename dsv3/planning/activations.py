@@ -1,12 +1,17 @@
 """What a forward pass keeps for the backward pass, in bytes, as closed forms of the model's sizes.
 
-Each term is a tensor that autograd saves in dsv3/model, read off with saved_tensors_hooks (the test
-does it again). `c` is the byte size of the compute dtype; norms, router and logits keep fp32.
+Each term is a tensor that autograd saves in dsv3/model or dsv3/parallel, read off with
+saved_tensors_hooks (the test does it again on one process). `c` is the byte size of the compute dtype;
+norms, router and logits keep fp32.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from dsv3.model.config import ModelConfig
+from dsv3.parallel.config import Kept
+from dsv3.parallel.degrees import Degrees
+from dsv3.planning import exchange
 
 FP32 = 4
 INDEX = 8
@@ -31,13 +36,15 @@ class TokenBytes:
 class Activations:
     """Saved activations of a model computing in dtypes of `compute` bytes; none grows with the square.
 
-    `fused_kernels` stands for attention that takes values as narrow as they are and for a norm in one
-    kernel: true on GPUs. On CPU values are padded (kernels.py) and the normalised input is kept.
+    `fused_kernels` stands for a norm in one kernel: true on GPUs; on CPU the normalised input is kept.
+    Under context parallelism the rank with the last part of a row is meant: it expands all of its keys.
     """
 
     config: ModelConfig
     compute: int
     fused_kernels: bool = True
+    degrees: Degrees = field(default_factory=Degrees)
+    ranks_per_node: int | None = None
 
     def block(self, dense: bool) -> TokenBytes:
         """One layer; a token's experts count where the token is from, as with an even load."""
@@ -47,32 +54,55 @@ class Activations:
         """All that full recomputation keeps of a layer."""
         return TokenBytes(self.compute * self.config.dim)
 
+    def kept(self, dense: bool, keep: Sequence[Kept]) -> TokenBytes:
+        """What selective recomputation keeps of a layer: its input and the results of the operators named."""
+        a, c = self.config.attention, self.compute
+        kept = self.block_input()
+        if Kept.attention in keep:
+            kept += TokenBytes(a.heads * (c * a.v_head_dim + FP32))
+        if Kept.matmuls in keep:
+            kept += self._attention_matmuls() + self._ffn_matmuls(dense)
+        if not dense and Kept.experts in keep:
+            moe = self.config.moe
+            kept += TokenBytes(moe.top_k * c * (2 * moe.hidden_dim + self.config.dim))
+        if not dense and Kept.exchange in keep:
+            kept += self._exchanged()
+        return kept
+
     def mtp_join(self) -> TokenBytes:
         """An MTP depth besides its layer and logits: two norms whose outputs live on in one concatenation."""
-        dim = self.config.dim
-        return TokenBytes(2 * self._norm(dim))
+        return TokenBytes(2 * self._norm(self.config.dim))
 
     def logits(self) -> TokenBytes:
         """The norm before the head, fp32 logits, and their log-softmax, once a prediction."""
-        return TokenBytes(self._norm(self.config.dim) + 2 * FP32 * self.config.vocab_size)
+        output = self.compute * self.config.dim
+        return TokenBytes(self._norm(self.config.dim) - output + 2 * FP32 * self.config.vocab_size, output)
 
     def _norm(self, dim: int) -> int:
         """Input in fp32, output in the compute dtype; unfused also the normalised input."""
         return dim * (FP32 + self.compute + (0 if self.fused_kernels else FP32)) + FP32
 
     def _attention(self) -> TokenBytes:
-        a, c, dim = self.config.attention, self.compute, self.config.dim
-        # Latents are computed from the gathered row on every tp rank; heads are split.
-        latents = self._norm(a.kv_lora_rank) + (self._norm(a.q_lora_rank) if a.q_lora_rank else 0)
-        gathered = c * dim
-        out = c * a.heads * a.v_head_dim
-        if self.fused_kernels:
-            keys_values = 2 * a.qk_head_dim + a.qk_nope_head_dim + a.v_head_dim
-            heads = a.heads * (c * keys_values + FP32)
+        a, c, cp = self.config.attention, self.compute, self.degrees.cp
+        queries = a.heads * (c * a.qk_head_dim + FP32)
+        keys_values = c * a.heads * (a.qk_head_dim + a.qk_nope_head_dim + a.v_head_dim)
+        # Under cp the two chunks' outputs are put together, and both forms are saved.
+        out = c * a.heads * a.v_head_dim * (2 if cp > 1 else 1)
+        return TokenBytes(self._norm(self.config.dim) + queries + cp * keys_values + out) + self._latents()
+
+    def _latents(self) -> TokenBytes:
+        """The latents' norms on the rank's own tokens; their outputs there, or gathered."""
+        a, c = self.config.attention, self.compute
+        q, kv = a.q_lora_rank or 0, a.kv_lora_rank
+        inputs = sum(self._norm(width) - c * width for width in (q, kv) if width)
+        own = gathered = 0
+        if self.degrees.tp > 1:
+            gathered = c * ((q or self.config.dim) + kv + a.qk_rope_head_dim)
         else:
-            width = max(a.qk_head_dim, a.v_head_dim)
-            heads = a.heads * (2 * c * (a.qk_head_dim + width) + FP32)
-        return TokenBytes(self._norm(dim) - gathered + heads + out, latents + gathered)
+            own = c * q + (c * kv if self.degrees.cp == 1 else 0)
+        if self.degrees.cp > 1:
+            gathered += self.degrees.cp * c * (kv + a.qk_rope_head_dim)
+        return TokenBytes(inputs + own, gathered)
 
     def _dense_ffn(self) -> TokenBytes:
         c, dim = self.compute, self.config.dim
@@ -86,3 +116,23 @@ class Activations:
         routed = moe.top_k * (c * (2 * dim + 4 * moe.hidden_dim) + 3 * INDEX)
         shared = 4 * c * moe.num_shared_experts * moe.hidden_dim
         return TokenBytes(self._norm(dim) + router + routed + shared)
+
+    def _exchanged(self) -> TokenBytes:
+        """Rows and weights of what arrives for the experts here, and of what comes back."""
+        levels = exchange.levels(self.config.moe, self.degrees.ep, self.ranks_per_node)
+        row = self.compute * self.config.dim
+        return TokenBytes(round(sum(one.copies * (2 * row + 2 * FP32 * one.experts) for one in levels)))
+
+    def _attention_matmuls(self) -> TokenBytes:
+        a, c = self.config.attention, self.compute
+        latents = (a.q_lora_rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim
+        keys_values = self.degrees.cp * a.heads * (a.qk_nope_head_dim + a.v_head_dim)
+        split = c * (latents + a.heads * a.qk_head_dim + keys_values)
+        return TokenBytes(split, c * self.config.dim)
+
+    def _ffn_matmuls(self, dense: bool) -> TokenBytes:
+        moe, c, dim = self.config.moe, self.compute, self.config.dim
+        if dense:
+            return TokenBytes(2 * c * self.config.dense_hidden_dim, c * dim)
+        shared = moe.num_shared_experts * moe.hidden_dim
+        return TokenBytes(FP32 * moe.num_experts + (c * (2 * shared + dim) if shared else 0))

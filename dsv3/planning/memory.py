@@ -1,18 +1,19 @@
 """Bytes a rank needs: state that stays, activations, and copies that live within a step.
 
 A first estimate without allocator fragmentation, CUDA context and NCCL buffers. The rank reported is
-the fullest: shard 0 (uneven shards round up), of the pipeline stage that needs most.
+the fullest: shard 0 (uneven shards round up), of the pipeline rank that needs most.
 """
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.config import Recomputed
 from dsv3.parallel.degrees import Degrees
-from dsv3.planning import weights
 from dsv3.planning.activations import Activations, TokenBytes
+from dsv3.planning.partition import Stage, stage_groups
+from dsv3.planning.schedules import order
+from dsv3.planning.shape import StepShape
+from dsv3.planning.sharding import FP32, computes_in_fp32, gathered_bytes, local_numel, stored
 from dsv3.planning.weights import Component, Weight
 
 # FSDP2 gathers the next block while it computes this one.
@@ -20,42 +21,23 @@ GATHERED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
-class StateBytes:
-    """Bytes a number: fp32 master weights and gradients, AdamW's two fp32 moments, the compute dtype."""
-
-    parameter: int = 4
-    gradient: int = 4
-    optimizer: int = 8
-    compute: int = 4
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """What a rank computes at once: sequences a microbatch, tokens a row, microbatches a step."""
-
-    microbatch_size: int
-    sequence_length: int
-    microbatches: int = 1
-    recompute: Recomputed = Recomputed.none
-    reshard_after_forward: bool = True
-    state: StateBytes = field(default_factory=StateBytes)
-    fused_kernels: bool = True
-
-
-@dataclass(frozen=True)
 class MemoryBytes:
-    """One rank's bytes; `weight_copies` are compute-dtype weights gathered or cast within a step."""
+    """One rank's bytes; `weight_copies` are weights gathered or cast within a step, and their gradients.
+
+    `offloaded` is what the host keeps of the state in place of the device; it is in no total.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     weight_copies: int = 0
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(vars(self).values())
+        """All that is on the device."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.weight_copies
 
     def to_json(self) -> dict[str, int]:
         """The contract's five keys: `activations` is all that lives within a step, the copies too."""
@@ -68,143 +50,112 @@ class MemoryBytes:
         }
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A pipeline stage: its number and count, its layers (True: dense), and what it holds besides."""
-
-    index: int
-    stages: int
-    dense: list[bool]
-    mtp_depths: int
-
-    @property
-    def block_kinds(self) -> list[bool]:
-        """Its layers and those of its MTP depths, which are never dense."""
-        return [*self.dense, *[False] * self.mtp_depths]
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it holds the embedding."""
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it holds the head."""
-        return self.index == self.stages - 1
-
-
 def rank_memory(config: ModelConfig, degrees: Degrees, shape: StepShape) -> MemoryBytes:
     """Bytes of the fullest rank."""
-    every = (stage_memory(config, degrees, shape, stage) for stage in stages(config, degrees.pp))
+    every = (pipeline_rank_memory(config, degrees, shape, rank) for rank in range(degrees.pp))
     return max(every, key=lambda memory: memory.total)
 
 
-def stage_memory(config: ModelConfig, degrees: Degrees, shape: StepShape, stage: Stage) -> MemoryBytes:
-    """Bytes of the fullest rank of one pipeline stage."""
-    groups = stage_groups(config, stage)
-    held = sum(stored(weight, degrees) for group in groups for weight in group)
+def pipeline_rank_memory(config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int) -> MemoryBytes:
+    """Bytes of the fullest rank among those of pipeline rank `rank`."""
+    held_stages = shape.stages_of_rank(config, degrees, rank)
+    groups = [stage_groups(config, stage) for stage in held_stages]
+    held = sum(stored(weight, degrees) for stage in groups for group in stage for weight in group)
+    state = shape.state
+    sizes = [held * state.parameter, held * state.gradient, held * state.optimizer]
+    parameters, gradients, optimizer = [0, 0, 0] if shape.cpu_offload else sizes
     return MemoryBytes(
-        parameters=held * shape.state.parameter,
-        gradients=held * shape.state.gradient,
-        optimizer=held * shape.state.optimizer,
-        activations=_activations(config, degrees, shape, stage),
+        parameters,
+        gradients,
+        optimizer,
+        activations=_activations(config, degrees, shape, rank, held_stages),
         weight_copies=_weight_copies(groups, degrees, shape),
+        offloaded=sum(sizes) if shape.cpu_offload else 0,
     )
 
 
-def stages(config: ModelConfig, pp: int) -> list[Stage]:
-    """Layers over stages, as even as can be: the first ones, where dense layers are, take what is over."""
-    each, over = divmod(config.num_layers, pp)
-    dense = [n < config.num_dense_layers for n in range(config.num_layers)]
-    starts = [n * each + min(n, over) for n in range(pp + 1)]
-    return [
-        Stage(n, pp, dense[starts[n] : starts[n + 1]], config.mtp_depths if n == pp - 1 else 0)
-        for n in range(pp)
-    ]
+def _weight_copies(stages: list[list[list[Weight]]], degrees: Degrees, shape: StepShape) -> int:
+    """Bytes of gathered or cast weights, and of gradients before they are scattered.
 
-
-def stage_groups(config: ModelConfig, stage: Stage) -> list[list[Weight]]:
-    """A stage's weights as parallel/fsdp.py groups them: first what belongs to no block, then the blocks.
-
-    The last stage keeps a copy of the embedding for its MTP depths (DESIGN section 7).
+    Under pipeline parallelism torch's stages keep gathered weights and unscattered fp32 gradients until
+    the last microbatch. In one process nothing is gathered; a weight cast at its use (bf16 compute)
+    stays for the backward pass all the same.
     """
-    root: list[Weight] = []
-    if stage.is_first or (stage.is_last and stage.mtp_depths):
-        root += weights.embedding(config)
-    if stage.is_last:
-        root += weights.output(config)
-    root += stage.mtp_depths * weights.mtp_join(config)
-    return [root, *(weights.block(config, dense) for dense in stage.block_kinds)]
-
-
-def local_shape(weight: Weight, degrees: Degrees) -> tuple[int, ...]:
-    """A weight's shape after tensor or expert parallelism, before sharding; uneven parts round up."""
-    if weight.component is Component.experts:
-        dim, parts = 0, degrees.ep
-    elif weight.tensor_dim is not None:
-        dim, parts = weight.tensor_dim, degrees.tp
-    else:
-        return weight.shape
-    return (*weight.shape[:dim], -(-weight.shape[dim] // parts), *weight.shape[dim + 1 :])
-
-
-def stored(weight: Weight, degrees: Degrees, shard: int = 0) -> int:
-    """Numbers of `weight` that shard `shard` keeps; FSDP2 cuts the first dim in equal runs of rows.
-
-    Experts are cut by whole experts while there are enough of them, else each by its rows.
-    """
-    local, shards = local_shape(weight, degrees), shard_count(weight, degrees)
-    dim = 1 if weight.component is Component.experts and shards > local[0] else 0
-    run = -(-local[dim] // shards)
-    rows = max(0, min(run, local[dim] - shard * run))
-    return math.prod(local) // local[dim] * rows
-
-
-def shard_count(weight: Weight, degrees: Degrees) -> int:
-    """Ranks one copy of a weight is sharded over."""
-    return degrees.expert_shards if weight.component is Component.experts else degrees.dense_shards
-
-
-def _weight_copies(groups: list[list[Weight]], degrees: Degrees, shape: StepShape) -> int:
-    """Bytes of gathered or cast weights, and of one group's gradients before they are scattered.
-
-    Without sharding nothing is gathered; a weight cast at its use (bf16 compute) stays for the backward
-    pass all the same.
-    """
-    # dp_replicate alone is FSDP with one shard, which copies all the same.
-    sharded = max(degrees.data_parallel, degrees.dense_shards, degrees.expert_shards) > 1
-    casts = shape.state.compute != shape.state.parameter
-    root, *blocks = [sum(_copied(weight, degrees, sharded, casts) for weight in group) for group in groups]
-    held = not shape.reshard_after_forward if sharded else shape.recompute is Recomputed.none
+    if degrees.world_size == 1:
+        return _casts(stages[0], shape)
+    compute, pipelined = shape.state.compute, degrees.pp > 1
+    roots = sum(_gathered(stage[0], degrees, compute) for stage in stages)
+    blocks = [_gathered(block, degrees, compute) for stage in stages for block in stage[1:]]
     blocks.sort(reverse=True)
-    copies = root + sum(blocks if held else blocks[: GATHERED_BLOCKS if sharded else 1])
-    gradients = max([root, *blocks]) if sharded else 0
-    return (copies + gradients) * shape.state.compute
+    copies = roots + sum(blocks if pipelined or not shape.reshard_after_forward else blocks[:GATHERED_BLOCKS])
+    numbers = [sum(local_numel(w, degrees) for w in group) for stage in stages for group in stage]
+    # The gradients of one group in the dtype they come in, and in fp32 as they are summed.
+    scattered = max(numbers) * (FP32 + compute)
+    return copies + scattered + (sum(numbers) * FP32 if pipelined else 0)
 
 
-def _copied(weight: Weight, degrees: Degrees, sharded: bool, casts: bool) -> int:
-    used_in_fp32 = not weight.is_matrix or weight.component is Component.router
-    if not sharded and (not casts or used_in_fp32):
+def _gathered(group: list[Weight], degrees: Degrees, compute: int) -> int:
+    return sum(gathered_bytes(weight, degrees, compute) for weight in group)
+
+
+def _casts(groups: list[list[Weight]], shape: StepShape) -> int:
+    """Bytes of the weights that one process casts; under recomputation those of a block at a time."""
+    if shape.state.compute == shape.state.parameter:
         return 0
-    return math.prod(local_shape(weight, degrees))
+    root, *blocks = [sum(_cast(weight) for weight in group) for group in groups]
+    kept = sum(blocks) if shape.recompute is Recomputed.none else max(blocks)
+    return (root + kept) * shape.state.compute
 
 
-def _activations(config: ModelConfig, degrees: Degrees, shape: StepShape, stage: Stage) -> int:
-    """Saved activations; stage n of p holds p - n microbatches at once (1F1B), the logits of one."""
-    saved = Activations(config, shape.state.compute, shape.fused_kernels)
-    tokens = shape.microbatch_size * shape.sequence_length // degrees.cp
-    blocks = [saved.block(dense) for dense in stage.block_kinds]
-    working = TokenBytes(0)
-    if shape.recompute is Recomputed.full:
+def _cast(weight: Weight) -> int:
+    looked_up = weight.component is Component.embedding
+    return 0 if looked_up or computes_in_fp32(weight) else weight.numel
+
+
+def _activations(
+    config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int, held: list[Stage]
+) -> int:
+    """Saved activations of the microbatches that are under way together, at the worst moment of a step."""
+    saved = Activations(config, shape.state.compute, shape.fused_kernels, degrees, shape.ranks_per_node)
+    tokens = shape.tokens(degrees)
+    each = {stage.index: _kept(saved, shape, stage).on_rank(tokens, degrees.tp) for stage in held}
+    working = 0
+    if shape.recompute is not Recomputed.none:
         # The block that is being computed again is whole.
-        working = max(blocks, key=lambda block: block.on_rank(tokens, degrees.tp))
-        blocks = [saved.block_input()] * len(blocks)
-    in_flight = min(shape.microbatches, stage.stages - stage.index)
-    kept = _sum(blocks).on_rank(tokens * in_flight, degrees.tp)
-    predictions = [saved.logits()] * (1 + stage.mtp_depths) if stage.is_last else []
-    once = _sum([working, *predictions, *[saved.mtp_join()] * stage.mtp_depths])
-    return kept + once.on_rank(tokens, degrees.tp)
+        kinds = {dense for stage in held for dense in stage.block_kinds}
+        working = max(saved.block(dense).on_rank(tokens, degrees.tp) for dense in kinds)
+    if degrees.pp == 1:
+        return each[0] + working
+    boundary = saved.block_input().on_rank(tokens, degrees.tp)
+    ends = sum(1 + (not stage.is_first) - stage.is_last for stage in held)
+    # torch's stages receive every microbatch's input and gradient in a buffer of its own.
+    return _peak(degrees, shape, rank, each) + working + ends * boundary * shape.microbatches
 
 
-def _sum(parts: Iterable[TokenBytes]) -> TokenBytes:
-    return sum(parts, TokenBytes(0))
+def _peak(degrees: Degrees, shape: StepShape, rank: int, each: dict[int, int]) -> int:
+    """The most bytes at once, where a forward pass keeps `each` stage's until its backward pass is over."""
+    p, now, most = shape.pipelining, 0, 0
+    for action in order(p.schedule, rank, degrees.pp, p.per_rank, shape.microbatches):
+        if action.kind == "F":
+            now += each[action.stage]
+            most = max(most, now)
+        elif action.kind != "I":
+            now -= each[action.stage]
+    return most
+
+
+def _kept(saved: Activations, shape: StepShape, stage: Stage) -> TokenBytes:
+    """What one microbatch leaves at a stage."""
+    kept = TokenBytes(0)
+    for dense in stage.block_kinds:
+        if shape.recompute is Recomputed.none:
+            kept += saved.block(dense)
+        elif shape.recompute is Recomputed.full:
+            kept += saved.block_input()
+        else:
+            kept += saved.kept(dense, shape.keep)
+    for _ in range(stage.predictions):
+        kept += saved.logits()
+    for _ in range(stage.mtp_depths):
+        kept += saved.mtp_join()
+    return kept

@@ -5,11 +5,16 @@ from typing import TYPE_CHECKING
 
 from dsv3.metrics.flops import FlopsConvention, training_flops_per_token
 from dsv3.model.config import ModelConfig
-from dsv3.parallel.config import Recomputed
+from dsv3.parallel.config import ParallelConfig, PipelineConfig, Recomputed
 from dsv3.parallel.degrees import Degrees
+from dsv3.parallel.stages import reshard_after_forward, stages_per_rank
 from dsv3.planning import parameters
 from dsv3.planning.hardware import HardwareConfig
-from dsv3.planning.memory import MemoryBytes, StateBytes, StepShape, rank_memory
+from dsv3.planning.memory import MemoryBytes, rank_memory
+from dsv3.planning.partition import Pipelining
+from dsv3.planning.shape import StateBytes, StepShape
+from dsv3.planning.time import bubble
+from dsv3.planning.traffic import TrafficBytes, rank_traffic
 from dsv3.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,13 +28,17 @@ MOST_SHARDS = 2**16
 
 @dataclass(frozen=True)
 class Plan:
-    """Layout, sizes and memory of a run; `memory` is the fullest rank's, `hardware` has been detected."""
+    """Layout, sizes and costs of a run; `hardware` has been detected.
+
+    `memory` is the fullest rank's, `traffic` that of the rank that sends most.
+    """
 
     model: ModelConfig
     degrees: Degrees
     hardware: HardwareConfig
     shape: StepShape
     memory: MemoryBytes
+    traffic: TrafficBytes
 
     @property
     def world_size(self) -> int:
@@ -41,6 +50,12 @@ class Plan:
         """Whether the fullest rank fits its device; None where the device's memory is unknown."""
         limit = self.hardware.memory_bytes
         return None if limit is None else self.memory.total <= limit
+
+    @property
+    def bubble(self) -> float:
+        """The share of a step in which a pipeline rank waits for others."""
+        p = self.shape.pipelining
+        return bubble(p.schedule, self.degrees.pp, p.per_rank, self.shape.microbatches)
 
     def flops_per_token(self, convention: FlopsConvention) -> int:
         """Training FLOPs a token with the MTP depths."""
@@ -56,15 +71,16 @@ class Plan:
             "memory_bytes": self.memory.to_json(),
             "device_memory_bytes": self.hardware.memory_bytes,
             "fits": self.fits,
-            "traffic_bytes": None,
-            "bubble": None,
+            "traffic_bytes": self.traffic.to_json(),
+            "bubble": self.bubble,
             "tokens_per_second_per_gpu": None,
             "mfu": None,
         }
 
     def to_text(self) -> str:
         """A table for people, without a line feed at its end."""
-        rows = [*self._model_rows(), ("", ""), *self._memory_rows(), ("", ""), *self._verdict_rows()]
+        parts = (self._model_rows(), self._memory_rows(), self._time_rows(), self._verdict_rows())
+        rows = [row for part in parts for row in (*part, ("", ""))][:-1]
         width = max(len(name) for name, _ in rows) + 2
         return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in rows)
 
@@ -81,12 +97,28 @@ class Plan:
             ("FLOPs a token", f"{causal:,.3f} G causal, {square:,.3f} G full square"),
             ("hardware", self.hardware.name),
             ("layout", f"{self.world_size:,} ranks = {axes}; ep {self.degrees.ep}"),
+            *self._pipeline_rows(),
             ("microbatch", f"{batch}, recompute {shape.recompute.value}"),
         ]
 
+    def _pipeline_rows(self) -> list[tuple[str, str]]:
+        if self.degrees.pp == 1:
+            return []
+        p = self.shape.pipelining
+        return [("schedule", f"{p.schedule.name}, {self.degrees.pp} ranks x {p.per_rank} stages")]
+
+    def _time_rows(self) -> list[tuple[str, str]]:
+        sent = {name: value for name, value in vars(self.traffic).items() if value}
+        sent["all axes"] = self.traffic.total
+        rows = [(f"  {name}", f"{value / GIB:>10,.2f}") for name, value in sent.items()]
+        return [("sent in a step", f"{'GiB':>10}"), *rows, ("bubble", f"{self.bubble:>10.1%}")]
+
     def _memory_rows(self) -> list[tuple[str, str]]:
         parts = {name.replace("_", " "): value for name, value in vars(self.memory).items()}
+        on_host = parts.pop("offloaded")
         parts["total"] = self.memory.total
+        if on_host:
+            parts["on the host"] = on_host
         rows = [(f"  {name}", f"{value / GIB:>10,.2f}") for name, value in parts.items()]
         limit = self.hardware.memory_bytes
         device = f"{'unknown':>10}" if limit is None else f"{limit / GIB:>10,.2f}"
@@ -107,22 +139,41 @@ class Plan:
 
 def make_plan(config: "Config", degrees: Degrees, hardware: HardwareConfig) -> Plan:
     """The plan of a completed config on resolved `degrees` of detected `hardware`."""
-    train = config.train
+    train, parallel, on_cpu = config.train, config.parallel, hardware.name == "cpu"
     shape = StepShape(
         microbatch_size=train.microbatch,
         sequence_length=train.length,
         microbatches=train.batch // (train.microbatch * degrees.data_parallel),
         recompute=config.recompute.mode,
-        reshard_after_forward=config.parallel.reshard_after_forward,
+        reshard_after_forward=reshard_after_forward(parallel, degrees.pp),
         state=StateBytes(compute=COMPUTE_BYTES[config.precision.compute.name]),
-        fused_kernels=hardware.name != "cpu",
+        fused_kernels=not on_cpu,
+        keep=tuple(config.recompute.keep),
+        pipelining=_pipelining(parallel, degrees.pp),
+        cpu_offload=parallel.fsdp is not None and parallel.fsdp.cpu_offload and not on_cpu,
+        ranks_per_node=_ranks_per_node(config, hardware),
     )
     return plan_shape(config.model, degrees, hardware, shape)
 
 
 def plan_shape(model: ModelConfig, degrees: Degrees, hardware: HardwareConfig, shape: StepShape) -> Plan:
     """The plan of `model` in steps of `shape` on `degrees` of detected `hardware`."""
-    return Plan(model, degrees, hardware, shape, rank_memory(model, degrees, shape))
+    memory, traffic = rank_memory(model, degrees, shape), rank_traffic(model, degrees, shape)
+    return Plan(model, degrees, hardware, shape, memory, traffic)
+
+
+def _pipelining(parallel: ParallelConfig, pp: int) -> Pipelining:
+    if pp == 1:
+        return Pipelining()
+    pipeline = parallel.pipeline or PipelineConfig()
+    per_rank = stages_per_rank(parallel.schedule, pipeline)
+    return Pipelining(parallel.schedule, per_rank, None if pipeline.split is None else tuple(pipeline.split))
+
+
+def _ranks_per_node(config: "Config", hardware: HardwareConfig) -> int | None:
+    """As typed for the experts, as launched, or as many as the hardware has; None is one node."""
+    typed = config.parallel.expert and config.parallel.expert.ranks_per_node
+    return typed or config.launch.nproc or hardware.devices_per_node
 
 
 def require_fits(plan: Plan) -> None:
@@ -140,10 +191,10 @@ def needs(plan: Plan) -> str:
 
 def advice(plan: Plan) -> str:
     """The nearest change that makes a plan fit: recomputation on the same ranks, more shards, or both."""
-    shape = replace(plan.shape, recompute=Recomputed.full)
-    recomputing = plan_shape(plan.model, plan.degrees, plan.hardware, shape)
-    if recomputing.fits:
-        return "recompute=full fits on the same ranks"
+    for mode in (Recomputed.selective, Recomputed.full):
+        recomputing = _with(plan, replace(plan.shape, recompute=mode), plan.degrees)
+        if recomputing.fits:
+            return f"recompute={mode.value} fits on the same ranks"
     smallest = smallest_dp_shard(plan)
     if smallest is not None:
         return _shards(smallest)
@@ -151,6 +202,7 @@ def advice(plan: Plan) -> str:
     if smallest is not None:
         return f"recompute=full and {_shards(smallest)}"
     within = recomputing.memory.to_json()["activations"] / GIB
+    shape = plan.shape
     sizes = f"train.microbatch_size={shape.microbatch_size} or sequence_length={shape.sequence_length}"
     return (
         f"no dp_shard helps, {within:,.2f} GiB live within a step under recompute=full: "
@@ -166,9 +218,15 @@ def smallest_dp_shard(plan: Plan) -> Degrees | None:
     degrees = plan.degrees
     while degrees.dp_shard < MOST_SHARDS:
         degrees = replace(degrees, dp_shard=2 * degrees.dp_shard)
-        if plan_shape(plan.model, degrees, plan.hardware, plan.shape).fits:
+        if _with(plan, plan.shape, degrees).fits:
             return degrees
     return None
+
+
+def _with(plan: Plan, shape: StepShape, degrees: Degrees) -> Plan:
+    """The same plan on other degrees or of another shape; what is sent is left as it was."""
+    memory = rank_memory(plan.model, degrees, shape)
+    return replace(plan, shape=shape, degrees=degrees, memory=memory)
 
 
 def _shards(degrees: Degrees) -> str:

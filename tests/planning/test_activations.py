@@ -9,7 +9,9 @@ from torch import Tensor
 from dsv3.model.config import ModelConfig
 from dsv3.model.initialization import initialize
 from dsv3.model.transformer import Transformer
-from dsv3.planning import weights
+from dsv3.parallel.config import Kept
+from dsv3.parallel.degrees import Degrees
+from dsv3.planning import exchange, weights
 from dsv3.planning.activations import Activations, TokenBytes
 from dsv3.planning.weights import Component
 from tests.planning.presets import preset
@@ -62,9 +64,52 @@ def test_logits_are_fp32_whatever_the_compute_dtype() -> None:
     assert Activations(DEBUG, 2).block_input() == TokenBytes(2 * DEBUG.dim)
 
 
-def test_tp_ranks_share_a_part_and_repeat_the_latents() -> None:
-    block = Activations(preset("671b"), 2).block(dense=False)
-    # At least the latents (1536 + 512) and the gathered input in bf16 are whole on every rank.
-    assert 2 * (1536 + 512 + 7168) <= block.whole < block.split / 10
+BLOCK = {"dense": True, "moe": False}
+
+
+def bytes_a_token(degrees: Degrees, name: str = "671b", dense: bool = False) -> TokenBytes:
+    return Activations(preset(name), 2, degrees=degrees).block(dense)
+
+
+def test_tp_ranks_share_a_part_and_gather_latents_or_hidden_states() -> None:
+    moe, one = bytes_a_token(Degrees(tp=2)), bytes_a_token(Degrees())
+    # Latents of queries (1536) and of keys and values (512 + 64): gathered, no longer saved on their own.
+    assert (moe.whole, one.split - moe.split) == (2 * (1536 + 512 + 64), 2 * (1536 + 512))
+    assert one.whole == 0
+    # Without a latent of the queries the hidden states are gathered in its place.
+    assert bytes_a_token(Degrees(tp=2), "16b").whole == 2 * (2048 + 512 + 64)
+    dense = bytes_a_token(Degrees(tp=2), dense=True)
+    assert dense.whole - moe.whole == 2 * 7168
     assert TokenBytes(7, 3).on_rank(5, 4) == 9 + 15
     assert TokenBytes(1, 2) + TokenBytes(3, 4) == TokenBytes(4, 6)
+
+
+def test_cp_expands_the_keys_of_the_whole_row_from_gathered_latents() -> None:
+    one, four = bytes_a_token(Degrees()), bytes_a_token(Degrees(cp=4))
+    keys_values = 2 * 128 * (192 + 128 + 128)
+    outputs_again, own_latent = 2 * 128 * 128, 2 * 512
+    assert four.split - one.split == 3 * keys_values + outputs_again - own_latent
+    assert four.whole == 4 * 2 * (512 + 64)
+
+
+@pytest.mark.parametrize("dense", BLOCK.values(), ids=BLOCK)
+def test_selective_recomputation_keeps_what_is_named(dense: bool) -> None:
+    config = preset("671b")
+    saved = Activations(config, 2, degrees=Degrees(ep=4, dp_shard=4))
+
+    def more(*keep: Kept) -> int:
+        kept, none = saved.kept(dense, keep), saved.block_input()
+        return kept.split + kept.whole - none.split - none.whole
+
+    assert more() == 0
+    assert more(Kept.attention) == 128 * (2 * 128 + 4)
+    assert more(Kept.experts) == (0 if dense else 8 * 2 * (2 * 2048 + 7168))
+    # Hit are 3.77 of 4 ranks: group-limited, each with 2 of the 8 groups of which 4 are open.
+    copies = 4 * exchange.hit(config.moe, 64)
+    assert more(Kept.exchange) == (0 if dense else round(copies * (2 * 2 * 7168 + 2 * 4 * 64)))
+    ffn = 2 * 18432 + 7168 if dense else 2 * 2048 + 7168 + 2 * 256
+    attention = 1536 + 512 + 64 + 128 * (192 + 256) + 7168
+    assert more(Kept.matmuls) == 2 * (attention + ffn)
+    assert more(*Kept) == sum(map(more, Kept))
+    whole = saved.block(dense)
+    assert more(Kept.attention, Kept.experts) < (whole.split + whole.whole) / 2

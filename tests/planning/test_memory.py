@@ -2,21 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.parallel.config import Recomputed
+from dsv3.parallel.config import Kept, Recomputed, Schedule
 from dsv3.parallel.degrees import Degrees
 from dsv3.planning import parameters, weights
 from dsv3.planning.activations import Activations
-from dsv3.planning.memory import (
-    StateBytes,
-    StepShape,
-    local_shape,
-    rank_memory,
-    shard_count,
-    stage_groups,
-    stage_memory,
-    stages,
-    stored,
-)
+from dsv3.planning.memory import pipeline_rank_memory, rank_memory
+from dsv3.planning.partition import Pipelining, stage_groups, stages
+from dsv3.planning.shape import StateBytes, StepShape
+from dsv3.planning.sharding import local_shape, shard_count, stored
 from dsv3.planning.weights import Component, Weight
 from tests.planning.presets import NAMES, preset
 
@@ -38,7 +31,7 @@ def test_one_process_holds_sixteen_bytes_a_parameter_and_no_copies(name: str) ->
     [
         Degrees(dp_shard=2048, ep=64),
         Degrees(dp_shard=256, tp=8, ep=256),
-        Degrees(dp_shard=100, cp=3),
+        Degrees(dp_shard=100, cp=3, tp=2, ep=2),
         Degrees(dp_shard=6, ep=4, tp=4),
     ],
     ids=str,
@@ -90,19 +83,22 @@ def test_tensor_parallelism_splits_the_matrices_with_heads_and_leaves_the_norms(
     assert local_shape(Weight(Component.norms, (12,)), Degrees(tp=4)) == (12,)
 
 
-def test_tp_splits_all_of_attention_but_the_projections_to_latents() -> None:
-    config, two = preset("671b"), Degrees(tp=2)
-    attention = [w for w in weights.block(config, dense=True) if w.component is Component.attention]
-    whole = 7168 * (1536 + 512 + 64)
-    count = parameters.attention_per_layer(config)
-    assert sum(stored(w, two) for w in attention) == whole + (count - whole) // 2
+def test_tp_splits_what_has_heads_and_shards_the_rest_over_its_ranks_too() -> None:
+    config, two = preset("671b"), Degrees(tp=2, dp_shard=4)
+    every = [*weights.embedding(config), *weights.output(config), *weights.block(config, dense=True)]
+    assert sum(stored(w, two) for w in every) == sum(w.numel for w in every) // 8
+    assert {shard_count(w, two) for w in every if _split(w)} == {4}
+    assert {shard_count(w, two) for w in every if not _split(w)} == {8}
+    whole = [w for w in weights.block(config, dense=False) if local_shape(w, two) == w.shape]
+    # Norms, router, q_a_proj, kv_a_proj, experts (ep is 1) and shared experts.
+    assert len(whole) == 4 + 1 + 2 + 2 + 3
 
 
-def test_stages_split_the_layers_evenly_with_embedding_first_and_head_and_mtp_last() -> None:
+def test_stages_hold_embedding_first_and_head_and_mtp_last() -> None:
     config = preset("671b")
     split = stages(config, 16)
-    assert [len(stage.dense) for stage in split] == [4] * 13 + [3] * 3
-    assert split[0].dense == [True, True, True, False]
+    assert [len(stage.dense) for stage in split] == [4] * 15 + [1]
+    assert split[0].dense == (True, True, True, False)
     assert [stage.mtp_depths for stage in split] == [0] * 15 + [1]
     held = [{w.component for group in stage_groups(config, stage) for w in group} for stage in split]
     assert [n for n, kinds in enumerate(held) if Component.embedding in kinds] == [0, 15]
@@ -110,25 +106,52 @@ def test_stages_split_the_layers_evenly_with_embedding_first_and_head_and_mtp_la
     numbers = sum(w.numel for stage in split for group in stage_groups(config, stage) for w in group)
     # The last stage's copy of the embedding, which its MTP depth reads.
     assert numbers == parameters.total(config) + parameters.count(config).embedding
+    assert [len(stage.dense) for stage in stages(config, 3, [1, 60])] == [1, 59, 1]
 
 
-def test_the_worst_stage_is_reported() -> None:
+def test_a_v_holds_both_ends_and_the_copy_of_the_embedding() -> None:
+    config, degrees = preset("debug"), Degrees(pp=2)
+    v = replace(STEP, microbatches=4, pipelining=Pipelining(Schedule.DualPipeV, 2))
+    ends, middle = (pipeline_rank_memory(config, degrees, v, rank).parameters for rank in (0, 1))
+    counts = parameters.count(config)
+    assert ends + middle == 4 * (counts.total + counts.embedding)
+    assert ends > 4 * (2 * counts.embedding + counts.head + counts.mtp)
+
+
+def test_the_worst_rank_is_reported() -> None:
     config, degrees = preset("671b"), Degrees(pp=16, dp_shard=128, ep=64)
-    shape = replace(BF16, microbatches=15)
-    every = [stage_memory(config, degrees, shape, stage).total for stage in stages(config, 16)]
+    shape = replace(BF16, microbatches=16)
+    every = [pipeline_rank_memory(config, degrees, shape, rank).total for rank in range(16)]
     assert rank_memory(config, degrees, shape).total == max(every) > min(every)
 
 
-def test_a_stage_keeps_one_activation_a_microbatch_in_flight() -> None:
-    config, degrees = preset("236b"), Degrees(pp=4)
-    kept = [
-        [stage_memory(config, degrees, replace(BF16, microbatches=n), stage).activations for n in (1, 2, 8)]
-        for stage in stages(config, 4)
-    ]
-    first, second, _, last = kept
-    assert (first[1], first[2]) == (2 * first[0], 4 * first[0])
-    assert (second[1], second[2]) == (2 * second[0], 3 * second[0])
-    assert last[0] == last[1] == last[2]
+def kept_microbatches(schedule: Schedule, per_rank: int, microbatches: int, pp: int = 4) -> list[float]:
+    """How many microbatches' activations each rank holds of one of its stages, at the most."""
+    config = replace(preset("236b"), num_layers=pp * per_rank, num_dense_layers=0)
+    pipelining = Pipelining(schedule, per_rank, tuple(range(1, pp * per_rank)))
+    shape = replace(BF16, microbatches=microbatches, pipelining=pipelining)
+    block = Activations(config, 2).block(dense=False).on_rank(4096, 1)
+    buffers = Activations(config, 2).block_input().on_rank(4096, 1) * microbatches
+    logits = Activations(config, 2).logits().on_rank(4096, 1)
+    found = []
+    for rank in range(pp):
+        held = shape.stages_of_rank(config, Degrees(pp=pp), rank)
+        ends = sum(2 - stage.is_first - stage.is_last for stage in held)
+        bytes_ = pipeline_rank_memory(config, Degrees(pp=pp), shape, rank).activations - ends * buffers
+        found.append(
+            round(bytes_ / block, 1) if not held[-1].is_last else round(bytes_ / (block + logits), 1)
+        )
+    return found
+
+
+def test_a_rank_keeps_the_activations_of_the_microbatches_under_way() -> None:
+    one = Schedule["1F1B"]
+    assert kept_microbatches(one, 1, 8) == [4, 3, 2, 1]
+    assert kept_microbatches(one, 1, 2) == [2, 2, 2, 1]
+    assert kept_microbatches(Schedule.GPipe, 1, 8) == [8, 8, 8, 8]
+    # (stages - 1) x pp + 2 x (ranks behind) + 1 under way, of those that come before the last stage.
+    assert kept_microbatches(Schedule.Interleaved1F1B, 2, 8)[:3] == [11, 9, 7]
+    assert kept_microbatches(Schedule.ZBVZeroBubble, 2, 8)[1:] == [8, 8, 8]
 
 
 def test_full_recomputation_keeps_block_inputs_and_the_block_at_work() -> None:
@@ -142,24 +165,63 @@ def test_full_recomputation_keeps_block_inputs_and_the_block_at_work() -> None:
     assert rank_memory(config, Degrees(), BF16).activations > 3 * (inputs + largest)
 
 
+def test_selective_recomputation_lies_between_none_and_full() -> None:
+    config = preset("16b")
+
+    def activations(recompute: Recomputed, *keep: Kept) -> int:
+        shape = replace(BF16, recompute=recompute, keep=keep)
+        return rank_memory(config, Degrees(dp_shard=8, ep=8), shape).activations
+
+    full, none = activations(Recomputed.full, *Kept), activations(Recomputed.none)
+    assert activations(Recomputed.selective) == full
+    attention = activations(Recomputed.selective, Kept.attention)
+    assert attention - full == 27 * 4096 * 16 * (2 * 128 + 4)
+    assert full < attention < activations(Recomputed.selective, *Kept) < none
+
+
 def test_activations_shrink_with_the_ranks_of_a_row_and_grow_with_the_microbatch() -> None:
     config = preset("16b")
     one = rank_memory(config, Degrees(), BF16).activations
     assert rank_memory(config, Degrees(), replace(BF16, microbatch_size=3)).activations == 3 * one
-    assert 2 * rank_memory(config, Degrees(cp=2), BF16).activations == one
+    assert one / 2 < rank_memory(config, Degrees(cp=2), BF16).activations < 0.7 * one
     assert one / 2 < rank_memory(config, Degrees(tp=2), BF16).activations < 0.6 * one
     assert rank_memory(config, Degrees(dp_replicate=2), BF16).activations == one
 
 
-def test_gathered_weights_count_two_blocks_or_all_and_one_gradient() -> None:
+def test_gathered_weights_count_two_blocks_or_all_and_one_groups_gradients() -> None:
     config, degrees = preset("16b"), Degrees(dp_shard=8)
-    root = 2 * 102400 * 2048 + 2048
-    moe = sum(w.numel for w in weights.block(config, dense=False))
-    dense = sum(w.numel for w in weights.block(config, dense=True))
-    assert rank_memory(config, degrees, BF16).weight_copies == 2 * (root + 2 * moe + moe)
+
+    def sizes(of: list[Weight]) -> tuple[int, int]:
+        in_fp32 = sum(w.numel for w in of if w.component in (Component.norms, Component.router))
+        return sum(w.numel for w in of), 2 * in_fp32
+
+    root, moe, dense = (
+        2 * numbers + extra
+        for numbers, extra in map(
+            sizes,
+            (
+                [*weights.embedding(config), *weights.output(config)],
+                weights.block(config, dense=False),
+                weights.block(config, dense=True),
+            ),
+        )
+    )
+    # As they come, in bf16, and as they are summed, in fp32.
+    gradients = 6 * sizes(weights.block(config, dense=False))[0]
+    assert rank_memory(config, degrees, BF16).weight_copies == root + 2 * moe + gradients
     kept = replace(BF16, reshard_after_forward=False)
-    assert rank_memory(config, degrees, kept).weight_copies == 2 * (root + 26 * moe + dense + moe)
-    assert rank_memory(config, degrees, STEP).weight_copies == 4 * (root + 3 * moe)
+    assert rank_memory(config, degrees, kept).weight_copies == root + 26 * moe + dense + gradients
+
+
+def test_a_pipeline_keeps_gathered_weights_and_whole_gradients_until_its_last_microbatch() -> None:
+    config, degrees = preset("16b"), Degrees(pp=27, dp_shard=8, tp=2, ep=4)
+    for reshard in (True, False):
+        shape = replace(BF16, microbatches=27, reshard_after_forward=reshard)
+        copies = pipeline_rank_memory(config, degrees, shape, 5).weight_copies
+        block = weights.block(config, dense=False)
+        local = [w.numel // {Component.experts: 4}.get(w.component, 2 if _split(w) else 1) for w in block]
+        fp32 = sum(n for w, n in zip(block, local, strict=True) if w.component.name in ("norms", "router"))
+        assert copies == (2 + 4 + 6) * sum(local) + 2 * fp32
 
 
 def test_replicas_of_one_shard_copy_as_fsdp_does() -> None:
@@ -167,6 +229,16 @@ def test_replicas_of_one_shard_copy_as_fsdp_does() -> None:
     replicas = rank_memory(config, Degrees(dp_replicate=8), BF16)
     assert replicas.weight_copies == rank_memory(config, Degrees(dp_shard=8), BF16).weight_copies
     assert replicas.parameters == 4 * parameters.total(config)
+
+
+def test_offloaded_state_is_not_on_the_device() -> None:
+    config, degrees = preset("16b"), Degrees(dp_shard=8)
+    kept, offloaded = (
+        rank_memory(config, degrees, replace(BF16, cpu_offload=there)) for there in (False, True)
+    )
+    assert (offloaded.parameters, offloaded.gradients, offloaded.optimizer) == (0, 0, 0)
+    assert kept.total - offloaded.total == offloaded.offloaded == 4 * kept.parameters
+    assert kept.offloaded == 0
 
 
 def test_one_process_in_bf16_keeps_the_casts_of_its_matrices() -> None:

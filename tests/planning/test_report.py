@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from dsv3.parallel.config import Recomputed
+from dsv3.parallel.config import (
+    ExpertParallelConfig,
+    FullyShardConfig,
+    Kept,
+    ParallelConfig,
+    PipelineConfig,
+    RecomputeConfig,
+    Recomputed,
+    Schedule,
+)
 from dsv3.parallel.degrees import Degrees
 from dsv3.planning.hardware import HardwareConfig
-from dsv3.planning.memory import StateBytes, StepShape
+from dsv3.planning.partition import Pipelining
 from dsv3.planning.report import (
     COMPUTE_BYTES,
     GIB,
@@ -21,6 +30,7 @@ from dsv3.planning.report import (
     require_fits,
     smallest_dp_shard,
 )
+from dsv3.planning.shape import StateBytes, StepShape
 from dsv3.precision.config import ComputeType
 from dsv3.runtime.errors import UserError
 from tests.planning.presets import preset
@@ -47,7 +57,10 @@ def test_json_is_the_contract() -> None:
     assert (told["world_size"], told["parameters"]) == (2, 682_636_472_320)
     assert told["parameters_active"] == 37_552_282_624
     assert (told["device_memory_bytes"], told["fits"]) == (80 * 10**9, False)
-    assert [told[key] for key in KEYS.split()[-4:]] == [None] * 4
+    assert list(told["traffic_bytes"]) == ["dp", "dp_replicate", "tp", "cp", "ep", "pp", "total"]
+    assert told["traffic_bytes"]["total"] == told["traffic_bytes"]["dp"] > 0
+    assert told["bubble"] == 0
+    assert [told[key] for key in KEYS.split()[-2:]] == [None] * 2
 
 
 def test_a_plan_fits_up_to_the_last_byte() -> None:
@@ -63,7 +76,7 @@ def test_text_tells_both_conventions_every_part_and_the_verdict() -> None:
     assert "15,706,484,224" in text
     assert "2,661,150,208" in text
     assert lines[-1].split() == ["verdict", "fits"]
-    parts = {line.split()[0]: float(line.split()[-1]) for line in lines if line.startswith("  ")}
+    parts = {line[2:].rsplit(None, 1)[0]: float(line.split()[-1]) for line in lines if line.startswith("  ")}
     memory = plan_16b().memory
     for name in ("parameters", "gradients", "optimizer", "activations", "total"):
         assert parts[name] == pytest.approx(getattr(memory, name) / GIB, abs=0.006)
@@ -88,8 +101,13 @@ def test_a_plan_that_does_not_fit_says_how_many_shards_would() -> None:
     assert second == "parallel.degrees.dp_shard=6 fits, with launch.nproc x launch.nnodes = 6 ranks"
 
 
-def test_recomputation_is_the_nearest_fix_where_it_is_enough() -> None:
-    plan = plan_16b(shape=replace(SHAPE, microbatch_size=8, recompute=Recomputed.none))
+def test_the_least_recomputation_that_is_enough_is_the_nearest_fix() -> None:
+    plan = plan_16b(
+        shape=replace(SHAPE, microbatch_size=4, recompute=Recomputed.none, keep=(Kept.attention,))
+    )
+    with pytest.raises(UserError, match=r"\nrecompute=selective fits on the same ranks$"):
+        require_fits(plan)
+    plan = plan_16b(shape=replace(SHAPE, microbatch_size=8, recompute=Recomputed.none, keep=tuple(Kept)))
     with pytest.raises(UserError, match=r"\nrecompute=full fits on the same ranks$"):
         require_fits(plan)
 
@@ -110,19 +128,70 @@ def test_recomputation_and_shards_together_may_be_needed() -> None:
         require_fits(plan)
 
 
-def test_a_config_is_read_into_the_shape_of_a_step() -> None:
+def config_of(parallel: ParallelConfig, nproc: int | None = None) -> "Config":
     nodes = SimpleNamespace(
         model=preset("debug"),
         train=SimpleNamespace(microbatch=2, length=512, batch=24),
-        recompute=SimpleNamespace(mode=Recomputed.full),
-        parallel=SimpleNamespace(reshard_after_forward=False),
+        recompute=RecomputeConfig(mode=Recomputed.full),
+        parallel=parallel,
+        launch=SimpleNamespace(nproc=nproc),
         precision=SimpleNamespace(compute=ComputeType.bf16),
     )
-    config = cast("Config", nodes)
+    return cast("Config", nodes)
+
+
+def test_a_config_is_read_into_the_shape_of_a_step() -> None:
+    config = config_of(ParallelConfig(reshard_after_forward=False))
     plan = make_plan(config, Degrees(dp_replicate=2, dp_shard=2), H800)
-    assert plan.shape == StepShape(2, 512, 3, Recomputed.full, False, StateBytes(compute=2), True)
+    keep = (Kept.attention, Kept.experts, Kept.exchange)
+    expected = StepShape(2, 512, 3, Recomputed.full, False, StateBytes(compute=2), True, keep=keep)
+    assert plan.shape == expected
     assert plan.world_size == 4
     assert not make_plan(config, Degrees(), HardwareConfig(name="cpu")).shape.fused_kernels
+
+
+def test_a_pipeline_is_read_with_what_its_schedule_forces() -> None:
+    pipeline = PipelineConfig(split=[1, 2, 3])
+    config = config_of(ParallelConfig(schedule=Schedule.ZBVZeroBubble, pipeline=pipeline))
+    shape = make_plan(config, Degrees(pp=2, dp_shard=2), H800).shape
+    assert shape.pipelining == Pipelining(Schedule.ZBVZeroBubble, 2, (1, 2, 3))
+    assert not shape.reshard_after_forward
+    alone = make_plan(config, Degrees(dp_shard=2), H800).shape
+    assert (alone.pipelining, alone.reshard_after_forward) == (Pipelining(), True)
+
+
+def test_nodes_are_as_typed_as_launched_or_as_the_hardware_has_them() -> None:
+    eight = replace(H800, devices_per_node=8)
+    typed = ParallelConfig(expert=ExpertParallelConfig(ranks_per_node=2))
+    found = [
+        make_plan(config, Degrees(), eight).shape.ranks_per_node
+        for config in (config_of(typed, 4), config_of(ParallelConfig(), 4), config_of(ParallelConfig()))
+    ]
+    assert found == [2, 4, 8]
+    assert make_plan(config_of(ParallelConfig()), Degrees(), H800).shape.ranks_per_node is None
+
+
+def test_offloaded_state_is_the_hosts_but_on_cpu_there_is_one_memory() -> None:
+    config = config_of(ParallelConfig(fsdp=FullyShardConfig(cpu_offload=True)))
+    kept, offloaded = (make_plan(c, Degrees(dp_shard=2), H800) for c in (config_of(ParallelConfig()), config))
+    state = kept.memory.parameters + kept.memory.gradients + kept.memory.optimizer
+    assert offloaded.memory.offloaded == state == kept.memory.total - offloaded.memory.total
+    assert "on the host" in offloaded.to_text()
+    assert "on the host" not in kept.to_text()
+    assert make_plan(config, Degrees(dp_shard=2), HardwareConfig(name="cpu")).memory.offloaded == 0
+
+
+def test_a_pipelined_plan_tells_schedule_bubble_and_what_is_sent() -> None:
+    pipelining = Pipelining(Schedule.Interleaved1F1B, 3)
+    shape = replace(SHAPE, microbatches=8, pipelining=pipelining, recompute=Recomputed.selective)
+    plan = plan_shape(preset("16b"), Degrees(pp=4, dp_shard=2, tp=2, ep=4), H800, shape)
+    lines = [line.split() for line in plan.to_text().splitlines()]
+    assert ["schedule", "Interleaved1F1B,", "4", "ranks", "x", "3", "stages"] in lines
+    assert ["bubble", "11.1%"] in lines
+    assert plan.to_json()["bubble"] == pytest.approx(3 / 27)
+    sent = {line[0]: float(line[1]) for line in lines if line and line[0] in vars(plan.traffic)}
+    assert set(sent) == {"dp", "tp", "ep", "pp"}
+    assert sent["tp"] == pytest.approx(plan.traffic.tp / GIB, abs=0.006)
 
 
 def test_every_compute_type_has_its_bytes() -> None:

@@ -1,0 +1,52 @@
+"""What a rank computes at once, as numbers: everything the plan asks of a config beside model and degrees."""
+
+from dataclasses import dataclass, field
+
+from dsv3.model.config import ModelConfig
+from dsv3.parallel.config import Kept, Recomputed
+from dsv3.parallel.degrees import Degrees
+from dsv3.parallel.stages import stages_of_rank
+from dsv3.planning.partition import Pipelining, Stage, stages
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes a number: fp32 master weights and gradients, AdamW's two fp32 moments, the compute dtype."""
+
+    parameter: int = 4
+    gradient: int = 4
+    optimizer: int = 8
+    compute: int = 4
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a rank computes at once and what it keeps: sequences a microbatch, tokens a row, microbatches.
+
+    `cpu_offload` keeps parameters, gradients and optimizer state in host memory. `ranks_per_node` null
+    is a world of one node.
+    """
+
+    microbatch_size: int
+    sequence_length: int
+    microbatches: int = 1
+    recompute: Recomputed = Recomputed.none
+    reshard_after_forward: bool = True
+    state: StateBytes = field(default_factory=StateBytes)
+    fused_kernels: bool = True
+    keep: tuple[Kept, ...] = ()
+    pipelining: Pipelining = field(default_factory=Pipelining)
+    cpu_offload: bool = False
+    ranks_per_node: int | None = None
+
+    def tokens(self, degrees: Degrees) -> int:
+        """Tokens of a microbatch that the ranks of one tp group share."""
+        return self.microbatch_size * self.sequence_length // degrees.cp
+
+    def stages_of_rank(self, config: ModelConfig, degrees: Degrees, rank: int) -> list[Stage]:
+        """The stages of pipeline rank `rank`; all of the model in one without pipeline parallelism."""
+        if degrees.pp == 1:
+            return stages(config, 1)
+        p = self.pipelining
+        every = stages(config, degrees.pp * p.per_rank, p.split)
+        return [every[n] for n in stages_of_rank(p.schedule, rank, degrees.pp, p.per_rank)]

@@ -1,0 +1,56 @@
+"""How a layout cuts a weight: over tensor or expert ranks first, then over the shards of FSDP.
+
+What parallel/tensor.py, expert.py and fsdp.py do, in integers.
+"""
+
+import math
+
+from dsv3.parallel.degrees import Degrees
+from dsv3.planning.weights import Component, Weight
+
+FP32 = 4
+
+
+def local_shape(weight: Weight, degrees: Degrees) -> tuple[int, ...]:
+    """A weight's shape after tensor or expert parallelism, before sharding; uneven parts round up."""
+    if weight.component is Component.experts:
+        dim, parts = 0, degrees.ep
+    elif weight.tensor_dim is not None:
+        dim, parts = weight.tensor_dim, degrees.tp
+    else:
+        return weight.shape
+    return (*weight.shape[:dim], -(-weight.shape[dim] // parts), *weight.shape[dim + 1 :])
+
+
+def local_numel(weight: Weight, degrees: Degrees) -> int:
+    """Numbers of `weight` that a rank computes with, gathered."""
+    return math.prod(local_shape(weight, degrees))
+
+
+def stored(weight: Weight, degrees: Degrees, shard: int = 0) -> int:
+    """Numbers of `weight` that shard `shard` keeps; FSDP2 cuts a dim in equal runs, the last ones shorter.
+
+    Experts are cut by whole experts while there are enough of them, else each by its rows.
+    """
+    local, shards = local_shape(weight, degrees), shard_count(weight, degrees)
+    dim = 1 if weight.component is Component.experts and shards > local[0] else 0
+    run = -(-local[dim] // shards)
+    rows = max(0, min(run, local[dim] - shard * run))
+    return math.prod(local) // local[dim] * rows
+
+
+def shard_count(weight: Weight, degrees: Degrees) -> int:
+    """Ranks that the part of a weight which one of them computes with is sharded over."""
+    if weight.component is Component.experts:
+        return degrees.expert_shards
+    return degrees.whole_shards if weight.tensor_dim is None else degrees.dense_shards
+
+
+def computes_in_fp32(weight: Weight) -> bool:
+    """Whether a weight is used as its fp32 master: norms and routers are, the embedding is looked up."""
+    return weight.component in (Component.norms, Component.router)
+
+
+def gathered_bytes(weight: Weight, degrees: Degrees, compute: int) -> int:
+    """Bytes of the gathered part of a weight, in the dtype it is used in."""
+    return local_numel(weight, degrees) * (FP32 if computes_in_fp32(weight) else compute)

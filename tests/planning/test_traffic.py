@@ -1,0 +1,157 @@
+"""Closed forms again, from the description of docs/parallelism.md and small numbers."""
+
+from dataclasses import replace
+
+import pytest
+
+from dsv3.parallel.config import Kept, Recomputed, Schedule
+from dsv3.parallel.degrees import Degrees
+from dsv3.planning import parameters, weights
+from dsv3.planning.exchange import levels
+from dsv3.planning.partition import Pipelining
+from dsv3.planning.shape import StateBytes, StepShape
+from dsv3.planning.traffic import TrafficBytes, pipeline_rank_traffic, rank_traffic
+from dsv3.planning.weights import Component
+from tests.planning.presets import preset
+
+# 32 numbers a norm, 4 layers of which 1 dense, 1 MTP depth.
+DEBUG = preset("debug")
+STEP = StepShape(2, 256, microbatches=3)
+BF16 = replace(STEP, state=StateBytes(compute=2))
+TOKENS = 2 * 256
+
+
+def test_one_process_sends_nothing() -> None:
+    assert rank_traffic(DEBUG, Degrees(), STEP) == TrafficBytes()
+
+
+def test_fsdp_gathers_twice_and_scatters_once_a_microbatch_but_the_root_once() -> None:
+    counts = parameters.count(DEBUG)
+    mtp_join = sum(w.numel for w in weights.mtp_join(DEBUG))
+    root = counts.embedding + counts.head + 128 + mtp_join
+    blocks = counts.total - root
+    found = rank_traffic(DEBUG, Degrees(dp_shard=4), STEP)
+    assert found.dp == pytest.approx(3 * 3 / 4 * 4 * (2 * root + 3 * blocks), rel=1e-9)
+    assert found == TrafficBytes(dp=found.dp)
+    kept = rank_traffic(DEBUG, Degrees(dp_shard=4), replace(STEP, reshard_after_forward=False))
+    assert kept.dp == pytest.approx(3 * 3 / 4 * 4 * 2 * (root + blocks), rel=1e-9)
+
+
+def test_in_bf16_norms_and_routers_still_travel_in_fp32_and_so_do_gradients() -> None:
+    counts = parameters.count(DEBUG)
+    module = weights.mtp_modules(DEBUG)[0]
+    fp32 = counts.norms + counts.router
+    fp32 += sum(w.numel for w in module if w.component in (Component.norms, Component.router))
+    kept = replace(BF16, reshard_after_forward=False)
+    gathered = 2 * (counts.total - fp32) + 4 * fp32
+    assert rank_traffic(DEBUG, Degrees(dp_shard=2), kept).dp == 3 * (gathered + 4 * counts.total) // 2
+
+
+def test_uneven_shards_travel_at_the_length_of_the_longest() -> None:
+    odd = replace(DEBUG, vocab_size=4097)
+    rows = (4100 - 4096) * 128 * 2  # embedding and head, a row more on each of 4 ranks
+    more = rank_traffic(odd, Degrees(dp_shard=4), STEP).dp - rank_traffic(DEBUG, Degrees(dp_shard=4), STEP).dp
+    assert more == 3 * 2 * 4 * rows * 3 // 4
+
+
+def test_replicas_sum_the_gradients_of_their_shards() -> None:
+    found = rank_traffic(DEBUG, Degrees(dp_replicate=4, dp_shard=2), STEP)
+    assert found.dp_replicate == 3 * 2 * 3 * parameters.total(DEBUG) // 2
+    assert found.dp == rank_traffic(DEBUG, Degrees(dp_shard=2), STEP).dp
+
+
+def test_tp_gathers_latents_and_scatters_sums_both_ways() -> None:
+    layer = 96 + 64 + 16 + 128
+    ends = 2 * (128 + 128)  # embedding and head, for the next token and for MTP
+    loss = 2 * 2 * 3  # two predictions, three all-reduces of a number
+    numbers = 2 * (5 * layer + 2 * 128 + ends) + loss
+    found = rank_traffic(DEBUG, Degrees(tp=4), STEP)
+    assert found.tp == 3 * TOKENS * numbers * 4 * 3 // 4
+    again = rank_traffic(DEBUG, Degrees(tp=4), replace(STEP, recompute=Recomputed.full))
+    assert again.tp - found.tp == 3 * TOKENS * (5 * layer + 128) * 4 * 3 // 4
+    halved = rank_traffic(DEBUG, Degrees(tp=4, cp=2), STEP)
+    assert 2 * halved.tp == found.tp
+
+
+def test_without_a_latent_of_queries_the_hidden_states_are_gathered() -> None:
+    direct = replace(DEBUG, attention=replace(DEBUG.attention, q_lora_rank=None))
+    more = rank_traffic(direct, Degrees(tp=2), STEP).tp - rank_traffic(DEBUG, Degrees(tp=2), STEP).tp
+    assert more == 3 * TOKENS * 5 * (128 - 96) * 2 * 4 // 2
+
+
+def test_cp_gathers_the_latents_of_keys_and_values_of_a_row() -> None:
+    found = rank_traffic(DEBUG, Degrees(cp=4, tp=2), BF16)
+    assert found.cp == 3 * 5 * 2 * TOKENS * (64 + 16) * 2 * 3 // 4
+    # DESIGN section 7: 576 numbers a token instead of the heads' 32,832 by a ring.
+    v3, step = preset("671b"), StepShape(1, 8192, state=StateBytes(compute=2))
+    assert rank_traffic(v3, Degrees(cp=2), step).cp == 62 * 2 * 8192 * 576 * 2 // 2
+
+
+def test_ep_sends_a_row_to_each_other_rank_and_one_back() -> None:
+    (level,) = levels(DEBUG.moe, 4, None)
+    row, behind = 4 * 128, 2 * 4 * 4
+    found = rank_traffic(DEBUG, Degrees(dp_shard=2, tp=2, ep=4), STEP)
+    per_layer = TOKENS / 2 * level.sent * 2 * (2 * row + behind)
+    assert found.ep == pytest.approx(3 * 4 * per_layer, abs=12)
+    assert level.sent == pytest.approx(3 / 4 * level.copies)
+    for keep, times in (((Kept.exchange,), 2), ((), 3)):
+        shape = replace(STEP, recompute=Recomputed.selective, keep=keep)
+        again = rank_traffic(DEBUG, Degrees(dp_shard=2, tp=2, ep=4), shape)
+        assert again.ep == pytest.approx(found.ep * times / 2, abs=12)
+
+
+def test_ep_across_nodes_adds_up_two_levels() -> None:
+    config = preset("671b")
+    shape = StepShape(1, 4096, state=StateBytes(compute=2), ranks_per_node=8)
+    between, within = levels(config.moe, 64, 8)
+    row = 2 * 7168
+    numbers = between.sent * (2 * row + 2 * 4 * 32) + within.sent * (2 * row + 2 * 4 * 4)
+    assert rank_traffic(config, Degrees(dp_shard=64, ep=64), shape).ep == pytest.approx(
+        59 * 4096 * 2 * numbers, rel=1e-6
+    )
+
+
+def pipelined(schedule: Schedule, per_rank: int, pp: int = 2) -> list[TrafficBytes]:
+    shape = replace(STEP, microbatches=4, pipelining=Pipelining(schedule, per_rank))
+    return [pipeline_rank_traffic(DEBUG, Degrees(pp=pp), shape, rank) for rank in range(pp)]
+
+
+def test_stages_send_hidden_states_on_and_gradients_back() -> None:
+    boundary, copy = 4 * TOKENS * 128 * 4, 4096 * 128 * 4
+    assert [sent.pp for sent in pipelined(Schedule["1F1B"], 1)] == [boundary + copy] * 2
+    assert [sent.pp for sent in pipelined(Schedule["1F1B"], 1, 4)] == [
+        boundary + copy,
+        2 * boundary,
+        2 * boundary,
+        boundary + copy,
+    ]
+    assert [sent.pp for sent in pipelined(Schedule.Interleaved1F1B, 2)] == [3 * boundary + copy] * 2
+    # In a V the two stages at its foot share a rank, and so do the two embeddings.
+    assert [sent.pp for sent in pipelined(Schedule.ZBVZeroBubble, 2)] == [2 * boundary] * 2
+
+
+def test_a_pipeline_gathers_what_its_forward_passes_free_and_scatters_once() -> None:
+    def dp(schedule: str, reshard: bool, rank: int) -> float:
+        shape = replace(STEP, microbatches=4, reshard_after_forward=reshard)
+        shape = replace(shape, pipelining=Pipelining(Schedule[schedule], 1, (2,)))
+        return pipeline_rank_traffic(DEBUG, Degrees(pp=2, dp_shard=2), shape, rank).dp
+
+    root = 2 * 4096 * 128 + 128 + sum(w.numel for w in weights.mtp_join(DEBUG))
+    blocks = 3 * sum(w.numel for w in weights.block(DEBUG, dense=False))
+    # The last rank: F B F B F B F B. Each backward pass gathers what the forward pass before it has freed.
+    for reshard, gathers in ((True, 5), (False, 1)):
+        assert dp("1F1B", reshard, 1) == 4 * ((1 + 1) * root + (gathers + 1) * blocks) // 2
+    assert dp("GPipe", True, 1) == dp("1F1B", True, 1)
+    assert dp("1F1B", True, 0) == dp("GPipe", True, 0) > dp("1F1B", False, 0)
+
+
+def test_the_rank_that_sends_most_is_told_and_json_has_every_axis() -> None:
+    shape = replace(STEP, microbatches=4, pipelining=Pipelining(Schedule["1F1B"], 1))
+    degrees = Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4)
+    every = [pipeline_rank_traffic(DEBUG, degrees, shape, rank) for rank in range(2)]
+    found = rank_traffic(DEBUG, degrees, shape)
+    assert found.total == max(sent.total for sent in every) > min(sent.total for sent in every)
+    told = found.to_json()
+    assert list(told) == ["dp", "dp_replicate", "tp", "cp", "ep", "pp", "total"]
+    assert told.pop("total") == sum(told.values())
+    assert min(told.values()) > 0
