@@ -148,3 +148,6 @@ class ParallelConfig:
     expert: ExpertParallelConfig | None = field(default_factory=ExpertParallelConfig)
     context: ContextParallelConfig | None = field(default_factory=ContextParallelConfig)
     pipeline: PipelineConfig | None = field(default_factory=PipelineConfig)
+
+    def validate(self) -> None:
+        require_positive(self, "smallest_world")

@@ -91,6 +91,8 @@ def _bad_composition(error: Exception, arguments: Sequence[str], groups: dict[st
         if argument.startswith("="):
             return f"{argument!r}: the key before the = is missing"
         key, value = split_override(argument) or ("", "")
+        if argument.startswith("~") and argument[1:].partition("=")[0] in groups:
+            return f"{argument}: a group cannot be taken out; choose, {argument[1:].partition('=')[0]}=CHOICE"
         if key in groups and argument.startswith("+"):
             return f"{argument}: {key} is chosen already; without the +: {key}={value}"
         if key in groups and value not in groups[key] and "must be a string" in str(error):

@@ -26,10 +26,14 @@ Credentials and HF_HUB_OFFLINE come from the environment. revision=TAG picks a v
 """
 
 
+LAYOUTS = "layouts"
+"""Degrees by model and preset: the choice of the other two decides here, so it is no group of its own."""
+
+
 def config_groups(conf: Path = CONF) -> dict[str, list[str]]:
     """The choices of every config group, by the files of conf/."""
     groups = {}
-    for folder in sorted(path for path in conf.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in conf.iterdir() if path.is_dir() and path.name != LAYOUTS):
         groups[folder.name] = sorted(path.stem for path in folder.glob("*.yaml"))
     return groups
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv3.config import Config
-from dsv3.parallel.degrees import Degrees, check_batch, check_model, fill
+from dsv3.parallel.degrees import Degrees
+from dsv3.parallel.laws import check_batch, check_schedule, check_wrapped, resolve
+from dsv3.parallel.stages import least_microbatches, stage_count, takes_microbatches
 from dsv3.planning.hardware import HardwareConfig, detect
 from dsv3.planning.report import Plan, make_plan
 from dsv3.runtime.errors import UserError
@@ -13,8 +15,10 @@ from dsv3.runtime.world import world_size
 
 # Unless set, a microbatch has as many sequences as make about this many tokens ...
 _MICROBATCH_TOKENS = 4096
-# ... and a global batch this many, or one microbatch a rank where there are more ranks.
+# ... and a global batch this many, or more where ranks or a pipeline need it.
 _GLOBAL_BATCH = 8
+# With so many microbatches a pipeline rank works 4 / 5 of the time.
+_PIPELINE_ROUNDS = 4
 
 
 @dataclass
@@ -34,13 +38,14 @@ class Job:
 def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None) -> Job:
     """The job of a checked config: its world, degrees and batch, and what they need; UserError if broken."""
     world = world_size(config)
-    degrees = fill(config.parallel.degrees, world)
-    check_model(degrees, config.model)
-    _check_wrapped(config, degrees)
+    degrees = resolve(config.parallel, world, config.model, _sequence_length(config))
+    if config.task.uses_model:
+        check_wrapped(config.parallel, degrees)
     config = complete(config, degrees)
     train = config.train
     if config.task.trains:
         check_batch(degrees, train.length, train.batch, train.microbatch)
+    check_schedule(config.parallel, degrees, train.batch, train.microbatch)
     hardware = detect(config.hardware, max(1, world // config.launch.nnodes))
     plan = make_plan(config, degrees, hardware)
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
@@ -50,10 +55,9 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
 def complete(config: Config, degrees: Degrees) -> Config:
     """The config with what was left null filled in: lengths, batch sizes, the schedule's end."""
     train = config.train
-    length = _sequence_length(config)
-    ranks = degrees.data_parallel
-    whole = train.global_batch_size or max(_GLOBAL_BATCH, ranks * (train.microbatch_size or 1))
-    micro = train.microbatch_size or _microbatch(whole // ranks, length)
+    length, ranks = _sequence_length(config), degrees.data_parallel
+    whole = train.global_batch_size or _global_batch(config, degrees)
+    micro = train.microbatch_size or _microbatch(config, degrees, whole // ranks, length)
     train = replace(train, sequence_length=length, global_batch_size=whole, microbatch_size=micro)
     schedule = replace(config.schedule, total_steps=config.schedule.total_steps or train.steps)
     return replace(config, train=train, schedule=schedule)
@@ -70,22 +74,24 @@ def _sequence_length(config: Config) -> int:
     return given or typed or config.model.rope.original_sequence_length
 
 
-def _microbatch(sequences: int, length: int) -> int:
-    """The largest divisor of a rank's `sequences` that keeps a microbatch small."""
-    most = max(1, _MICROBATCH_TOKENS // length)
-    return max((n for n in range(1, most + 1) if sequences % n == 0 and n <= sequences), default=1)
+def _global_batch(config: Config, degrees: Degrees) -> int:
+    """Sequences of a step: the usual number where every rank gets what it needs, else as many as they do."""
+    unit = degrees.data_parallel * (config.train.microbatch_size or 1)
+    if degrees.pp == 1:
+        return max(_GLOBAL_BATCH, unit)
+    per_rank = stage_count(config.parallel, degrees.pp) // degrees.pp
+    least = least_microbatches(config.parallel.schedule, degrees.pp, per_rank)
+    return _GLOBAL_BATCH if unit * least <= _GLOBAL_BATCH else unit * degrees.pp * _PIPELINE_ROUNDS
 
 
-def _check_wrapped(config: Config, degrees: Degrees) -> None:
-    """UserError for a degree that nothing in this config would carry out; a plan may have any."""
-    if not config.task.uses_model:
-        return
-    if degrees.data_parallel > 1 and config.parallel.fsdp is None:
-        raise UserError(f"parallel.degrees: {degrees.data_parallel} data-parallel ranks need parallel=fsdp")
-    unbuilt = [axis for axis in ("pp", "cp", "tp", "ep") if getattr(degrees, axis) > 1]
-    if unbuilt:
-        axis = unbuilt[0]
-        raise UserError(
-            f"parallel.degrees.{axis}={getattr(degrees, axis)} can be planned (task=plan) but not run yet: "
-            "dp_shard and dp_replicate can"
-        )
+def _microbatch(config: Config, degrees: Degrees, sequences: int, length: int) -> int:
+    """The largest divisor of a rank's `sequences` that keeps a microbatch small and the pipeline running."""
+    per_rank = stage_count(config.parallel, degrees.pp) // degrees.pp
+
+    def runs(microbatch: int) -> bool:
+        count, rest = divmod(sequences, microbatch)
+        schedule = config.parallel.schedule
+        return rest == 0 and (degrees.pp == 1 or takes_microbatches(schedule, degrees.pp, per_rank, count))
+
+    most = min(sequences, max(1, _MICROBATCH_TOKENS // length))
+    return max(filter(runs, range(1, most + 1)), default=1)

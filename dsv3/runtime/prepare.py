@@ -14,6 +14,7 @@ from dsv3.checkpoint.hf_config import model_from_hf
 from dsv3.config import Config, literal, strict
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import UserError
+from dsv3.runtime.groups import LAYOUTS
 from dsv3.runtime.job import Job, plan_job
 from dsv3.runtime.quoting import split_override
 from dsv3.runtime.rundir import CONFIG_FILE
@@ -25,6 +26,10 @@ def prepare_job(composed: DictConfig) -> Job:
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     keys = {pair[0] for pair in map(split_override, overrides) if pair}
+    if LAYOUTS in keys:
+        raise UserError(
+            f"{LAYOUTS} is not for typing: model and parallel choose it, parallel.degrees.* changes it"
+        )
     resolve_model(composed, keys)
     config: Config = strict(composed, OmegaConf.select(composed, "run.allow_targets") or ())
     sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None

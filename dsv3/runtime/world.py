@@ -1,5 +1,6 @@
 """How many processes a job has, from the config, the launcher's environment and the machine."""
 
+import math
 import os
 
 from dsv3.config import Config
@@ -25,7 +26,8 @@ def world_size(config: Config) -> int:
             "to start processes give launch.nproc (and launch.nnodes)"
         )
     gpus = len(visible_gpus())
-    world = chosen or max(_smallest(config), gpus if config.parallel.fsdp else 1)
+    # GPUs that are here set the size of a world that can grow; on CPU the layout does.
+    world = chosen or (max(_product(config), gpus if _grows(config) else 1) if gpus else _smallest(config))
     here = world // launch.nnodes
     if gpus and here > gpus:
         raise UserError(
@@ -35,11 +37,24 @@ def world_size(config: Config) -> int:
 
 
 def _smallest(config: Config) -> int:
-    degrees = vars(config.parallel.degrees)
-    product = 1
-    for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp"):
-        product *= degrees[axis] or 1
-    return max(product, config.parallel.smallest_world)
+    """The smallest world that the layout is made for."""
+    product = _product(config)
+    return -(-config.parallel.smallest_world // product) * product if _grows(config) else product
+
+
+def _product(config: Config) -> int:
+    """The ranks that the typed degrees need."""
+    typed = config.parallel.degrees.typed
+    stage = math.prod(typed.get(axis, 1) for axis in ("dp_shard", "cp", "tp"))
+    if "dp_shard" not in typed:
+        stage = math.lcm(stage, typed.get("ep", 1))
+    return stage * typed.get("pp", 1) * typed.get("dp_replicate", 1)
+
+
+def _grows(config: Config) -> bool:
+    """Whether a degree is left to take more ranks."""
+    degrees = config.parallel.degrees
+    return any(map(degrees.is_auto, ("pp", "dp_replicate", "dp_shard", "cp", "tp")))
 
 
 def _launched(chosen: int | None) -> int:

@@ -13,11 +13,13 @@ from omegaconf import OmegaConf
 
 from dsv3.config import CONF, SCHEMAS, Config, build, strict
 from dsv3.runtime.errors import UserError
-from dsv3.runtime.groups import config_groups, train_help
+from dsv3.runtime.groups import LAYOUTS, config_groups, train_help
 from dsv3.runtime.prepare import resolve_model
 from tests.composing import compose
 from tests.hf.test_config import RELEASED_V3
 
+MODELS = ("16b", "moonlight_16b", "236b", "671b", "kimi_k2")
+PRESETS = ("fsdp", "hsdp", "tp_ep", "pp", "cp", "full")
 CHOICES = [(group, choice) for group, choices in config_groups().items() for choice in choices]
 # What a choice cannot do without, and what building it asks of the code that calls it.
 NEEDED = {
@@ -56,8 +58,10 @@ def test_the_choice_composes_and_can_be_built(group: str, choice: str, hf_direct
     elif group == "optimizer":
         optimizer = build(node, _partial_=True)(params=[torch.zeros(1, requires_grad=True)])
         assert optimizer.param_groups[0]["lr"] == config.optimizer.lr
-    elif group == "parallel" and config.parallel.fsdp is not None:
-        build(config.parallel.fsdp, reshard_after_forward=True)
+    elif group == "parallel":
+        assert (config.parallel.fsdp is None) is (choice == "none")
+        if config.parallel.fsdp is not None:
+            build(config.parallel.fsdp, reshard_after_forward=True)
     elif group == "schedule":
         config.schedule.total_steps = 100_000
         assert type(build(node)).__name__ == node._target_.rpartition(".")[2]
@@ -87,7 +91,8 @@ def test_every_file_is_the_root_of_a_command_or_a_choice_that_help_lists() -> No
     files = {path.relative_to(CONF) for path in CONF.rglob("*.yaml")}
     files |= {path.relative_to(CONF) for path in (CONF / "experiments").glob("*.yaml")}
     reachable = {Path(group, f"{choice}.yaml") for group, choice in CHOICES}
-    assert files == reachable | {Path("config.yaml"), Path("convert.yaml")}
+    layouts = {Path(LAYOUTS, f"{model}-{preset}.yaml") for model in MODELS for preset in PRESETS}
+    assert files == reachable | layouts | {Path("config.yaml"), Path("convert.yaml")}
 
 
 def test_every_group_is_in_the_defaults_of_the_root() -> None:
@@ -119,4 +124,4 @@ def defaults() -> dict[str, str | None]:
     """The root's choice for each of our groups."""
     entries = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-    return {group: choice for group, choice in pairs if not group.startswith("override")}
+    return {group: choice for group, choice in pairs if not group.startswith(("override", "optional"))}

@@ -3,7 +3,7 @@
 import dataclasses
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from dsv3.config import SCHEMAS
 
@@ -38,8 +38,12 @@ def _rows(prefix: str, schema: Any) -> list[tuple[str, str, str]]:
         key, kind = f"{prefix}.{field.name}", hints[field.name]
         if field.name.startswith("_"):
             continue
+        nested = next((one for one in get_args(kind) if dataclasses.is_dataclass(one)), None)
         if dataclasses.is_dataclass(kind):
             rows += _rows(key, kind)
+        elif nested is not None:
+            rows.append((key, "the keys below it, or null", "`null`" if field.default is None else "on"))
+            rows += _rows(key, nested)
         else:
             rows.append((key, _kind(kind), _default(field)))
     return rows
@@ -48,6 +52,12 @@ def _rows(prefix: str, schema: Any) -> list[tuple[str, str, str]]:
 def _kind(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " or ".join(f"`{member.name}`" for member in kind)
+    if (
+        get_origin(kind) is list
+        and isinstance(get_args(kind)[0], type)
+        and issubclass(get_args(kind)[0], Enum)
+    ):
+        return f"list of {_kind(get_args(kind)[0])}"
     text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
     return text.replace("typing.", "").replace(" | None", ", null").replace("|", "or").rpartition("dsv3.")[2]
 
@@ -58,6 +68,8 @@ def _default(field: Any) -> str:
         if field.default_factory is dataclasses.MISSING:
             return "required"
         value = field.default_factory()
+    if isinstance(value, list) and value and isinstance(value[0], Enum):
+        return f"`[{', '.join(member.name for member in value)}]`"
     if isinstance(value, Enum):
         value = value.name
     return "`null`" if value is None else f"`{value:.6g}`" if isinstance(value, float) else f"`{value}`"
