@@ -52,14 +52,19 @@ class MemoryBytes:
 
 def rank_memory(config: ModelConfig, degrees: Degrees, shape: StepShape) -> MemoryBytes:
     """Bytes of the fullest rank."""
-    every = (pipeline_rank_memory(config, degrees, shape, rank) for rank in range(degrees.pp))
-    return max(every, key=lambda memory: memory.total)
+    return max(pipeline_memory(config, degrees, shape), key=lambda memory: memory.total)
 
 
-def pipeline_rank_memory(config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int) -> MemoryBytes:
-    """Bytes of the fullest rank among those of pipeline rank `rank`."""
-    held_stages = shape.stages_of_rank(config, degrees, rank)
-    groups = [stage_groups(config, stage) for stage in held_stages]
+def pipeline_memory(config: ModelConfig, degrees: Degrees, shape: StepShape) -> list[MemoryBytes]:
+    """Bytes of the fullest rank among those of each pipeline rank."""
+    held = shape.stages_of_ranks(config, degrees)
+    return [_memory(config, degrees, shape, rank, stages) for rank, stages in enumerate(held)]
+
+
+def _memory(
+    config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int, stages: list[Stage]
+) -> MemoryBytes:
+    groups = [stage_groups(config, stage) for stage in stages]
     held = sum(stored(weight, degrees) for stage in groups for group in stage for weight in group)
     state = shape.state
     sizes = [held * state.parameter, held * state.gradient, held * state.optimizer]
@@ -68,7 +73,7 @@ def pipeline_rank_memory(config: ModelConfig, degrees: Degrees, shape: StepShape
         parameters,
         gradients,
         optimizer,
-        activations=_activations(config, degrees, shape, rank, held_stages),
+        activations=_activations(config, degrees, shape, rank, stages),
         weight_copies=_weight_copies(groups, degrees, shape),
         offloaded=sum(sizes) if shape.cpu_offload else 0,
     )

@@ -43,10 +43,13 @@ class StepShape:
         """Tokens of a microbatch that the ranks of one tp group share."""
         return self.microbatch_size * self.sequence_length // degrees.cp
 
-    def stages_of_rank(self, config: ModelConfig, degrees: Degrees, rank: int) -> list[Stage]:
-        """The stages of pipeline rank `rank`; all of the model in one without pipeline parallelism."""
+    def stages_of_ranks(self, config: ModelConfig, degrees: Degrees) -> list[list[Stage]]:
+        """The stages of each pipeline rank; all of the model in one without pipeline parallelism."""
         if degrees.pp == 1:
-            return stages(config, 1)
+            return [stages(config, 1)]
         p = self.pipelining
         every = stages(config, degrees.pp * p.per_rank, p.split)
-        return [every[n] for n in stages_of_rank(p.schedule, rank, degrees.pp, p.per_rank)]
+        ranks = range(degrees.pp)
+        return [
+            [every[n] for n in stages_of_rank(p.schedule, rank, degrees.pp, p.per_rank)] for rank in ranks
+        ]

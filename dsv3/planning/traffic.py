@@ -47,13 +47,18 @@ class TrafficBytes:
 
 def rank_traffic(config: ModelConfig, degrees: Degrees, shape: StepShape) -> TrafficBytes:
     """What the rank that sends most sends."""
-    every = (pipeline_rank_traffic(config, degrees, shape, rank) for rank in range(degrees.pp))
-    return max(every, key=lambda traffic: traffic.total)
+    return max(pipeline_traffic(config, degrees, shape), key=lambda traffic: traffic.total)
 
 
-def pipeline_rank_traffic(config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int) -> TrafficBytes:
-    """What each rank of pipeline rank `rank` sends."""
-    held = shape.stages_of_rank(config, degrees, rank)
+def pipeline_traffic(config: ModelConfig, degrees: Degrees, shape: StepShape) -> list[TrafficBytes]:
+    """What each of the ranks of each pipeline rank sends."""
+    held = shape.stages_of_ranks(config, degrees)
+    return [_traffic(config, degrees, shape, rank, stages) for rank, stages in enumerate(held)]
+
+
+def _traffic(
+    config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int, held: list[Stage]
+) -> TrafficBytes:
     gathers = _gathers(degrees, shape, rank)
     layers = [dense for stage in held for dense in stage.block_kinds]
     micro = shape.microbatches

@@ -6,7 +6,7 @@ from dsv3.parallel.config import Kept, Recomputed, Schedule
 from dsv3.parallel.degrees import Degrees
 from dsv3.planning import parameters, weights
 from dsv3.planning.activations import Activations
-from dsv3.planning.memory import pipeline_rank_memory, rank_memory
+from dsv3.planning.memory import pipeline_memory, rank_memory
 from dsv3.planning.partition import Pipelining, stage_groups, stages
 from dsv3.planning.shape import StateBytes, StepShape
 from dsv3.planning.sharding import local_shape, shard_count, stored
@@ -112,7 +112,7 @@ def test_stages_hold_embedding_first_and_head_and_mtp_last() -> None:
 def test_a_v_holds_both_ends_and_the_copy_of_the_embedding() -> None:
     config, degrees = preset("debug"), Degrees(pp=2)
     v = replace(STEP, microbatches=4, pipelining=Pipelining(Schedule.DualPipeV, 2))
-    ends, middle = (pipeline_rank_memory(config, degrees, v, rank).parameters for rank in (0, 1))
+    ends, middle = (memory.parameters for memory in pipeline_memory(config, degrees, v))
     counts = parameters.count(config)
     assert ends + middle == 4 * (counts.total + counts.embedding)
     assert ends > 4 * (2 * counts.embedding + counts.head + counts.mtp)
@@ -121,23 +121,23 @@ def test_a_v_holds_both_ends_and_the_copy_of_the_embedding() -> None:
 def test_the_worst_rank_is_reported() -> None:
     config, degrees = preset("671b"), Degrees(pp=16, dp_shard=128, ep=64)
     shape = replace(BF16, microbatches=16)
-    every = [pipeline_rank_memory(config, degrees, shape, rank).total for rank in range(16)]
+    every = [memory.total for memory in pipeline_memory(config, degrees, shape)]
     assert rank_memory(config, degrees, shape).total == max(every) > min(every)
 
 
 def kept_microbatches(schedule: Schedule, per_rank: int, microbatches: int, pp: int = 4) -> list[float]:
     """How many microbatches' activations each rank holds of one of its stages, at the most."""
     config = replace(preset("236b"), num_layers=pp * per_rank, num_dense_layers=0)
-    pipelining = Pipelining(schedule, per_rank, tuple(range(1, pp * per_rank)))
+    degrees, pipelining = Degrees(pp=pp), Pipelining(schedule, per_rank, tuple(range(1, pp * per_rank)))
     shape = replace(BF16, microbatches=microbatches, pipelining=pipelining)
     block = Activations(config, 2).block(dense=False).on_rank(4096, 1)
     buffers = Activations(config, 2).block_input().on_rank(4096, 1) * microbatches
     logits = Activations(config, 2).logits().on_rank(4096, 1)
     found = []
-    for rank in range(pp):
-        held = shape.stages_of_rank(config, Degrees(pp=pp), rank)
+    every, memory = shape.stages_of_ranks(config, degrees), pipeline_memory(config, degrees, shape)
+    for held, one in zip(every, memory, strict=True):
         ends = sum(2 - stage.is_first - stage.is_last for stage in held)
-        bytes_ = pipeline_rank_memory(config, Degrees(pp=pp), shape, rank).activations - ends * buffers
+        bytes_ = one.activations - ends * buffers
         found.append(
             round(bytes_ / block, 1) if not held[-1].is_last else round(bytes_ / (block + logits), 1)
         )
@@ -217,7 +217,7 @@ def test_a_pipeline_keeps_gathered_weights_and_whole_gradients_until_its_last_mi
     config, degrees = preset("16b"), Degrees(pp=27, dp_shard=8, tp=2, ep=4)
     for reshard in (True, False):
         shape = replace(BF16, microbatches=27, reshard_after_forward=reshard)
-        copies = pipeline_rank_memory(config, degrees, shape, 5).weight_copies
+        copies = pipeline_memory(config, degrees, shape)[5].weight_copies
         block = weights.block(config, dense=False)
         local = [w.numel // {Component.experts: 4}.get(w.component, 2 if _split(w) else 1) for w in block]
         fp32 = sum(n for w, n in zip(block, local, strict=True) if w.component.name in ("norms", "router"))

@@ -10,7 +10,7 @@ from dsv3.planning import parameters, weights
 from dsv3.planning.exchange import levels
 from dsv3.planning.partition import Pipelining
 from dsv3.planning.shape import StateBytes, StepShape
-from dsv3.planning.traffic import TrafficBytes, pipeline_rank_traffic, rank_traffic
+from dsv3.planning.traffic import TrafficBytes, pipeline_traffic, rank_traffic
 from dsv3.planning.weights import Component
 from tests.planning.presets import preset
 
@@ -113,7 +113,7 @@ def test_ep_across_nodes_adds_up_two_levels() -> None:
 
 def pipelined(schedule: Schedule, per_rank: int, pp: int = 2) -> list[TrafficBytes]:
     shape = replace(STEP, microbatches=4, pipelining=Pipelining(schedule, per_rank))
-    return [pipeline_rank_traffic(DEBUG, Degrees(pp=pp), shape, rank) for rank in range(pp)]
+    return pipeline_traffic(DEBUG, Degrees(pp=pp), shape)
 
 
 def test_stages_send_hidden_states_on_and_gradients_back() -> None:
@@ -134,7 +134,7 @@ def test_a_pipeline_gathers_what_its_forward_passes_free_and_scatters_once() -> 
     def dp(schedule: str, reshard: bool, rank: int) -> float:
         shape = replace(STEP, microbatches=4, reshard_after_forward=reshard)
         shape = replace(shape, pipelining=Pipelining(Schedule[schedule], 1, (2,)))
-        return pipeline_rank_traffic(DEBUG, Degrees(pp=2, dp_shard=2), shape, rank).dp
+        return pipeline_traffic(DEBUG, Degrees(pp=2, dp_shard=2), shape)[rank].dp
 
     root = 2 * 4096 * 128 + 128 + sum(w.numel for w in weights.mtp_join(DEBUG))
     blocks = 3 * sum(w.numel for w in weights.block(DEBUG, dense=False))
@@ -148,7 +148,7 @@ def test_a_pipeline_gathers_what_its_forward_passes_free_and_scatters_once() -> 
 def test_the_rank_that_sends_most_is_told_and_json_has_every_axis() -> None:
     shape = replace(STEP, microbatches=4, pipelining=Pipelining(Schedule["1F1B"], 1))
     degrees = Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4)
-    every = [pipeline_rank_traffic(DEBUG, degrees, shape, rank) for rank in range(2)]
+    every = pipeline_traffic(DEBUG, degrees, shape)
     found = rank_traffic(DEBUG, degrees, shape)
     assert found.total == max(sent.total for sent in every) > min(sent.total for sent in every)
     told = found.to_json()
