@@ -20,7 +20,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.parallel.config import CompileConfig, ParallelConfig, RecomputeConfig
 from dsv3.planning.hardware import HardwareConfig
 from dsv3.precision.config import PrecisionConfig
-from dsv3.runtime.config import LaunchConfig, ProfileConfig, RunConfig
+from dsv3.runtime.config import LaunchConfig, ProfileConfig, RunConfig, SlurmLaunchConfig
 from dsv3.runtime.errors import InvalidValue, UserError, nearest
 from dsv3.runtime.targets import check_target
 from dsv3.tasks import config as tasks_room
@@ -62,7 +62,8 @@ SCHEMAS: dict[str, Any] = {
     "precision": PrecisionConfig,
     "recompute": RecomputeConfig,
     "hardware": HardwareConfig,
-    "launch": LaunchConfig,
+    "launch/local": LaunchConfig,
+    "launch/slurm": SlurmLaunchConfig,
     "profile": ProfileConfig,
     "optimizer/adamw": training_room.AdamWConfig,
     "schedule/warmup_cosine": training_room.WarmupCosineConfig,

@@ -1,12 +1,13 @@
 """A command from its arguments to its exit code: prepare, compose, check, plan, launch."""
 
+import math
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException
@@ -14,12 +15,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dsv3.config import register
+from dsv3.config import CONF, register
 from dsv3.runtime.commandline import flags_first
 from dsv3.runtime.errors import RunFailed, UserError
 from dsv3.runtime.explain import explain
 from dsv3.runtime.groups import config_groups
+from dsv3.runtime.quoting import is_multirun
 from dsv3.runtime.signals import KILLED, Stopped
+from dsv3.runtime.slurm import srun_variables
+from dsv3.runtime.sweep import Sweep, end_with_sweep, mark_failed, same_code
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 T = TypeVar("T")
@@ -44,7 +48,14 @@ class Application:
         self.carry_out = carry_out
         self.composed = False
         self.failure: BaseException | None = None
-        self.failed: list[str] = []
+        self.sweep = Sweep()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin in the process of a sweep's job, which joblib or submitit has started elsewhere."""
+        self.__dict__.update(state)
+        os.environ.update(srun_variables(os.environ))
+        register_resolvers(self.sweep)
+        end_with_sweep()
 
     def run(self, main: Callable[[], T], argv: list[str]) -> int:
         """Carry out the command; the exit code of the contract."""
@@ -53,19 +64,26 @@ class Application:
             return DONE
         verbose = "HYDRA_FULL_ERROR" in os.environ
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print errors itself and exit with 1
+        os.environ.update(srun_variables(os.environ))
         register()
-        register_resolvers()
+        register_resolvers(self.sweep)
         # Before training listens itself there is nothing to save: a stop ends the command as Ctrl-C does.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             arguments = flags_first(self.prepare(argv))
             sys.argv = [self.program, *arguments]
+            if is_multirun(argv):
+                same_code(CONF.parent)
             main()
             if self.failure is not None:
                 raise self.failure
+            if failed := self.sweep.failure():
+                raise failed
         except BaseException as error:
             if verbose:
                 traceback.print_exc()
+            if isinstance(error, Exception) and (failed := self.sweep.failure()):
+                error = failed  # Hydra and its sweepers raise the first, or what they made of it
             if isinstance(error, AssertionError | ValueError) and not self.composed:
                 # Overrides that Hydra stumbles over while it composes: no job of ours has begun.
                 error = ConfigCompositionException(str(error))
@@ -75,30 +93,34 @@ class Application:
         return DONE
 
     def job(self, config: DictConfig) -> float | None:
-        """Carry out one composed config; in a sweep a failure is told and raised at once."""
+        """Carry out one composed config; in a sweep a failure is told at once, marked and raised."""
         self.composed = True
+        hydra = HydraConfig.get()
         try:
-            return self.carry_out(config)
+            result = self.carry_out(config)
+            if hydra.mode is RunMode.MULTIRUN:
+                _require_objective(hydra.sweeper._target_, result)
+            return result
         except Exception as error:
-            if HydraConfig.get().mode is RunMode.MULTIRUN:
-                number = HydraConfig.get().job.num
-                print(f"job {number} failed: {_one_line(error)}", file=sys.stderr, flush=True)
-                self.failed.append(str(number))
-                jobs = "job" if len(self.failed) == 1 else "jobs"
-                raise RunFailed(f"{jobs} {', '.join(self.failed)} failed; the others went on") from error
+            if hydra.mode is RunMode.MULTIRUN:
+                reason = _one_line(error)
+                print(f"job {hydra.job.num} failed: {reason}", file=sys.stderr, flush=True)
+                mark_failed(Path(hydra.runtime.output_dir), reason, list(hydra.overrides.task))
+                raise RunFailed(f"job {hydra.job.num} failed") from None
             # Hydra would announce an exception in words of its own: hand it to run() instead.
             self.failure = error
             return None
 
 
-def register_resolvers() -> None:
+def _require_objective(sweeper: str, result: float | None) -> None:
+    """RunFailed where a sweeper that searches gets nothing to judge the job by."""
+    if not sweeper.endswith("BasicSweeper") and (result is None or not math.isfinite(result)):
+        raise RunFailed(f"its result is {result}, not a held-out loss that the sweeper could compare")
+
+
+def register_resolvers(sweep: Sweep) -> None:
     """`sweep_dir`: where a sweep's jobs go unless run.dir says so; one answer for the whole sweep."""
-    OmegaConf.register_new_resolver(
-        "sweep_dir",
-        lambda chosen: chosen or f"multirun/{time.strftime('%Y-%m-%d_%H-%M-%S')}",
-        use_cache=True,
-        replace=True,
-    )
+    OmegaConf.register_new_resolver("sweep_dir", sweep.choose, use_cache=True, replace=True)
 
 
 def report(error: BaseException, argv: list[str]) -> int:

@@ -19,12 +19,16 @@ def prepare(argv: Sequence[str]) -> list[str]:
     """The arguments as Hydra is to see them: resume expanded, text quoted, defaults of this machine."""
     multirun = is_multirun(argv)
     if multirun and under_launcher():
-        raise UserError("-m sweeps start their own jobs: run them with plain python, not under torchrun")
+        raise UserError(
+            "-m sweeps start their own jobs: run them with plain python, not under torchrun or srun"
+        )
     if "run.resume" in map(identity, argv):
         raise UserError("run.resume is not for typing: resume=RUN_DIR goes on with a run")
     arguments = _expand_resume(argv, multirun)
+    if "hydra.sweep.dir" in map(identity, argv):
+        raise UserError("hydra.sweep.dir is not for typing: run.dir=DIR says where a sweep's jobs go")
     arguments = quote_texts(arguments)
-    return arguments + _machine_defaults(arguments)
+    return arguments + _machine_defaults(arguments) + _sweep_defaults(arguments)
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
@@ -37,7 +41,7 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Whether torchrun (or srun, see slurm.py) started this process as one of several."""
     return "RANK" in os.environ
 
 
@@ -113,3 +117,11 @@ def _machine_defaults(arguments: Sequence[str]) -> list[str]:
     if "precision" in chosen or "experiments" in chosen or shutil.which("nvidia-smi") is None:
         return []
     return ["precision=bf16"]
+
+
+def _sweep_defaults(arguments: Sequence[str]) -> list[str]:
+    """No failed job ends an optuna study, unless the user set how many may; the plugin would allow none."""
+    pairs = dict(pair for pair in map(split_override, arguments) if pair)
+    if pairs.get("hydra/sweeper") != "optuna" or "hydra.sweeper.max_failure_rate" in pairs:
+        return []
+    return ["hydra.sweeper.max_failure_rate=1.0"]

@@ -7,13 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3.runtime.watchdog import Watchdog
+
 T = TypeVar("T")
+# Seconds by which a collective gives up later than the watchdog, which writes every rank's stack first.
+_MARGIN = 60
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Worker:
     local_rank: int
     world: int
     device: torch.device
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -49,17 +55,29 @@ class Worker:
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values, src=0, device=self.device)
+            self._beat()
         return values[0]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
             dist.barrier()
+            self._beat()
+
+    def watch(self, run_dir: Path) -> None:
+        """From now on a rank that waits too long ends the run, with all stacks in `run_dir`/stacks."""
+        if self.watchdog is not None:
+            self.watchdog.start(run_dir / "stacks", cuda=self.device.type == "cuda")
+
+    def _beat(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat()
 
     def _reduce(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world > 1:
             value = value.clone()
             dist.all_reduce(value, op=operation)
+            self._beat()
         return value
 
 
@@ -67,7 +85,7 @@ class Worker:
 def worker(timeout: int) -> Iterator[Worker]:
     """Join the process group that the environment describes, if any, and leave it when all went well.
 
-    `timeout` is what a collective may take, in seconds. On CPU the ranks of a node share its cores.
+    `timeout` is what a rank may wait, in seconds. On CPU the ranks of a node share its cores.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -78,8 +96,14 @@ def worker(timeout: int) -> Iterator[Worker]:
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device_id)
-    yield Worker(rank, local_rank, world, device)
+        limit = timedelta(seconds=timeout + _MARGIN)
+        dist.init_process_group(backend, timeout=limit, device_id=device_id)
+    watchdog = Watchdog(rank, world, timeout) if world > 1 else None
+    try:
+        yield Worker(rank, local_rank, world, device, watchdog=watchdog)
+    finally:
+        if watchdog is not None:
+            watchdog.stop()
     # Not in a finally: a failing rank that closed its connections would make the others fail first,
     # with a complaint about the connection in place of the reason. Its process ends them anyway.
     if dist.is_initialized():

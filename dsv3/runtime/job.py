@@ -11,7 +11,7 @@ from dsv3.parallel.stages import least_microbatches, stage_count, takes_microbat
 from dsv3.planning.hardware import HardwareConfig, detect
 from dsv3.planning.report import Plan, make_plan
 from dsv3.runtime.errors import UserError
-from dsv3.runtime.world import world_size
+from dsv3.runtime.world import ranks_per_node, world_size
 
 # Unless set, a microbatch has as many sequences as make about this many tokens ...
 _MICROBATCH_TOKENS = 4096
@@ -46,7 +46,7 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     if config.task.trains:
         check_batch(degrees, train.length, train.batch, train.microbatch)
     check_schedule(config.parallel, degrees, train.batch, train.microbatch)
-    hardware = detect(config.hardware, max(1, world // config.launch.nnodes))
+    hardware = detect(config.hardware, ranks_per_node(config, world))
     plan = make_plan(config, degrees, hardware)
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     return Job(config, overrides, hardware, plan, run_dir, bool(sweep_dir or config.run.dir))

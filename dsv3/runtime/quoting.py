@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from dsv3.config import literal
 
 TEXT_KEYS = frozenset(
-    {"task.prompt", "task.runs", "resume", "input", "output", "run.dir"}
-    | {"checkpoint.load", "data.path", "model.path", "tokenizer.path"}
+    {"task.prompt", "task.runs", "task.output", "resume", "input", "output", "run.dir"}
+    | {"checkpoint.load", "data.path", "model.path", "tokenizer.path", "launch.sbatch", "launch.time"}
 )
 """Keys whose values people type as they are: paths and prompts."""
 

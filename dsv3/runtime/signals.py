@@ -16,6 +16,10 @@ class Stopped(SystemExit):
         super().__init__(STOPPED)
         self.message = message
 
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[str]]:
+        """Pickle by the message: a sweep's job may stop in another process."""
+        return type(self), (self.message,)
+
 
 class StopRequest:
     """Whether a signal has asked this process to stop after the step in hand."""

@@ -25,15 +25,27 @@ def world_size(config: Config) -> int:
             f"launch.world_size={launch.world_size} alone is for task=plan: "
             "to start processes give launch.nproc (and launch.nnodes)"
         )
-    gpus = len(visible_gpus())
+    if launch.nnodes > 1 and launch.rendezvous is None and not launch.submits:
+        raise UserError(
+            f"launch.nnodes={launch.nnodes} needs launch.rendezvous=HOST:PORT of node 0, launch.node_rank=N "
+            "on each node; or use torchrun, srun or launch=slurm"
+        )
+    gpus = 0 if launch.submits else len(visible_gpus())  # those of the node it will run on are not known
     # GPUs that are here set the size of a world that can grow; on CPU the layout does.
-    world = chosen or (max(_product(config), gpus if _grows(config) else 1) if gpus else _smallest(config))
+    grown = gpus * launch.nnodes if _grows(config) else 1
+    world = chosen or (max(_product(config), grown) if gpus else _smallest(config))
     here = world // launch.nnodes
     if gpus and here > gpus:
         raise UserError(
             f"launch.nproc={here}, but this node has {gpus} GPUs: use launch.nproc={gpus} or fewer"
         )
     return world
+
+
+def ranks_per_node(config: Config, world: int) -> int:
+    """Ranks of `world` that share this node's memory: as launched, else as configured."""
+    launched = os.environ.get("LOCAL_WORLD_SIZE") if under_launcher() else None
+    return max(1, int(launched) if launched and config.task.uses_model else world // config.launch.nnodes)
 
 
 def _smallest(config: Config) -> int:
@@ -62,6 +74,6 @@ def _launched(chosen: int | None) -> int:
     if chosen not in (None, world):
         raise UserError(
             f"launch.nproc x launch.nnodes make {chosen}, but the launcher started {world} processes: "
-            "leave launch.* out under torchrun"
+            "leave launch.* out under torchrun and srun"
         )
     return world

@@ -63,6 +63,7 @@ class _Run:
         self.optimizer = build_optimizer(self.config.optimizer, self.model)
         self.directory: Path = me.share(make_run_dir(job) if me.is_main else job.run_dir)
         job.run_dir = self.directory
+        me.watch(self.directory)
         self.manager = CheckpointManager(self.directory, self.config.checkpoint.keep_last, me)
         self.progress = self._restore()
         self.logger: Logger | None = None

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class CommandLine:
     def __init__(self, directory: Path, cache: Path, text: Path) -> None:
         self.directory = directory
         self.text = text
-        dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HYDRA_FULL_ERROR")
+        dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HYDRA_FULL_ERROR", "SLURM_STEP_ID")
         self.environment = {key: value for key, value in os.environ.items() if key not in dropped}
         self.environment |= {"DSV3_CACHE": str(cache), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
 
@@ -140,3 +140,11 @@ def gone(processes: list[psutil.Process], seconds: float) -> bool:
 
 
 STOP, INTERRUPT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what must come."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)

@@ -85,6 +85,11 @@ MISTAKES: dict[str, list[str]] = {
     "resume=. -m": ["resume=", "without -m"],
     "resume=. resume=..": ["resume=", "once"],
     "run.resume=true": ["run.resume", "resume=RUN_DIR"],
+    # Launching.
+    "launch.nnodes=2 launch.nproc=1 parallel=fsdp": ["launch.nnodes=2", "launch.rendezvous=HOST:PORT"],
+    "launch.node_rank=1": ["launch.node_rank=1", "0 to 0"],
+    "launch.rendezvous=node0": ["launch.rendezvous=node0", "HOST:PORT"],
+    "launch=slrum": ["launch=slrum", "'slurm'"],
     # Layouts.
     "launch.nproc=2 launch.world_size=3": ["launch.world_size=3", "make 2"],
     "launch.world_size=2": ["launch.world_size=2", "launch.nproc"],

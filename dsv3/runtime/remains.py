@@ -1,0 +1,56 @@
+"""Workers that a failed one leaves behind: given some seconds to end by themselves, then killed."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+from dsv3.runtime.signals import STOPPED
+
+# More often than the agent looks, which reaps what it finds; both in seconds.
+_LOOK_EVERY = 0.1
+_GRACE = 3.0
+
+
+@contextlib.contextmanager
+def end_what_hangs(grace: float = _GRACE) -> Iterator[None]:
+    """Kill this process's children `grace` seconds after the first of them has failed.
+
+    The agent asks the others to stop and waits half a minute, in vain where one is stuck in a
+    collective or in whatever made it hang.
+    """
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(done, grace), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def kill_children() -> None:
+    """Kill every process below this one, but for multiprocessing's own that cleans up after them."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not any("resource_tracker" in argument for argument in child.cmdline()):
+                child.kill()
+
+
+def _watch(done: threading.Event, grace: float) -> None:
+    import psutil
+
+    while not done.wait(_LOOK_EVERY):
+        if any(_failed(child.pid) for child in psutil.Process().children()):
+            if not done.wait(grace):
+                kill_children()
+            return
+
+
+def _failed(pid: int) -> bool:
+    """Whether a child has ended otherwise than by finishing or by a stop; leaves it to be reaped."""
+    try:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return ended is not None and (ended.si_code != os.CLD_EXITED or ended.si_status not in (0, STOPPED))

@@ -1,0 +1,151 @@
+"""Workers of this command: started with torch's elastic agent, stopped and ended together."""
+
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from dsv3.config import build
+from dsv3.runtime.errors import RunFailed, UserError
+from dsv3.runtime.job import Job
+from dsv3.runtime.remains import end_what_hangs, kill_children
+from dsv3.runtime.signals import KILLED, STOPPED, Stopped
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_PR_SET_PDEATHSIG = 1
+# What a worker may take to save after a stop signal before it is killed, in seconds.
+_SHUTDOWN_TIMEOUT = 600
+
+
+def start_workers(job: Job) -> float | None:
+    """Start one process a rank of this node and wait for all of them; rank 0's result where it is here.
+
+    The first worker that fails ends the others. SIGTERM and Ctrl-C reach the workers as SIGTERM.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _silence_agent()
+    options = {**_rendezvous(job), "nproc_per_node": job.plan.world_size // job.config.launch.nnodes}
+    known = LaunchConfig.__dataclass_fields__  # shutdown_timeout is newer than torch 2.11
+    config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    try:
+        with _signals_as_exceptions(), _spawning(), end_what_hangs():
+            results: dict[int, Any] = elastic_launch(config, _work)(job, os.getpid())
+    except ChildFailedError as error:
+        raise _first_failure(error) from None
+    except SignalException:
+        raise Stopped("") from None  # rank 0 has said what it saved
+    return results.get(0)
+
+
+def _rendezvous(job: Job) -> dict[str, Any]:
+    """How the agents of all nodes find each other, and how each treats its workers."""
+    launch = job.config.launch
+    options: dict[str, Any] = {
+        "min_nodes": launch.nnodes,
+        "max_nodes": launch.nnodes,
+        "run_id": f"dsv3-{os.getpid()}",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+        "max_restarts": 0,
+        "monitor_interval": 0.2,
+        "start_method": "spawn",
+        "signals_to_handle": "SIGHUP,SIGQUIT",
+        "shutdown_timeout": _SHUTDOWN_TIMEOUT,
+    }
+    if launch.rendezvous is not None:  # static: node 0 is where the user says, and ranks follow node_rank
+        options |= {"run_id": "dsv3", "rdzv_backend": "static", "rdzv_endpoint": launch.rendezvous}
+        options["rdzv_configs"] = {"rank": launch.node_rank, "timeout": launch.timeout}
+    return options
+
+
+def _silence_agent() -> None:
+    """Keep the agent from reporting a stop or a failure in logs of its own; ours is one message."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(
+            ("torch.distributed.elastic", "torch.multiprocessing")
+        ):  # each of its modules sets its own level
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+@contextlib.contextmanager
+def _spawning() -> Iterator[None]:
+    """Spawn plain processes from a job of joblib's too, whose own start method a worker would not know."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+def _work(job: Job, launcher: int) -> float | None:
+    """One worker's life, which a kill -9 of its launcher ends as well."""
+    die_with_parent()
+    if os.getppid() != launcher:
+        os._exit(1)
+    try:
+        return build(job.config.task).run(job)  # type: ignore[no-any-return]
+    except Stopped as stopped:
+        if os.environ["RANK"] == "0":
+            print(stopped.message, file=sys.stderr, flush=True)
+        raise
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """The first SIGTERM or Ctrl-C makes the agent stop its workers; a second one ends all at once."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            raise SignalException("stopped by a signal", sigval=signal.SIGTERM)
+        kill_children()
+        os._exit(KILLED)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _first_failure(error: "ChildFailedError") -> BaseException:
+    """The error of the worker that failed first, as it would have been raised in this process."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode == STOPPED:
+        return Stopped("")
+    # A worker's exception comes as {message, extraInfo}; a worker that was ended, as a text.
+    reported: Any = failure.message
+    reported = reported if isinstance(reported, dict) else {"message": reported}
+    kind, _, text = str(reported["message"]).partition(": ")
+    if kind in ("UserError", "InvalidValue"):
+        return UserError(text)
+    if kind == "RunFailed":
+        return RunFailed(text)
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        return RunFailed(
+            f"rank {rank} (pid {failure.pid}) was ended by {name}; the other workers were stopped"
+        )
+    print(reported.get("extraInfo", {}).get("py_callstack", ""), file=sys.stderr)
+    return RunFailed(f"rank {rank} failed: {kind}: {text}; the other workers were stopped")

@@ -1,0 +1,42 @@
+"""Optimizers that go wrong in their second step, for a run to be told of."""
+
+import os
+import time
+from typing import Any
+
+import torch
+
+FOREVER = 600.0
+
+
+class Hanging(torch.optim.AdamW):
+    """Rank 1 does not come back."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """One step, or none."""
+        self.steps += 1
+        if self.steps == 2:
+            self.go_wrong()
+        return super().step(closure)
+
+    def go_wrong(self) -> None:
+        """What happens in the second step."""
+        if os.environ["RANK"] == "1":
+            oversleep()
+
+
+class Raising(Hanging):
+    """Rank 1 raises while rank 0 does not come back."""
+
+    def go_wrong(self) -> None:
+        """What happens in the second step."""
+        if os.environ["RANK"] == "1":
+            raise ValueError("rank 1 has had enough")
+        oversleep()
+
+
+def oversleep() -> None:
+    """Long enough for any test."""
+    time.sleep(FOREVER)
