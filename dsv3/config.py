@@ -84,6 +84,7 @@ SCHEMAS: dict[str, Any] = {
     "task/generate": tasks_room.GenerateTaskConfig,
     "task/plan": tasks_room.PlanTaskConfig,
     "task/verify": tasks_room.VerifyTaskConfig,
+    "task/compare": tasks_room.CompareTaskConfig,
 }
 """Schema nodes by their name under the `schema` group, which the files of conf/ extend."""
 

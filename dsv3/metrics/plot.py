@@ -29,8 +29,13 @@ def loss_curve(source: Path | Sequence[MetricsRow], png_path: Path, title: str =
     display and leaves matplotlib's global state alone. Raises OSError where the file cannot be written.
     """
     rows = sorted(read(source) if isinstance(source, Path) else source, key=lambda row: row.step)
+    write_png(_figure(rows, title), png_path)
+
+
+def write_png(figure: "Figure", png_path: Path) -> None:
+    """Draw a figure into a PNG, replaced in one rename."""
     picture = io.BytesIO()
-    _figure(rows, title).savefig(picture, format="png", dpi=DOTS_PER_INCH, facecolor="white")
+    figure.savefig(picture, format="png", dpi=DOTS_PER_INCH, facecolor="white")
     temporary = png_path.with_name(png_path.name + ".tmp")
     temporary.write_bytes(picture.getvalue())
     temporary.replace(png_path)
@@ -67,9 +72,9 @@ def _figure(rows: Sequence[MetricsRow], title: str) -> "Figure":
 
 
 def _losses(axes: "Axes", rows: Sequence[MetricsRow]) -> None:
-    steps, losses = _points(rows, lambda row: row.loss)
-    held_steps, held_losses = _points(rows, lambda row: row.evaluation_loss)
-    _plain(axes, "loss (nats)")
+    steps, losses = points(rows, lambda row: row.loss)
+    held_steps, held_losses = points(rows, lambda row: row.evaluation_loss)
+    plain_axes(axes, "loss (nats)")
     if not losses and not held_losses:
         axes.text(0.5, 0.5, "no loss recorded", transform=axes.transAxes, ha="center", color=QUIET, size=12)
         axes.set_yticks([])
@@ -88,8 +93,8 @@ def _losses(axes: "Axes", rows: Sequence[MetricsRow]) -> None:
 
 
 def _learning_rate(axes: "Axes", rows: Sequence[MetricsRow]) -> None:
-    steps, rates = _points(rows, lambda row: row.lr)
-    _plain(axes, "")
+    steps, rates = points(rows, lambda row: row.lr)
+    plain_axes(axes, "")
     axes.text(0.99, 0.8, "learning rate", transform=axes.transAxes, ha="right", color=QUIET, size=10)
     axes.set_xlabel("step", color=QUIET, size=10.5)
     axes.plot(steps, rates, color=LR, lw=1.4, marker="o" if len(rates) == 1 else "")
@@ -102,7 +107,8 @@ def _learning_rate(axes: "Axes", rows: Sequence[MetricsRow]) -> None:
         axes.set_yticks([])
 
 
-def _plain(axes: "Axes", label: str) -> None:
+def plain_axes(axes: "Axes", label: str) -> None:
+    """Leave of the frame what is read: a quiet grid, whole steps, and `label` for the other axis."""
     from matplotlib.ticker import MaxNLocator
 
     axes.spines[:].set_visible(False)
@@ -114,7 +120,8 @@ def _plain(axes: "Axes", label: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def _points(rows: Sequence[MetricsRow], value: Callable[[MetricsRow], float | None]) -> Points:
+def points(rows: Sequence[MetricsRow], value: Callable[[MetricsRow], float | None]) -> Points:
+    """Steps and values where the value is known and finite."""
     known = [(row.step, found) for row in rows if (found := value(row)) is not None and math.isfinite(found)]
     return [step for step, _ in known], [found for _, found in known]
 
@@ -122,8 +129,8 @@ def _points(rows: Sequence[MetricsRow], value: Callable[[MetricsRow], float | No
 def _subtitle(rows: Sequence[MetricsRow]) -> str:
     """The last figures in words."""
     parts = [f"step {rows[-1].step:,}", f"{rows[-1].tokens:,} tokens"] if rows else ["no steps yet"]
-    losses = _points(rows, lambda row: row.loss)[1]
-    held_out = _points(rows, lambda row: row.evaluation_loss)[1]
+    losses = points(rows, lambda row: row.loss)[1]
+    held_out = points(rows, lambda row: row.evaluation_loss)[1]
     if losses:
         parts.append(f"training {losses[-1]:.3f}")
     if held_out:

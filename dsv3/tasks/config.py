@@ -8,7 +8,7 @@ from dsv3.runtime.errors import require, require_positive
 
 
 class PlanFormat(Enum):
-    """How task=plan prints."""
+    """How task=plan and task=compare print."""
 
     text = "text"
     json = "json"
@@ -99,3 +99,25 @@ class VerifyTaskConfig(TaskConfig):
         require(bool(self.path), "path", self.path, "give a HuggingFace checkpoint: model=hf model.path=DIR")
         require_positive(self, "sequences", "tolerance")
         require(self.tokens >= 2, "tokens", self.tokens, "must be at least 2")
+
+
+@dataclass
+class CompareTaskConfig(TaskConfig):
+    """The runs of a directory, such as a sweep's, by held-out loss.
+
+    The curves are drawn into `output`, a PNG; null is compare.png in the directory of `runs`.
+    """
+
+    uses_model: ClassVar[bool] = False
+    _target_: str = "dsv3.tasks.compare.Compare"
+    runs: str | None = None
+    output: str | None = None
+    format: PlanFormat = PlanFormat.text
+
+    def validate(self) -> None:
+        allowed = "give the directory that holds the runs: task.runs=multirun/ID"
+        require(bool(self.runs), "runs", self.runs, allowed)
+        if self.output is not None:
+            require(
+                self.output.endswith(".png"), "output", self.output, "must be a file name that ends in .png"
+            )

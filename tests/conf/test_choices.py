@@ -28,6 +28,7 @@ NEEDED = {
     ("tokenizer", "local"): ["tokenizer.path=somewhere"],
     ("model", "hf"): ["model.path={hf}"],
     ("task", "verify"): ["model=hf", "model.path={hf}"],
+    ("task", "compare"): ["task.runs=somewhere"],
 }
 
 

@@ -81,6 +81,8 @@ MISTAKES: dict[str, list[str]] = {
     "checkpoint.load=/nope": ["checkpoint.load=/nope", "does not exist"],
     "checkpoint.load=.": ["checkpoint.load=.", "neither a run nor a checkpoint"],
     "run.dir=/etc/passwd": ["run.dir=/etc/passwd", "is a file"],
+    "task=compare": ["task.runs=null", "task.runs=multirun/ID"],
+    "task=compare task.runs=x task.output=a.pdf": ["task.output=a.pdf", ".png"],
     "resume=/nope": ["resume=/nope", "config.yaml"],
     "resume=. -m": ["resume=", "without -m"],
     "resume=. resume=..": ["resume=", "once"],

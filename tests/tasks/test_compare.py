@@ -1,0 +1,151 @@
+"""task=compare: which runs there are, in which order and state, and where the picture goes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dsv3.metrics.row import MetricsRow
+from dsv3.runtime.errors import UserError
+from dsv3.runtime.sweep import mark_failed
+from dsv3.tasks.compare import Compare
+from dsv3.tasks.config import PlanFormat
+from dsv3.tasks.runs import State, distinguishing, find_runs
+from tests.end_to_end.processes import ROOT
+
+NAME = 'sweep, it\'s = "one" $HOME (1)'
+
+
+def store(folder: Path, overrides: list[str], losses: list[float], held_out: float | None = None) -> None:
+    """A run of 3 steps that has taken as many as there are losses, the last one with a held-out loss."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"steps": 3}}))
+    (folder / "overrides.yaml").write_text(yaml.safe_dump(["train.steps=3", *overrides]))
+    rows = [
+        MetricsRow(step=step, tokens=step * 10, loss=loss, tokens_per_second=100.0 * step)
+        for step, loss in enumerate(losses, 1)
+    ]
+    if rows:
+        rows[-1].evaluation_loss = held_out
+    (folder / "metrics.jsonl").write_text("".join(row.to_json() + "\n" for row in rows))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Six jobs: two done, one of them far better, and one of every other state."""
+    directory = tmp_path / NAME
+    store(directory / "0", ["optimizer.lr=1e-3"], [5.0, 4.0, 3.0], 3.5)
+    store(directory / "2", ["optimizer.lr=3e-3"], [5.0, 3.0, 2.0], 2.5)
+    store(directory / "10", ["optimizer.lr=6e-3"], [5.0, 4.5])
+    store(directory / "3", ["optimizer.lr=9e-3"], [5.0, 4.0, 3.5])
+    store(directory / "4", ["optimizer.lr=1"], [9.0], 4.0)
+    mark_failed(directory / "4", "step 2 is not finite", ["optimizer.lr=1"])
+    mark_failed(directory / "5", "train.steps=0 is not possible", ["train.steps=0"])
+    (directory / "0" / "wandb" / "files").mkdir(parents=True)
+    (directory / "0" / "wandb" / "config.yaml").write_text("")
+    return directory
+
+
+def test_jobs_are_sorted_by_held_out_loss_and_told_apart(sweep: Path) -> None:
+    runs = find_runs(sweep)
+    found = [(run.directory.name, run.held_out, run.loss, run.step, run.state) for run in runs]
+    assert found == [
+        ("2", 2.5, 2.0, 3, State.done),
+        ("0", 3.5, 3.0, 3, State.done),
+        ("4", 4.0, 9.0, 1, State.failed),
+        ("3", None, 3.5, 3, State.no_evaluation),
+        ("5", None, None, 0, State.failed),
+        ("10", None, 4.5, 2, State.stopped),
+    ]
+    assert distinguishing(runs) == ["train.steps", "optimizer.lr"]
+    assert distinguishing(runs[:2]) == ["optimizer.lr"]
+    assert runs[0].tokens_per_second == 200.0
+    assert [run.directory.name for run in find_runs(sweep.parent)] == ["2", "0", "4", "3", "5", "10"]
+
+
+def test_a_run_that_went_on_to_its_end_is_done_whatever_failed_before(sweep: Path) -> None:
+    mark_failed(sweep / "0", "killed", [])
+    assert next(run for run in find_runs(sweep) if run.directory.name == "0").state is State.done
+
+
+def words(line: str) -> str:
+    return " ".join(line.split())
+
+
+def snapshot(sweep: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for run in sweep.glob("*/") for path in run.rglob("*")}
+
+
+def test_the_table_and_the_picture(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(sweep)
+    Compare(str(sweep), None, PlanFormat.text).run(None)  # type: ignore[arg-type]
+    titles, best, *_ = said = capsys.readouterr().out.splitlines()
+    assert words(titles) == "job overrides held-out loss train loss steps tokens/s state"
+    assert words(best) == "2 train.steps=3 optimizer.lr=3e-3 2.5000 2.0000 3/3 200 done"
+    assert words(said[6]) == "10 train.steps=3 optimizer.lr=6e-3 - 4.5000 2/3 150 stopped"
+    assert said[7:] == [
+        "4 failed: step 2 is not finite",
+        "5 failed: train.steps=0 is not possible",
+        f"curves: {sweep}/compare.png",
+    ]
+    assert (sweep / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert snapshot(sweep) == before
+
+
+def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_path: Path) -> None:
+    arguments = ["task=compare", f"task.runs={NAME}", "task.format=json", "task.output=a, b's.png"]
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['train.py', *{arguments!r}]\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules, file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert ended.stderr == "0 False\n"
+    told = json.loads(ended.stdout)
+    assert told["plot"] == "a, b's.png"
+    assert (tmp_path / "a, b's.png").exists()
+    assert told["runs"][0] == {
+        "job": "2",
+        "directory": f"{NAME}/2",
+        "overrides": {"train.steps": "3", "optimizer.lr": "3e-3"},
+        "evaluation_loss": 2.5,
+        "loss": 2.0,
+        "step": 3,
+        "steps": 3,
+        "tokens_per_second": 200.0,
+        "state": "done",
+        "reason": None,
+    }
+    assert told["runs"][4]["reason"] == "train.steps=0 is not possible"
+
+
+def test_runs_without_a_step_give_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store(tmp_path / "0", [], [])
+    (tmp_path / "0" / "config.yaml").write_text("{")
+    Compare(str(tmp_path), None, PlanFormat.text).run(None)  # type: ignore[arg-type]
+    _, row, last = capsys.readouterr().out.splitlines()
+    assert words(row) == "0 - - 0/? - stopped"
+    assert last == "no curves: no run has made a step"
+    assert not (tmp_path / "compare.png").exists()
+
+
+def test_a_directory_that_is_no_place_of_runs_is_a_mistake(sweep: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for directory, words in (
+        (tmp_path / "missing", "is no directory"),
+        (tmp_path / "empty", "holds no runs"),
+        (sweep / "0", "is one run"),
+    ):
+        with pytest.raises(UserError, match=words):
+            find_runs(directory)
+    with pytest.raises(UserError, match=r"task\.output=.* cannot be written"):
+        Compare(str(sweep), str(tmp_path / "no" / "x.png"), PlanFormat.text).run(None)  # type: ignore[arg-type]
