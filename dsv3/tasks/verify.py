@@ -3,34 +3,36 @@
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
 
-from dsv3.checkpoint.hf import load_released
+from dsv3.checkpoint.hf import ReleasedWeights, load_released, released_norms
+from dsv3.config import Config
 from dsv3.metrics.console import Console
-from dsv3.model.generation import inference
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.parallelizer import build_model
+from dsv3.parallel.parallelizer import build_model, build_on_meta
+from dsv3.planning import parameters
 from dsv3.precision.config import ComputeType, PrecisionConfig
 from dsv3.runtime.distributed import worker
 from dsv3.runtime.errors import RunFailed, UserError
 from dsv3.runtime.job import Job
-from dsv3.training.loss import cross_entropy_sum
+from dsv3.runtime.quoting import identity
+from dsv3.tasks.hidden_states import difference, hidden_states
 
 FLOAT = 4  # bytes; both models are compared in fp32
+GIB = 2**30
 
 
 class Verify:
     """Loads `path` and prints a table and a verdict; exit code 1 where the two models depart.
 
     With transformers installed and memory for both models: hidden states after every layer, logits and
-    loss. Else every weight's shape (by loading it) and norm.
+    loss. Else every weight's shape and norm; where not even one model fits, they are read one by one.
     """
 
     def __init__(self, path: str, sequences: int, tokens: int, tolerance: float) -> None:
@@ -43,12 +45,7 @@ class Verify:
         with worker(job.config.launch.timeout) as me:
             if me.world > 1:
                 raise UserError(f"task=verify compares in one process: launch.nproc=1, not {me.world}")
-            exact = replace(job.config, precision=PrecisionConfig(compute=ComputeType.fp32))
-            model = build_model(exact, None, me.device)
-            load_released(model, self.path)
-            theirs = _load_theirs(self.path, model, me.device)
-            reason = theirs if isinstance(theirs, str) else ""
-            rows = _norms(model) if isinstance(theirs, str) else self._compare(model, theirs, me.device)
+            rows, reason = self._rows(job, me.device)
         _show(str(self.path), rows, reason)
         wrong = [row for row in rows if not row.error <= self.tolerance]
         if wrong and reason:
@@ -57,12 +54,43 @@ class Verify:
             raise RunFailed(f"departs from transformers first at {wrong[0].name}: {wrong[0].error:.1e}")
         print(f"{self.path}: {'loads; ' + reason if reason else 'equals transformers'}", flush=True)
 
+    def _rows(self, job: Job, device: torch.device) -> "tuple[list[Row], str]":
+        """The table, and why there is nothing to compare with; an empty text where there is."""
+        exact = self._config(job)
+        needed, free = FLOAT * parameters.total(exact.model), _free(device)
+        room = min(free, job.hardware.memory_bytes or free)
+        if needed > room:
+            reason = f"names, shapes and norms only: {_numbers('the model', needed, room)}"
+            return _norms(released_norms(build_on_meta(exact, device), self.path)), reason
+        model = build_model(exact, None, device)
+        load_released(model, self.path)
+        theirs = _load_theirs(self.path, needed, device)
+        if isinstance(theirs, str):
+            norms = {name: value.float().norm().item() for name, value in model.state_dict().items()}
+            return _norms(norms), theirs
+        return self._compare(model, theirs, device), ""
+
+    def _config(self, job: Job) -> Config:
+        """fp32, and without MTP layers that the files leave out: transformers counts them and never saves them."""
+        model, typed = job.config.model, "model.mtp_depths" in map(identity, job.overrides)
+        if model.mtp_depths and not typed:
+            with ReleasedWeights(self.path) as weights:
+                stored = weights.has_layer(model.num_layers)
+            if not stored:
+                counted = f"{model.mtp_depths} MTP layer{'s' if model.mtp_depths > 1 else ''}"
+                print(
+                    f"config.json counts {counted}, the files hold none: verified with model.mtp_depths=0",
+                    file=sys.stderr,
+                )
+                model = replace(model, mtp_depths=0)
+        return replace(job.config, model=model, precision=PrecisionConfig(compute=ComputeType.fp32))
+
     def _compare(self, model: Transformer, other: Any, device: torch.device) -> "list[Row]":
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, model.config.vocab_size, self.shape, generator=generator).to(device)
-        theirs = _states(other, other.model.embed_tokens, other.model.layers, tokens)
-        ours = _states(model, model.embedding, model.layers, tokens)
-        return [Row(name, _difference(ours[name], theirs[name])) for name in ours]
+        theirs = hidden_states(other, other.model.embed_tokens, other.model.layers, tokens)
+        ours = hidden_states(model, model.embedding, model.layers.values(), tokens)
+        return [Row(name, difference(ours[name], theirs[name])) for name in ours]
 
 
 class Row:
@@ -74,15 +102,13 @@ class Row:
         self.norm = norm
 
 
-def _load_theirs(path: Path, model: Transformer, device: torch.device) -> Any:
+def _load_theirs(path: Path, needed: int, device: torch.device) -> Any:
     """HF's model of the checkpoint in fp32, or a text that says why there is none to compare with."""
-    alone = "shapes and norms only: "
+    alone, free = "shapes and norms only: ", _free(device)
     if importlib.util.find_spec("transformers") is None:
         return alone + "transformers is not installed"
-    needed = FLOAT * sum(parameter.numel() for parameter in model.parameters())
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
-        return f"{alone}transformers needs {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} are free"
+        return alone + _numbers("transformers' model beside ours", needed, free)
     import transformers
 
     # By class, for kimi_k2 is a DeepSeek-V3 with a name that AutoModel does not know.
@@ -94,37 +120,17 @@ def _load_theirs(path: Path, model: Transformer, device: torch.device) -> Any:
         return f"{alone}transformers cannot load it ({str(error).splitlines()[0][:120]})"
 
 
-def _norms(model: Transformer) -> list[Row]:
-    norms = {name: value.float().norm().item() for name, value in model.state_dict().items()}
+def _free(device: torch.device) -> int:
+    """Bytes of memory that can be taken now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _numbers(what: str, needed: int, room: int) -> str:
+    return f"{what} needs {needed / GIB:,.2f} GiB, there are {room / GIB:,.2f}"
+
+
+def _norms(norms: dict[str, float]) -> list[Row]:
     return [Row(name, 0.0 if math.isfinite(norm) else math.inf, norm) for name, norm in norms.items()]
-
-
-def _states(
-    model: nn.Module, embedding: nn.Module, layers: nn.ModuleList, tokens: Tensor
-) -> dict[str, Tensor]:
-    """Hidden states after embedding and every layer, logits and loss, of either model."""
-    states: dict[str, Tensor] = {}
-
-    def keep(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
-        states[name] = (output[0] if isinstance(output, tuple) else output).detach()
-
-    modules = {"embedding": embedding, **{f"layer {number}": layer for number, layer in enumerate(layers)}}
-    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
-    with inference(model):
-        logits = model(tokens).logits
-    for hook in hooks:
-        hook.remove()
-    return states | _ends(logits, tokens)
-
-
-def _ends(logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    loss = cross_entropy_sum(logits[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
-    return {"logits": logits, "loss": loss}
-
-
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs|, by norms in fp32."""
-    return float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-30))
 
 
 def _show(path: str, rows: list[Row], reason: str) -> None:

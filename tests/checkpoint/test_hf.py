@@ -1,6 +1,7 @@
 """Released checkpoints: every tensor of a file goes to its place, fp8 blocks by their scales."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv3.checkpoint.hf import ReleasedWeights, dequantize, load_released
+from dsv3.checkpoint.hf import ReleasedWeights, dequantize, load_released, released_norms
 from dsv3.checkpoint.hf_config import model_from_hf
 from dsv3.checkpoint.names import released_parts
 from dsv3.config import build
@@ -111,8 +112,71 @@ def test_an_fp8_weight_is_read_through_an_index_and_needs_its_scales(tmp_path: P
     with ReleasedWeights(tmp_path) as weights:
         assert torch.equal(weights.read("a.weight"), by_blocks(weight, scales))
     path.write_text(json.dumps({"weight_map": {"a.weight": "one.safetensors"}}))
-    with ReleasedWeights(tmp_path) as weights, pytest.raises(UserError, match="weight_scale_inv"):
+    with ReleasedWeights(tmp_path) as weights, pytest.raises(UserError, match=r"has no scales 'a\.weight_sc"):
         weights.read("a.weight")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"a": torch.ones(4, 4), "a_scale_inv": torch.ones(1, 1)}, "float32 has scales 'a_scale_inv'"),
+        ({"a": torch.ones(4, 4, dtype=torch.int8)}, "'a' is of torch.int8"),
+        (
+            {"a": torch.ones(130, 4).to(torch.float8_e4m3fn), "a_scale_inv": torch.ones(1, 1)},
+            r"\[1, 1\].*\[130, 4\].*\[2, 1\]",
+        ),
+    ],
+)
+def test_a_tensor_that_would_be_read_wrongly_is_refused(
+    tmp_path: Path, tensors: dict[str, Tensor], words: str
+) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    with ReleasedWeights(tmp_path) as weights, pytest.raises(UserError, match=words):
+        weights.read("a")
+
+
+def add(directory: Path, **tensors: Tensor) -> None:
+    """Put tensors into a checkpoint's one file."""
+    (file,) = directory.glob("*.safetensors")
+    save_file({**load_file(file), **tensors}, file)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.1.mlp.experts.16.up_proj.weight",
+        "model.layers.0.self_attn.rotary_emb.cos",
+        "lm_head.bias",
+    ],
+)
+def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path: Path, name: str) -> None:
+    directory, _ = released(tmp_path)
+    add(directory, **{name: torch.zeros(2)})
+    with pytest.raises(UserError, match=f"has '{name}', for which"):
+        load_released(empty(directory), directory)
+
+
+def test_rotary_tables_and_mtp_layers_may_be_left_over(tmp_path: Path) -> None:
+    directory, _ = released(tmp_path)
+    names = ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.3.shared_head.head.weight"]
+    add(directory, **{name: torch.zeros(2) for name in names})
+    load_released(empty(directory), directory)
+
+
+def test_mtp_layers_that_were_not_saved_are_named_with_the_way_round(tmp_path: Path) -> None:
+    directory, _ = released(tmp_path)
+    model: Transformer = build(replace(model_from_hf(directory), mtp_depths=1))
+    with pytest.raises(UserError, match=r"model\.layers\.3\.enorm\.weight.*model\.mtp_depths=0"):
+        load_released(model, directory)
+
+
+def test_norms_are_those_of_the_loaded_weights(tmp_path: Path) -> None:
+    directory, expected = released(tmp_path)
+    with torch.device("meta"):
+        norms = released_norms(build(model_from_hf(directory)), directory)
+    state = expected.state_dict()
+    assert norms == {name: pytest.approx(state[name].norm().item(), rel=1e-5) for name in state}
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """task=verify: equal to transformers, or the first layer that departs."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.running import Commands
+from tests.checkpoint.running import Commands, Outcome
 from tests.hf.pairs import pair
+from tests.hf.test_config import RELEASED_V3
 
 pytest.importorskip("transformers")
 V3: dict[str, Any] = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
@@ -72,6 +75,83 @@ def test_without_transformers_shapes_and_norms_are_checked(
     outcome = commands.run(*verify(released))
     assert outcome.code == 1
     assert "'norm.weight' holds numbers that are not finite" in outcome.err
+
+
+def test_mtp_layers_that_transformers_counts_and_does_not_save_are_left_out(
+    commands: Commands, released: Path
+) -> None:
+    config = json.loads((released / "config.json").read_text())
+    (released / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    outcome = commands.must(*verify(released))
+    assert outcome.out.strip() == f"{released}: equals transformers"
+    assert "counts 1 MTP layer, the files hold none: verified with model.mtp_depths=0" in outcome.err
+    insisted = commands.run(*verify(released, "model.mtp_depths=1"))
+    assert insisted.code == 2
+    assert "model.mtp_depths=0 leaves it out" in insisted.err
+
+
+@pytest.fixture
+def too_large(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """task=verify on a machine with 100 kB of memory, where building the model would fail the test."""
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("memory was taken for a model that does not fit")
+
+    monkeypatch.setattr("dsv3.tasks.verify.build_model", never)
+    return lambda path, *changes: commands.run(
+        *verify(path, "hardware=cpu", "hardware.memory_bytes=100000", *changes)
+    )
+
+
+def test_a_model_larger_than_the_memory_is_checked_tensor_by_tensor(
+    too_large: Callable[..., Outcome], released: Path
+) -> None:
+    outcome = too_large(released)
+    assert outcome.code == 0, outcome.err
+    assert "names, shapes and norms only: the model needs 0.00 GiB, there are 0.00" in outcome.out
+    (file,) = released.glob("*.safetensors")
+    tensors = load_file(file)
+    norms = dict(line.split()[-2:] for line in outcome.err.splitlines() if "layers.1.ffn" in line)
+    experts = [
+        tensors[f"model.layers.1.mlp.experts.{expert}.{kind}_proj.weight"]
+        for expert in range(16)
+        for kind in ("gate", "up")
+    ]
+    assert float(norms["layers.1.ffn.experts.gate_up_proj"]) == pytest.approx(
+        torch.stack(experts).norm().item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "code", "words"),
+    [
+        ("model.norm.weight", lambda tensor: tensor.fill_(torch.inf), 1, "'norm.weight' holds numbers"),
+        ("model.norm.weight", lambda tensor: tensor[1:].clone(), 2, "'model.norm.weight' has shape [63]"),
+        ("model.norm.weight", None, 2, "no tensor 'model.norm.weight'"),
+    ],
+)
+def test_what_is_wrong_in_a_checkpoint_too_large_is_named(
+    too_large: Callable[..., Outcome], released: Path, name: str, change: Any, code: int, words: str
+) -> None:
+    (file,) = released.glob("*.safetensors")
+    tensors = load_file(file)
+    tensor = tensors.pop(name)
+    save_file(tensors if change is None else tensors | {name: change(tensor)}, file)
+    outcome = too_large(released)
+    assert outcome.code == code
+    assert words in outcome.err
+
+
+def test_a_config_of_671b_without_its_weights_takes_no_memory(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_V3))
+    outcome = commands.run(*verify(tmp_path))
+    assert outcome.code == 2
+    assert "holds no .safetensors files" in outcome.err
+    save_file({"model.norm.weight": torch.zeros(7168)}, tmp_path / "model.safetensors")
+    outcome = commands.run(*verify(tmp_path))
+    assert outcome.code == 2
+    assert "no tensor 'model.embed_tokens.weight'" in outcome.err
+    assert len(outcome.err.splitlines()) == 2  # the other says that MTP layers are left out
 
 
 MISTAKES = {
