@@ -1,6 +1,7 @@
 """A command from its arguments to its exit code, where no job is reached."""
 
 import os
+import pickle
 import signal
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import pytest
 from dsv3.runtime.application import Application
 from dsv3.runtime.commandline import flags_first
 from dsv3.runtime.groups import train_help
+from dsv3.runtime.signals import STOPPED, Stopped
 
 
 def test_a_stop_signal_before_training_ends_the_command_without_a_traceback(
@@ -36,3 +38,8 @@ def test_a_stop_signal_before_training_ends_the_command_without_a_traceback(
 )
 def test_flags_come_to_stand_before_overrides(typed: list[str], read: list[str]) -> None:
     assert flags_first(typed) == read
+
+
+def test_a_stop_keeps_its_message_and_code_on_the_way_from_another_process() -> None:
+    stopped = pickle.loads(pickle.dumps(Stopped("go on with resume=x")))
+    assert (stopped.message, stopped.code) == ("go on with resume=x", STOPPED)

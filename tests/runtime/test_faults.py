@@ -38,11 +38,11 @@ def test_a_rank_that_raises_ends_those_that_hang_and_is_told(
 
 def test_a_rank_that_hangs_is_found_with_every_stack(command_line: CommandLine, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    arguments = command_line.training(run_dir, ENDLESS, *TWO, *faulty("Hanging"), "launch.timeout=4")
+    arguments = command_line.training(run_dir, ENDLESS, *TWO, *faulty("Hanging"), "launch.timeout=6")
     ended = command_line.run(*arguments)
     assert ended.code == 1
     first, *where = ended.err.splitlines()
-    assert first == "failed: no step for 4 s (launch.timeout)"
+    assert first == "failed: no step for 6 s (launch.timeout)"
     (hung,) = [line for line in where if line.startswith("rank 1 at ")]
     assert hung.endswith("in oversleep")
     assert "faults.py" in hung

@@ -9,11 +9,11 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 
 from dsv3.runtime.sweep import Sweep, mark_failed, read_failure
-from tests.end_to_end.processes import CommandLine, Finished, rows
+from tests.end_to_end.processes import KILL, CommandLine, Finished, gone, rows
 
 from . import stubs
 from .commands import Commands
-from .test_launch import TWO
+from .test_launch import ENDLESS, TWO
 
 PLUGINS = ("hydra_joblib_launcher", "hydra_optuna_sweeper", "hydra_submitit_launcher")
 pytestmark = [
@@ -48,6 +48,21 @@ def test_joblib_runs_jobs_side_by_side(command_line: CommandLine, tmp_path: Path
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     swept = sweep(command_line, directory, *launcher, "train.steps=0,2")
     assert_one_ran_and_one_failed(swept, directory)
+
+
+def test_the_jobs_of_a_killed_sweep_do_not_go_on(command_line: CommandLine, tmp_path: Path) -> None:
+    directory = tmp_path / "sweep"
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", ENDLESS]
+    process = command_line.start("-m", *command_line.training(directory, *TWO, *launcher))
+    process.wait_for_steps(directory / "0", 1)
+    workers = process.workers()
+    assert len(workers) == 2
+    job = workers[0].parent()
+    assert job is not None
+    assert job.pid != process.popen.pid
+    process.send(KILL)
+    assert process.wait().code == -KILL
+    assert gone([job, *workers], 10)  # a process of the pool without a job leaves by itself later
 
 
 def test_submitit_runs_jobs_as_processes_of_their_own(command_line: CommandLine, tmp_path: Path) -> None:
