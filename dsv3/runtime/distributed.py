@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.runtime.watchdog import Watchdog
+from dsv3.runtime.watchdog import Watchdog, record_collectives
 
 T = TypeVar("T")
 # Seconds by which a collective gives up later than the watchdog, which writes every rank's stack first.
@@ -97,6 +97,7 @@ def worker(timeout: int) -> Iterator[Worker]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
         limit = timedelta(seconds=timeout + _MARGIN)
+        record_collectives(os.environ)
         dist.init_process_group(backend, timeout=limit, device_id=device_id)
     watchdog = Watchdog(rank, world, timeout) if world > 1 else None
     try:

@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from dsv3.runtime.errors import RunFailed
@@ -16,6 +17,16 @@ from dsv3.runtime.errors import RunFailed
 _GRACE = 5.0
 # ... and before they end by themselves where rank 0 does not.
 _PATIENCE = 20.0
+
+
+# NCCL's flight recorder: how many collectives it remembers, and to write them at a timeout of its own.
+_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+
+
+def record_collectives(environment: MutableMapping[str, str]) -> None:
+    """Switch NCCL's flight recorder on where the user has not set it; before the process group is made."""
+    for name, value in _RECORDER.items():
+        environment.setdefault(name, value)
 
 
 class Watchdog:

@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from dsv3.runtime.watchdog import places, stacks
+from dsv3.runtime.watchdog import places, record_collectives, stacks
 
 
 def test_stacks_begin_with_the_place_of_the_main_thread_and_show_the_others() -> None:
@@ -34,3 +34,9 @@ def test_ranks_at_one_place_are_told_together_and_one_without_a_stack_is_named(t
         "rank 11 at an unknown place: it wrote no stack",
         f"stacks of all threads: {tmp_path}/rank-N.txt",
     ]
+
+
+def test_what_the_user_has_set_of_the_flight_recorder_stands() -> None:
+    environment = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    record_collectives(environment)
+    assert environment == {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
