@@ -105,10 +105,19 @@ def _sharding(
 ) -> int:
     """Parameters gathered in the dtype they are used in, gradients scattered in fp32."""
     root, *blocks = stage_groups(config, stage)
-    total = sum(_sharded(weight, degrees, shape, gathers[0], sums) for weight in root)
+    total = _head_again(config, degrees, shape)
+    total += sum(_sharded(weight, degrees, shape, gathers[0], sums) for weight in root)
     return total + sum(
         _sharded(weight, degrees, shape, gathers[1], sums) for block in blocks for weight in block
     )
+
+
+def _head_again(config: ModelConfig, degrees: Degrees, shape: StepShape) -> int:
+    """A split head is freed after each of its backward passes, of which MTP adds one a depth."""
+    if degrees.tp == 1 or degrees.pp > 1:
+        return 0
+    again = shape.microbatches * config.mtp_depths
+    return _sharded(weights.output(config)[-1], degrees, shape, again, sums=0)
 
 
 def _sharded(weight: Weight, degrees: Degrees, shape: StepShape, gathers: int, sums: int) -> int:

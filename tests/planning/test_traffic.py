@@ -60,6 +60,20 @@ def test_replicas_sum_the_gradients_of_their_shards() -> None:
     assert found.dp == rank_traffic(DEBUG, Degrees(dp_shard=2), STEP).dp
 
 
+def test_under_tp_the_head_is_gathered_again_for_every_depth_of_mtp() -> None:
+    def dp(depths: int, degrees: Degrees) -> int:
+        shape = replace(STEP, microbatches=2, reshard_after_forward=False)
+        return rank_traffic(replace(DEBUG, mtp_depths=depths), degrees, shape).dp
+
+    depth = sum(w.numel for w in weights.mtp_modules(DEBUG)[0])
+    assert dp(2, Degrees(dp_shard=2)) - dp(1, Degrees(dp_shard=2)) == 2 * 2 * 4 * depth // 2
+    split = sum(w.numel for w in weights.mtp_modules(DEBUG)[0] if w.tensor_dim is not None)
+    # What is whole lies in 4 shards, what is split in 2 of its halves.
+    expected = 2 * 2 * 4 * ((depth - split) * 3 // 4 + split // 2 // 2)
+    tp = Degrees(dp_shard=2, tp=2, ep=1)
+    assert dp(2, tp) - dp(1, tp) == expected + 2 * 4 * 4096 * 128 // 2 // 2
+
+
 def test_tp_gathers_latents_and_scatters_sums_both_ways() -> None:
     layer = 96 + 64 + 16 + 128
     ends = 2 * (128 + 128)  # embedding and head, for the next token and for MTP
