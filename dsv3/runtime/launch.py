@@ -3,6 +3,7 @@
 import os
 
 from dsv3.config import build
+from dsv3.planning.inference import require_room
 from dsv3.planning.report import require_fits
 from dsv3.runtime.commandline import under_launcher
 from dsv3.runtime.job import Job
@@ -41,3 +42,5 @@ def check(job: Job) -> None:
             check_same_run(job.config, job.run_dir)
     if job.config.task.must_fit:
         require_fits(job.plan)
+    if job.config.task.holds_model:
+        require_room(job.config.model, job.plan.degrees, job.hardware)

@@ -19,12 +19,14 @@ class TaskConfig:
     """The base of conf/task; what the launcher must know of a task before it imports torch for it.
 
     `uses_model` tasks run in workers on a device, `trains` ones obey the laws of the batch, `must_fit`
-    ones are refused where their plan does not fit, `writes_run` ones need a run directory of their own.
+    ones are refused where their plan does not fit, `holds_model` ones where not even the weights do,
+    `writes_run` ones need a run directory of their own.
     """
 
     uses_model: ClassVar[bool] = True
     trains: ClassVar[bool] = False
     must_fit: ClassVar[bool] = False
+    holds_model: ClassVar[bool] = False
     writes_run: ClassVar[bool] = False
     _target_: str = ""
     _recursive_: bool = False
@@ -45,6 +47,7 @@ class TrainTaskConfig(TaskConfig):
 class EvaluateTaskConfig(TaskConfig):
     """Held-out loss of a checkpoint."""
 
+    holds_model: ClassVar[bool] = True
     _target_: str = "dsv3.tasks.evaluate.Evaluate"
 
 
@@ -67,6 +70,7 @@ class SamplingConfig:
 class GenerateTaskConfig(TaskConfig, SamplingConfig):
     """Text that continues `prompt`."""
 
+    holds_model: ClassVar[bool] = True
     _target_: str = "dsv3.tasks.generate.Generate"
     prompt: str = "def "
 

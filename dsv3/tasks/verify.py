@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Verify:
         return self._compare(model, theirs, device), ""
 
     def _config(self, job: Job) -> Config:
-        """fp32, and without MTP layers that the files leave out: transformers counts them and never saves them."""
+        """fp32, and without MTP layers that the files leave out: transformers counts but never saves them."""
         model, typed = job.config.model, "model.mtp_depths" in map(identity, job.overrides)
         if model.mtp_depths and not typed:
             with ReleasedWeights(self.path) as weights:

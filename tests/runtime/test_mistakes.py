@@ -113,6 +113,8 @@ MISTAKES: dict[str, list[str]] = {
     "parallel.degrees.dp_shard=2": ["2 data-parallel ranks", "parallel=fsdp"],
     "parallel.degrees.dp_shard=0": ["parallel.degrees.dp_shard=0", "above 0"],
     "hardware=h100 model=671b": ["do not fit", "GiB"],
+    "task=generate hardware=h100 model=671b": ["682,636,472,320 parameters", "2,543.02 GiB", "74.51"],
+    "task=evaluate hardware=h100 model=236b": ["weights alone", "parallel=fsdp"],
 }
 
 
