@@ -78,13 +78,18 @@ def check_wrapped(parallel: ParallelConfig, degrees: Degrees) -> None:
         raise UserError(f"{KEY}: {ranks} need parallel.fsdp, which is null here: take parallel=fsdp or hsdp")
 
 
-def check_batch(degrees: Degrees, sequence_length: int, global_batch_size: int, microbatch_size: int) -> None:
-    """Raise UserError where a sequence or the global batch cannot be cut as `degrees` ask."""
+def check_sequence(degrees: Degrees, sequence_length: int) -> None:
+    """Raise UserError where a row of `sequence_length` tokens cannot be cut as `degrees` ask."""
     cp, tp = degrees.cp, degrees.tp
     zigzag = 2 * cp if cp > 1 else 1
     works = math.lcm(zigzag, cp * tp)
     _require_multiple("train.sequence_length", sequence_length, zigzag, f"2 x {KEY}.cp={cp}", works)
     _require_multiple("train.sequence_length", sequence_length, cp * tp, f"cp={cp} x {KEY}.tp={tp}", works)
+
+
+def check_batch(degrees: Degrees, sequence_length: int, global_batch_size: int, microbatch_size: int) -> None:
+    """Raise UserError where a sequence or the global batch cannot be cut as `degrees` ask."""
+    check_sequence(degrees, sequence_length)
     unit = microbatch_size * degrees.data_parallel
     factors = (
         f"train.microbatch_size={microbatch_size} x dp_replicate={degrees.dp_replicate} "

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from dsv3.config import Config
 from dsv3.parallel.degrees import Degrees
-from dsv3.parallel.laws import check_batch, check_schedule, check_wrapped, resolve
+from dsv3.parallel.laws import check_batch, check_schedule, check_sequence, check_wrapped, resolve
 from dsv3.parallel.stages import least_microbatches, stage_count, takes_microbatches
 from dsv3.planning.hardware import HardwareConfig, detect
 from dsv3.planning.report import Plan, make_plan
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.world import ranks_per_node, world_size
+from dsv3.tasks.config import EvaluateTaskConfig
 
 # Unless set, a microbatch has as many sequences as make about this many tokens ...
 _MICROBATCH_TOKENS = 4096
@@ -45,6 +46,8 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     train = config.train
     if config.task.trains:
         check_batch(degrees, train.length, train.batch, train.microbatch)
+    elif isinstance(config.task, EvaluateTaskConfig):
+        check_sequence(degrees, train.length)
     check_schedule(config.parallel, degrees, train.batch, train.microbatch)
     hardware = detect(config.hardware, ranks_per_node(config, world))
     plan = make_plan(config, degrees, hardware)

@@ -142,3 +142,11 @@ def test_gpus_set_the_world_of_a_layout_that_can_grow(monkeypatch: pytest.Monkey
     assert world("parallel=fsdp", "parallel.degrees.dp_shard=4") == 4
     with pytest.raises(UserError, match=r"launch\.nproc=16, but this node has 8 GPUs"):
         world("parallel=full")
+
+
+def test_rows_that_are_evaluated_are_cut_as_those_that_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv3.runtime.world.visible_gpus", list)
+    chosen = ["task=evaluate", "parallel=cp", "train.global_batch_size=3"]
+    plan_job(strict_config([*chosen, "train.sequence_length=256"]), [])
+    with pytest.raises(UserError, match=r"train\.sequence_length=254 is not a multiple of 4"):
+        plan_job(strict_config([*chosen, "train.sequence_length=254"]), [])
