@@ -91,7 +91,7 @@ class TensorParallelConfig:
 
 @dataclass
 class ExpertParallelConfig:
-    """Experts over `ep`; `ranks_per_node` null asks the launch, and two levels are used where ep spans nodes."""
+    """Experts over `ep`, in two levels where it spans nodes; `ranks_per_node` null asks the launch."""
 
     _target_: str = "dsv3.parallel.expert.ExpertParallel"
     _recursive_: bool = False
@@ -132,11 +132,11 @@ class PipelineConfig:
 
 @dataclass
 class ParallelConfig:
-    """The degrees of the mesh and the wrappers that apply to it; a wrapper does nothing where its degree is 1.
+    """The degrees of the mesh and the wrappers, each of which does nothing where its degree is 1.
 
     `reshard_after_forward` true frees gathered parameters after the forward pass (ZeRO-3), false keeps
-    them until the backward pass; null is true wherever the schedule can (stages.py). `smallest_world` is what a plain start on CPU launches. Null leaves a
-    wrapper out, and then its degree must be 1.
+    them until the backward pass; null is true wherever the schedule can (stages.py). `smallest_world` is
+    what a plain start on CPU launches. Null leaves a wrapper out, and then its degree must be 1.
     """
 
     degrees: DegreesConfig = field(default_factory=DegreesConfig)
