@@ -109,8 +109,8 @@ MUTATIONS = [
     Mutation(
         "load counted over all ranks",
         "dsv3/training/step.py",
-        "take_load(self.routers, self.worker.sum)",
-        "take_load(self.routers, lambda x: x)",
+        "take_load(self.routers, shape, self.worker.sum, self.worker.device)",
+        "take_load(self.routers, shape, lambda x: x, self.worker.device)",
         SHARDED,
     ),
     Mutation(

@@ -35,6 +35,7 @@ from dsv3.model.config import ModelConfig
 from dsv3.parallel.parallelizer import build_model
 from dsv3.runtime.distributed import Worker
 from dsv3.training.optimizer import build_optimizer
+from dsv3.training.passes import LocalPasses
 from dsv3.training.step import TrainStep, Weights
 
 RESULT = Path(__file__).resolve().parent / "results" / "train_step.json"
@@ -85,8 +86,8 @@ def our_step(precision: str, tokens: Tensor) -> Step:
     """One training step of ours, as train.py takes it."""
     config = bench_config(precision)
     model = build_model(config, None, torch.device("cpu"))
-    optimizer = build_optimizer(config.optimizer, model)
-    step = TrainStep(model, optimizer, Worker(0, 0, 1, torch.device("cpu")), 1.0, False)
+    optimizer = build_optimizer(config.optimizer, [model])
+    step = TrainStep(LocalPasses(model, False), optimizer, Worker(0, 0, 1, torch.device("cpu")), 1.0)
     documents = torch.zeros(SEQUENCE + 1, dtype=torch.int32).numpy()
     batch = collate([Row(row.numpy(), documents) for row in tokens])
     weights = Weights(lr=LR, mtp=0.0, balance=1e-4, bias_speed=1e-3)

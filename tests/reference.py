@@ -303,7 +303,7 @@ def transformer(
     config = model.config
     loads, balance = [], torch.zeros(())
     x = model.embedding.weight[ids]
-    for layer in model.layers:
+    for layer in model.layers.values():
         assert isinstance(layer, Block)
         x, load, term = block(layer, x, config, documents)
         balance = balance + term

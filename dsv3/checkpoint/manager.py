@@ -2,18 +2,14 @@
 
 import shutil
 import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
@@ -31,11 +27,13 @@ from dsv3.checkpoint.directory import (
 )
 from dsv3.checkpoint.reader import load_tensors, read_metadata
 from dsv3.config import plain
+from dsv3.model.config import ModelConfig
 from dsv3.model.transformer import Transformer
 from dsv3.runtime.distributed import Worker
 from dsv3.runtime.errors import RunFailed, UserError
 
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+Parts = Sequence[Transformer]
+"""What a rank has of the model: all of it, or some stages of a pipeline."""
 
 
 class CheckpointManager:
@@ -50,12 +48,16 @@ class CheckpointManager:
         if worker.is_main:
             sweep_leftovers(run_dir)
 
-    def save(self, model: Transformer, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    def save(self, parts: Parts, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write the state after `progress.step`; it appears under its name only when complete."""
         directory = step_directory(self.run_dir, progress.step)
         if directory == self.newest:
             return directory  # nothing has been trained since
-        tensors = {**_model_state(model), **_optimizer_state(model, optimizer), **self._random_state()}
+        tensors = {
+            **_first(_model_state(parts)),
+            **_first(_optimizer_state(parts, optimizer)),
+            **self._random_state(),
+        }
         self._require_finite(tensors, progress.step)
         partial = directory.with_name(f".partial-{directory.name}")
         if self.worker.is_main:
@@ -65,7 +67,7 @@ class CheckpointManager:
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
             save(tensors, storage_writer=FileSystemWriter(partial))
         if self.worker.is_main:
-            self._describe(partial, model, progress)
+            self._describe(partial, parts[0].config, progress)
             commit(partial, directory)
             for old in complete_steps(self.run_dir)[: -self.keep_last]:
                 remove(old)
@@ -73,19 +75,18 @@ class CheckpointManager:
         self.newest = directory
         return directory
 
-    def restore(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Progress | None:
+    def restore(self, parts: Parts, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Load the newest complete checkpoint into model and optimizer; None where there is none."""
         steps = complete_steps(self.run_dir)
         directory = self.worker.share(steps[-1] if steps else None)
         if directory is None:
             return None
-        optimizer_state = _optimizer_state(model, optimizer)
+        _make_state(optimizer)
         random_state = self._random_state()
         # A layout with more ranks than before has no stored random state for the new ones.
         stored = read_metadata(directory).state_dict_metadata
         random_state = {name: state for name, state in random_state.items() if name in stored}
-        load_tensors(directory, {**_model_state(model), **optimizer_state, **random_state})
-        _set_optimizer_state(model, optimizer, optimizer_state)
+        _load(directory, [*_model_state(parts), *_optimizer_state(parts, optimizer), *random_state.items()])
         for state in random_state.values():
             torch.set_rng_state(state)
         self.newest = directory
@@ -101,8 +102,8 @@ class CheckpointManager:
                 "before. A lower optimizer.lr or longer warm-up may help."
             )
 
-    def _describe(self, partial: Path, model: Transformer, progress: Progress) -> None:
-        write_text(partial / MODEL_FILE, yaml.safe_dump(plain(model.config), sort_keys=False))
+    def _describe(self, partial: Path, config: ModelConfig, progress: Progress) -> None:
+        write_text(partial / MODEL_FILE, yaml.safe_dump(plain(config), sort_keys=False))
         progress.write(partial)
         tokenizer = self.run_dir / TOKENIZER_DIR
         if tokenizer.exists():
@@ -112,36 +113,69 @@ class CheckpointManager:
         return {f"random.{self.worker.rank}": torch.get_rng_state()}
 
 
-def load_weights(model: Transformer, directory: Path) -> None:
+def load_weights(parts: Parts, directory: Path) -> None:
     """Load the weights alone, from a step of a run or a converted checkpoint.
 
     UserError where it holds weights that this model has no place for; MTP layers may be left out.
     """
-    wanted = _model_state(model)
-    left_out = "model.mtp." if not model.mtp else ()
+    config = parts[0].config
+    known = {f"model.{name}" for name in _on_meta(config).state_dict()}
+    left_out = "model.mtp." if not config.mtp_depths else ()
     for name in read_metadata(directory).state_dict_metadata:
-        if name.startswith("model.") and name not in wanted and not name.startswith(left_out):
+        if name.startswith("model.") and name not in known and not name.startswith(left_out):
             raise UserError(f"{directory} has '{name}', the model does not: it was saved from another model")
-    load_tensors(directory, wanted)
+    _load(directory, _model_state(parts))
+
+
+def _on_meta(config: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(**{f.name: getattr(config, f.name) for f in fields(config) if f.name[0] != "_"})
+
+
+def _load(directory: Path, wanted: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill tensors in place by name; of one that is here twice, as an embedding in two stages, both."""
+    wanted = list(wanted)
+    once = _first(wanted)
+    load_tensors(directory, once)
+    for name, tensor in wanted:
+        if tensor is not once[name]:
+            _local(tensor).copy_(_local(once[name]))
+
+
+def _first(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in named:
+        tensors.setdefault(name, tensor)
+    return tensors
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _model_state(model: Transformer) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+def _model_state(parts: Parts) -> list[tuple[str, Tensor]]:
+    return [(f"model.{name}", tensor) for part in parts for name, tensor in part.state_dict().items()]
 
 
-def _optimizer_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_state(parts: Parts, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     """The optimizer's tensors by name; its hyperparameters come from the config, not from a file."""
-    flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    return {f"optimizer.{name}": value for name, value in flat.items() if isinstance(value, Tensor)}
+    named = [(name, parameter) for part in parts for name, parameter in part.named_parameters()]
+    return [
+        (f"optimizer.state.{name}.{key}", value)
+        for name, parameter in named
+        for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    ]
 
 
-def _set_optimizer_state(
-    model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    flat.update({name.removeprefix("optimizer."): value for name, value in tensors.items()})
-    set_optimizer_state_dict(model, optimizer, flat, options=_FLAT)
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make its tensors, by a step that moves nothing; they are overwritten then."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -8,7 +8,7 @@ import torch
 
 from dsv3.data.packing import PADDING, Row
 
-IGNORE = -100  # the ignore_index of torch's cross-entropy
+from dsv3.model.loss import IGNORE
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ values from them, decoding attends to them as they are. Module names follow the 
 (HF: self_attn.*).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,12 @@ from dsv3.model.config import AttentionConfig
 from dsv3.model.kernels import Segments, attention_kernel
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.rope import apply_rotary
+
+
+Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From the latents of a rank's own tokens to those of the queries it computes (parallel/tensor.py)."""
+Attend = Callable[["LatentAttention", Tensor, Tensor, Tensor, Segments | None], Tensor]
+"""From queries and compressed keys and values to the heads' outputs (parallel/context.py)."""
 
 
 class LatentAttention(nn.Module):
@@ -26,6 +34,8 @@ class LatentAttention(nn.Module):
         self.config = config
         self.softmax_scale = softmax_scale
         self.kernel = attention_kernel(config.kernel)
+        self.gather: Gather = _own
+        self.attend: Attend = attend_locally
         heads, latent = config.heads, config.kv_lora_rank
         if config.q_lora_rank is None:
             self.q_proj = Linear(dim, heads * config.qk_head_dim)
@@ -45,31 +55,36 @@ class LatentAttention(nn.Module):
 
         With a `cache` (generation) also to the tokens that it holds; it then holds those of `x` too.
         """
-        q = self.queries(x, rotary)
-        latent, k_rope = self.compress(x, rotary)
+        q_latent, latent, k_rope = self.gather(*self.compress(x))
+        q = self.queries(q_latent, rotary)
+        k_rope = apply_rotary(k_rope.unsqueeze(-2), rotary).squeeze(-2)
         if cache is not None:
             cache.write(latent, k_rope)
         if cache is None or cache.visible is None:
-            k, v = self.expand(latent, k_rope)
-            out = self.kernel(q, k, v, self.softmax_scale, segments)
+            out = self.attend(self, q, latent, k_rope, segments)
         else:
             out = self.absorbed(q, cache.entries, cache.visible)
         return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
 
-    def queries(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the low-rank projections make of `x` [batch, sequence, dim], each [batch, sequence, ..].
+
+        The queries' latent [.., q_lora_rank] (`x` itself without one), that of keys and values
+        [.., kv_lora_rank], and the key that is still to be rotated [.., qk_rope_head_dim].
+        """
+        c = self.config
+        q_latent = x if c.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x))
+        latent, k_rope = self.kv_a_proj(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        return q_latent, self.kv_a_norm(latent), k_rope
+
+    def queries(self, q_latent: Tensor, rotary: Tensor) -> Tensor:
         """Queries [batch, sequence, heads, qk_head_dim], the last qk_rope_head_dim of them rotated."""
         c = self.config
-        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q = self.q_proj(q_latent) if c.q_lora_rank is None else self.q_b_proj(q_latent)
         # The head count is inferred: a tensor-parallel rank holds only its own heads.
         q = q.unflatten(-1, (-1, c.qk_head_dim))
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         return torch.cat([q_nope, apply_rotary(q_rope, rotary)], dim=-1)
-
-    def compress(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """What a token leaves behind: latent [batch, sequence, kv_lora_rank] and rotated key [.., rope]."""
-        c = self.config
-        latent, k_rope = self.kv_a_proj(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        return self.kv_a_norm(latent), apply_rotary(k_rope.unsqueeze(-2), rotary).squeeze(-2)
 
     def expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Per-head keys and values [batch, sequence, heads, ...]; the rotated key is every head's."""
@@ -96,3 +111,15 @@ class LatentAttention(nn.Module):
         latents = entries[..., : c.kv_lora_rank]
         mixed = torch.einsum("bsht,btc->bshc", scores.softmax(-1).to(q.dtype), latents)
         return torch.einsum("bshc,hvc->bshv", mixed, w_uv)
+
+
+def attend_locally(
+    attention: LatentAttention, q: Tensor, latent: Tensor, k_rope: Tensor, segments: Segments | None
+) -> Tensor:
+    """Attend from `q` to the same tokens, whose keys and values are expanded; shapes as in the methods."""
+    k, v = attention.expand(latent, k_rope)
+    return attention.kernel(q, k, v, attention.softmax_scale, segments)
+
+
+def _own(q_latent: Tensor, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q_latent, latent, k_rope

@@ -143,6 +143,11 @@ class ModelConfig:
         """MoE layers of the main model and of the MTP modules together."""
         return self.num_layers - self.num_dense_layers + self.mtp_depths
 
+    def moe_layers(self) -> list[str]:
+        """The names of the MoE layers in order, the MTP depths' last."""
+        main = [f"layers.{n}" for n in range(self.num_dense_layers, self.num_layers)]
+        return main + [f"mtp.{n}.block" for n in range(self.mtp_depths)]
+
     def validate(self) -> None:
         require_positive(self, "vocab_size", "dim", "num_layers", "dense_hidden_dim")
         require_positive(self, "norm_eps", "latent_norm_eps", "init_std")

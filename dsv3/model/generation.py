@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,26 @@ from dsv3.model.transformer import Transformer
 ROW_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
+class NextLogits(Protocol):
+    """What gives logits for the token after each row; it is called with every row's new ids in turn."""
+
+    def __call__(self, new: list[list[int]]) -> Tensor:
+        """Logits [rows, vocab] for the token after the ids `new` of each row."""
+
+
+class CachedLogits:
+    """Prefill and decode of a model that this process has as a whole, or in shards."""
+
+    def __init__(self, model: Transformer, rows: int, capacity: int) -> None:
+        self.model = model
+        device = model.head.weight.device
+        self.cache = LatentCache(model.config, rows, capacity, model.compute_dtype, device)
+
+    def __call__(self, new: list[list[int]]) -> Tensor:
+        """Logits [rows, vocab] for the token after the ids `new` of each row."""
+        return next_logits(self.model, new, self.cache)
+
+
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -23,22 +44,24 @@ def generate(
     top_p: float,
     seed: int,
     end: int | None = None,
+    logits_of: NextLogits | None = None,
 ) -> list[list[int]]:
     """Up to `max_tokens` ids that continue each of `prompts`; a row stops before the id `end`.
 
     A row's draws depend on `seed` and its number alone, not on its neighbours, and leave the global
     random state as it is. Sharded models generate on all ranks together: every rank draws the same
-    ids and makes the same number of forward passes. ValueError where a prompt is empty.
+    ids and makes the same number of forward passes. `logits_of` takes the place of the latent cache, for a
+    model whose rows or layers are split over ranks. ValueError where a prompt is empty.
     """
     capacity = max(map(len, prompts), default=0) + max_tokens
-    cache = LatentCache(model.config, len(prompts), capacity, model.compute_dtype, model.head.weight.device)
+    logits_of = logits_of or CachedLogits(model, len(prompts), capacity)
     generators = [row_generator(seed, row) for row in range(len(prompts))]
     texts: list[list[int]] = [[] for _ in prompts]
     new, running = list(prompts), list(range(len(prompts)))
     # Each step has shapes of its own, and compiling for them takes longer than the text.
     with inference(model), torch.compiler.set_stance("force_eager"):
         for _ in range(max_tokens if prompts else 0):
-            logits = next_logits(model, new, cache).cpu()
+            logits = logits_of(new).cpu()
             # A row that has ended goes on with `end` as its input, and nobody looks at its output.
             for row in running:
                 new[row] = [sample(logits[row], temperature, top_p, generators[row])]

@@ -9,14 +9,17 @@ for flex on CPU. MLA's values are narrower than its keys, which decides what is 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_attention_available
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask
 
+from dsv3.model.blocked import blocked_attention
 from dsv3.model.config import AttentionKernel
 from dsv3.model.flex import BLOCK, compiled_on_cuda, document_mask
 from dsv3.runtime.errors import require
@@ -37,6 +40,15 @@ class Segments:
     """int32 [documents + 1]: where each begins, and the end of the last (others: cu_seqlens)."""
     starts: Tensor
     """[batch, sequence]: where in its row a token's document begins."""
+
+    def of_rows(self, rows: int) -> list[list[tuple[int, int]]]:
+        """Where each row's documents begin and end, in its own positions."""
+        ends, width = list(accumulate(self.lengths)), sum(self.lengths) // rows
+        spans: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+        for end, length in zip(ends, self.lengths, strict=True):
+            row = (end - 1) // width
+            spans[row].append((end - length - row * width, end - row * width))
+        return spans
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
@@ -99,9 +111,9 @@ def auto(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | Non
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, once for the batch or once a document."""
+    """PyTorch's scaled_dot_product_attention, once for the batch or once a document; on CPU blocked.py."""
     v_head_dim = v.shape[-1]
-    q, k, v = _heads(q, k, v)
+    q, k, v = _heads(q, k, v) if q.is_cuda else (q, k, v)
     out = _causal(q, k, v, scale) if segments is None else _documents(q, k, v, scale, segments)
     return out[..., :v_head_dim]
 
@@ -135,7 +147,54 @@ def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | Non
     return cast(Tensor, attend(q, k, v, block_mask=mask, scale=scale)).transpose(1, 2)
 
 
+def attend_to_prefix(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, segments: Segments | None
+) -> Tensor:
+    """Attend from a run of a row's queries, its first at position `start`, to the keys up to each.
+
+    q is [batch, queries, heads, qk_head_dim], k and v begin with their rows and reach at least as far as
+    the last query. With `segments` of the whole rows a query sees its own document alone.
+    """
+    end = start + q.shape[1]
+    if segments is None:
+        return _lower_right(q, k[:, :end], v[:, :end], scale)
+    return _prefix_documents(q, k, v, scale, start, segments)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _prefix_documents(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, segments: Segments
+) -> Tensor:
+    rows = []
+    for row, documents in enumerate(segments.of_rows(q.shape[0])):
+        parts = [
+            _lower_right(
+                q[row : row + 1, max(begin, start) - start : end - start],
+                k[row : row + 1, begin : min(end, start + q.shape[1])],
+                v[row : row + 1, begin : min(end, start + q.shape[1])],
+                scale,
+            )
+            for begin, end in documents
+            if begin < start + q.shape[1] and end > start
+        ]
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
+
+
+def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of queries that are the last tokens of the keys'."""
+    if not q.is_cuda:
+        return cast(Tensor, blocked_attention(q, k, v, scale)[0])
+    v_head_dim = v.shape[-1]
+    q, k, v = (x.transpose(1, 2) for x in _heads(q, k, v))
+    bias = causal_lower_right(q.shape[2], k.shape[2])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2)[..., :v_head_dim]
+
+
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if not q.is_cuda:
+        return cast(Tensor, blocked_attention(q, k, v, scale)[0])
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
@@ -152,8 +211,7 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments
 def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Heads as the fastest backend of SDPA takes them: padded to one width unless it takes two.
 
-    FlashAttention, on CPU too, takes one width alone; without it CPU falls back to writing the square.
-    cuDNN on Hopper and Blackwell takes 192 and 128 as they are, but no v that is a view of a wider
+    FlashAttention takes one width alone. cuDNN on Hopper and Blackwell takes 192 and 128 as they are, but no v that is a view of a wider
     tensor. In fp32 CUDA has only the memory-efficient kernel, which takes both.
     """
     if q.shape[-1] == v.shape[-1]:

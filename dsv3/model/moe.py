@@ -1,7 +1,7 @@
 """Mixture of experts: routed experts by grouped matmul, plus shared experts that see every token."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,19 @@ from dsv3.model.config import MoEConfig
 from dsv3.model.layers import FeedForward
 from dsv3.model.router import Router, RouterStats, Routing
 
+
 ExpertsFunction = Callable[[Tensor, Tensor], Tensor]
-Dispatcher = Callable[[Tensor, Routing, ExpertsFunction], Tensor]
+"""From `rows` [rows, dim] sorted by expert and `counts` [experts] of them to results [rows, dim]."""
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to the experts that they chose, and the results back."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Any:
+        """Send `x` [tokens, dim] off; what comes out is for `combine` alone."""
+
+    def combine(self, dispatched: Any, experts: ExpertsFunction) -> Tensor:
+        """Let `experts` compute and bring the weighted sums [tokens, dim] of their results back."""
 
 
 class Experts(nn.Module):
@@ -30,9 +41,14 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Map `rows` [rows, dim], sorted by expert with `counts` [experts] rows each, to [rows, dim]."""
-        ends = counts.cumsum(0).to(torch.int32)
-        gate, up = _grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
-        return _grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+        return apply_experts(rows, counts, self.gate_up_proj, self.down_proj)
+
+
+def apply_experts(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+    """SwiGLU of each expert on its own rows; shapes as in Experts."""
+    ends = counts.cumsum(0).to(torch.int32)
+    gate, up = _grouped_linear(rows, gate_up_proj, ends).chunk(2, dim=-1)
+    return _grouped_linear(F.silu(gate) * up, down_proj, ends)
 
 
 class Spread(torch.autograd.Function):
@@ -65,8 +81,13 @@ class LocalDispatcher:
     parallel/expert.py puts one with an all-to-all exchange in its place.
     """
 
-    def __call__(self, x: Tensor, routing: Routing, experts: ExpertsFunction) -> Tensor:
-        """Combine the chosen experts' outputs for `x` [tokens, dim]; same shape."""
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+        """Nothing has to travel."""
+        return x, routing
+
+    def combine(self, dispatched: tuple[Tensor, Routing], experts: ExpertsFunction) -> Tensor:
+        """Each token's row once for every expert it chose, and their weighted sum."""
+        x, routing = dispatched
         top_k = routing.experts.shape[-1]
         order = routing.experts.flatten().argsort(stable=True)
         place = order.argsort()
@@ -90,10 +111,11 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         """Map `x` [batch, sequence, dim] to the same shape; also how the router spread it."""
         routing: Routing = self.router(x)
-        out = self.dispatcher(x.flatten(0, 1), routing, self.experts).view_as(x)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        return out, routing.stats
+        dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing)
+        # Between the two, so that they compute while rows travel.
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        out = self.dispatcher.combine(dispatched, self.experts).view_as(x)
+        return out if shared is None else out + shared, routing.stats
 
 
 def _spread(x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:

@@ -19,11 +19,24 @@ class RouterStats(NamedTuple):
     load: Tensor
     """[experts] fp32: how many tokens chose each."""
     balance_loss: Tensor
-    """Sequence-wise balance term without alpha (eq. 17 to 20), mean over sequences; a scalar."""
+    """Sequence-wise balance term without alpha (eq. 17 to 20), mean over sequences; a scalar.
+
+    Of a sequence split over ranks this and the next are a rank's part."""
     z_loss: Tensor
     """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5), 0 where off; a scalar."""
     finite: Tensor
     """Whether every logit is a finite number; a scalar bool that nothing has waited for."""
+
+
+class WholeSequence:
+    """The router sees whole sequences; parallel/sequence.py has one for sequences split over ranks."""
+
+    shards = 1
+    """Ranks that a sequence is split over."""
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """`counts` added up over the ranks of a sequence, without gradient."""
+        return counts
 
 
 class Routing(NamedTuple):
@@ -46,6 +59,7 @@ class Router(nn.Module):
         self.config = config
         self.z_loss = False
         """Whether the z-loss is computed, which keeps the logits; training/step.py says when."""
+        self.over_sequence = WholeSequence()
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
         self.selection_bias: Tensor | None
@@ -64,7 +78,9 @@ class Router(nn.Module):
         flat = scores.flatten(0, 1)
         experts = self.take_turns(flat) if self.config.forced_balance else self.select(flat.detach())
         load = torch.bincount(experts.flatten(), minlength=flat.shape[-1]).float()
-        z_loss = logits.logsumexp(dim=-1).square().mean() if self.z_loss else logits.new_zeros(())
+        z_loss = logits.new_zeros(())
+        if self.z_loss:
+            z_loss = logits.logsumexp(dim=-1).square().mean() / self.over_sequence.shards
         stats = RouterStats(load, self.balance_loss(scores), z_loss, logits.detach().isfinite().all())
         return Routing(experts, self.weigh(flat, experts), stats)
 
@@ -99,13 +115,15 @@ class Router(nn.Module):
         """Mean over sequences of sum_i f_i P_i (eq. 17 to 20); `scores` is [batch, sequence, experts].
 
         f counts the top-k of the raw scores (eq. 18 has neither bias nor group limit) and carries no
-        gradient; P averages the scores normalised over experts.
+        gradient; P averages the scores normalised over experts. Where a sequence is split over ranks f is
+        that of the whole, P the rank's part, and so is the result: the ranks' results add up.
         """
         top_k, num_experts = self.config.top_k, self.config.num_experts
         raw = scores.detach().topk(top_k, dim=-1, sorted=False).indices
         counts = torch.zeros_like(scores[:, 0]).scatter_add(
             -1, raw.flatten(1), torch.ones_like(raw.flatten(1), dtype=scores.dtype)
         )
-        frequency = counts * num_experts / (top_k * scores.shape[1])
-        share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(dim=1)
+        shards = self.over_sequence.shards
+        frequency = self.over_sequence.sum(counts) * num_experts / (top_k * scores.shape[1] * shards)
+        share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(dim=1) / shards
         return (frequency * share).sum(-1).mean()

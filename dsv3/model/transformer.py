@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from dsv3.model.block import Block
 from dsv3.model.cache import CacheStep
 from dsv3.model.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from dsv3.model.kernels import document_segments
+from dsv3.model.kernels import Segments, document_segments
 from dsv3.model.layers import Linear, RMSNorm
+from dsv3.model.loss import WholeVocabulary
 from dsv3.model.moe import MoE
 from dsv3.model.mtp import MTPModule, shift_tokens
 from dsv3.model.rope import rotary_table
@@ -30,6 +31,27 @@ class ModelOutput:
     """Sum over MoE layers of the router z-losses; a scalar."""
     broken: Tensor
     """[MoE layers] bool: where a router's logits were not finite."""
+
+
+@dataclass
+class Surroundings:
+    """What every layer is told beside the hidden states."""
+
+    rotary: Tensor
+    """rope.rotary_table of the positions."""
+    segments: Segments | None
+
+
+class WholeRow:
+    """The model sees whole rows; parallel/context.py has one for rows split over ranks."""
+
+    def take(self, x: Tensor) -> Tensor:
+        """This rank's positions of `x` [..., sequence]."""
+        return x
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The row again, from every rank's positions `x` [batch, sequence, ..]."""
+        return x
 
 
 class Transformer(nn.Module):
@@ -58,12 +80,14 @@ class Transformer(nn.Module):
         own = locals()
         self.config = ModelConfig(**{f.name: own[f.name] for f in fields(ModelConfig) if f.name in own})
         self.compute_dtype = compute_dtype
-        self.embedding = nn.Embedding(vocab_size, dim)
-        blocks = (Block(self.config, dense=n < num_dense_layers) for n in range(num_layers))
-        self.layers = nn.ModuleList(blocks)
+        self.embedding: nn.Embedding = nn.Embedding(vocab_size, dim)
+        blocks = {str(n): Block(self.config, dense=n < num_dense_layers) for n in range(num_layers)}
+        self.layers = nn.ModuleDict(blocks)
         self.norm = RMSNorm(dim, norm_eps)
-        self.head = Linear(dim, vocab_size)
+        self.head: nn.Module = Linear(dim, vocab_size)
         self.mtp = nn.ModuleList(MTPModule(self.config) for _ in range(mtp_depths))
+        self.part = WholeRow()
+        self.vocabulary = WholeVocabulary()
 
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, cache: CacheStep | None = None
@@ -73,23 +97,49 @@ class Transformer(nn.Module):
         With a `cache` (generation, where a row is one document) the tokens follow those that it holds,
         and each row's last one alone gets logits.
         """
-        segments = document_segments(documents)
-        positions = torch.arange(tokens.shape[-1], device=tokens.device) if cache is None else cache.positions
-        rotary = rotary_table(self.config.rope, self.config.attention.qk_rope_head_dim, positions)
-        stats_of_layers: list[RouterStats] = []
-        x = self.embed(tokens)
-        for number, block in enumerate(self.layers):
-            x, stats = block(x, rotary, segments, None if cache is None else cache.layer(number))
-            stats_of_layers += self._counted(block, stats)
+        surroundings = self.surroundings(tokens, documents, cache)
+        x, stats = self.run_layers(self.embed(self.part.take(tokens)), surroundings, cache)
         x = self.norm(x if cache is None else cache.last_token(x))
+        logits, mtp_logits, more = self.predict(x, tokens, surroundings)
+        return ModelOutput(logits, mtp_logits, *sum_stats(stats + more, x))
+
+    def surroundings(
+        self, tokens: Tensor, documents: Tensor | None, cache: CacheStep | None = None
+    ) -> Surroundings:
+        """What every layer needs to know of `tokens` and `documents`, both [batch, sequence]."""
+        positions = self.part.take(torch.arange(tokens.shape[-1], device=tokens.device))
+        positions = positions if cache is None else cache.positions
+        rotary = rotary_table(self.config.rope, self.config.attention.qk_rope_head_dim, positions)
+        return Surroundings(rotary, document_segments(documents))
+
+    def run_layers(
+        self, x: Tensor, surroundings: Surroundings, cache: CacheStep | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Pass `x` [batch, sequence, dim] through the layers; also what their routers tell."""
+        stats_of_layers: list[RouterStats] = []
+        for name, block in self.layers.items():
+            layer_cache = None if cache is None else cache.layer(int(name))
+            x, stats = block(x, surroundings.rotary, surroundings.segments, layer_cache)
+            stats_of_layers += self._counted(block, stats)
+        return x, stats_of_layers
+
+    def predict(
+        self, x: Tensor, tokens: Tensor, surroundings: Surroundings
+    ) -> tuple[Tensor, list[Tensor], list[RouterStats]]:
+        """Logits of the next token from the normed `x`, and in training those of every MTP depth.
+
+        `tokens` [batch, sequence] are whole rows: depth k joins each position with the token k further.
+        """
         logits, mtp_logits = self.head(x).float(), []
+        stats_of_layers: list[RouterStats] = []
         # Evaluation and generation need the next token only.
         for depth, module in enumerate(self.mtp if self.training else (), start=1):
             assert isinstance(module, MTPModule)
-            x, stats = module(x, self.embed(shift_tokens(tokens, depth)), rotary, segments)
+            ahead = self.embed(self.part.take(shift_tokens(tokens, depth)))
+            x, stats = module(x, ahead, surroundings.rotary, surroundings.segments)
             stats_of_layers += self._counted(module.block, stats)
             mtp_logits.append(self.head(x).float())
-        return ModelOutput(logits, mtp_logits, *self._summed(stats_of_layers))
+        return logits, mtp_logits, stats_of_layers
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Vectors [batch, sequence, dim] of `tokens` [batch, sequence], in the compute dtype."""
@@ -113,13 +163,14 @@ class Transformer(nn.Module):
             block.ffn.router.load += stats.load
         return [stats]
 
-    def _summed(self, stats: list[RouterStats]) -> tuple[Tensor, Tensor, Tensor]:
-        """Balance terms and z-losses summed over layers, and which layers broke."""
-        if not stats:
-            zero = torch.zeros((), device=self.head.weight.device)
-            return zero, zero, zero.new_zeros(0, dtype=torch.bool)
-        return (
-            torch.stack([one.balance_loss for one in stats]).sum(),
-            torch.stack([one.z_loss for one in stats]).sum(),
-            ~torch.stack([one.finite for one in stats]),
-        )
+
+def sum_stats(stats: list[RouterStats], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Balance terms and z-losses summed over layers, and which layers broke; on the device of `like`."""
+    if not stats:
+        zero = torch.zeros((), device=like.device)
+        return zero, zero, zero.new_zeros(0, dtype=torch.bool)
+    return (
+        torch.stack([one.balance_loss for one in stats]).sum(),
+        torch.stack([one.z_loss for one in stats]).sum(),
+        ~torch.stack([one.finite for one in stats]),
+    )

@@ -5,7 +5,7 @@ import shutil
 import torch
 
 from dsv3.model.block import Block
-from dsv3.model.moe import MoE
+from dsv3.model.moe import Dispatcher, MoE
 from dsv3.model.transformer import Transformer
 from dsv3.runtime.errors import UserError
 
@@ -27,6 +27,14 @@ class Compile:
         for module in model.modules():
             if isinstance(module, MoE):
                 # Rows an expert change with every batch, and grouped_mm in fp32 does not trace on CPU.
-                module.dispatcher = torch.compiler.disable(module.dispatcher)
+                module.dispatcher = Uncompiled(module.dispatcher)
             if isinstance(module, Block):
                 module.compile()
+
+
+class Uncompiled:
+    """A dispatcher that compilation passes by."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatch = torch.compiler.disable(dispatcher.dispatch)
+        self.combine = torch.compiler.disable(dispatcher.combine)

@@ -1,50 +1,99 @@
-"""Fully sharded data parallel (FSDP2): each layer's parameters are gathered only while it works."""
+"""Fully sharded data parallel (FSDP2): each layer's parameters are gathered only while it works.
 
-from dataclasses import replace
+A parameter is sharded over all ranks that use it on other tokens: what tensor parallelism splits over
+data and context ranks, routed experts over the ranks that ep leaves, everything else over the tensor
+ranks too. So nothing is stored twice but for dp_replicate, and the one sum of gradients is FSDP's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from dsv3.model.block import Block
 from dsv3.model.layers import RMSNorm
+from dsv3.model.moe import Experts
 from dsv3.model.router import Router
-from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import ParallelMesh
 
 
+@dataclass
 class FullyShard:
-    """Shards every layer and then the root over `dp_shard` (and replicates over `dp_replicate`)."""
+    """Shards every layer and then the root over the ranks that see other tokens."""
 
-    def __init__(self, reshard_after_forward: bool) -> None:
-        self.reshard_after_forward = reshard_after_forward
+    prefetch: bool
+    cpu_offload: bool
+    reshard_after_forward: bool
 
-    def __call__(self, model: Transformer, mesh: DeviceMesh) -> None:
-        """Wrap `model` in place; gradients are reduced in fp32 and summed, not averaged.
+    def __call__(self, root: nn.Module, mesh: ParallelMesh, dtype: torch.dtype) -> None:
+        """Wrap `root` in place; gradients are reduced in fp32 and summed, not averaged.
 
-        Weights are gathered in the compute dtype, which the layers would cast them to in any case;
-        those that compute in fp32 are a group of their own in each layer. The loss is already divided
-        by the global count of tokens, so that a mean over ranks would divide twice. On gloo a divide
-        factor needs the forced sum as well.
+        Weights are gathered in `dtype`, the compute dtype, which the layers would cast them to in any
+        case; those that compute in fp32 are a group of their own in each layer. The loss is already
+        divided by the global count of tokens, so that a mean over ranks would divide twice. On gloo a
+        divide factor needs the forced sum as well.
         """
-        data = mesh["dp_shard"] if mesh["dp_replicate"].size() == 1 else mesh["dp_replicate", "dp_shard"]
-        # Inputs stay as they are: FSDP would round the rotary tables to the compute dtype.
-        fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        policy = replace(fp32, param_dtype=model.compute_dtype)
-        blocks = [module for module in model.modules() if isinstance(module, Block)]
-        for module in [*blocks, model]:
-            reshard = self.reshard_after_forward and module is not model
-            shard = partial(fully_shard, mesh=data, reshard_after_forward=reshard)
-            if model.compute_dtype != torch.float32:
-                shard(_fp32_modules(module), mp_policy=fp32)
-            shard(module, mp_policy=policy)
-        for module in model.modules():
+        blocks = [module for module in root.modules() if isinstance(module, Block)]
+        for module in [*blocks, root]:
+            self._shard(module, mesh, dtype, self.reshard_after_forward and module is not root)
+        for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        if self.prefetch:
+            _prefetch(blocks)
+
+    def _shard(self, module: nn.Module, mesh: ParallelMesh, dtype: torch.dtype, reshard: bool) -> None:
+        """One layer (or the root with what no layer has): inner groups first, `module` takes the rest."""
+        # Inputs stay as they are: FSDP would round the rotary tables to the compute dtype.
+        fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = replace(fp32, param_dtype=dtype)
+        shard = partial(fully_shard, reshard_after_forward=reshard, offload_policy=self._offload(mesh.dense))
+        inner = list(_inner(module))
+        for experts in (m for m in inner if isinstance(m, Experts)):
+            dim = _expert_dim(experts, mesh)
+            shard(experts, mesh=mesh.shards(mesh.sparse), mp_policy=policy, shard_placement_fn=lambda _: Shard(dim))
+        split = [m for m in inner if mesh.degrees.tp > 1 and isinstance(getattr(m, "weight", None), DTensor)]
+        # The root's are used at both ends of the model and again by MTP: each is a group of its own.
+        for group in [[m] for m in split] if _is_root(module) else [split] * bool(split):
+            shard(group, mesh=mesh.shards(mesh.dense), mp_policy=policy)
+        in_fp32 = [m for m in inner if isinstance(m, RMSNorm | Router)]
+        if dtype != torch.float32 and in_fp32:
+            shard(in_fp32, mesh=mesh.shards(mesh.whole), mp_policy=fp32)
+        shard(module, mesh=mesh.shards(mesh.whole), mp_policy=policy)
+
+    def _offload(self, mesh: DeviceMesh) -> OffloadPolicy:
+        """Shards in host memory, where that is not the device's own."""
+        return CPUOffloadPolicy() if self.cpu_offload and mesh.device_type != "cpu" else OffloadPolicy()
 
 
-def _fp32_modules(module: nn.Module) -> list[nn.Module]:
-    """The norms and routers below `module` that no inner group has taken, in the order of their use."""
-    return [m for m in module.modules() if isinstance(m, RMSNorm | Router) and not isinstance(m, FSDPModule)]
+def _inner(module: nn.Module) -> Iterator[nn.Module]:
+    """What is below `module`, layers and what is below them left out."""
+    for child in module.children():
+        if not isinstance(child, Block):
+            yield child
+            yield from _inner(child)
+
+
+def _is_root(module: nn.Module) -> bool:
+    return not isinstance(module, Block)
+
+
+def _expert_dim(experts: Experts, mesh: ParallelMesh) -> int:
+    """Whole experts while there are enough of them, else a part of each."""
+    own = experts.gate_up_proj.shape[0] // mesh.degrees.ep
+    return 0 if own >= mesh.degrees.expert_shards else 1
+
+
+def _prefetch(blocks: list[Block]) -> None:
+    """Gather the next layer's groups while one computes: waiting for row counts would stall the default."""
+    groups = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+    for block, following in zip(blocks, groups[1:], strict=False):
+        block.set_modules_to_forward_prefetch(following)  # type: ignore[operator]
+    for block, before in zip(blocks[1:], groups, strict=False):
+        block.set_modules_to_backward_prefetch(before)  # type: ignore[operator]

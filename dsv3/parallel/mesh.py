@@ -1,13 +1,67 @@
-"""The device mesh of a layout: one named axis a degree."""
+"""The device meshes of a layout: the same ranks cut in different ways (docs/parallelism.md)."""
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from dsv3.parallel.degrees import Degrees
+from dsv3.runtime.distributed import Worker
 
-DATA_AXES = ("dp_replicate", "dp_shard")
+
+class ParallelMesh:
+    """All ranks of a layout, cut into named axes as each kind of parameter and of data needs it.
+
+    The order of the ranks, outermost first, is pp, dp_replicate, dp_shard, cp, tp: the axes that exchange
+    most lie closest together. Every view is cut from one root, as FSDP2 wants it of meshes it combines.
+    """
+
+    def __init__(self, degrees: Degrees, device_type: str) -> None:
+        self.degrees = degrees
+        d, ranks = degrees, torch.arange(degrees.world_size)
+        self._root = DeviceMesh(device_type, ranks, mesh_dim_names=("world",))
+        stage = d.dp_shard * d.cp * d.tp
+        self.dense = self.cut(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=d.dense_shards, tp=d.tp)
+        """Parameters that tensor parallelism splits."""
+        self.sparse = self.cut(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=d.expert_shards, ep=d.ep)
+        """Routed experts: ep borrows ranks of dp_shard, cp and tp."""
+        self.whole = self.dense if d.tp == 1 else self.cut(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=stage)
+        """Every other parameter: whole where it computes, on a part of the sequence."""
+        self.data = self.cut(pp=d.pp, data=d.data_parallel, cp=d.cp, tp=d.tp)
+        """Rows, and positions within them."""
+        self.rows = self.cut(rest=d.pp * d.data_parallel, sequence=d.cp * d.tp)
+        """Ranks that hold parts of the same rows."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rows this rank reads, of `degrees.data_parallel`."""
+        return self.data.get_local_rank("data")
+
+    @cached_property
+    def world(self) -> dist.ProcessGroup:
+        """The group of all ranks of the layout."""
+        return self._root.get_group()
+
+    def shards(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The axes of `mesh` that FSDP works on: shards, and replicas where there are such."""
+        return mesh["fsdp"] if self.degrees.dp_replicate == 1 else mesh["dp_replicate", "fsdp"]
+
+    def cut(self, **axes: int) -> DeviceMesh:
+        """All ranks as these axes, the first the outermost; every rank calls it."""
+        return self._root._unflatten(0, tuple(axes.values()), tuple(axes))
 
 
-def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
-    """The mesh over all ranks, data-parallel axes outermost."""
-    sizes = tuple(getattr(degrees, axis) for axis in DATA_AXES)
-    return init_device_mesh(device_type, sizes, mesh_dim_names=DATA_AXES)
+def place(worker: Worker, mesh: ParallelMesh | None) -> Worker:
+    """`worker` with its share of the rows, as the layout has it."""
+    if mesh is None:
+        return worker
+    degrees = mesh.degrees
+    shares = (mesh.data_rank, degrees.data_parallel)
+    return replace(worker, data=shares, loss_copies=degrees.tp, group=mesh.world)
+
+
+def build_mesh(degrees: Degrees, device_type: str) -> ParallelMesh:
+    """The mesh over the first `degrees.world_size` ranks; every rank of the process group calls it."""
+    return ParallelMesh(degrees, device_type)

@@ -1,52 +1,77 @@
 """From a configured model to one that trains on this mesh: what wraps what, and why in this order."""
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dsv3.config import Config, build
 from dsv3.model.initialization import initialize
 from dsv3.model.kernels import check_kernel
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import ParallelMesh
+from dsv3.parallel.sequence import split_sequences
+from dsv3.parallel.stages import reshard_after_forward
 
 
-def build_model(config: Config, mesh: DeviceMesh | None, device: torch.device) -> Transformer:
+def build_model(config: Config, mesh: ParallelMesh | None, device: torch.device) -> Transformer:
     """The model on `device` with its initial weights, wrapped as the config chooses.
 
     It is built on the meta device, so that no rank ever holds more than its own shards.
     """
+    model = build_on_meta(config, device)
+    parallelize(model, model, config, mesh, device)
+    materialize(model, config.train.seed, device)
+    return model
+
+
+def build_on_meta(config: Config, device: torch.device) -> Transformer:
+    """The whole configured model without memory; UserError for a kernel that `device` lacks."""
     dtype = getattr(torch, config.precision.compute.value)
     check_kernel(config.model.attention.kernel, device.type, config.task.trains, dtype)
     with torch.device("meta"):
         model = build(config.model, compute_dtype=dtype)
     assert isinstance(model, Transformer)
-    parallelize(model, config, mesh, device)
-    model.to_empty(device=device)
-    initialize(model, config.train.seed, write)
     return model
 
 
-def parallelize(model: Transformer, config: Config, mesh: DeviceMesh | None, device: torch.device) -> None:
-    """Put the wrappers around `model`, innermost first.
+def parallelize(
+    model: Transformer, root: nn.Module, config: Config, mesh: ParallelMesh | None, device: torch.device
+) -> None:
+    """Put the wrappers around `model`, innermost first; `root` is the module that is called.
 
-    Recomputation wraps a layer's forward, so that compilation sees the recomputed region as a whole;
-    sharding comes last, because its hooks must run outside of both.
+    The three that change what a layer computes come first, for all others to see. Recomputation wraps a
+    layer's forward, so that compilation sees the recomputed region as a whole; sharding comes last,
+    because its hooks must run outside of both.
     """
+    chosen = config.parallel
+    if mesh is not None:
+        for wrapper in (chosen.tensor, chosen.context, chosen.expert):
+            if wrapper is not None:
+                build(wrapper)(model, mesh)
+        split_sequences(model, mesh)
     build(config.recompute)(model)
     build(config.compile)(model, device)
-    if config.parallel.fsdp is not None and mesh is not None:
-        shard = build(config.parallel.fsdp, reshard_after_forward=config.parallel.reshard_after_forward)
-        shard(model, mesh)
+    if mesh is not None and chosen.fsdp is not None:
+        reshard = reshard_after_forward(chosen, mesh.degrees.pp)
+        build(chosen.fsdp, reshard_after_forward=reshard)(root, mesh, model.compute_dtype)
+
+
+def materialize(model: Transformer, seed: int, device: torch.device) -> None:
+    """Give a wrapped `model` memory on `device` and its initial weights."""
+    model.to_empty(device=device)
+    initialize(model, seed, write)
 
 
 @torch.no_grad()
 def write(parameter: Tensor, value: Tensor) -> None:
     """Store a full `value` in a parameter, or this rank's part of it where the parameter is sharded."""
-    if isinstance(parameter, DTensor):
-        value = value.to(parameter.device)
-        # src_data_rank=None: every rank has the full value, so nothing needs to be sent.
-        part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
+    if not isinstance(parameter, DTensor):
         parameter.copy_(value)
+        return
+    local = parameter.to_local()
+    if local.numel():
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        local.copy_(value[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))])

@@ -1,5 +1,6 @@
 """Activation recomputation: a layer keeps its input and computes the rest again in the backward pass."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -7,14 +8,15 @@ from torch.utils.checkpoint import checkpoint
 
 from dsv3.model.block import Block
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.config import Recomputed
+from dsv3.parallel.config import Kept, Recomputed
 
 
 class Recompute:
     """Recomputes whole layers (`full`) or nothing (`none`)."""
 
-    def __init__(self, mode: Recomputed) -> None:
+    def __init__(self, mode: Recomputed, keep: Sequence[Kept] = ()) -> None:
         self.mode = mode
+        self.keep = keep
 
     def __call__(self, model: Transformer) -> None:
         """Wrap the layers' forward in place: names of modules and parameters stay as they are."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3.runtime.signals import Stopped
 from dsv3.runtime.watchdog import Watchdog, record_collectives
 
 T = TypeVar("T")
@@ -23,13 +24,35 @@ _MARGIN = 60
 
 @dataclass(frozen=True)
 class Worker:
-    """This process among `world` of them; without a process group it is alone."""
+    """This process among `world` of them; without a process group it is alone.
+
+    `data` is which share of a step's rows it reads, of how many (None: every rank another one).
+    `loss_copies` ranks compute the same loss. `group` null is all processes.
+    """
 
     rank: int
     local_rank: int
     world: int
     device: torch.device
+    data: tuple[int, int] | None = None
+    loss_copies: int = 1
+    group: dist.ProcessGroup | None = None
     watchdog: Watchdog | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rows this rank reads."""
+        return self.data[0] if self.data else self.rank
+
+    @property
+    def data_world(self) -> int:
+        """How many shares there are."""
+        return self.data[1] if self.data else self.world
+
+    @property
+    def row_copies(self) -> int:
+        """Ranks that read the same rows."""
+        return self.world // self.data_world
 
     @property
     def is_main(self) -> bool:
@@ -54,14 +77,14 @@ class Worker:
         """Rank 0's value, on every rank."""
         values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(values, src=0, device=self.device)
+            dist.broadcast_object_list(values, src=0, device=self.device, group=self.group)
             self._beat()
         return values[0]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
             self._beat()
 
     def watch(self, run_dir: Path) -> None:
@@ -76,7 +99,7 @@ class Worker:
     def _reduce(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world > 1:
             value = value.clone()
-            dist.all_reduce(value, op=operation)
+            dist.all_reduce(value, op=operation, group=self.group)
             self._beat()
         return value
 
@@ -102,6 +125,10 @@ def worker(timeout: int) -> Iterator[Worker]:
     watchdog = Watchdog(rank, world, timeout) if world > 1 else None
     try:
         yield Worker(rank, local_rank, world, device, watchdog=watchdog)
+    except Stopped:
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 may be closing its logger yet, and a launcher ends all after the first
+        raise
     finally:
         if watchdog is not None:
             watchdog.stop()

@@ -26,9 +26,9 @@ class Evaluate:
         with worker(config.launch.timeout) as me:
             tokenizer = stored_tokenizer(config, directory, job.overrides)
             data = prepare_data(config, me, tokenizer, evaluate=True)
-            model = load_model(job, me)
-            size, masked = config.train.microbatch, config.data.document_mask
-            found = evaluate(model, data.held_out, size, me, masked, config.train.evaluate_batches)
+            model, me = load_model(job, me)
+            size, most = config.train.microbatch, config.train.evaluate_batches
+            found = evaluate(model.passes, data.held_out, size, me, most)
             if not math.isfinite(found.loss):
                 raise RunFailed(f"the held-out loss of {directory} is {found.loss}")
             if me.is_main:

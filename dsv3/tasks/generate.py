@@ -4,8 +4,7 @@ from pathlib import Path
 
 from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.model.generation import generate
-from dsv3.model.transformer import Transformer
+from dsv3.parallel.distributed import Distributed
 from dsv3.runtime.distributed import worker
 from dsv3.runtime.errors import RunFailed, UserError
 from dsv3.runtime.job import Job
@@ -26,14 +25,14 @@ class Generate:
         with worker(job.config.launch.timeout) as me:
             directory = find_checkpoint(require_checkpoint(job))
             tokenizer = _tokenizer(job, directory)
-            model = load_model(job, me)
+            model, me = load_model(job, me)
             text = sample_text(model, tokenizer, self.sampling, self.prompt, job.config.train.seed)
             if me.is_main:
                 print(self.prompt + text)
 
 
 def sample_text(
-    model: Transformer, tokenizer: Tokenizer, sampling: SamplingConfig, prompt: str, seed: int
+    model: Distributed, tokenizer: Tokenizer, sampling: SamplingConfig, prompt: str, seed: int
 ) -> str:
     """Text that continues `prompt`, as a document's beginning; all ranks call it together."""
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -44,7 +43,7 @@ def sample_text(
         )
     how = (sampling.max_tokens, sampling.temperature, sampling.top_p)
     try:
-        return tokenizer.decode(generate(model, [ids], *how, seed, tokenizer.eos)[0])
+        return tokenizer.decode(model.generate([ids], *how, seed, tokenizer.eos)[0])
     except FloatingPointError as error:
         raise RunFailed(f"no text can be sampled: {error}") from None
 

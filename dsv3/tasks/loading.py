@@ -2,17 +2,21 @@
 
 from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.checkpoint.manager import load_weights
-from dsv3.model.transformer import Transformer
-from dsv3.parallel.mesh import build_mesh
-from dsv3.parallel.parallelizer import build_model
+from dsv3.checkpoint.matching import require_weights
+from dsv3.parallel.distributed import Distributed, distribute
+from dsv3.parallel.mesh import build_mesh, place
 from dsv3.runtime.distributed import Worker
 from dsv3.runtime.job import Job
 
 
-def load_model(job: Job, me: Worker) -> Transformer:
-    """Build the configured model on this rank and fill it from the checkpoint."""
+def load_model(job: Job, me: Worker) -> tuple[Distributed, Worker]:
+    """Build the configured model on this rank and fill it from the checkpoint; also the rank's share of rows."""
+    path = job.config.checkpoint.load
+    checkpoint = None if path is None else find_checkpoint(path)
+    if checkpoint is not None:
+        require_weights(job.config.model, checkpoint)  # before memory is taken
     mesh = build_mesh(job.plan.degrees, me.device.type) if me.world > 1 else None
-    model = build_model(job.config, mesh, me.device)
-    if job.config.checkpoint.load is not None:
-        load_weights(model, find_checkpoint(job.config.checkpoint.load))
-    return model
+    model = distribute(job.config, mesh, me.device)
+    if checkpoint is not None:
+        load_weights(model.parts, checkpoint)
+    return model, place(me, mesh)

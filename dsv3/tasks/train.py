@@ -15,9 +15,8 @@ from dsv3.metrics.console import Console
 from dsv3.metrics.flops import training_flops_per_token
 from dsv3.metrics.logger import Logger
 from dsv3.metrics.recorder import Recorder
-from dsv3.model.transformer import Transformer
-from dsv3.parallel.mesh import build_mesh
-from dsv3.parallel.parallelizer import build_model
+from dsv3.parallel.distributed import Distributed, distribute
+from dsv3.parallel.mesh import build_mesh, place
 from dsv3.runtime.determinism import make_deterministic
 from dsv3.runtime.distributed import Worker, worker
 from dsv3.runtime.job import Job
@@ -59,8 +58,9 @@ class _Run:
         if self.config.run.resume:
             check_same_data(self.data.fingerprint, job.run_dir)
         mesh = build_mesh(job.plan.degrees, me.device.type) if me.world > 1 else None
-        self.model: Transformer = build_model(self.config, mesh, me.device)
-        self.optimizer = build_optimizer(self.config.optimizer, self.model)
+        self.model: Distributed = distribute(self.config, mesh, me.device)
+        self.optimizer = build_optimizer(self.config.optimizer, self.model.parts)
+        self.me = place(me, mesh)
         self.directory: Path = me.share(make_run_dir(job) if me.is_main else job.run_dir)
         job.run_dir = self.directory
         me.watch(self.directory)
@@ -78,7 +78,7 @@ class _Run:
                 self._describe()
             logger = self.logger = self._open_logger(stack)
             path, every = self.directory / "metrics.jsonl", self.config.train.log_every
-            layers = self.model.moe_layers()
+            layers = self.config.model.moe_layers()
             recorder = Recorder(path, self.me, every, self.console, logger, layers)
             stack.callback(recorder.close)
             profile = stack.enter_context(profiler(self.config.profile, self.directory, self.me))
@@ -106,9 +106,9 @@ class _Run:
     def _restore(self) -> Progress:
         """Continue from the newest checkpoint, or take the weights of `checkpoint.load`, or start anew."""
         metrics = self.directory / "metrics.jsonl"
-        progress = self.manager.restore(self.model, self.optimizer) if self.config.run.resume else None
+        progress = self.manager.restore(self.model.parts, self.optimizer) if self.config.run.resume else None
         if progress is None and self.config.checkpoint.load:
-            load_weights(self.model, find_checkpoint(self.config.checkpoint.load))
+            load_weights(self.model.parts, find_checkpoint(self.config.checkpoint.load))
         progress = progress or Progress()
         if self.me.is_main and metrics.exists():
             jsonl.cut_back(metrics, progress.step)
@@ -138,17 +138,16 @@ class _Run:
         peak = getattr(self.job.hardware, f"peak_flops_{config.precision.compute.name}")
         peak = peak and peak * self.me.world
         rates = Rates(train.batch, train.batch * length, flops, peak)
-        step = TrainStep(self.model, self.optimizer, self.me, train.clip_norm, config.data.document_mask)
-        loader = Loader(self.data.train, train.batch, train.microbatch, self.me.rank, self.me.world)
+        step = TrainStep(self.model.passes, self.optimizer, self.me, train.clip_norm)
+        loader = Loader(self.data.train, train.batch, train.microbatch, self.me.data_rank, self.me.data_world)
         return Loop(
             train, config.optimizer.lr, build(config.schedule), step, loader, recorder, self.manager,
             rates, hooks, self.progress, self.stop, self.me,
         )  # fmt: skip
 
     def _evaluate(self) -> float:
-        train, masked = self.config.train, self.config.data.document_mask
-        rows = self.data.held_out
-        return evaluate(self.model, rows, train.microbatch, self.me, masked, train.evaluate_batches).loss
+        train, rows = self.config.train, self.data.held_out
+        return evaluate(self.model.passes, rows, train.microbatch, self.me, train.evaluate_batches).loss
 
     def _generate(self, step: int) -> None:
         """Show a sample, on all ranks together; data that is ids already has no text to show."""

@@ -1,5 +1,6 @@
 """Held-out loss."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 
@@ -8,9 +9,9 @@ import torch
 from dsv3.data.loader import evaluation_batches
 from dsv3.data.packing import Rows
 from dsv3.model.generation import inference
-from dsv3.model.transformer import Transformer
 from dsv3.runtime.distributed import Worker
-from dsv3.training.loss import cross_entropy_sum, valid_tokens
+from dsv3.training.loss import valid_tokens
+from dsv3.training.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,10 @@ class Evaluation:
 
 
 def evaluate(
-    model: Transformer,
+    passes: Passes,
     rows: Rows,
     microbatch_size: int,
     worker: Worker,
-    document_mask: bool,
     batches: int | None = None,
 ) -> Evaluation:
     """Score every row once over all ranks, or the first `batches` microbatches of each rank.
@@ -34,11 +34,14 @@ def evaluate(
     The sums are kept in fp64, so that the mean does not depend on the number of rows.
     """
     total = torch.zeros(2, dtype=torch.float64, device=worker.device)
-    with inference(model):
-        for batch in islice(evaluation_batches(rows, microbatch_size, worker.rank, worker.world), batches):
+    shares = (worker.data_rank, worker.data_world)
+    with ExitStack() as stack:
+        for part in passes.parts:
+            stack.enter_context(inference(part))
+        for batch in islice(evaluation_batches(rows, microbatch_size, *shares), batches):
             batch = batch.to(worker.device)
-            output = model(batch.tokens, batch.documents if document_mask else None)
-            total[0] += cross_entropy_sum(output.logits, batch.targets)
+            total[0] += passes.evaluate(batch)
             total[1] += valid_tokens(batch)
     loss, tokens = worker.sum(total).tolist()
-    return Evaluation(loss / max(tokens, 1), int(tokens))
+    tokens = round(tokens) // worker.row_copies
+    return Evaluation(loss / worker.loss_copies / max(tokens, 1), tokens)

@@ -107,7 +107,7 @@ class Loop:
     def _save(self) -> None:
         # Rows first: a checkpoint must never be ahead of metrics.jsonl.
         self.recorder.flush()
-        self.manager.save(self.step.model, self.step.optimizer, self.progress)
+        self.manager.save(self.step.passes.parts, self.step.optimizer, self.progress)
 
 
 def _due(step: int, every: int) -> bool:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.data.batch import IGNORE, Batch, mtp_targets
-from dsv3.model.transformer import ModelOutput
+from dsv3.model.loss import WholeVocabulary
+from dsv3.model.transformer import ModelOutput, WholeRow
 
 
 @dataclass
@@ -38,18 +38,23 @@ def valid_tokens(batch: Batch) -> Tensor:
     return (batch.targets != IGNORE).sum()
 
 
-def losses(output: ModelOutput, batch: Batch, whole: GlobalBatch) -> Losses:
-    """This microbatch's part of the losses over the `whole` global batch."""
-    main = cross_entropy_sum(output.logits, batch.targets) / whole.tokens
+def losses(
+    output: ModelOutput,
+    batch: Batch,
+    whole: GlobalBatch,
+    vocabulary: WholeVocabulary | None = None,
+    part: WholeRow | None = None,
+) -> Losses:
+    """This microbatch's part of the losses over the `whole` global batch.
+
+    `vocabulary` and `part` are those of a model whose logits are split over vocabulary or positions.
+    """
+    take = (part or WholeRow()).take
+    cross_entropy = (vocabulary or WholeVocabulary()).cross_entropy_sum
+    main = cross_entropy(output.logits, take(batch.targets)) / whole.tokens
     mtp = torch.zeros_like(main)
     for depth, logits in enumerate(output.mtp_logits, start=1):
-        share = cross_entropy_sum(logits, mtp_targets(batch.targets, batch.documents, depth)) / whole.tokens
-        mtp = mtp + share / len(output.mtp_logits)
+        targets = take(mtp_targets(batch.targets, batch.documents, depth))
+        mtp = mtp + cross_entropy(logits, targets) / whole.tokens / len(output.mtp_logits)
     share_of_sequences = batch.tokens.shape[0] / whole.sequences
     return Losses(main, mtp, output.balance_loss * share_of_sequences, output.z_loss * share_of_sequences)
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over valid `targets` [batch, sequence] of -log softmax(logits)[target], in fp32 nats."""
-    flat = logits.float().flatten(0, -2)
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="sum")

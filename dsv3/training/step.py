@@ -7,12 +7,12 @@ from torch import Tensor
 
 from dsv3.data.batch import Batch
 from dsv3.metrics import moe
-from dsv3.model.transformer import Transformer
 from dsv3.runtime.distributed import Worker
 from dsv3.training.balance import selection_biases, take_load, update_biases
 from dsv3.training.config import TrainConfig
-from dsv3.training.loss import GlobalBatch, losses, valid_tokens
+from dsv3.training.loss import GlobalBatch, valid_tokens
 from dsv3.training.optimizer import clip_gradients, set_learning_rate
+from dsv3.training.passes import LossWeights, Passes, placed_routers
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,17 @@ class Weights:
 
 
 class TrainStep:
-    """Carries out optimizer steps on one model; all ranks call it together."""
+    """Carries out optimizer steps; all ranks call it together."""
 
     def __init__(
-        self,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        worker: Worker,
-        clip_norm: float,
-        document_mask: bool,
+        self, passes: Passes, optimizer: torch.optim.Optimizer, worker: Worker, clip_norm: float
     ) -> None:
-        self.model = model
+        self.passes = passes
         self.optimizer = optimizer
         self.worker = worker
         self.clip_norm = clip_norm
-        self.document_mask = document_mask
-        self.routers = model.routers()
+        self.config = passes.parts[0].config
+        self.routers = placed_routers(passes.parts)
 
     def __call__(self, microbatches: list[Batch], weights: Weights) -> dict[str, Tensor]:
         """Train on this rank's microbatches of one global batch.
@@ -59,21 +54,23 @@ class TrainStep:
         Returns the figures of metrics/row.py as tensors, still on the device: reading them is what
         would make the host wait.
         """
-        self.model.train()
-        for router in self.routers:
+        for part in self.passes.parts:
+            part.train()
+        for router in self.routers.values():
             router.z_loss = weights.z > 0
         microbatches = [batch.to(self.worker.device) for batch in microbatches]
-        whole = self._measure(microbatches)
-        parts = [self._accumulate(batch, whole, weights) for batch in microbatches]
-        main, mtp, balance, *broken = self.worker.sum(torch.stack(parts).sum(0)).unbind()
-        grad_norm = clip_gradients(self.model, self.clip_norm)
+        terms = LossWeights(weights.mtp, weights.balance, weights.z)
+        parts = self.passes.train(microbatches, self._measure(microbatches), terms)
+        parts[:2] /= self.worker.loss_copies
+        main, mtp, balance, *broken = self.worker.sum(parts).unbind()
+        grad_norm = clip_gradients(self.passes.parts, self.clip_norm, self.worker)
         set_learning_rate(self.optimizer, weights.lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         figures = {"loss": main, "grad_norm": grad_norm}
-        if self.model.mtp:
+        if self.config.mtp_depths:
             figures["mtp_loss"] = mtp
-        if self.routers:
+        if self.config.num_moe_layers:
             figures["balance_loss"] = balance * weights.balance
             figures |= self._balance(weights.bias_speed)
             figures["broken_router"] = _first(torch.stack(broken) > 0)
@@ -81,28 +78,17 @@ class TrainStep:
 
     def _measure(self, microbatches: list[Batch]) -> GlobalBatch:
         local = torch.stack([valid_tokens(batch) for batch in microbatches]).sum()
-        sequences = sum(batch.tokens.shape[0] for batch in microbatches) * self.worker.world
-        return GlobalBatch(self.worker.sum(local).clamp(min=1), sequences)
-
-    def _accumulate(self, batch: Batch, whole: GlobalBatch, weights: Weights) -> Tensor:
-        output = self.model(batch.tokens, batch.documents if self.document_mask else None)
-        terms = losses(output, batch, whole)
-        total = terms.main + weights.mtp * terms.mtp + weights.balance * terms.balance
-        if weights.z:
-            total = total + weights.z * terms.z
-        total.backward()
-        # Which layers' routers met numbers that are none travels with the losses: one reduction for all.
-        return torch.cat(
-            [torch.stack([terms.main, terms.mtp, terms.balance]).detach(), output.broken.float()]
-        )
+        sequences = sum(batch.tokens.shape[0] for batch in microbatches) * self.worker.data_world
+        tokens = self.worker.sum(local) // self.worker.row_copies
+        return GlobalBatch(tokens.clamp(min=1), sequences)
 
     def _balance(self, bias_speed: float) -> dict[str, Tensor]:
-        load = take_load(self.routers, self.worker.sum)
+        shape = (self.config.num_moe_layers, self.config.moe.num_experts)
+        load = take_load(self.routers, shape, self.worker.sum, self.worker.device)
         update_biases(self.routers, load, bias_speed)
         figures = {"moe_max_violation": moe.max_violation(load), "moe_entropy": moe.entropy(load)}
-        biases = selection_biases(self.routers)
-        if len(biases):
-            figures["moe_bias_range"] = moe.bias_range(biases)
+        if self.config.moe.selection_bias:
+            figures["moe_bias_range"] = self.worker.max(moe.bias_range(selection_biases(self.routers)))
         return figures
 
 

@@ -59,7 +59,7 @@ class Trained:
 
     def save(self, run_dir: Path, keep_last: int = 2) -> Path:
         """Save with a manager of its own."""
-        return CheckpointManager(run_dir, keep_last, ALONE).save(self.model, self.optimizer, self.progress)
+        return CheckpointManager(run_dir, keep_last, ALONE).save([self.model], self.optimizer, self.progress)
 
 
 @pytest.fixture(autouse=True)

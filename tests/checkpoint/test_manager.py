@@ -22,7 +22,7 @@ from .running import tensors
 
 
 def _restore(run_dir: Path, into: Trained) -> Progress | None:
-    return CheckpointManager(run_dir, 2, ALONE).restore(into.model, into.optimizer)
+    return CheckpointManager(run_dir, 2, ALONE).restore([into.model], into.optimizer)
 
 
 def test_restoring_gives_back_model_moments_and_progress_bit_for_bit(run_dir: Path, trained: Trained) -> None:
@@ -95,7 +95,7 @@ def test_weights_are_loaded_without_optimizer_or_progress(step: Path, trained: T
     other = Trained(seed=1)
     moments = other.optimizer.state_dict()["state"][0]["exp_avg"].clone()
     (step / "state.json").unlink()
-    load_weights(other.model, step)
+    load_weights([other.model], step)
     for name, value in trained.model.state_dict().items():
         assert torch.equal(other.model.state_dict()[name], value)
     assert torch.equal(other.optimizer.state_dict()["state"][0]["exp_avg"], moments)
@@ -103,14 +103,14 @@ def test_weights_are_loaded_without_optimizer_or_progress(step: Path, trained: T
 
 def test_a_model_with_more_layers_is_told_which_tensor_is_missing(step: Path) -> None:
     with pytest.raises(UserError, match=r"no tensor 'model\.layers\.2\..*it was saved from another model"):
-        load_weights(Trained(seed=1, layers=3).model, step)
+        load_weights([Trained(seed=1, layers=3).model], step)
 
 
 def test_a_model_of_another_width_is_told_both_shapes(step: Path) -> None:
     with pytest.raises(
         UserError, match=r"'model\.embedding\.weight' has shape \[16, 8\], the model needs \[16, 12\]"
     ):
-        load_weights(Trained(seed=1, dim=12).model, step)
+        load_weights([Trained(seed=1, dim=12).model], step)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
@@ -118,7 +118,7 @@ def test_only_the_last_checkpoints_are_kept(run_dir: Path, trained: Trained, kee
     trained.progress.step = 8  # 9, 10 and 11 sort by number, not by name
     kept = CheckpointManager(run_dir, keep, ALONE)
     for _ in range(3):
-        kept.save(trained.model, trained.optimizer, trained.step())
+        kept.save([trained.model], trained.optimizer, trained.step())
     wanted = [step_directory(run_dir, step) for step in (9, 10, 11)[-keep:]]
     assert complete_steps(run_dir) == wanted
     assert sorted((run_dir / "checkpoints").iterdir()) == sorted(wanted)
@@ -126,12 +126,12 @@ def test_only_the_last_checkpoints_are_kept(run_dir: Path, trained: Trained, kee
 
 def test_a_second_save_of_the_same_step_writes_nothing(run_dir: Path, trained: Trained) -> None:
     once = CheckpointManager(run_dir, 2, ALONE)
-    saved = once.save(trained.model, trained.optimizer, trained.progress)
+    saved = once.save([trained.model], trained.optimizer, trained.progress)
     before = saved.stat()
-    once.save(trained.model, trained.optimizer, trained.progress)
+    once.save([trained.model], trained.optimizer, trained.progress)
     resumed = CheckpointManager(run_dir, 2, ALONE)
-    resumed.restore(trained.model, trained.optimizer)
-    resumed.save(trained.model, trained.optimizer, trained.progress)
+    resumed.restore([trained.model], trained.optimizer)
+    resumed.save([trained.model], trained.optimizer, trained.progress)
     assert (saved.stat().st_ino, saved.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 

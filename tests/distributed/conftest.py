@@ -7,6 +7,6 @@ from tests.distributed.pool import Pool
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    workers = Pool(2)
+    workers = Pool(8)
     yield workers
     workers.close()

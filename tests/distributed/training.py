@@ -1,27 +1,28 @@
 """A few optimizer steps of a tiny model, for comparing layouts; runs in the test process and in workers."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsv3.config import Config, strict
-from dsv3.data.batch import collate
+from dsv3.data.loader import Loader
 from dsv3.data.packing import Row
 from dsv3.parallel.degrees import Degrees
-from dsv3.parallel.mesh import build_mesh
-from dsv3.parallel.parallelizer import build_model
+from dsv3.parallel.distributed import Distributed, distribute
+from dsv3.parallel.mesh import ParallelMesh, build_mesh, place
 from dsv3.runtime.distributed import Worker
 from dsv3.training.step import TrainStep, Weights
 from tests.composing import compose
 
-VOCAB, SEQUENCE, GLOBAL_BATCH = 96, 12, 4
+VOCAB, SEQUENCE, GLOBAL_BATCH = 96, 16, 8
 TINY = [
     f"model.vocab_size={VOCAB}",
     "model.dim=32",
-    "model.num_layers=3",
+    "model.num_layers=4",
     "model.dense_hidden_dim=48",
-    "model.attention.heads=2",
+    "model.attention.heads=4",
     "model.attention.q_lora_rank=16",
     "model.attention.kv_lora_rank=16",
     "model.attention.qk_nope_head_dim=8",
@@ -31,7 +32,11 @@ TINY = [
     "model.moe.hidden_dim=16",
     "model.moe.top_k=2",
     "model.init_std=0.2",
+    f"train.sequence_length={SEQUENCE}",
+    f"train.global_batch_size={GLOBAL_BATCH}",
+    "data.document_mask=true",
 ]
+WEIGHTS = Weights(lr=1e-3, mtp=0.3, balance=0.01, bias_speed=0.01, z=1e-3)
 
 
 @dataclass
@@ -41,41 +46,65 @@ class Trace:
     figures: list[dict[str, float]]
     gradients: list[dict[str, Tensor]]
     state: dict[str, Tensor]
+    evaluation: float = 0.0
 
 
-def train(overrides: list[str], degrees: Degrees | None, rank: int, steps: int, microbatch: int) -> Trace:
-    """Train `steps` of plain SGD on data that depends on the step alone, on this rank's share."""
-    config: Config = strict(compose([*TINY, *overrides]))
-    world = degrees.data_parallel if degrees else 1
-    me = Worker(rank, rank, world, torch.device("cpu"))
-    mesh = build_mesh(degrees, "cpu") if degrees else None
-    model = build_model(config, mesh, me.device)
-    biases = [router.selection_bias for router in model.routers() if router.selection_bias is not None]
-    for number, bias in enumerate(biases):
-        generator = torch.Generator().manual_seed(number)
-        bias.copy_(0.05 * torch.randn(bias.shape, generator=generator))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    step = TrainStep(model, optimizer, me, clip_norm=1e9, document_mask=True)
+class StepRows:
+    """Rows for ever: those of step n are number n - 1 times GLOBAL_BATCH and on."""
+
+    sequence_length = SEQUENCE
+
+    def __len__(self) -> int:
+        return GLOBAL_BATCH
+
+    def row(self, index: int) -> Row:
+        """Several documents of uneven lengths, so that valid targets differ between ranks."""
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(0, VOCAB, (SEQUENCE + 1,), generator=generator)
+        starts = torch.rand(SEQUENCE + 1, generator=generator) < 0.2
+        return Row(tokens.numpy(), starts.cumsum(-1).to(torch.int32).numpy())
+
+
+@functools.cache
+def mesh_of(degrees: Degrees) -> ParallelMesh:
+    """One mesh a layout for the life of the process: DTensor remembers meshes, and groups are costly."""
+    return build_mesh(degrees, "cpu")
+
+
+def train(
+    overrides: list[str], degrees: Degrees | None, steps: int, microbatch: int, optimizer: str = "sgd"
+) -> Trace | None:
+    """Train `steps` on data that depends on the step alone; None on ranks that the layout leaves out."""
+    config: Config = strict(compose([*TINY, f"train.microbatch_size={microbatch}", *overrides]))
+    rank = torch.distributed.get_rank() if degrees else 0
+    mesh = mesh_of(degrees) if degrees else None
+    if degrees and rank >= degrees.world_size:
+        return None
+    me = Worker(rank, rank, degrees.world_size if degrees else 1, torch.device("cpu"))
+    me = place(me, mesh)
+    model = distribute(config, mesh, me.device)
+    for place_, router in sorted(model.routers.items()):
+        if router.selection_bias is not None:
+            generator = torch.Generator().manual_seed(place_)
+            router.selection_bias.copy_(0.05 * torch.randn(router.selection_bias.shape, generator=generator))
+    parameters = [p for part in model.parts for p in part.parameters()]
+    chosen = _optimizer(optimizer, parameters)
+    step = TrainStep(model.passes, chosen, me, clip_norm=1e9)
     trace = Trace([], [], {})
-    keep = optimizer.register_step_pre_hook(lambda *_: trace.gradients.append(_gradients(model)))
-    for number in range(1, steps + 1):
-        share = GLOBAL_BATCH // world
-        rows = global_batch(number)[rank * share : (rank + 1) * share]
-        batches = [collate(rows[first : first + microbatch]) for first in range(0, share, microbatch)]
-        figures = step(batches, Weights(lr=1e-3, mtp=0.3, balance=0.01, bias_speed=0.01))
+    keep = chosen.register_step_pre_hook(lambda *_: trace.gradients.append(_gradients(model)))
+    loader = Loader(StepRows(), GLOBAL_BATCH, microbatch, me.data_rank, me.data_world)
+    for number in range(steps):
+        figures = step(loader.microbatches(number * GLOBAL_BATCH), WEIGHTS)
         trace.figures.append({name: value.item() for name, value in figures.items()})
     keep.remove()
-    trace.state = {name: full(value).clone() for name, value in model.state_dict().items()}
+    trace.state = {name: full(value).clone() for name, value in model.named_tensors().items()}
     return trace
 
 
-def global_batch(step: int) -> list[Row]:
-    """Rows of several documents of uneven lengths, so that valid targets differ between ranks."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
-    starts = torch.rand((GLOBAL_BATCH, SEQUENCE + 1), generator=generator) < 0.3
-    documents = starts.cumsum(-1).to(torch.int32)
-    return [Row(t.numpy(), d.numpy()) for t, d in zip(tokens, documents, strict=True)]
+def _optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=1e-3, foreach=False)
+    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-4, foreach=False)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -85,6 +114,6 @@ def full(tensor: Tensor) -> Tensor:
     return whole.detach()
 
 
-def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+def _gradients(model: Distributed) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters().items()}
     return {name: full(gradient).clone() for name, gradient in found.items() if gradient is not None}

@@ -42,7 +42,7 @@ def test_attention_equals_a_loop_over_heads_and_positions(name: str, packed: boo
 
 def test_what_a_token_leaves_behind_is_one_latent_and_one_rotated_key() -> None:
     module = build(MODEL)
-    latent, k_rope = module.compress(normal(2, 5, 32), rotary_table(MODEL.rope, 4, torch.arange(5)))
+    _, latent, k_rope = module.compress(normal(2, 5, 32))
     assert (latent.shape, k_rope.shape) == ((2, 5, 16), (2, 5, 4))
     k, v = module.expand(latent, k_rope)
     assert (k.shape, v.shape) == ((2, 5, 2, 12), (2, 5, 2, 6))

@@ -90,16 +90,16 @@ def test_the_cache_holds_the_latent_after_its_norm_and_the_key_after_its_rotatio
     model, ids = tiny_model(CONFIGS["v3"]), tokens(1, 6)
     left: list[Tensor] = []
 
-    def compress(self: LatentAttention, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        left.append(torch.cat(original(self, x, rotary), dim=-1))
-        return original(self, x, rotary)
+    def expand(self: LatentAttention, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        left.append(torch.cat([latent, k_rope], dim=-1))
+        return original(self, latent, k_rope)
 
-    original = LatentAttention.compress
+    original = LatentAttention.expand
     cache = new_cache(model, 1, 6)
     with inference(model):
         next_logits(model, ids[:, :4].tolist(), cache)
         next_logits(model, ids[:, 4:].tolist(), cache)
-        monkeypatch.setattr(LatentAttention, "compress", compress)
+        monkeypatch.setattr(LatentAttention, "expand", expand)
         model(ids)
     torch.testing.assert_close(cache.entries, torch.stack(left), rtol=0, atol=1e-5)
 

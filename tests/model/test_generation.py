@@ -128,7 +128,7 @@ def test_generation_leaves_mode_load_and_gradients_as_they_were(training: bool) 
 
 def test_compiled_layers_are_not_compiled_again_for_generation() -> None:
     model, graphs = tiny_model(), CompileCounter()
-    for layer in model.layers:
+    for layer in model.layers.values():
         layer.compile(backend=graphs)
     found = generate(model, PROMPTS, 3, 0.0, 1.0, 0)
     assert graphs.frame_count == 0

@@ -13,12 +13,12 @@ from tests.reference import MOE, SOFTMAX_MOE
 FOUR = replace(MOE, num_experts=4, num_groups=1, top_k_groups=1, top_k=2)
 
 
-def routers(*loads: list[float], bias: bool = True) -> list[Router]:
-    """Routers that have counted `loads`."""
+def routers(*loads: list[float], bias: bool = True) -> dict[int, Router]:
+    """Routers by place that have counted `loads`."""
     made = [Router(8, replace(FOUR, selection_bias=bias)) for _ in loads]
     for router, load in zip(made, loads, strict=True):
         router.load.copy_(torch.tensor(load))
-    return made
+    return dict(enumerate(made))
 
 
 def biases(router: Router) -> list[float]:
@@ -38,18 +38,18 @@ def test_biases_move_by_the_speed_towards_an_even_load() -> None:
 
 
 def test_speed_zero_leaves_the_biases() -> None:
-    (router,) = routers([10.0, 4, 2, 0])
-    update_biases([router], torch.tensor([[10.0, 4, 2, 0]]), 0.0)
+    router = routers([10.0, 4, 2, 0])[0]
+    update_biases({0: router}, torch.tensor([[10.0, 4, 2, 0]]), 0.0)
     assert biases(router) == [0.0] * 4
 
 
 def test_layers_without_a_bias_are_passed_over() -> None:
-    made = [*routers([8.0, 0, 0, 0], bias=False), *routers([0.0, 8, 0, 0])]
+    made = {0: routers([8.0, 0, 0, 0], bias=False)[0], 1: routers([0.0, 8, 0, 0])[0]}
     update_biases(made, torch.tensor([[8.0, 0, 0, 0], [0.0, 8, 0, 0]]), 0.5)
     assert made[0].selection_bias is None
     assert biases(made[1]) == [0.5, -0.5, 0.5, 0.5]
     assert selection_biases(made).tolist() == [[0.5, -0.5, 0.5, 0.5]]
-    assert selection_biases([Router(8, SOFTMAX_MOE)]).shape[0] == 0
+    assert selection_biases({0: Router(8, SOFTMAX_MOE)}).tolist() == [[0.0]]
 
 
 def test_load_is_reduced_once_for_all_layers_and_the_counters_start_again() -> None:
@@ -60,25 +60,24 @@ def test_load_is_reduced_once_for_all_layers_and_the_counters_start_again() -> N
         seen.append(load.tolist())
         return load + torch.tensor([100.0, 0, 0, 0])
 
-    load = take_load(made, reduce)
+    load = take_load(made, (2, 4), reduce)
     assert seen == [[[1, 2, 3, 4], [5, 6, 7, 8]]]
     assert load.tolist() == [[101, 2, 3, 4], [105, 6, 7, 8]]
-    assert all(router.load.tolist() == [0] * 4 for router in made)
-    assert take_load(made, lambda load: load).tolist() == [[0] * 4] * 2
+    assert all(router.load.tolist() == [0] * 4 for router in made.values())
+    assert take_load(made, (2, 4), lambda load: load).tolist() == [[0] * 4] * 2
 
 
 def test_the_load_taken_stays_as_it_is_when_counting_goes_on() -> None:
     made = routers([1.0, 2, 3, 4])
-    load = take_load(made, lambda load: load)
+    load = take_load(made, (1, 4), lambda load: load)
     made[0].load += 7
     assert load.tolist() == [[1, 2, 3, 4]]
 
 
-def test_a_model_without_experts_has_nothing_to_balance() -> None:
-    def reduce(load: Tensor) -> Tensor:
-        raise AssertionError
-
-    load = take_load([], reduce)
-    assert len(load) == 0
-    update_biases([], load, 0.1)
-    assert len(selection_biases([])) == 0
+def test_a_rank_without_some_layers_adds_its_own_in_their_places() -> None:
+    mine = routers([1.0, 2, 3, 4], [5.0, 6, 7, 8])
+    load = take_load({1: mine[0], 3: mine[1]}, (4, 4), lambda load: load)
+    assert load.tolist() == [[0] * 4, [1, 2, 3, 4], [0] * 4, [5, 6, 7, 8]]
+    update_biases({1: mine[0]}, load, 0.5)
+    assert biases(mine[0]) == [0.5, 0.5, -0.5, -0.5]
+    assert biases(mine[1]) == [0.0] * 4

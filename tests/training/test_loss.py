@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dsv3.data.batch import IGNORE, Batch
 from dsv3.model.transformer import ModelOutput
-from dsv3.training.loss import GlobalBatch, Losses, cross_entropy_sum, losses, valid_tokens
+from dsv3.model.loss import cross_entropy_sum
+from dsv3.training.loss import GlobalBatch, Losses, losses, valid_tokens
 from tests.reference import normal
 from tests.training.batches import ROWS, batch
 

@@ -6,11 +6,12 @@ import torch
 from dsv3.training.config import AdamWConfig
 from dsv3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from tests.reference import tiny_model, tokens
+from tests.training.batches import ALONE
 
 
 def test_adamw_gets_the_numbers_of_its_config() -> None:
     config = AdamWConfig(lr=0.02, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.3, fused=False)
-    optimizer = build_optimizer(config, tiny_model())
+    optimizer = build_optimizer(config, [tiny_model()])
     assert type(optimizer) is torch.optim.AdamW
     for group, decay in zip(optimizer.param_groups, (0.3, 0.0), strict=True):
         assert (group["lr"], tuple(group["betas"]), group["eps"]) == (0.02, (0.8, 0.7), 1e-3)
@@ -20,7 +21,7 @@ def test_adamw_gets_the_numbers_of_its_config() -> None:
 
 def test_every_parameter_is_in_one_group() -> None:
     model = tiny_model()
-    groups = build_optimizer(AdamWConfig(), model).param_groups
+    groups = build_optimizer(AdamWConfig(), [model]).param_groups
     found = [id(p) for group in groups for p in group["params"]]
     assert sorted(found) == sorted(id(p) for p in model.parameters())
 
@@ -30,14 +31,14 @@ def test_weight_decay_shrinks_matrices_and_spares_norms() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    build_optimizer(AdamWConfig(lr=0.1, weight_decay=0.5), model).step()
+    build_optimizer(AdamWConfig(lr=0.1, weight_decay=0.5), [model]).step()
     for name, parameter in model.named_parameters():
         expected = before[name] if "norm" in name else 0.95 * before[name]
         assert torch.allclose(parameter, expected, rtol=1e-6)
 
 
 def test_the_learning_rate_reaches_every_group() -> None:
-    optimizer = build_optimizer(AdamWConfig(), tiny_model())
+    optimizer = build_optimizer(AdamWConfig(), [tiny_model()])
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125] * 2
 
@@ -49,7 +50,7 @@ def test_gradients_are_scaled_together_and_only_down(share: float) -> None:
     (output.logits.square().sum() + output.mtp_logits[0].square().sum()).backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     norm = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
-    assert clip_gradients(model, share * norm).item() == pytest.approx(norm, rel=1e-5)
+    assert clip_gradients([model], share * norm, ALONE).item() == pytest.approx(norm, rel=1e-5)
     for parameter, before in zip(model.parameters(), gradients, strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, min(share, 1.0) * before, rtol=1e-4)
@@ -59,5 +60,5 @@ def test_parameters_without_a_gradient_do_not_disturb_the_clipping() -> None:
     model = tiny_model()
     model.norm.weight.grad = torch.full((32,), 2.0)
     model.head.weight.grad = torch.zeros(48, 32)
-    assert clip_gradients(model, 1.0).item() == pytest.approx(128**0.5)
+    assert clip_gradients([model], 1.0, ALONE).item() == pytest.approx(128**0.5)
     assert model.norm.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-5)

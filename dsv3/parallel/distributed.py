@@ -1,0 +1,64 @@
+"""A model spread over ranks: what this rank has of it, and how a step's passes go through it."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.config import Config, build
+from dsv3.model.generation import generate, inference
+from dsv3.model.router import Router
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.generation import RecomputedLogits
+from dsv3.parallel.mesh import ParallelMesh
+from dsv3.parallel.parallelizer import build_model
+from dsv3.training.passes import LocalPasses, Passes, placed_routers
+
+
+@dataclass
+class Distributed:
+    """The parts of the model on this rank - one, or several stages of a pipeline - and their passes."""
+
+    passes: Passes
+    mesh: ParallelMesh | None
+    device: torch.device
+
+    @property
+    def parts(self) -> list[Transformer]:
+        """What this rank has of the model."""
+        return self.passes.parts
+
+    @cached_property
+    def routers(self) -> dict[int, Router]:
+        """The routers here by their place among all MoE layers."""
+        return placed_routers(self.parts)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters here by their name in the whole model."""
+        return {name: p for part in self.parts for name, p in part.named_parameters()}
+
+    def generate(self, prompts: list[list[int]], *how: Any) -> list[list[int]]:
+        """model/generation.generate on any layout, all ranks together."""
+        logits = None
+        if self.mesh is not None and (self.mesh.degrees.pp, self.mesh.degrees.cp, self.mesh.degrees.tp) != (1, 1, 1):
+            multiple = 2 * self.mesh.degrees.cp * self.mesh.degrees.tp
+            logits = RecomputedLogits(self.passes, len(prompts), multiple, self.device)
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(inference(part))
+            return generate(self.parts[0], prompts, *how, logits_of=logits)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the model: parameters and selection biases."""
+        return {name: tensor for part in self.parts for name, tensor in part.state_dict().items()}
+
+
+def distribute(config: Config, mesh: ParallelMesh | None, device: torch.device) -> Distributed:
+    """Build the configured (and completed) model on this rank with its initial weights."""
+    if mesh is not None and mesh.degrees.pp > 1:
+        return Distributed(build(config.parallel.pipeline)(config, mesh, device), mesh, device)
+    passes = LocalPasses(build_model(config, mesh, device), config.data.document_mask)
+    return Distributed(passes, mesh, device)

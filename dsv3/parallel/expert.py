@@ -1,0 +1,150 @@
+"""Expert parallelism: tokens travel to the ranks that hold their experts, and weighted sums come back.
+
+A token is sent to a rank once, however many of its experts live there, with its weights for all of
+them; the rank adds the results up, so that one row comes back. Where `ep` spans nodes there are two
+levels: a token crosses to a node once, to the rank of the same number there, and is passed on within it.
+The number of rows is read on the host, once a layer and level: all_to_all needs it (NCCL's too).
+"""
+
+import os
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from dsv3.model.moe import Experts, ExpertsFunction, MoE, apply_experts
+from dsv3.model.router import Routing
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.collectives import start_exchange, wait
+from dsv3.parallel.config import ExchangeBackend
+from dsv3.parallel.mesh import ParallelMesh
+from dsv3.parallel.routes import Route, bring_back, make_route, send
+from dsv3.runtime.errors import UserError
+
+
+class ExpertParallel:
+    """Places experts on the ranks of the `ep` axis and gives every MoE layer a dispatcher between them."""
+
+    def __init__(self, backend: ExchangeBackend, ranks_per_node: int | None) -> None:
+        self.backend = backend
+        self.ranks_per_node = ranks_per_node
+
+    def __call__(self, model: Transformer, mesh: ParallelMesh) -> None:
+        """Wrap `model` in place where `ep` is above 1."""
+        if mesh.degrees.ep == 1:
+            return
+        if self.backend is ExchangeBackend.deepep:
+            raise UserError(
+                "parallel.expert.backend=deepep is not possible: it needs CUDA and the deep_ep package; "
+                "take parallel.expert.backend=all_to_all"
+            )
+        dispatcher = ExchangeDispatcher(exchange_levels(mesh, self.ranks_per_node))
+        for module in model.modules():
+            if isinstance(module, MoE):
+                _place(module.experts, mesh)
+                module.dispatcher = dispatcher
+
+
+def exchange_levels(mesh: ParallelMesh, ranks_per_node: int | None) -> list[dist.ProcessGroup]:
+    """The groups that a token passes through: one, or first between nodes and then within one."""
+    ep, node = mesh.degrees.ep, ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if node and ep > node and ep % node == 0:
+        levels = mesh.cut(rest=mesh.degrees.world_size // ep, node=ep // node, local=node)
+        return [levels.get_group("node"), levels.get_group("local")]
+    return [mesh.sparse.get_group("ep")]
+
+
+def _place(experts: Experts, mesh: ParallelMesh) -> None:
+    for name, weight in list(experts.named_parameters()):
+        split = distribute_tensor(weight, mesh.sparse["ep"], [Shard(0)], src_data_rank=None)
+        experts.register_parameter(name, nn.Parameter(split))
+    experts.forward = partial(_apply_own, experts)  # type: ignore[method-assign]
+
+
+def _apply_own(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+    weights = (experts.gate_up_proj.to_local(), experts.down_proj.to_local())  # type: ignore[attr-defined]
+    return apply_experts(rows, counts, *weights)
+
+
+class Leg(NamedTuple):
+    """One exchange that rows have made, for the way back."""
+
+    route: Route
+    sent: list[int]
+    received: list[int]
+    group: dist.ProcessGroup
+
+
+class Arriving(NamedTuple):
+    """Rows that are under way to this rank, with what it is to do with them."""
+
+    rows: Tensor
+    """[received rows, dim]; to be waited for."""
+    weights: Tensor
+    """[received rows, experts behind this rank] fp32, 0 for experts not chosen."""
+    chosen: Tensor
+    """[received rows, experts behind this rank] bool."""
+    leg: Leg
+
+
+class ExchangeDispatcher:
+    """The dispatcher of experts that live on several ranks."""
+
+    def __init__(self, levels: list[dist.ProcessGroup]) -> None:
+        self.levels = levels
+
+    def dispatch(self, x: Tensor, routing: Routing) -> tuple[Arriving, int]:
+        """Start the first exchange of `x` [tokens, dim]; the experts' turn comes in `combine`."""
+        experts, top_k = routing.stats.load.shape[0], routing.experts.shape[1]
+        weights = x.new_zeros(x.shape[0], experts, dtype=torch.float32)
+        chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(1, routing.experts, True)
+        weights = weights.scatter(1, routing.experts, routing.weights)
+        return _start(x, weights, chosen, top_k, self.levels[0]), top_k
+
+    def combine(self, dispatched: tuple[Arriving, int], experts: ExpertsFunction) -> Tensor:
+        """Let the rows arrive, compute, and bring the weighted sums [tokens, dim] back."""
+        arriving, top_k = dispatched
+        legs = [arriving.leg]
+        for group in self.levels[1:]:
+            arriving = _start(wait(arriving.rows), arriving.weights, arriving.chosen, top_k, group)
+            legs.append(arriving.leg)
+        out = _compute(wait(arriving.rows), arriving, top_k, experts)
+        for leg in reversed(legs):
+            back = wait(start_exchange(out, leg.received, leg.sent, leg.group))
+            out = bring_back(back, leg.route)
+        return out
+
+
+def _start(x: Tensor, weights: Tensor, chosen: Tensor, top_k: int, group: dist.ProcessGroup) -> Arriving:
+    """Send each row of `x` once to every rank of `group` behind which it has an expert."""
+    ranks = group.size()
+    goes = chosen.unflatten(1, (ranks, -1)).any(-1)
+    route = make_route(goes, min(top_k, ranks))
+    sent, received = _exchange_counts(route.counts, group)
+    rows = start_exchange(send(x, route), sent, received, group)
+    # A copy takes the weights of the experts behind its own place along.
+    taken = (route.source, route.place)
+    weights = weights.unflatten(1, (ranks, -1))[taken]
+    marks = chosen.unflatten(1, (ranks, -1))[taken].to(weights.dtype)
+    both = wait(start_exchange(torch.cat([weights, marks], dim=1), sent, received, group))
+    weights, marks = both.chunk(2, dim=1)
+    return Arriving(rows, weights, marks > 0, Leg(route, sent, received, group))
+
+
+def _compute(rows: Tensor, arriving: Arriving, top_k: int, experts: ExpertsFunction) -> Tensor:
+    """The weighted sum over the experts here, for every row that has arrived."""
+    route = make_route(arriving.chosen, min(top_k, arriving.chosen.shape[1]))
+    out = experts(send(rows, route), route.counts)
+    weights = arriving.weights[route.source, route.place].to(out.dtype)
+    return bring_back(out * weights.unsqueeze(1), route)
+
+
+def _exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """How many rows go to each rank and come from each: the one time the host waits for the device."""
+    ones = [1] * group.size()
+    received = wait(start_exchange(counts, ones, ones, group))
+    sent_list, received_list = torch.stack([counts, received]).tolist()
+    return sent_list, received_list
