@@ -126,7 +126,7 @@ def register_resolvers(sweep: Sweep) -> None:
 def report(error: BaseException, argv: list[str]) -> int:
     """Tell the user what went wrong, in one or two lines where it is theirs to mend; the exit code."""
     if isinstance(error, Stopped):
-        if error.message:
+        if error.message and os.environ.get("RANK", "0") == "0":  # under torchrun all ranks stop as one
             print(error.message, file=sys.stderr)
         return int(error.code or 0)
     if isinstance(error, KeyboardInterrupt):

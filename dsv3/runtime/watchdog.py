@@ -20,7 +20,7 @@ _PATIENCE = 20.0
 
 
 # NCCL's flight recorder: how many collectives it remembers, and to write them at a timeout of its own.
-_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 def record_collectives(environment: MutableMapping[str, str]) -> None:
@@ -47,7 +47,7 @@ class Watchdog:
         """Begin to watch; stacks will go to `folder`, which is made only then."""
         self.folder, self.cuda = folder, cuda
         if cuda:  # where NCCL's own watchdog would dump what it recorded
-            os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(folder / "nccl-rank-")
+            os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "nccl-rank-")
         (folder / f"rank-{self.rank}.txt").unlink(missing_ok=True)  # of a run that was gone on with
         self.beat()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 from dsv3.checkpoint.directory import complete_steps
-from tests.end_to_end.processes import KILL, CommandLine, gone, rows
+from tests.end_to_end.processes import KILL, STOP, CommandLine, gone, rows
 
 from .test_launch import ENDLESS, TWO
 
@@ -63,6 +63,17 @@ def test_ranks_do_not_outlive_a_killed_torchrun(command_line: CommandLine, tmp_p
     process.send(KILL)
     assert process.wait().code == -KILL
     assert gone(ranks, 10)
+
+
+def test_ranks_of_torchrun_stop_as_one(command_line: CommandLine, tmp_path: Path) -> None:
+    arguments = command_line.training(tmp_path / "run", ENDLESS, "parallel=fsdp")
+    process = command_line.start(*arguments, launcher=TORCHRUN)
+    process.wait_for_steps(tmp_path / "run", 1)
+    process.send(STOP)
+    stopped = process.wait()
+    assert stopped.err.count("go on: python train.py resume=") == 1
+    (saved,) = complete_steps(tmp_path / "run")
+    assert saved.name == f"step-{len(rows(tmp_path / 'run'))}"
 
 
 def test_two_nodes_started_by_hand_make_one_run(command_line: CommandLine, tmp_path: Path) -> None:

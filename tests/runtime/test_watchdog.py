@@ -37,6 +37,6 @@ def test_ranks_at_one_place_are_told_together_and_one_without_a_stack_is_named(t
 
 
 def test_what_the_user_has_set_of_the_flight_recorder_stands() -> None:
-    environment = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    environment = {"TORCH_FR_BUFFER_SIZE": "7"}
     record_collectives(environment)
-    assert environment == {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    assert environment == {"TORCH_FR_BUFFER_SIZE": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
