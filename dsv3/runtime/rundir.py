@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
-from dsv3.checkpoint.directory import complete_steps, step_number, write_text
+from dsv3.checkpoint.directory import MODEL_FILE, complete_steps, step_number, write_text
 from dsv3.config import Config, plain
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job
 from dsv3.runtime.quoting import absolute_paths
+from dsv3.runtime.stored import check_stored_targets, flat, stored_leaves
 
 CONFIG_FILE, OVERRIDES_FILE, ENVIRONMENT_FILE = "config.yaml", "overrides.yaml", "environment.json"
 _KEPT = ("data._target_", "data.held_out", "data.shuffle", "train.seed", "train.sequence_length")
@@ -77,15 +78,23 @@ def check_same_run(config: Config, directory: Path) -> None:
 
     Its weights belong to one model and tokenizer, its place in the data to one order of the rows.
     """
-    stored = _flat(_stored_config(directory))
-    for key, now in _flat(plain(config)).items():
+    file, typed = directory / CONFIG_FILE, flat(plain(config))
+    stored = stored_leaves(file)
+    if "model.dim" not in stored:
+        raise UserError(f"resume={directory}: {CONFIG_FILE} holds no model; is it a run's?")
+    check_stored_targets(file, stored, typed, config.run.allow_targets)
+    for key, now in typed.items():
         kept = key in _KEPT or key.startswith(("model.", "tokenizer."))
         if kept and key in stored and stored[key] != now:
             raise UserError(
                 f"resume={directory} has {key}={stored[key]}, not {now}: a run keeps its model and its data; "
                 "checkpoint.load= starts a new one from its weights"
             )
-    done = max(map(step_number, complete_steps(directory)), default=0)
+    steps = complete_steps(directory)
+    if steps and (file := steps[-1] / MODEL_FILE).exists():
+        model = {f"model.{key}": value for key, value in stored_leaves(file).items()}
+        check_stored_targets(file, model, typed, config.run.allow_targets)
+    done = step_number(steps[-1]) if steps else 0
     if config.train.steps < done:
         raise UserError(
             f"train.steps={config.train.steps} is less than resume={directory} has done: use {done} or more"
@@ -104,24 +113,6 @@ def check_same_data(fingerprint: str, directory: Path) -> None:
             f"resume={directory} was trained on data with the fingerprint {stored}, it is {fingerprint} now: "
             "give that data (data.path=...), or start a new run from the weights with checkpoint.load="
         )
-
-
-def _stored_config(directory: Path) -> dict[str, Any]:
-    try:
-        stored = yaml.safe_load((directory / CONFIG_FILE).read_text())
-        if not isinstance(stored["model"], dict):
-            raise TypeError
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        raise UserError(f"resume={directory}: config.yaml holds no model; is it a run's?") from None
-    return dict(stored)
-
-
-def _flat(node: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts by their dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in node.items():
-        leaves |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return leaves
 
 
 def environment(job: Job, data: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from dsv3.config import plain
 from dsv3.model.config import ModelConfig
@@ -97,6 +98,43 @@ def test_what_a_run_never_stores_is_refused(commands: Commands, stored: StoredRu
     assert "overrides.yaml" in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert not outcome.jobs
+
+
+@pytest.mark.parametrize("target", ["os.system", "dsv3.runtime.rundir.subprocess.Popen", "", 7])
+@pytest.mark.parametrize("key", ["optimizer", "parallel", "logger.files.0", "planted.deep.down"])
+def test_a_target_planted_in_a_stored_config_is_refused(
+    commands: Commands, stored: StoredRun, key: str, target: object
+) -> None:
+    file = stored.store() / "config.yaml"
+    config = OmegaConf.create(file.read_text())
+    config.logger.files = [{"name": "x"}]
+    OmegaConf.update(config, f"{key}._target_", target, force_add=True)
+    file.write_text(OmegaConf.to_yaml(config))
+    outcome = commands.run(f"resume={stored.directory}")
+    assert outcome.code == 2
+    assert f"{file}: {key}._target_={target} " in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_stored_class_of_ours_may_be_replaced_by_another(commands: Commands, stored: StoredRun) -> None:
+    directory = stored.store("schedule=wsd", "logger=wandb")
+    assert commands.run(f"resume={directory}", "schedule=steps", "logger=none").code == 0
+
+
+@pytest.mark.parametrize("text", ["_target_: os.system", "- 1", "a: &a [*a]", "{", "[" * 5000])
+def test_a_checkpoints_model_is_looked_at_before_a_run_goes_on(
+    commands: Commands, stored: StoredRun, text: str
+) -> None:
+    for number, content in ((3, text), (20, "dim: 128")):
+        step = stored.store() / "checkpoints" / f"step-{number}"
+        step.mkdir(parents=True)
+        (step / "model.yaml").write_text(content)
+    assert commands.run(f"resume={stored.directory}").code == 0  # step 20 is what it would go on from
+    (step / "model.yaml").write_text(text)
+    outcome = commands.run(f"resume={stored.directory}")
+    assert outcome.code == 2
+    assert f"{step}/model.yaml" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
 
 
 def test_a_stored_yaml_tag_runs_nothing(commands: Commands, stored: StoredRun, tmp_path: Path) -> None:
