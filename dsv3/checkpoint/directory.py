@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsv3.runtime.errors import UserError
 
+HF_PREFIX = "hf:"
+"""What `checkpoint.load` begins with where the path behind it is a HuggingFace checkpoint."""
 MODEL_FILE, STATE_FILE, TOKENIZER_DIR = "model.yaml", "state.json", "tokenizer"
 _STEP = re.compile(r"step-(\d+)")
 
@@ -59,6 +62,8 @@ def complete_steps(run_dir: Path) -> list[Path]:
 
 def find_checkpoint(path: str) -> Path:
     """The checkpoint directory that `checkpoint.load=PATH` means: a run's newest, or the one given."""
+    if path.startswith(HF_PREFIX):
+        raise _is_hf(path, path.removeprefix(HF_PREFIX))
     directory = Path(path)
     if (directory / ".metadata").is_file():
         return directory
@@ -67,8 +72,17 @@ def find_checkpoint(path: str) -> Path:
         return steps[-1]
     if not directory.exists():
         raise UserError(f"checkpoint.load={path} does not exist")
+    if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
+        raise _is_hf(path, path)
     what = "no checkpoint yet" if (directory / "config.yaml").exists() else "neither a run nor a checkpoint"
     raise UserError(f"checkpoint.load={path} holds {what}: give a run, step or DCP directory")
+
+
+def _is_hf(path: str, directory: str) -> UserError:
+    return UserError(
+        f"checkpoint.load={path} is a HuggingFace checkpoint, which cannot be loaded from there yet: "
+        f"task=verify model=hf model.path={shlex.quote(directory)} reads and checks it"
+    )
 
 
 def prepare_partial(directory: Path) -> Path:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NoReturn
 
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.quoting import identity, is_multirun, quote, quote_texts, split_override, typed_text
@@ -28,6 +30,8 @@ def prepare(argv: Sequence[str]) -> list[str]:
     if "hydra.sweep.dir" in map(identity, argv):
         raise UserError("hydra.sweep.dir is not for typing: run.dir=DIR says where a sweep's jobs go")
     arguments = quote_texts(arguments)
+    if multirun:
+        _refuse_several_directories(arguments)
     return arguments + _machine_defaults(arguments) + _sweep_defaults(arguments)
 
 
@@ -64,6 +68,7 @@ def _expand_resume(argv: Sequence[str], multirun: bool) -> list[str]:
         raise UserError("resume= goes on with one run: give it once and without -m")
     directory = Path(typed_text(resumes[0])).absolute()
     typed = [argument for argument in argv if argument != resumes[0]]
+    _refuse_beside_resume(directory, typed)
     if "checkpoint.load" in map(identity, typed):
         raise UserError(
             "resume= goes on from the run's own checkpoint, checkpoint.load= starts a new run: give one"
@@ -74,6 +79,28 @@ def _expand_resume(argv: Sequence[str], multirun: bool) -> list[str]:
     merged["run.dir"] = f"run.dir={quote(str(directory))}"
     merged["run.resume"] = "run.resume=true"
     return list(merged.values())
+
+
+def _refuse_beside_resume(directory: Path, typed: Sequence[str]) -> None:
+    """UserError for what would be ignored, or mean something else, beside resume=."""
+    for key, value in filter(None, map(split_override, typed)):
+        if key == "run.dir":
+            raise UserError(f"resume={directory} goes on in its own directory: leave run.dir={value} out")
+        if key == "task" and value in ("evaluate", "generate"):
+            command = shlex.join([f"task={value}", f"checkpoint.load={directory}"])
+            raise UserError(f"resume= goes on with training; to {value} a run: {command}")
+
+
+def _refuse_several_directories(arguments: Sequence[str]) -> None:
+    """UserError for a sweep over run.dir: its jobs go into numbered directories of one."""
+    for argument in arguments:
+        if identity(argument) == "run.dir":
+            parsed = OverridesParser.create().parse_override(argument)
+            if parsed.is_sweep_override():
+                raise UserError(
+                    f"{argument}: a sweep has one directory, in which its jobs are numbered; "
+                    "a comma in its name needs quotes, \"run.dir='a,b'\""
+                )
 
 
 def _stored_overrides(directory: Path) -> list[str]:

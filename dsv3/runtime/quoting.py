@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
+from dsv3.checkpoint.directory import HF_PREFIX
 from dsv3.config import literal
 
 TEXT_KEYS = frozenset(
@@ -61,7 +62,10 @@ def _absolute(override: str) -> str:
     found = _OVERRIDE.fullmatch(override)
     if not found or found["key"] not in PATH_KEYS or found["value"] in ("", "null"):
         return override
-    return f"{found['prefix']}{found['key']}={quote(str(Path(_read_text(override)).absolute()))}"
+    text = _read_text(override)
+    kind = HF_PREFIX if found["key"] == "checkpoint.load" and text.startswith(HF_PREFIX) else ""
+    path = Path(text.removeprefix(kind)).absolute()
+    return f"{found['prefix']}{found['key']}={quote(f'{kind}{path}')}"
 
 
 def typed_text(argument: str) -> str:

@@ -179,3 +179,13 @@ def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch
     write_text(path, "new")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_huggingface_checkpoint_is_called_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    for path in (str(tmp_path), f"hf:{tmp_path}"):
+        with pytest.raises(UserError, match="HuggingFace") as error:
+            find_checkpoint(path)
+        assert f"checkpoint.load={path} " in str(error.value)
+        assert f"task=verify model=hf model.path={tmp_path} " in str(error.value)

@@ -1,5 +1,6 @@
 """Prompts and paths reach the code as they were typed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 
 from dsv3.config import build, strict
 from dsv3.runtime.commandline import prepare
-from dsv3.runtime.quoting import quote_texts
+from dsv3.runtime.quoting import absolute_paths, quote_texts, typed_text
 from dsv3.tasks.config import GenerateTaskConfig
 
 PARTS = [
@@ -122,3 +123,19 @@ def test_other_arguments_are_left_alone(argument: str) -> None:
 
 def test_null_stays_null_in_a_sweep() -> None:
     assert quote_texts(["-m", "checkpoint.load=null,/x y"])[1] == "checkpoint.load=null,'/x y'"
+
+
+def test_a_stored_path_is_absolute_and_keeps_what_says_how_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["checkpoint.load=hf:x", "checkpoint.load=hf:/y z", "checkpoint.load=x", "data.path=hf:x", "a=b"]
+    stored = absolute_paths(quote_texts(typed))
+    wanted = [f"hf:{tmp_path}/x", "hf:/y z", f"{tmp_path}/x", f"{tmp_path}/hf:x"]
+    assert [typed_text(argument) for argument in stored[:4]] == wanted
+    assert stored[4] == "a=b"
+
+
+@pytest.mark.parametrize("typed", ["'/a,b'", "/a b", '"/a, (b)"'])
+def test_a_sweep_has_one_directory_whatever_its_name(typed: str) -> None:
+    assert prepare(["-m", f"run.dir={typed}", "train.steps=1,2"])
