@@ -130,6 +130,17 @@ def load_tensors(directory: Path, targets: dict[str, Tensor]) -> None:
     A missing name or another shape is a UserError that names the tensor.
     """
     metadata = read_metadata(directory)
+    require_tensors(directory, metadata, targets)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
+            load(dict(targets), storage_reader=SafeReader(directory, metadata))
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"{directory} cannot be read, it may be damaged: {_reason(error)}") from error
+
+
+def require_tensors(directory: Path, metadata: Metadata, targets: dict[str, Tensor]) -> None:
+    """UserError that names the first of `targets` (of any device) that is missing or of another shape."""
     for name, tensor in targets.items():
         entry = metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
@@ -137,12 +148,6 @@ def load_tensors(directory: Path, targets: dict[str, Tensor]) -> None:
         if entry.size != tensor.shape:
             saved, wanted = list(entry.size), list(tensor.shape)
             raise UserError(f"{directory}: '{name}' has shape {saved}, the model needs {wanted}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
-            load(dict(targets), storage_reader=SafeReader(directory, metadata))
-    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{directory} cannot be read, it may be damaged: {_reason(error)}") from error
 
 
 def _metadata(record: Any) -> Metadata:
