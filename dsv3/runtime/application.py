@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dsv3.config import CONF, register
-from dsv3.runtime.commandline import flags_first
+from dsv3.runtime.commandline import flags_first, is_first_here
 from dsv3.runtime.errors import RunFailed, UserError
 from dsv3.runtime.explain import explain
 from dsv3.runtime.groups import config_groups
@@ -47,6 +47,8 @@ class Application:
         self.prepare = prepare
         self.carry_out = carry_out
         self.composed = False
+        self.untouched = True
+        """Whether a stop now would leave nothing behind: no training has taken over the signals."""
         self.failure: BaseException | None = None
         self.sweep = Sweep()
 
@@ -87,34 +89,45 @@ class Application:
             if isinstance(error, AssertionError | ValueError) and not self.composed:
                 # Overrides that Hydra stumbles over while it composes: no job of ours has begun.
                 error = ConfigCompositionException(str(error))
+            if isinstance(error, KeyboardInterrupt) and self.untouched and is_first_here():
+                print("stopped before the first step; nothing was saved", file=sys.stderr)
             return report(error, argv)
         finally:
             signal.signal(signal.SIGTERM, before)
         return DONE
 
     def job(self, config: DictConfig) -> float | None:
-        """Carry out one composed config; in a sweep a failure is told at once, marked and raised."""
+        """Carry out one composed config; in a sweep a failure is told at once and marked."""
         self.composed = True
         hydra = HydraConfig.get()
+        task: Any = OmegaConf.get_type(config, "task") if "task" in config else None
+        self.untouched = hydra.mode is RunMode.RUN and getattr(task, "writes_run", False)
         try:
             result = self.carry_out(config)
-            if hydra.mode is RunMode.MULTIRUN:
-                _require_objective(hydra.sweeper._target_, result)
+            if hydra.mode is RunMode.MULTIRUN and _searches(hydra.sweeper):
+                _require_objective(result)
             return result
         except Exception as error:
             if hydra.mode is RunMode.MULTIRUN:
                 reason = _one_line(error)
                 print(f"job {hydra.job.num} failed: {reason}", file=sys.stderr, flush=True)
                 mark_failed(Path(hydra.runtime.output_dir), reason, list(hydra.overrides.task))
-                raise RunFailed(f"job {hydra.job.num} failed") from None
+                if _searches(hydra.sweeper):
+                    raise RunFailed(f"job {hydra.job.num} failed") from None
+                return None  # the mark says it: of an exception Hydra would print a line of its own
             # Hydra would announce an exception in words of its own: hand it to run() instead.
             self.failure = error
             return None
 
 
-def _require_objective(sweeper: str, result: float | None) -> None:
+def _searches(sweeper: Any) -> bool:
+    """Whether a sweeper judges jobs by their results, and so must be told that one has none."""
+    return not sweeper._target_.endswith("BasicSweeper")
+
+
+def _require_objective(result: float | None) -> None:
     """RunFailed where a sweeper that searches gets nothing to judge the job by."""
-    if not sweeper.endswith("BasicSweeper") and (result is None or not math.isfinite(result)):
+    if result is None or not math.isfinite(result):
         raise RunFailed(f"its result is {result}, not a held-out loss that the sweeper could compare")
 
 
@@ -124,22 +137,24 @@ def register_resolvers(sweep: Sweep) -> None:
 
 
 def report(error: BaseException, argv: list[str]) -> int:
-    """Tell the user what went wrong, in one or two lines where it is theirs to mend; the exit code."""
+    """Tell the user what went wrong, in one or two lines where it is theirs to mend; the exit code.
+
+    A mistake that all ranks of torchrun or srun meet is told once a node.
+    """
     if isinstance(error, Stopped):
         if error.message and os.environ.get("RANK", "0") == "0":  # under torchrun all ranks stop as one
             print(error.message, file=sys.stderr)
         return int(error.code or 0)
     if isinstance(error, KeyboardInterrupt):
         return KILLED
-    if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+        if is_first_here():
+            known = isinstance(error, UserError)
+            print(f"error: {error if known else explain(error, argv, config_groups())}", file=sys.stderr)
         return MISTAKE
     if isinstance(error, RunFailed):
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        print(f"error: {explain(error, argv, config_groups())}", file=sys.stderr)
-        return MISTAKE
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAILED
     traceback.print_exception(error)

@@ -49,6 +49,11 @@ def under_launcher() -> bool:
     return "RANK" in os.environ
 
 
+def is_first_here() -> bool:
+    """Whether this process is alone, or the first of its node: what all ranks meet is told once a console."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
 def _with_value(argument: str, following: str) -> str:
     """`--info` with the value that it may leave out; it would take an override for it."""
     bare = argument == "--info" and (not following or "=" in following or following.startswith("-"))

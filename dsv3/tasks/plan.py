@@ -1,6 +1,7 @@
 """task=plan: what a layout needs, by arithmetic alone; imports no torch."""
 
 import json
+import os
 
 from dsv3.runtime.job import Job
 from dsv3.tasks.config import PlanFormat
@@ -13,7 +14,9 @@ class Plan:
         self.format = format
 
     def run(self, job: Job) -> None:
-        """Print the job's plan to stdout, as text or as one JSON object."""
+        """Print the job's plan to stdout, as text or as one JSON object; once, also under torchrun."""
+        if os.environ.get("RANK", "0") != "0":
+            return
         if self.format is PlanFormat.json:
             print(json.dumps(job.plan.to_json(), indent=1))
         else:

@@ -175,6 +175,19 @@ def test_a_bad_job_of_a_sweep_does_not_stop_the_others(commands: Commands) -> No
     assert "Traceback" not in outcome.err
 
 
+def test_every_failed_job_of_a_sweep_is_named_at_its_end_and_in_no_words_of_hydras(
+    commands: Commands,
+) -> None:
+    outcome = commands.run("-m", "task=plan", "train.steps=0,2,-1,3")
+    assert outcome.code == 1
+    assert [job.config.train.steps for job in outcome.jobs] == [2, 3]
+    *told, summary, first, second = outcome.err.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["job 0 failed", "job 2 failed"]
+    assert summary.startswith("failed: jobs 0, 2 of ")
+    assert first.startswith("job 0: train.steps=0 is not possible")
+    assert second.startswith("job 2: train.steps=-1 is not possible")
+
+
 def test_a_sweep_under_torchrun_is_refused(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     outcome = commands.run("-m", "train.steps=2,3")
