@@ -129,6 +129,14 @@ class TokensData:
         return np.sort(order[aside:]), np.sort(order[:aside])
 
 
+def _kind(table: object) -> str:
+    """What a file that is refused holds; the byte order where it is not this machine's."""
+    if not isinstance(table, np.ndarray):
+        return "an archive of arrays"
+    order = {"<": "little-endian ", ">": "big-endian "}.get(table.dtype.byteorder, "")  # "=": the machine's
+    return f"{order}{table.dtype.name} {list(table.shape)}"
+
+
 def _open(path: str) -> npt.NDArray[Any]:
     file = Path(path).expanduser()
     wanted = "an .npy file of int32 or int64 [rows, width] is needed"
@@ -140,10 +148,7 @@ def _open(path: str) -> npt.NDArray[Any]:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"data.path={path} is no array that can be read ({error}): {wanted}") from error
     if not isinstance(table, np.ndarray) or table.dtype not in (np.int32, np.int64) or table.ndim != 2:
-        found = (
-            f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else "an archive of arrays"
-        )
-        raise UserError(f"data.path={path} holds {found}: {wanted}")
+        raise UserError(f"data.path={path} holds {_kind(table)}: {wanted}")
     if table.shape[0] < 1 or table.shape[1] < 2:
         raise UserError(f"data.path={path} is {list(table.shape)}: at least 1 row of 2 ids is needed")
     return table

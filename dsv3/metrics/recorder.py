@@ -69,7 +69,8 @@ class Recorder:
                 setattr(row, name, value.item())
             row.memory_gib = self.memory
             self._show(row)
-            watched = {name: getattr(row, name) or 0.0 for name in ("loss", "grad_norm", "evaluation_loss")}
+            values = {name: getattr(row, name) for name in ("loss", "grad_norm", "evaluation_loss")}
+            watched = {name: value for name, value in values.items() if value is not None}
             if not all(map(math.isfinite, watched.values())):
                 self.close()
                 raise RunFailed(

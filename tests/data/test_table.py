@@ -1,6 +1,7 @@
 """Ids as given: every row a document, every row scored, and no file that could run code."""
 
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,14 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "several.npz", np.zeros((3, 3), np.int32))
     with pytest.raises(UserError, match="archive"):
         TokensData(path=str(tmp_path / "several.npz"))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_a_foreign_byte_order_is_named(tmp_path: Path, dtype: type) -> None:
+    foreign = np.zeros((3, 4), np.dtype(dtype).newbyteorder("S"))
+    name = {"little": "big-endian", "big": "little-endian"}[sys.byteorder]
+    with pytest.raises(UserError, match=rf"holds {name} {np.dtype(dtype).name} \[3, 4\]"):
+        TokensData(path=written(tmp_path, foreign))
 
 
 @pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1])

@@ -1,0 +1,32 @@
+"""What ends a run for numbers that are none says which, and no more than is known."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3.metrics.recorder import Recorder
+from dsv3.metrics.row import MetricsRow
+from dsv3.runtime.distributed import Worker
+from dsv3.runtime.errors import RunFailed
+
+ALONE = Worker(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("figures", "evaluation", "told"),
+    [
+        ({"loss": math.nan, "grad_norm": 2.0}, None, "loss nan, grad_norm 2.0."),
+        ({"loss": 0.0, "grad_norm": math.inf}, None, "loss 0.0, grad_norm inf."),
+        ({"loss": 1.5}, math.nan, "loss 1.5, evaluation_loss nan."),
+    ],
+)
+def test_only_figures_that_there_are_are_told(
+    tmp_path: Path, figures: dict[str, float], evaluation: float | None, told: str
+) -> None:
+    recorder = Recorder(tmp_path / "metrics.jsonl", ALONE, 1, None, None)
+    row = MetricsRow(step=7, tokens=8, evaluation_loss=evaluation)
+    with pytest.raises(RunFailed) as failed:
+        recorder.add(row, {name: torch.tensor(value) for name, value in figures.items()})
+    assert str(failed.value).startswith(f"step 7 is not finite: {told} Checkpoints")
