@@ -1,9 +1,11 @@
 """A command from its arguments to its exit code: prepare, compose, check, plan, launch."""
 
+import contextlib
 import math
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ from dsv3.runtime.slurm import srun_variables
 from dsv3.runtime.sweep import Sweep, end_with_sweep, mark_failed, same_code
 
 DONE, FAILED, MISTAKE = 0, 1, 2
+# What a silent rank waits for the one that speaks, in seconds.
+PATIENCE = 3.0
 T = TypeVar("T")
 
 
@@ -151,6 +155,8 @@ def report(error: BaseException, argv: list[str]) -> int:
         if is_first_here():
             known = isinstance(error, UserError)
             print(f"error: {error if known else explain(error, argv, config_groups())}", file=sys.stderr)
+        else:
+            _wait_for_first()
         return MISTAKE
     if isinstance(error, RunFailed):
         print(f"failed: {error}", file=sys.stderr)
@@ -159,6 +165,12 @@ def report(error: BaseException, argv: list[str]) -> int:
         return error.code if isinstance(error.code, int) else FAILED
     traceback.print_exception(error)
     return FAILED
+
+
+def _wait_for_first() -> None:
+    """Let the node's first rank say what is wrong: torchrun ends all ranks as soon as one is gone."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(PATIENCE)
 
 
 def _one_line(error: Exception) -> str:

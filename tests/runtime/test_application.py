@@ -73,8 +73,11 @@ def test_a_mistake_is_told_once_a_node(
 ) -> None:
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 16)):
         monkeypatch.setenv(name, str(value))
+    waited: list[float] = []
+    monkeypatch.setattr("dsv3.runtime.application.time.sleep", waited.append)
     outcome = commands.run(mistake)
     assert (outcome.code, outcome.out, bool(outcome.err)) == (2, "", told)
+    assert bool(waited) is not told  # or torchrun would end the first rank before it has spoken
 
 
 def test_a_stop_keeps_its_message_and_code_on_the_way_from_another_process() -> None:
