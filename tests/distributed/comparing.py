@@ -20,6 +20,7 @@ def assert_equal(traces: list[Trace | None], single: Trace, tolerance: float = T
         for mine, whole in zip(trace.gradients, single.gradients, strict=True):
             assert_close(mine, whole, tolerance)
         assert_close(trace.state, single.state, tolerance)
+        assert trace.evaluation == pytest.approx(single.evaluation, rel=tolerance)
     assert set().union(*(trace.gradients[0] for trace in there)) == set(single.gradients[0])
     assert set().union(*(trace.state for trace in there)) == set(single.state)
 

@@ -1,7 +1,7 @@
 """A few optimizer steps of a tiny model, for comparing layouts; runs in the test process and in workers."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from dsv3.parallel.degrees import Degrees
 from dsv3.parallel.distributed import Distributed, distribute
 from dsv3.parallel.mesh import ParallelMesh, build_mesh, place
 from dsv3.runtime.distributed import Worker
+from dsv3.training.evaluation import evaluate
 from dsv3.training.step import TrainStep, Weights
 from tests.composing import compose
 
@@ -36,7 +37,8 @@ TINY = [
     f"train.global_batch_size={GLOBAL_BATCH}",
     "data.document_mask=true",
 ]
-WEIGHTS = Weights(lr=1e-3, mtp=0.3, balance=0.01, bias_speed=0.01, z=1e-3)
+RATES = {"sgd": 0.22, "adamw": 1e-3}
+WEIGHTS = Weights(lr=0.0, mtp=1.0, balance=0.01, bias_speed=0.01, z=1e-3)
 
 
 @dataclass
@@ -94,17 +96,20 @@ def train(
     keep = chosen.register_step_pre_hook(lambda *_: trace.gradients.append(_gradients(model)))
     loader = Loader(StepRows(), GLOBAL_BATCH, microbatch, me.data_rank, me.data_world)
     for number in range(steps):
-        figures = step(loader.microbatches(number * GLOBAL_BATCH), WEIGHTS)
+        weights = replace(WEIGHTS, lr=RATES[optimizer])
+        figures = step(loader.microbatches(number * GLOBAL_BATCH), weights)
         trace.figures.append({name: value.item() for name, value in figures.items()})
     keep.remove()
+    trace.evaluation = evaluate(model.passes, StepRows(), microbatch, me).loss
     trace.state = {name: full(value).clone() for name, value in model.named_tensors().items()}
     return trace
 
 
 def _optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=1e-3, foreach=False)
-    return torch.optim.AdamW(parameters, lr=1e-3, eps=1e-4, foreach=False)
+        return torch.optim.SGD(parameters, lr=1.0, foreach=False)
+    # With a tiny eps AdamW turns rounding into steps of the size of lr.
+    return torch.optim.AdamW(parameters, eps=1e-4, foreach=False)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""Parallel equals single: every figure, gradient, parameter and the evaluation, for every pair of axes.
+
+With documents in rows, MTP, balance and z-loss, bias updates, several microbatches; on every rank.
+"""
+
+import pytest
+
+from dsv3.parallel.degrees import Degrees
+from tests.distributed.comparing import TOLERANCE, assert_equal, relative_error
+from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
+from tests.distributed.pool import Pool
+from tests.distributed.training import Trace, train
+
+STEPS = 3
+LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
+FULL = TRIPLES["dp_shard x cp x tp, ep 4"]
+
+
+@pytest.fixture(scope="module")
+def singles() -> dict[str, Trace]:
+    """What one process does, by optimizer."""
+    traces = {name: train([], None, STEPS, 2, name) for name in ("sgd", "adamw")}
+    return {name: trace for name, trace in traces.items() if trace is not None}
+
+
+def compare(
+    pool: Pool, single: Trace, degrees: Degrees, *overrides: str, microbatch: int = 1, optimizer: str = "sgd"
+) -> None:
+    traces = pool.run(train, ["parallel=fsdp", *overrides], degrees, STEPS, microbatch, optimizer)
+    assert sum(trace is not None for trace in traces) == degrees.world_size
+    assert_equal(traces, single)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_as_one_process_does(pool: Pool, singles: dict[str, Trace], layout: str) -> None:
+    compare(pool, singles["sgd"], LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["dp_shard x ep", "tp x cp", "pp x ep", "dp_shard x cp x tp, ep 4"])
+def test_and_so_it_does_under_adamw(pool: Pool, singles: dict[str, Trace], layout: str) -> None:
+    compare(pool, singles["adamw"], LAYOUTS[layout], optimizer="adamw")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_gives_the_gradients_of_one_process(
+    pool: Pool, singles: dict[str, Trace], schedule: str
+) -> None:
+    compare(pool, singles["sgd"], Degrees(pp=2, dp_shard=2), f"parallel.schedule={schedule}")
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layout", ["tp x cp", "pp x ep", "dp_shard x cp x tp, ep 4"])
+def test_recomputation_changes_nothing(
+    pool: Pool, singles: dict[str, Trace], layout: str, recompute: str
+) -> None:
+    compare(pool, singles["sgd"], LAYOUTS[layout], f"recompute={recompute}")
+
+
+@pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
+def test_schedules_that_split_the_backward_pass_recompute_too(
+    pool: Pool, singles: dict[str, Trace], schedule: str
+) -> None:
+    chosen = [f"parallel.schedule={schedule}", "recompute=full"]
+    compare(pool, singles["sgd"], Degrees(pp=2, cp=2), *chosen)
+
+
+def test_kept_parameters_and_larger_microbatches_change_nothing(pool: Pool, singles: dict[str, Trace]) -> None:
+    compare(pool, singles["sgd"], Degrees(dp_shard=2), "parallel.reshard_after_forward=false", microbatch=2)
+    compare(pool, singles["sgd"], Degrees(dp_shard=2), "parallel.fsdp.prefetch=false", microbatch=4)
+
+
+def test_experts_over_two_nodes_pass_two_exchanges(pool: Pool, singles: dict[str, Trace]) -> None:
+    compare(pool, singles["sgd"], Degrees(dp_shard=4, ep=4), "parallel.expert.ranks_per_node=2")
+
+
+def test_experts_are_cut_where_there_are_more_shards_than_experts(
+    pool: Pool, singles: dict[str, Trace]
+) -> None:
+    few = ["model.moe.num_experts=2", "model.moe.num_groups=1", "model.moe.top_k_groups=1"]
+    single = train(few, None, STEPS, 2)
+    assert single is not None
+    compare(pool, single, Degrees(dp_shard=4), *few)
+    compare(pool, single, Degrees(dp_shard=4, tp=2, ep=2), *few)
+
+
+@pytest.mark.parametrize("layout", ["dp_shard", "tp x cp", "pp x ep"])
+def test_bf16_differs_by_its_own_rounding_alone(pool: Pool, layout: str) -> None:
+    """One step: sums in another order, in bf16; what one process rounds differs by as much from fp32."""
+    single = train(["precision=bf16"], None, 1, 2)
+    assert single is not None
+    degrees = LAYOUTS[layout]
+    for trace in pool.run(train, ["parallel=fsdp", "precision=bf16"], degrees, 1, 2)[: degrees.world_size]:
+        assert trace.figures[0]["loss"] == pytest.approx(single.figures[0]["loss"], rel=2e-3)
+        errors = [relative_error(g, single.gradients[0][name]) for name, g in trace.gradients[0].items()]
+        assert sorted(errors)[len(errors) // 2] < 0.03
+
+
+def test_the_comparison_is_not_vacuous(singles: dict[str, Trace]) -> None:
+    """Each tensor moves by a hundred times what the comparison lets pass."""
+    for optimizer, trace in singles.items():
+        before = train([], None, 0, 2, optimizer)
+        assert before is not None
+        assert all(figures["moe_max_violation"] > 0 for figures in trace.figures)
+        for name, tensor in trace.state.items():
+            moved = relative_error(tensor, before.state[name])
+            assert moved > 100 * TOLERANCE, (optimizer, name, moved)
