@@ -17,7 +17,6 @@ from dsv3.model.kernels import Segments, attention_kernel
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.rope import apply_rotary
 
-
 Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """From the latents of a rank's own tokens to those of the queries it computes (parallel/tensor.py)."""
 Attend = Callable[["LatentAttention", Tensor, Tensor, Tensor, Segments | None], Tensor]

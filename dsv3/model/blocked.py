@@ -77,7 +77,8 @@ def _by_head(x: Tensor) -> Tensor:
 
 
 def _by_token(x: Tensor, batch: int) -> Tensor:
-    return x.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()
+    tokens: Tensor = x.unflatten(0, (batch, -1))
+    return tokens.transpose(1, 2).contiguous()
 
 
 @blocked_attention.register_fake

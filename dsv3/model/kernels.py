@@ -158,7 +158,7 @@ def attend_to_prefix(
     end = start + q.shape[1]
     if segments is None:
         return _lower_right(q, k[:, :end], v[:, :end], scale)
-    return _prefix_documents(q, k, v, scale, start, segments)
+    return cast(Tensor, _prefix_documents(q, k, v, scale, start, segments))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -211,8 +211,8 @@ def _documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments
 def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Heads as the fastest backend of SDPA takes them: padded to one width unless it takes two.
 
-    FlashAttention takes one width alone. cuDNN on Hopper and Blackwell takes 192 and 128 as they are, but no v that is a view of a wider
-    tensor. In fp32 CUDA has only the memory-efficient kernel, which takes both.
+    FlashAttention takes one width alone. cuDNN on Hopper and Blackwell takes 192 and 128 as they are, but
+    no v that is a view of a wider tensor. In fp32 CUDA has only the memory-efficient kernel, which takes both.
     """
     if q.shape[-1] == v.shape[-1]:
         return q, k, v

@@ -11,7 +11,6 @@ from dsv3.model.config import MoEConfig
 from dsv3.model.layers import FeedForward
 from dsv3.model.router import Router, RouterStats, Routing
 
-
 ExpertsFunction = Callable[[Tensor, Tensor], Tensor]
 """From `rows` [rows, dim] sorted by expert and `counts` [experts] of them to results [rows, dim]."""
 

@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         blocks = {str(n): Block(self.config, dense=n < num_dense_layers) for n in range(num_layers)}
         self.layers = nn.ModuleDict(blocks)
         self.norm = RMSNorm(dim, norm_eps)
-        self.head: nn.Module = Linear(dim, vocab_size)
+        self.head = Linear(dim, vocab_size)
         self.mtp = nn.ModuleList(MTPModule(self.config) for _ in range(mtp_depths))
         self.part = WholeRow()
         self.vocabulary = WholeVocabulary()

@@ -53,6 +53,11 @@ class Degrees:
         return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
     @property
+    def splits_rows(self) -> bool:
+        """Whether no rank has whole rows, whole heads and all layers."""
+        return self.pp * self.cp * self.tp > 1
+
+    @property
     def data_parallel(self) -> int:
         """Ranks that read different sequences."""
         return self.dp_replicate * self.dp_shard

@@ -3,7 +3,6 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +39,24 @@ class Distributed:
         """The parameters here by their name in the whole model."""
         return {name: p for part in self.parts for name, p in part.named_parameters()}
 
-    def generate(self, prompts: list[list[int]], *how: Any) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        most: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        end: int | None,
+    ) -> list[list[int]]:
         """model/generation.generate on any layout, all ranks together."""
         logits = None
-        if self.mesh is not None and (self.mesh.degrees.pp, self.mesh.degrees.cp, self.mesh.degrees.tp) != (1, 1, 1):
+        if self.mesh is not None and self.mesh.degrees.splits_rows:
             multiple = 2 * self.mesh.degrees.cp * self.mesh.degrees.tp
             logits = RecomputedLogits(self.passes, len(prompts), multiple, self.device)
         with ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(inference(part))
-            return generate(self.parts[0], prompts, *how, logits_of=logits)
+            return generate(self.parts[0], prompts, most, temperature, top_p, seed, end, logits)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the model: parameters and selection biases."""

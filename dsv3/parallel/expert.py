@@ -6,7 +6,6 @@ levels: a token crosses to a node once, to the rank of the same number there, an
 The number of rows is read on the host, once a layer and level: all_to_all needs it (NCCL's too).
 """
 
-import os
 from functools import partial
 from typing import NamedTuple
 
@@ -41,20 +40,11 @@ class ExpertParallel:
                 "parallel.expert.backend=deepep is not possible: it needs CUDA and the deep_ep package; "
                 "take parallel.expert.backend=all_to_all"
             )
-        dispatcher = ExchangeDispatcher(exchange_levels(mesh, self.ranks_per_node))
+        dispatcher = ExchangeDispatcher(mesh.exchange)
         for module in model.modules():
             if isinstance(module, MoE):
                 _place(module.experts, mesh)
                 module.dispatcher = dispatcher
-
-
-def exchange_levels(mesh: ParallelMesh, ranks_per_node: int | None) -> list[dist.ProcessGroup]:
-    """The groups that a token passes through: one, or first between nodes and then within one."""
-    ep, node = mesh.degrees.ep, ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if node and ep > node and ep % node == 0:
-        levels = mesh.cut(rest=mesh.degrees.world_size // ep, node=ep // node, local=node)
-        return [levels.get_group("node"), levels.get_group("local")]
-    return [mesh.sparse.get_group("ep")]
 
 
 def _place(experts: Experts, mesh: ParallelMesh) -> None:

@@ -12,7 +12,13 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from dsv3.model.block import Block
@@ -57,7 +63,12 @@ class FullyShard:
         inner = list(_inner(module))
         for experts in (m for m in inner if isinstance(m, Experts)):
             dim = _expert_dim(experts, mesh)
-            shard(experts, mesh=mesh.shards(mesh.sparse), mp_policy=policy, shard_placement_fn=lambda _: Shard(dim))
+            shard(
+                experts,
+                mesh=mesh.shards(mesh.sparse),
+                mp_policy=policy,
+                shard_placement_fn=lambda _: Shard(dim),
+            )
         split = [m for m in inner if mesh.degrees.tp > 1 and isinstance(getattr(m, "weight", None), DTensor)]
         # The root's are used at both ends of the model and again by MTP: each is a group of its own.
         for group in [[m] for m in split] if _is_root(module) else [split] * bool(split):

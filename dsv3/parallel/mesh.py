@@ -1,5 +1,6 @@
 """The device meshes of a layout: the same ranks cut in different ways (docs/parallelism.md)."""
 
+import os
 from dataclasses import replace
 from functools import cached_property
 
@@ -18,7 +19,7 @@ class ParallelMesh:
     most lie closest together. Every view is cut from one root, as FSDP2 wants it of meshes it combines.
     """
 
-    def __init__(self, degrees: Degrees, device_type: str) -> None:
+    def __init__(self, degrees: Degrees, device_type: str, ranks_per_node: int | None = None) -> None:
         self.degrees = degrees
         d, ranks = degrees, torch.arange(degrees.world_size)
         self._root = DeviceMesh(device_type, ranks, mesh_dim_names=("world",))
@@ -33,6 +34,9 @@ class ParallelMesh:
         """Rows, and positions within them."""
         self.rows = self.cut(rest=d.pp * d.data_parallel, sequence=d.cp * d.tp)
         """Ranks that hold parts of the same rows."""
+        node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        spans = 0 < node < d.ep and d.ep % node == 0
+        self._nodes = self.cut(rest=d.world_size // d.ep, node=d.ep // node, local=node) if spans else None
 
     @property
     def data_rank(self) -> int:
@@ -48,6 +52,13 @@ class ParallelMesh:
         """The axes of `mesh` that FSDP works on: shards, and replicas where there are such."""
         return mesh["fsdp"] if self.degrees.dp_replicate == 1 else mesh["dp_replicate", "fsdp"]
 
+    @property
+    def exchange(self) -> list[dist.ProcessGroup]:
+        """The groups a token passes through to an expert: one, or between nodes and then within."""
+        if self._nodes is None:
+            return [self.sparse.get_group("ep")]
+        return [self._nodes.get_group("node"), self._nodes.get_group("local")]
+
     def cut(self, **axes: int) -> DeviceMesh:
         """All ranks as these axes, the first the outermost; every rank calls it."""
         return self._root._unflatten(0, tuple(axes.values()), tuple(axes))
@@ -62,6 +73,9 @@ def place(worker: Worker, mesh: ParallelMesh | None) -> Worker:
     return replace(worker, data=shares, loss_copies=degrees.tp, group=mesh.world)
 
 
-def build_mesh(degrees: Degrees, device_type: str) -> ParallelMesh:
-    """The mesh over the first `degrees.world_size` ranks; every rank of the process group calls it."""
-    return ParallelMesh(degrees, device_type)
+def build_mesh(degrees: Degrees, device_type: str, ranks_per_node: int | None = None) -> ParallelMesh:
+    """The mesh over the first `degrees.world_size` ranks; every rank of the process group calls it.
+
+    `ranks_per_node` null asks the launcher (LOCAL_WORLD_SIZE).
+    """
+    return ParallelMesh(degrees, device_type, ranks_per_node)

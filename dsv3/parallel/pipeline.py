@@ -33,14 +33,18 @@ class Pipeline:
         """Build this rank's stages of the configured model, wrapped and with their initial weights."""
         schedule, pp = config.parallel.schedule, mesh.degrees.pp
         group = mesh.dense.get_group("pp")
-        per_rank = stages_per_rank(schedule, PipelineConfig(split=self.split, stages_per_rank=self.stages_per_rank))
+        per_rank = stages_per_rank(
+            schedule, PipelineConfig(split=self.split, stages_per_rank=self.stages_per_rank)
+        )
         layers = split_layers(config.model, pp * per_rank, self.split)
         numbers = stages_of_rank(schedule, group.rank(), pp, per_rank)
         stages = {n: _build(config, mesh, device, n, layers) for n in numbers}
         return PipelinePasses(config, mesh, device, stages, len(layers))
 
 
-def _build(config: Config, mesh: ParallelMesh, device: torch.device, number: int, layers: list[range]) -> Stage:
+def _build(
+    config: Config, mesh: ParallelMesh, device: torch.device, number: int, layers: list[range]
+) -> Stage:
     part = build_on_meta(config, device)
     first, last = number == 0, number == len(layers) - 1
     prune(part, layers[number], first, last)
@@ -48,7 +52,7 @@ def _build(config: Config, mesh: ParallelMesh, device: torch.device, number: int
     parallelize(part, stage, config, mesh, device)
     materialize(part, config.train.seed, device)
     if part.embedding is not None and not first:
-        part.embedding.weight.is_copy = True  # type: ignore[assignment]
+        part.embedding.weight.is_copy = True  # type: ignore[attr-defined]
     return stage
 
 
@@ -90,7 +94,7 @@ class PipelinePasses:
         ]  # fmt: skip
         kind = get_schedule_class(name)
         given = pipeline_stages[0] if issubclass(kind, PipelineScheduleSingle) else pipeline_stages
-        schedule = kind(given, microbatches, loss_fn=lambda out, _: out.sum(), scale_grads=False)  # type: ignore[arg-type]
+        schedule = kind(given, microbatches, loss_fn=lambda out, _: out.sum(), scale_grads=False)
         return schedule, dict(pipeline_stages[0].stage_index_to_group_rank)
 
     def train(self, microbatches: list[Batch], whole: GlobalBatch, weights: LossWeights) -> Tensor:
@@ -158,7 +162,7 @@ class PipelinePasses:
         """The gradient of the first stage's embedding and that of the last one's copy, both their sum."""
         if not self._copied:
             return
-        ours = {n: local(s.part.embedding.weight.grad) for n, s in self._ends().items()}
+        ours = {n: local(require_gradient(s.part.embedding.weight)) for n, s in self._ends().items()}
         if len(ours) == 2:
             total = ours[0] + ours[self.count - 1]
         elif ours:
@@ -189,3 +193,9 @@ class PipelinePasses:
             if names:
                 raise RunFailed(f"{names[0]} got no gradient through the pipeline ({len(names)} in all)")
             self.checked = True
+
+
+def require_gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that must have one."""
+    assert parameter.grad is not None
+    return parameter.grad

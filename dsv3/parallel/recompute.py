@@ -44,7 +44,7 @@ class Recompute:
                 module.forward = partial(_recomputed, module.forward, contexts)  # type: ignore[method-assign]
 
     def _contexts(self) -> Any:
-        return create_selective_checkpoint_contexts(operators(self.keep))  # type: ignore[no-untyped-call]
+        return create_selective_checkpoint_contexts(operators(self.keep))
 
 
 def operators(keep: Sequence[Kept]) -> list[Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""One stage of a pipeline: some layers of the model, with the embedding or the head and losses at its ends."""
+"""One stage of a pipeline: some layers, with the embedding or the head and the losses at its ends."""
 
 from typing import Any
 

@@ -54,7 +54,7 @@ class TensorParallel:
             dim = split_dim(name)
             if dim is not None:
                 _split_weight(module, dim, axis)
-                module.forward = _FORWARDS[dim](module, group)  # type: ignore[assignment]
+                module.forward = _FORWARDS[dim](module, group)
             elif isinstance(module, LatentAttention):
                 module.gather = partial(_gather_latents, group)
             elif isinstance(module, FeedForward) and split_dim(f"{name}.gate_proj") is not None:

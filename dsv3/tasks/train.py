@@ -16,7 +16,7 @@ from dsv3.metrics.flops import training_flops_per_token
 from dsv3.metrics.logger import Logger
 from dsv3.metrics.recorder import Recorder
 from dsv3.parallel.distributed import Distributed, distribute
-from dsv3.parallel.mesh import build_mesh, place
+from dsv3.parallel.mesh import place
 from dsv3.runtime.determinism import make_deterministic
 from dsv3.runtime.distributed import Worker, worker
 from dsv3.runtime.job import Job
@@ -26,6 +26,7 @@ from dsv3.runtime.signals import Stopped, StopRequest, stop_on_signal
 from dsv3.tasks.config import SamplingConfig
 from dsv3.tasks.data import prepare_data, stored_tokenizer
 from dsv3.tasks.generate import sample_text
+from dsv3.tasks.loading import job_mesh
 from dsv3.tasks.summary import conclude
 from dsv3.training.evaluation import evaluate
 from dsv3.training.loop import Hooks, Loop, Rates
@@ -57,7 +58,7 @@ class _Run:
         self.data: PreparedData = prepare_data(self.config, me, self._stored_tokenizer())
         if self.config.run.resume:
             check_same_data(self.data.fingerprint, job.run_dir)
-        mesh = build_mesh(job.plan.degrees, me.device.type) if me.world > 1 else None
+        mesh = job_mesh(job, me)
         self.model: Distributed = distribute(self.config, mesh, me.device)
         self.optimizer = build_optimizer(self.config.optimizer, self.model.parts)
         self.me = place(me, mesh)

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

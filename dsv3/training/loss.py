@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv3.data.batch import IGNORE, Batch, mtp_targets
-from dsv3.model.loss import WholeVocabulary
+from dsv3.data.batch import Batch, mtp_targets
+from dsv3.model.loss import IGNORE, WholeVocabulary
 from dsv3.model.transformer import ModelOutput, WholeRow
 
 

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from dsv3.data.batch import IGNORE, collate, mtp_targets
+from dsv3.data.batch import collate, mtp_targets
 from dsv3.data.packing import PADDING, Row
+from dsv3.model.loss import IGNORE
 
 I = IGNORE  # noqa: E741 - the tables below are to be read at a glance
 

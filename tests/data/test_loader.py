@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3.data.batch import IGNORE, Batch
+from dsv3.data.batch import Batch
 from dsv3.data.loader import Loader, evaluation_batches
 from dsv3.data.packing import Ids, PackedDataset, PackedEvaluation
+from dsv3.model.loss import IGNORE
 from dsv3.runtime.errors import UserError
 
 Documents = tuple[Ids, Ids]

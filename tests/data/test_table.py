@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dsv3.data.batch import IGNORE, collate
+from dsv3.data.batch import collate
 from dsv3.data.loader import evaluation_batches
 from dsv3.data.table import CHUNK, TableRows, TokensData
+from dsv3.model.loss import IGNORE
 from dsv3.runtime.errors import UserError
 
 

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 60.0
+TIMEOUT = 150.0
 
 
 class WorkerError(Exception):
@@ -20,33 +20,28 @@ class Pool:
     """`size` processes in one process group, each running the function that it is sent."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        store = tempfile.NamedTemporaryFile(prefix="dsv3-pool-", delete=False)  # noqa: SIM115
-        self.store = Path(store.name)
+        self.size = size
         self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store.name, theirs), daemon=True)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        self.processes: list[Any] = []
+        self._start()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call a module-level `function(*arguments)` on every rank; the results by rank."""
+        """Call a module-level `function(*arguments)` on every rank; the results by rank.
+
+        After a failure the workers are started anew: those that waited for the one that failed are lost.
+        """
         for pipe in self.pipes:
             pipe.send((function, arguments))
         answers: list[tuple[bool, Any]] = []
-        # Where one rank fails the others wait for it in vain.
         patience = TIMEOUT
         for rank, pipe in enumerate(self.pipes):
-            if pipe.poll(patience):
-                answers.append(pipe.recv())
-            else:
-                answers.append((True, f"gave no answer in {patience:.0f} s"))
+            answers.append(_answer(pipe, patience))
+            # Where one rank fails the others wait for it in vain.
             patience = 1.0 if answers[rank][0] else patience
         failures = [f"rank {rank}: {text}" for rank, (failed, text) in enumerate(answers) if failed]
         if failures:
+            self.close()
+            self._start()
             raise WorkerError("\n".join(failures))
         return [result for _, result in answers]
 
@@ -55,9 +50,30 @@ class Pool:
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
-            process.join(10)
+            process.join(0.5)
             process.kill()
+            process.join()
         self.store.unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = tempfile.NamedTemporaryFile(prefix="dsv3-pool-", delete=False)  # noqa: SIM115
+        self.store = Path(store.name)
+        self.pipes, self.processes = [], []
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, store.name, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+
+def _answer(pipe: Connection, patience: float) -> tuple[bool, Any]:
+    """Whether the rank failed, and its result or what went wrong."""
+    if not pipe.poll(patience):
+        return True, f"gave no answer in {patience:.0f} s"
+    answer: tuple[bool, Any] = pipe.recv()
+    return answer
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:

@@ -11,7 +11,7 @@ from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.distributed.pool import Pool
 from tests.distributed.training import Trace, train
 
-STEPS = 3
+STEPS = 2
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
 FULL = TRIPLES["dp_shard x cp x tp, ep 4"]
 
@@ -64,7 +64,9 @@ def test_schedules_that_split_the_backward_pass_recompute_too(
     compare(pool, singles["sgd"], Degrees(pp=2, cp=2), *chosen)
 
 
-def test_kept_parameters_and_larger_microbatches_change_nothing(pool: Pool, singles: dict[str, Trace]) -> None:
+def test_kept_parameters_and_larger_microbatches_change_nothing(
+    pool: Pool, singles: dict[str, Trace]
+) -> None:
     compare(pool, singles["sgd"], Degrees(dp_shard=2), "parallel.reshard_after_forward=false", microbatch=2)
     compare(pool, singles["sgd"], Degrees(dp_shard=2), "parallel.fsdp.prefetch=false", microbatch=4)
 
@@ -84,15 +86,20 @@ def test_experts_are_cut_where_there_are_more_shards_than_experts(
 
 
 @pytest.mark.parametrize("layout", ["dp_shard", "tp x cp", "pp x ep"])
-def test_bf16_differs_by_its_own_rounding_alone(pool: Pool, layout: str) -> None:
-    """One step: sums in another order, in bf16; what one process rounds differs by as much from fp32."""
-    single = train(["precision=bf16"], None, 1, 2)
+def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: str) -> None:
+    """Sums in another order round otherwise, and now and then a token goes to another expert."""
+    exact, single = train([], None, 1, 2), train(["precision=bf16"], None, 1, 2)
+    assert exact is not None
     assert single is not None
-    degrees = LAYOUTS[layout]
-    for trace in pool.run(train, ["parallel=fsdp", "precision=bf16"], degrees, 1, 2)[: degrees.world_size]:
-        assert trace.figures[0]["loss"] == pytest.approx(single.figures[0]["loss"], rel=2e-3)
-        errors = [relative_error(g, single.gradients[0][name]) for name, g in trace.gradients[0].items()]
-        assert sorted(errors)[len(errors) // 2] < 0.03
+    degrees, chosen = LAYOUTS[layout], ["parallel=fsdp", "precision=bf16"]
+    for trace in pool.run(train, chosen, degrees, 1, 2)[: degrees.world_size]:
+        assert trace.figures[0]["loss"] == pytest.approx(exact.figures[0]["loss"], rel=5e-3)
+        assert _median_error(trace, exact) < 1.5 * _median_error(single, exact)
+
+
+def _median_error(trace: Trace, exact: Trace) -> float:
+    errors = [relative_error(g, exact.gradients[0][name]) for name, g in trace.gradients[0].items()]
+    return sorted(errors)[len(errors) // 2]
 
 
 def test_the_comparison_is_not_vacuous(singles: dict[str, Trace]) -> None:

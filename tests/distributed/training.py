@@ -37,7 +37,7 @@ TINY = [
     f"train.global_batch_size={GLOBAL_BATCH}",
     "data.document_mask=true",
 ]
-RATES = {"sgd": 0.22, "adamw": 1e-3}
+RATES = {"sgd": 0.45, "adamw": 1e-3}
 WEIGHTS = Weights(lr=0.0, mtp=1.0, balance=0.01, bias_speed=0.01, z=1e-3)
 
 
@@ -63,14 +63,14 @@ class StepRows:
         """Several documents of uneven lengths, so that valid targets differ between ranks."""
         generator = torch.Generator().manual_seed(index)
         tokens = torch.randint(0, VOCAB, (SEQUENCE + 1,), generator=generator)
-        starts = torch.rand(SEQUENCE + 1, generator=generator) < 0.2
+        starts = torch.rand(SEQUENCE + 1, generator=generator) < 0.1
         return Row(tokens.numpy(), starts.cumsum(-1).to(torch.int32).numpy())
 
 
 @functools.cache
-def mesh_of(degrees: Degrees) -> ParallelMesh:
+def mesh_of(degrees: Degrees, ranks_per_node: int | None = None) -> ParallelMesh:
     """One mesh a layout for the life of the process: DTensor remembers meshes, and groups are costly."""
-    return build_mesh(degrees, "cpu")
+    return build_mesh(degrees, "cpu", ranks_per_node)
 
 
 def train(
@@ -79,7 +79,8 @@ def train(
     """Train `steps` on data that depends on the step alone; None on ranks that the layout leaves out."""
     config: Config = strict(compose([*TINY, f"train.microbatch_size={microbatch}", *overrides]))
     rank = torch.distributed.get_rank() if degrees else 0
-    mesh = mesh_of(degrees) if degrees else None
+    expert = config.parallel.expert
+    mesh = mesh_of(degrees, expert and expert.ranks_per_node) if degrees else None
     if degrees and rank >= degrees.world_size:
         return None
     me = Worker(rank, rank, degrees.world_size if degrees else 1, torch.device("cpu"))

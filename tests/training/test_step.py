@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3.data.batch import IGNORE, Batch
+from dsv3.data.batch import Batch
 from dsv3.metrics.recorder import BROKEN
 from dsv3.metrics.row import MetricsRow
 from dsv3.model.config import ModelConfig
 from dsv3.model.generation import inference
+from dsv3.model.loss import IGNORE
 from dsv3.model.transformer import Transformer
 from dsv3.training.config import AdamWConfig, TrainConfig
 from dsv3.training.optimizer import build_optimizer
