@@ -212,7 +212,8 @@ def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Heads as the fastest backend of SDPA takes them: padded to one width unless it takes two.
 
     FlashAttention takes one width alone. cuDNN on Hopper and Blackwell takes 192 and 128 as they are, but
-    no v that is a view of a wider tensor. In fp32 CUDA has only the memory-efficient kernel, which takes both.
+    no v that is a view of a wider tensor. In fp32 CUDA has only the memory-efficient kernel, which takes
+    both.
     """
     if q.shape[-1] == v.shape[-1]:
         return q, k, v

@@ -23,9 +23,9 @@ class ContextParallel:
 
     def __call__(self, model: Transformer, mesh: ParallelMesh) -> None:
         """Wrap `model` in place where `cp` is above 1."""
-        if mesh.degrees.cp == 1:
+        if mesh.context is None:
             return
-        model.part = row = Zigzag(mesh.data.get_group("cp"))
+        model.part = row = Zigzag(mesh.context.get_group("cp"))
         for module in model.modules():
             if isinstance(module, LatentAttention):
                 module.attend = partial(_attend, row)
@@ -63,7 +63,7 @@ def _attend(
     k_rope: Tensor,
     segments: Segments | None,
 ) -> Tensor:
-    """Attend from the rank's `q` to all keys before each query, as attention.attend_locally does to its own."""
+    """Attend from the rank's `q` to all keys before each query, as attend_locally does to its own."""
     ranks, rank, chunk = row.ranks, row.rank, q.shape[1] // 2
     gathered = row.whole(torch.cat([latent, k_rope], dim=-1))
     # Nothing behind the second chunk is seen, so it is not expanded either.

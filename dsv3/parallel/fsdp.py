@@ -67,7 +67,7 @@ class FullyShard:
                 experts,
                 mesh=mesh.shards(mesh.sparse),
                 mp_policy=policy,
-                shard_placement_fn=lambda _: Shard(dim),
+                shard_placement_fn=partial(_along, dim),
             )
         split = [m for m in inner if mesh.degrees.tp > 1 and isinstance(getattr(m, "weight", None), DTensor)]
         # The root's are used at both ends of the model and again by MTP: each is a group of its own.
@@ -93,6 +93,10 @@ def _inner(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_root(module: nn.Module) -> bool:
     return not isinstance(module, Block)
+
+
+def _along(dim: int, parameter: nn.Parameter) -> Shard:
+    return Shard(dim)
 
 
 def _expert_dim(experts: Experts, mesh: ParallelMesh) -> int:

@@ -23,17 +23,17 @@ class ParallelMesh:
         self.degrees = degrees
         d, ranks = degrees, torch.arange(degrees.world_size)
         self._root = DeviceMesh(device_type, ranks, mesh_dim_names=("world",))
-        stage = d.dp_shard * d.cp * d.tp
         self.dense = self.cut(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=d.dense_shards, tp=d.tp)
         """Parameters that tensor parallelism splits."""
-        self.sparse = self.cut(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=d.expert_shards, ep=d.ep)
-        """Routed experts: ep borrows ranks of dp_shard, cp and tp."""
-        self.whole = self.dense if d.tp == 1 else self.cut(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=stage)
+        stage = {"pp": d.pp, "dp_replicate": d.dp_replicate, "fsdp": d.whole_shards}
+        self.whole = self.dense if d.tp == 1 else self.cut(**stage)
         """Every other parameter: whole where it computes, on a part of the sequence."""
-        self.data = self.cut(pp=d.pp, data=d.data_parallel, cp=d.cp, tp=d.tp)
-        """Rows, and positions within them."""
-        self.rows = self.cut(rest=d.pp * d.data_parallel, sequence=d.cp * d.tp)
-        """Ranks that hold parts of the same rows."""
+        self.sparse = self.whole if d.ep == 1 else self.cut(**stage | {"fsdp": d.expert_shards, "ep": d.ep})
+        """Routed experts: ep borrows ranks of dp_shard, cp and tp."""
+        self.context = None if d.cp == 1 else self.cut(data=d.pp * d.data_parallel, cp=d.cp, tp=d.tp)
+        """Rows in as many parts as context ranks."""
+        self.rows = None if d.cp * d.tp == 1 else self.cut(data=d.pp * d.data_parallel, sequence=d.cp * d.tp)
+        """Rows in as many parts as ranks hold any of them."""
         node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         spans = 0 < node < d.ep and d.ep % node == 0
         self._nodes = self.cut(rest=d.world_size // d.ep, node=d.ep // node, local=node) if spans else None
@@ -41,7 +41,8 @@ class ParallelMesh:
     @property
     def data_rank(self) -> int:
         """Which share of the rows this rank reads, of `degrees.data_parallel`."""
-        return self.data.get_local_rank("data")
+        d = self.degrees
+        return self._root.get_rank() // (d.cp * d.tp) % d.data_parallel
 
     @cached_property
     def world(self) -> dist.ProcessGroup:
@@ -60,8 +61,12 @@ class ParallelMesh:
         return [self._nodes.get_group("node"), self._nodes.get_group("local")]
 
     def cut(self, **axes: int) -> DeviceMesh:
-        """All ranks as these axes, the first the outermost; every rank calls it."""
-        return self._root._unflatten(0, tuple(axes.values()), tuple(axes))
+        """All ranks as these axes, the first the outermost; every rank calls it.
+
+        An axis of one rank is left out, for each has a process group: but `fsdp`, which is always needed.
+        """
+        kept = {name: ranks for name, ranks in axes.items() if ranks > 1 or name == "fsdp"}
+        return self._root._unflatten(0, tuple(kept.values()), tuple(kept))
 
 
 def place(worker: Worker, mesh: ParallelMesh | None) -> Worker:

@@ -5,7 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 import dsv3.model.blocked  # noqa: F401  # registers the operator named below
 from dsv3.model.block import Block
@@ -43,8 +46,36 @@ class Recompute:
             if isinstance(module, Block):
                 module.forward = partial(_recomputed, module.forward, contexts)  # type: ignore[method-assign]
 
-    def _contexts(self) -> Any:
-        return create_selective_checkpoint_contexts(operators(self.keep))
+    def _contexts(self) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+        kept: dict[Any, list[Any]] = {operator: [] for operator in operators(self.keep)}
+        return _Keep(kept), _Reuse(kept)
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps the results of some operators, in the order of their calls.
+
+    PyTorch's own selective checkpointing wants every operator of the region again in the same order, which
+    FSDP's gathering of weights within it does not give.
+    """
+
+    def __init__(self, kept: dict[Any, list[Any]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self.kept:
+            self.kept[func].append(tree_map_only(Tensor, Tensor.detach, out))
+        return out
+
+
+class _Reuse(_Keep):
+    """Gives the kept results instead of computing them again."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.kept:
+            return self.kept[func].pop(0)
+        return func(*args, **(kwargs or {}))
 
 
 def operators(keep: Sequence[Kept]) -> list[Callable[..., Any]]:

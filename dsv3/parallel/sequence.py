@@ -23,7 +23,7 @@ class SplitSequence(WholeSequence):
 
 def split_sequences(model: Transformer, mesh: ParallelMesh) -> None:
     """Tell every router of `model` that the sequences it sees are parts."""
-    if mesh.degrees.cp * mesh.degrees.tp > 1:
+    if mesh.rows is not None:
         over = SplitSequence(mesh.rows.get_group("sequence"))
         for module in model.modules():
             if isinstance(module, Router):

@@ -16,7 +16,7 @@ from dsv3.parallel.collectives import all_gather, all_reduce, reduce_scatter
 
 
 def embed_split(embedding: nn.Embedding, tokens: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Vectors of this rank's part of the sequence, from the `tokens` [batch, sequence] of all tensor ranks."""
+    """Vectors of this rank's part of the sequence, from `tokens` [batch, sequence] of all tensor ranks."""
     weight: Tensor = embedding.weight.to_local()  # type: ignore[attr-defined]
     here = tokens - group.rank() * weight.shape[0]
     mine = (here >= 0) & (here < weight.shape[0])

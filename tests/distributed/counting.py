@@ -52,8 +52,8 @@ class SentBytes(TorchDispatchMode):
     def __init__(self, mesh: ParallelMesh) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_axis: Counter[str] = Counter()
-        axes = {"tp": (mesh.dense, mesh.degrees.tp), "cp": (mesh.data, mesh.degrees.cp)}
-        self.ranks = {axis: _ranks(cut.get_group(axis)) for axis, (cut, size) in axes.items() if size > 1}
+        axes = {"tp": (mesh.dense, mesh.degrees.tp), "cp": (mesh.context, mesh.degrees.cp)}
+        self.ranks = {a: _ranks(cut.get_group(a)) for a, (cut, size) in axes.items() if cut and size > 1}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name.split("::")[1]

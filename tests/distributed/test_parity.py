@@ -9,7 +9,7 @@ from dsv3.parallel.degrees import Degrees
 from tests.distributed.comparing import TOLERANCE, assert_equal, relative_error
 from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.distributed.pool import Pool
-from tests.distributed.training import Trace, train
+from tests.distributed.training import GLOBAL_BATCH, Trace, configured, train, train_config
 
 STEPS = 2
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
@@ -24,9 +24,12 @@ def singles() -> dict[str, Trace]:
 
 
 def compare(
-    pool: Pool, single: Trace, degrees: Degrees, *overrides: str, microbatch: int = 1, optimizer: str = "sgd"
+    pool: Pool, single: Trace, degrees: Degrees, *overrides: str, microbatch: int = 0, optimizer: str = "sgd"
 ) -> None:
-    traces = pool.run(train, ["parallel=fsdp", *overrides], degrees, STEPS, microbatch, optimizer)
+    # Two microbatches a rank, unless a schedule asks for more.
+    microbatch = microbatch or GLOBAL_BATCH // degrees.data_parallel // 2
+    config = configured(["parallel=fsdp", *overrides], microbatch)
+    traces = pool.run(train_config, config, degrees, STEPS, microbatch, optimizer)
     assert sum(trace is not None for trace in traces) == degrees.world_size
     assert_equal(traces, single)
 
@@ -45,7 +48,7 @@ def test_and_so_it_does_under_adamw(pool: Pool, singles: dict[str, Trace], layou
 def test_every_schedule_gives_the_gradients_of_one_process(
     pool: Pool, singles: dict[str, Trace], schedule: str
 ) -> None:
-    compare(pool, singles["sgd"], Degrees(pp=2, dp_shard=2), f"parallel.schedule={schedule}")
+    compare(pool, singles["sgd"], Degrees(pp=2, dp_shard=2), f"parallel.schedule={schedule}", microbatch=1)
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -61,7 +64,7 @@ def test_schedules_that_split_the_backward_pass_recompute_too(
     pool: Pool, singles: dict[str, Trace], schedule: str
 ) -> None:
     chosen = [f"parallel.schedule={schedule}", "recompute=full"]
-    compare(pool, singles["sgd"], Degrees(pp=2, cp=2), *chosen)
+    compare(pool, singles["sgd"], Degrees(pp=2, cp=2), *chosen, microbatch=1)
 
 
 def test_kept_parameters_and_larger_microbatches_change_nothing(
@@ -91,8 +94,8 @@ def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: 
     exact, single = train([], None, 1, 2), train(["precision=bf16"], None, 1, 2)
     assert exact is not None
     assert single is not None
-    degrees, chosen = LAYOUTS[layout], ["parallel=fsdp", "precision=bf16"]
-    for trace in pool.run(train, chosen, degrees, 1, 2)[: degrees.world_size]:
+    degrees, config = LAYOUTS[layout], configured(["parallel=fsdp", "precision=bf16"], 2)
+    for trace in pool.run(train_config, config, degrees, 1, 2, "sgd")[: degrees.world_size]:
         assert trace.figures[0]["loss"] == pytest.approx(exact.figures[0]["loss"], rel=5e-3)
         assert _median_error(trace, exact) < 1.5 * _median_error(single, exact)
 

@@ -1,14 +1,17 @@
 """Recomputation changes memory and nothing else."""
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3.model.attention import LatentAttention
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.config import Recomputed
+from dsv3.parallel.config import Kept, Recomputed
 from dsv3.parallel.recompute import Recompute
 from tests.reference import MODEL, tiny_model, tokens
 
@@ -51,6 +54,42 @@ def test_full_recomputation_gives_the_same_bits_and_counts_the_load_once(documen
     names = [name for name, m in recomputed.named_modules() if isinstance(m, LatentAttention)]
     assert sorted(ran) == sorted(2 * names)
     assert len(names) == 4
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.by_name[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept", "repeated"),
+    [
+        ([Kept.attention], "blocked_attention", "_grouped_mm"),
+        ([Kept.experts], "_grouped_mm", "blocked_attention"),
+        ([Kept.matmuls], "mm", "blocked_attention"),
+    ],
+)
+def test_selective_recomputation_repeats_all_but_what_it_keeps(
+    keep: list[Kept], kept: str, repeated: str
+) -> None:
+    counts = {}
+    for mode in (Recomputed.none, Recomputed.selective, Recomputed.full):
+        model = tiny_model()
+        Recompute(mode, keep)(model)
+        with Calls() as calls:
+            results = train(model, DOCUMENTS)
+        counts[mode] = (calls.by_name, results)
+    none, selective, full = (counts[mode][0] for mode in counts)
+    assert none[kept] == selective[kept] < full[kept]
+    assert none[repeated] < selective[repeated] == full[repeated]
+    assert all(map(torch.equal, counts[Recomputed.none][1], counts[Recomputed.selective][1]))
 
 
 def test_without_recomputation_each_layer_runs_once() -> None:
