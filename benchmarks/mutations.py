@@ -102,8 +102,8 @@ MUTATIONS = [
     Mutation(
         "bias moves against the load",
         "dsv3/training/balance.py",
-        "counts.mean() - counts",
-        "counts - counts.mean()",
+        "load[place].mean() - load[place]",
+        "load[place] - load[place].mean()",
         TRAINING,
     ),
     Mutation(
@@ -165,15 +165,15 @@ MUTATIONS = [
     Mutation(
         "MTP loss: mean over depths",
         "dsv3/training/loss.py",
-        "mtp = mtp + share / len(output.mtp_logits)",
-        "mtp = mtp + share",
+        "whole.tokens / len(output.mtp_logits)",
+        "whole.tokens",
         TRAINING,
     ),
     Mutation(
         "MTP loss: eq. 24's denominator",
         "dsv3/training/loss.py",
-        "depth)) / whole.tokens",
-        "depth)) / (mtp_targets(batch.targets, batch.documents, depth) >= 0).sum().clamp(min=1)",
+        "cross_entropy(logits, targets) / whole.tokens",
+        "cross_entropy(logits, targets) / (targets >= 0).sum().clamp(min=1)",
         TRAINING,
     ),
     Mutation(
@@ -266,8 +266,8 @@ MUTATIONS = [
     Mutation(
         "one gradient norm over all shards",
         "dsv3/training/optimizer.py",
-        "get_total_norm([p.grad for p in",
-        "get_total_norm([getattr(p.grad, '_local_tensor', p.grad) for p in",
+        "norm = worker.sum((torch.stack(norms).square() * shares).sum()).sqrt()",
+        "norm = (torch.stack(norms).square() * shares).sum().sqrt()",
         SHARDED,
     ),
     Mutation(
@@ -279,9 +279,9 @@ MUTATIONS = [
     ),
     Mutation(
         "documents do not see each other",
-        "dsv3/training/step.py",
-        "batch.documents if self.document_mask else None",
-        "None",
+        "dsv3/training/passes.py",
+        "output = self.model(batch.tokens, batch.documents if self.document_mask else None)",
+        "output = self.model(batch.tokens, None)",
         TRAINING,
     ),
     Mutation(
@@ -294,9 +294,58 @@ MUTATIONS = [
     Mutation(
         "latent cache holds normed latents",
         "dsv3/model/attention.py",
-        "return self.kv_a_norm(latent), apply_rotary",
-        "return latent, apply_rotary",
+        "return q_latent, self.kv_a_norm(latent), k_rope",
+        "return q_latent, latent, k_rope",
         MODEL,
+    ),
+    Mutation(
+        "gathered latents: every tensor rank's gradient counts",
+        "dsv3/parallel/collectives.py",
+        "return _scatter_sum(gradients[0], ctx.dim, ctx.group), None, None",
+        "return gradients[0].chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None",
+        SHARDED,
+    ),
+    Mutation(
+        "balance loss counts whole sequences where they are split",
+        "dsv3/parallel/sequence.py",
+        "return all_reduce(counts, self.group)",
+        "return counts * self.shards",
+        SHARDED,
+    ),
+    Mutation(
+        "context parallel: keys in the row's order",
+        "dsv3/parallel/context.py",
+        "*chunks[1::2][::-1]",
+        "*chunks[1::2]",
+        SHARDED,
+    ),
+    Mutation(
+        "pipeline: the embedding's two gradients are added",
+        "dsv3/parallel/pipeline.py",
+        "        self._add_up_embedding()\n",
+        "",
+        SHARDED,
+    ),
+    Mutation(
+        "pipeline: balance loss reaches every stage",
+        "dsv3/parallel/stage.py",
+        "return gradients[0], torch.ones_like(ctx.saved_tensors[0])",
+        "return gradients[0], torch.zeros_like(ctx.saved_tensors[0])",
+        SHARDED,
+    ),
+    Mutation(
+        "vocabulary parallel: the loss over all ranks' logits",
+        "dsv3/parallel/vocabulary.py",
+        "all_reduce(shifted.exp().sum(-1, keepdim=True), group).log()",
+        "shifted.exp().sum(-1, keepdim=True).log()",
+        SHARDED,
+    ),
+    Mutation(
+        "expert parallel: a row takes its own experts' weights along",
+        "dsv3/parallel/expert.py",
+        "weights = arriving.weights[route.source, route.place].to(out.dtype)",
+        "weights = arriving.weights[route.source].amax(-1).to(out.dtype)",
+        SHARDED,
     ),
 ]
 
