@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from dsv3.runtime.signals import STOPPED
 
@@ -14,36 +14,41 @@ _GRACE = 3.0
 
 @contextlib.contextmanager
 def end_what_hangs(grace: float = _GRACE) -> Iterator[None]:
-    """Kill this process's children `grace` seconds after the first of them has failed.
+    """Kill the children that this process starts meanwhile `grace` seconds after one of them has failed.
 
     The agent asks the others to stop and waits half a minute, in vain where one is stuck in a
     collective or in whatever made it hang.
     """
+    import psutil
+
     done = threading.Event()
-    threading.Thread(target=_watch, args=(done, grace), daemon=True).start()
+    others = {child.pid for child in psutil.Process().children(recursive=True)}
+    threading.Thread(target=_watch, args=(done, grace, others), daemon=True).start()
     try:
         yield
     finally:
         done.set()
 
 
-def kill_children() -> None:
-    """Kill every process below this one, but for multiprocessing's own that cleans up after them."""
+def kill_children(others: Collection[int] = ()) -> None:
+    """Kill every process below this one, but for `others` and multiprocessing's own that cleans up."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if not any("resource_tracker" in argument for argument in child.cmdline()):
+            own = any("resource_tracker" in argument for argument in child.cmdline())
+            if not own and child.pid not in others:
                 child.kill()
 
 
-def _watch(done: threading.Event, grace: float) -> None:
+def _watch(done: threading.Event, grace: float, others: set[int]) -> None:
     import psutil
 
     while not done.wait(_LOOK_EVERY):
-        if any(_failed(child.pid) for child in psutil.Process().children()):
+        mine = {child.pid for child in psutil.Process().children()} - others
+        if any(map(_failed, mine)):
             if not done.wait(grace):
-                kill_children()
+                kill_children(others)
             return
 
 

@@ -115,6 +115,7 @@ def test_the_user_may_still_say_how_many_jobs_may_fail(commands: Commands) -> No
 
 
 def test_the_directory_of_a_sweep_is_set_by_run_dir_alone(commands: Commands) -> None:
+    HydraConfig.instance().cfg = None  # what another test composed
     outcome = commands.run("-m", "task=plan", "train.steps=1,2", "hydra.sweep.dir=elsewhere")
     assert outcome.code == 2
     assert "run.dir=DIR" in outcome.err
