@@ -83,8 +83,8 @@ def compare(pool: Pool, single: Trace, degrees: Degrees, overrides: list[str]) -
     }
 
 
-def run(only: str) -> dict[str, dict[str, Any]]:
-    """Every case whose name holds `only`, on pools of as many workers as are needed."""
+def run(only: str) -> None:
+    """Every case whose name holds `only`, on pools of the size it needs; each is written at once."""
     single = train([], None, STEPS, 2)
     assert single is not None
     results: dict[str, dict[str, Any]] = {}
@@ -102,9 +102,9 @@ def run(only: str) -> dict[str, dict[str, Any]]:
         except WorkerError as error:
             results[name] = {"ranks": degrees.world_size, "error": str(error).splitlines()[-1][:200]}
         print(row(name, results[name]), flush=True)
+        write({name: results[name]})
     if pool is not None:
         pool.close()
-    return results
 
 
 def row(name: str, found: dict[str, Any]) -> str:
@@ -134,7 +134,7 @@ def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", default="", help="cases whose name holds this text")
-    write(run(parser.parse_args().only))
+    run(parser.parse_args().only)
 
 
 if __name__ == "__main__":
