@@ -3,7 +3,6 @@
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from dsv3.checkpoint.directory import (
     sweep_leftovers,
     write_text,
 )
+from dsv3.checkpoint.matching import expected_tensors
 from dsv3.checkpoint.reader import load_tensors, read_metadata
 from dsv3.config import plain
 from dsv3.model.config import ModelConfig
@@ -119,17 +119,12 @@ def load_weights(parts: Parts, directory: Path) -> None:
     UserError where it holds weights that this model has no place for; MTP layers may be left out.
     """
     config = parts[0].config
-    known = {f"model.{name}" for name in _on_meta(config).state_dict()}
+    known = expected_tensors(config)
     left_out = "model.mtp." if not config.mtp_depths else ()
     for name in read_metadata(directory).state_dict_metadata:
         if name.startswith("model.") and name not in known and not name.startswith(left_out):
             raise UserError(f"{directory} has '{name}', the model does not: it was saved from another model")
     _load(directory, _model_state(parts))
-
-
-def _on_meta(config: ModelConfig) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(**{f.name: getattr(config, f.name) for f in fields(config) if f.name[0] != "_"})
 
 
 def _load(directory: Path, wanted: Iterable[tuple[str, Tensor]]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dsv3.checkpoint.reader import read_metadata, require_tensors
 from dsv3.config import build
@@ -11,7 +12,11 @@ from dsv3.model.config import ModelConfig
 
 def require_weights(config: ModelConfig, directory: Path) -> None:
     """UserError that names the first of the model's tensors that `directory` has not, or in another shape."""
+    require_tensors(directory, read_metadata(directory), expected_tensors(config))
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """What a checkpoint of the whole model holds, by name, on the meta device."""
     with torch.device("meta"):
         model = build(config)
-    targets = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    require_tensors(directory, read_metadata(directory), targets)
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
