@@ -2,6 +2,7 @@
 
 import faulthandler
 import multiprocessing
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -38,11 +39,11 @@ class Pool:
             self._start()
         self.runs += 1
         for pipe in self.pipes:
-            pipe.send((function, arguments))
+            _send(pipe, (function, arguments))
         answers: list[tuple[bool, Any]] = []
         patience = TIMEOUT
-        for rank, pipe in enumerate(self.pipes):
-            answers.append(_answer(pipe, patience))
+        for rank in range(self.size):
+            answers.append(self._answer(rank, patience))
             # Where one rank fails the others wait for it in vain.
             patience = 1.0 if answers[rank][0] else patience
         failures = [f"rank {rank}: {text}" for rank, (failed, text) in enumerate(answers) if failed]
@@ -76,32 +77,42 @@ class Pool:
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
+            theirs.close()  # so that the end of the process is the end of the pipe
+
+    def _answer(self, rank: int, patience: float) -> tuple[bool, Any]:
+        """Whether the rank failed, and its result or what went wrong."""
+        if not self.pipes[rank].poll(patience):
+            return True, f"gave no answer in {patience:.0f} s"
+        try:
+            answer: tuple[bool, Any] = pickle.loads(self.pipes[rank].recv_bytes())
+        except EOFError:
+            self.processes[rank].join(5)
+            return True, f"died with exit code {self.processes[rank].exitcode}"
+        return answer
 
 
-def _answer(pipe: Connection, patience: float) -> tuple[bool, Any]:
-    """Whether the rank failed, and its result or what went wrong."""
-    if not pipe.poll(patience):
-        return True, f"gave no answer in {patience:.0f} s"
-    answer: tuple[bool, Any] = pipe.recv()
-    return answer
+def _send(pipe: Connection, value: Any) -> None:
+    """Send `value` whole: `pipe.send` would pass tensors as files in shared memory, which may be small."""
+    pipe.send_bytes(pickle.dumps(value))
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
         try:
-            function, arguments = pipe.recv()
+            function, arguments = pickle.loads(pipe.recv_bytes())
         except EOFError:
             break
         # A rank that hangs tells where, before the test gives it up.
         faulthandler.dump_traceback_later(TIMEOUT - 10, exit=False)
         try:
-            pipe.send((False, function(*arguments)))
+            _send(pipe, (False, function(*arguments)))
         except Exception:
-            pipe.send((True, traceback.format_exc()))
+            _send(pipe, (True, traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
