@@ -7,20 +7,23 @@ import torch
 from dsv3.model.block import Block
 from dsv3.model.moe import Dispatcher, MoE
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.config import CompileBackend
 from dsv3.runtime.errors import UserError
 
 
 class Compile:
     """Compiles each layer in place when enabled."""
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, backend: CompileBackend) -> None:
         self.enabled = enabled
+        self.backend = backend
 
     def __call__(self, model: Transformer, device: torch.device) -> None:
         """Wrap the layers of `model`; without a C++ compiler CPU code cannot be generated (UserError)."""
         if not self.enabled:
             return
-        if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        writes_code = self.backend is CompileBackend.inductor and device.type == "cpu"
+        if writes_code and not has_compiler():
             raise UserError(
                 "compile=on needs a C++ compiler on CPU (g++ or clang++): install one or use compile=off"
             )
@@ -29,7 +32,12 @@ class Compile:
                 # Rows an expert change with every batch, and grouped_mm in fp32 does not trace on CPU.
                 module.dispatcher = Uncompiled(module.dispatcher)
             if isinstance(module, Block):
-                module.compile()
+                module.compile(backend=self.backend.value)
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is there, which inductor's code for CPU needs."""
+    return any(map(shutil.which, ("g++", "clang++")))
 
 
 class Uncompiled:

@@ -56,6 +56,13 @@ class RecomputeConfig:
     keep: list[Kept] = field(default_factory=lambda: [Kept.attention, Kept.experts, Kept.exchange])
 
 
+class CompileBackend(Enum):
+    """What torch.compile makes of a layer: code, or the traced operators one by one (to find a fault)."""
+
+    inductor = "inductor"
+    aot_eager = "aot_eager"
+
+
 @dataclass
 class CompileConfig:
     """torch.compile, a layer at a time."""
@@ -64,6 +71,7 @@ class CompileConfig:
     _recursive_: bool = False
     _convert_: str = "object"
     enabled: bool = False
+    backend: CompileBackend = CompileBackend.inductor
 
 
 @dataclass

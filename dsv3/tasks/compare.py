@@ -10,51 +10,77 @@ from dsv3.metrics.console import visible
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job
 from dsv3.tasks.config import PlanFormat
-from dsv3.tasks.runs import RunSummary, distinguishing, find_runs
+from dsv3.tasks.runs import RunSummary, differences, distinguishing, find_runs, largest
 
 _TITLES = ("job", "overrides", "held-out loss", "train loss", "steps", "tokens/s", "state")
+_FARTHEST = "farthest"
 _TEXTS = ("job", "overrides", "state")
 
 
 class Compare:
-    """Prints the runs below a directory, the best first, and draws their curves beside them."""
+    """Prints the runs below a directory, the best first, and draws their curves beside them.
 
-    def __init__(self, runs: str, output: str | None, format: PlanFormat) -> None:
+    With a `reference`, also the largest relative difference of any step's training loss from that job's.
+    """
+
+    def __init__(
+        self, runs: str, output: str | None, format: PlanFormat, reference: str | None = None
+    ) -> None:
         self.runs = Path(runs)
         self.output = Path(output) if output is not None else self.runs / "compare.png"
         self.format = format
+        self.reference = reference
 
     def run(self, job: Job) -> None:
         """Print to stdout, as a table or as one JSON object; nothing is written into a run's directory."""
         found = find_runs(self.runs)
         keys = distinguishing(found)
-        picture = self._draw(found, keys)
+        reference = self._reference(found)
+        farthest = [largest(differences(run, reference)) if reference else None for run in found]
+        picture = self._draw(found, keys, reference)
         if self.format is PlanFormat.json:
-            print(json.dumps(_json(found, keys, self.runs, picture), indent=1))
+            print(json.dumps(_json(found, keys, self.runs, picture, farthest), indent=1))
             return
-        print(table([_cells(run, keys, self.runs) for run in found]))
+        cells = [_cells(run, keys, self.runs) for run in found]
+        if reference:
+            for row, value in zip(cells, farthest, strict=True):
+                row.append("-" if value is None else f"{value:.1e}")
+        print(table(cells, _TITLES + ((_FARTHEST,) if reference else ())))
         for run in found:
             if run.reason:
                 print(f"{_name(run, self.runs)} failed: {visible(run.reason)}")
         print(f"curves: {picture}" if picture else "no curves: no run has made a step")
 
-    def _draw(self, found: Sequence[RunSummary], keys: Sequence[str]) -> Path | None:
+    def _reference(self, found: Sequence[RunSummary]) -> RunSummary | None:
+        if self.reference is None:
+            return None
+        names = {_name(run, self.runs): run for run in found}
+        if self.reference not in names:
+            raise UserError(
+                f"task.reference={self.reference} is none of the jobs of {self.runs}: {', '.join(names)}"
+            )
+        return names[self.reference]
+
+    def _draw(
+        self, found: Sequence[RunSummary], keys: Sequence[str], reference: RunSummary | None
+    ) -> Path | None:
         curves = [(_told(run, keys) or _name(run, self.runs), run.rows) for run in found if run.rows]
         if not curves:
             return None
         try:
-            comparison(curves, self.output, f"Runs of {self.runs.absolute().name}")
+            apart = [differences(run, reference) if reference else [] for run in found if run.rows]
+            comparison(curves, self.output, f"Runs of {self.runs.absolute().name}", apart)
         except OSError as error:
             raise UserError(f"task.output={self.output} cannot be written: {error.strerror}") from None
         return self.output
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]], titles: Sequence[str] = _TITLES) -> str:
     """The rows under their titles, texts to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(_TITLES, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     lines = []
-    for row in (_TITLES, *rows):
-        pairs = zip(_TITLES, row, widths, strict=True)
+    for row in (titles, *rows):
+        pairs = zip(titles, row, widths, strict=True)
         cells = [text.ljust(width) if title in _TEXTS else text.rjust(width) for title, text, width in pairs]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
@@ -74,7 +100,11 @@ def _cells(run: RunSummary, keys: Sequence[str], runs: Path) -> list[str]:
 
 
 def _json(
-    found: Sequence[RunSummary], keys: Sequence[str], runs: Path, picture: Path | None
+    found: Sequence[RunSummary],
+    keys: Sequence[str],
+    runs: Path,
+    picture: Path | None,
+    farthest: Sequence[float | None],
 ) -> dict[str, Any]:
     entries = [
         {
@@ -88,8 +118,9 @@ def _json(
             "tokens_per_second": run.tokens_per_second,
             "state": run.state.value,
             "reason": run.reason or None,
+            "largest_difference": difference,
         }
-        for run in found
+        for run, difference in zip(found, farthest, strict=True)
     ]
     return {"runs": entries, "plot": picture and str(picture)}
 

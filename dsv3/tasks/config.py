@@ -110,12 +110,14 @@ class CompareTaskConfig(TaskConfig):
     """The runs of a directory, such as a sweep's, by held-out loss.
 
     The curves are drawn into `output`, a PNG; null is compare.png in the directory of `runs`.
+    `reference` names one of the jobs: how far the others' training losses are from its own.
     """
 
     uses_model: ClassVar[bool] = False
     _target_: str = "dsv3.tasks.compare.Compare"
     runs: str | None = None
     output: str | None = None
+    reference: str | None = None
     format: PlanFormat = PlanFormat.text
 
     def validate(self) -> None:

@@ -87,6 +87,18 @@ def distinguishing(runs: Sequence[RunSummary]) -> list[str]:
     return [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
 
 
+def differences(run: RunSummary, reference: RunSummary) -> list[tuple[int, float]]:
+    """Step and |loss - reference's| / |reference's|, of the steps in which both have a training loss."""
+    losses = {row.step: row.loss for row in reference.rows}
+    pairs = [(row.step, row.loss, losses.get(row.step)) for row in run.rows]
+    return [(step, abs(loss - other) / abs(other)) for step, loss, other in pairs if loss and other]
+
+
+def largest(found: Sequence[tuple[int, float]]) -> float | None:
+    """The largest difference, None without any."""
+    return max((difference for _, difference in found), default=None)
+
+
 def _is_run(folder: Path) -> bool:
     # A run has both files; wandb's folders, for one, have a config.yaml of their own.
     whole = (folder / CONFIG_FILE).is_file() and (folder / OVERRIDES_FILE).is_file()

@@ -90,6 +90,26 @@ def train_config(
     config: Config, degrees: Degrees | None, steps: int, microbatch: int, optimizer: str
 ) -> Trace | None:
     """What `train` does with a composed config."""
+    setup = prepared(config, degrees, optimizer)
+    if setup is None:
+        return None
+    model, chosen, me = setup
+    trace = Trace([], [], {})
+    keep = chosen.register_step_pre_hook(lambda *_: trace.gradients.append(_gradients(model)))
+    step = TrainStep(model.passes, chosen, me, clip_norm=1e9)
+    for number in range(steps):
+        figures = take_step(step, number, microbatch, optimizer)
+        trace.figures.append({name: value.item() for name, value in figures.items()})
+    keep.remove()
+    trace.evaluation = evaluate(model.passes, StepRows(), microbatch, me).loss
+    trace.state = {name: full(value).clone() for name, value in model.named_tensors().items()}
+    return trace
+
+
+def prepared(
+    config: Config, degrees: Degrees | None, optimizer: str
+) -> tuple[Distributed, torch.optim.Optimizer, Worker] | None:
+    """The model on this rank with biases that are not zero, its optimizer and the rank; None if left out."""
     rank = torch.distributed.get_rank() if degrees else 0
     expert = config.parallel.expert
     mesh = mesh_of(degrees, expert and expert.ranks_per_node) if degrees else None
@@ -103,19 +123,14 @@ def train_config(
             generator = torch.Generator().manual_seed(place_)
             router.selection_bias.copy_(0.05 * torch.randn(router.selection_bias.shape, generator=generator))
     parameters = [p for part in model.parts for p in part.parameters()]
-    chosen = _optimizer(optimizer, parameters)
-    step = TrainStep(model.passes, chosen, me, clip_norm=1e9)
-    trace = Trace([], [], {})
-    keep = chosen.register_step_pre_hook(lambda *_: trace.gradients.append(_gradients(model)))
-    loader = Loader(StepRows(), GLOBAL_BATCH, microbatch, me.data_rank, me.data_world)
-    for number in range(steps):
-        weights = replace(WEIGHTS, lr=RATES[optimizer])
-        figures = step(loader.microbatches(number * GLOBAL_BATCH), weights)
-        trace.figures.append({name: value.item() for name, value in figures.items()})
-    keep.remove()
-    trace.evaluation = evaluate(model.passes, StepRows(), microbatch, me).loss
-    trace.state = {name: full(value).clone() for name, value in model.named_tensors().items()}
-    return trace
+    return model, _optimizer(optimizer, parameters), me
+
+
+def take_step(step: TrainStep, number: int, microbatch: int, optimizer: str) -> dict[str, Tensor]:
+    """The optimizer step of this number, from 0; its figures."""
+    loader = Loader(StepRows(), GLOBAL_BATCH, microbatch, step.worker.data_rank, step.worker.data_world)
+    weights = replace(WEIGHTS, lr=RATES[optimizer])
+    return step(loader.microbatches(number * GLOBAL_BATCH), weights)
 
 
 def _optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

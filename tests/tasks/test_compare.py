@@ -124,8 +124,27 @@ def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_pa
         "tokens_per_second": 200.0,
         "state": "done",
         "reason": None,
+        "largest_difference": None,
     }
     assert told["runs"][4]["reason"] == "train.steps=0 is not possible"
+
+
+def test_a_reference_tells_how_far_the_others_are(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Compare(str(sweep), None, PlanFormat.text, "0").run(None)  # type: ignore[arg-type]
+    titles, *rows = map(words, capsys.readouterr().out.splitlines())
+    assert titles.endswith("state farthest")
+    # Losses of job 0 are 5, 4, 3; of 2: 5, 3, 2; of 3: 5, 4, 3.5; of 10: 5, 4.5; of 4: 9. Job 5 has none.
+    farthest = {row.split()[0]: row.split()[-1] for row in rows[:6]}
+    assert farthest == {
+        "0": "0.0e+00",
+        "2": "3.3e-01",
+        "3": "1.7e-01",
+        "10": "1.2e-01",
+        "4": "8.0e-01",
+        "5": "-",
+    }
+    with pytest.raises(UserError, match=r"task\.reference=7 is none of the jobs of .*: 2, 0, 4, 3, 5, 10"):
+        Compare(str(sweep), None, PlanFormat.text, "7").run(None)  # type: ignore[arg-type]
 
 
 def test_runs_without_a_step_give_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

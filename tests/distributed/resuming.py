@@ -1,0 +1,37 @@
+"""One step of a run on whatever layout, from its last checkpoint to the next; runs in the workers."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from dsv3.checkpoint.directory import Progress
+from dsv3.checkpoint.manager import CheckpointManager
+from dsv3.config import Config
+from dsv3.parallel.degrees import Degrees
+from dsv3.training.step import TrainStep
+from tests.distributed.training import full, prepared, take_step
+
+State = dict[str, Tensor]
+
+
+def go_on(
+    config: Config, degrees: Degrees | None, microbatch: int, run_dir: Path
+) -> tuple[int, State, State]:
+    """Restore, take a step, save: the step restored from, and the whole tensors here before and after."""
+    setup = prepared(config, degrees, "adamw")
+    assert setup is not None
+    model, optimizer, me = setup
+    manager = CheckpointManager(run_dir, 1, me)
+    progress = manager.restore(model.parts, optimizer) or Progress()
+
+    def state() -> State:
+        tensors = {f"model.{name}": full(value).clone() for name, value in model.named_tensors().items()}
+        for name, parameter in model.named_parameters().items():
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = full(value).clone()
+        return tensors
+
+    before = state()
+    take_step(TrainStep(model.passes, optimizer, me, clip_norm=1e9), progress.step, microbatch, "adamw")
+    manager.save(model.parts, optimizer, Progress(progress.step + 1))
+    return progress.step, before, state()

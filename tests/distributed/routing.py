@@ -1,0 +1,79 @@
+"""What the ranks of an exchange do with routings made to hurt; runs in the workers."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3.model.router import RouterStats, Routing
+from dsv3.parallel.degrees import Degrees
+from dsv3.parallel.expert import ExchangeDispatcher
+from dsv3.parallel.mesh import ParallelMesh
+from tests.distributed.training import mesh_of
+
+EXPERTS, TOP_K, DIM = 16, 4, 3
+KINDS = [
+    "random",
+    "all to one",
+    "none to the first rank",
+    "one rank has no tokens",
+    "own rank only",
+    "no tokens",
+]
+
+
+def exchanged(ep: int, ranks_per_node: int | None) -> dict[str, dict[str, Any]] | None:
+    """By kind this rank's tokens, their routing and what became of them; None on ranks left out."""
+    mesh = mesh_of(Degrees(dp_shard=ep, ep=ep), ranks_per_node)
+    if dist.get_rank() >= ep:
+        return None
+    return {kind: _exchange(kind, ep, mesh) for kind in KINDS}
+
+
+def _exchange(kind: str, ep: int, mesh: ParallelMesh) -> dict[str, Any]:
+    rank = dist.get_rank()
+    x, routing = _tokens(kind, rank, ep)
+    x.requires_grad_()
+    routing.weights.requires_grad_()
+    dispatcher = ExchangeDispatcher(mesh.exchange)
+    seen: list[Tensor] = []
+
+    def experts(rows: Tensor, counts: Tensor) -> Tensor:
+        """Expert e of the world multiplies by e + 1."""
+        seen.append(counts)
+        own = rank * (EXPERTS // ep) + torch.arange(EXPERTS // ep)
+        return rows * (own.repeat_interleave(counts) + 1).unsqueeze(1)
+
+    dispatched = dispatcher.dispatch(x, routing)
+    out = dispatcher.combine(dispatched, experts)
+    out.sum().backward()
+    return {
+        "x": x.detach(),
+        "experts": routing.experts,
+        "weights": routing.weights.detach(),
+        "out": out.detach(),
+        "x_grad": x.grad,
+        "weights_grad": routing.weights.grad,
+        "counts": seen[0],
+        "sent": dispatched[0].leg.sent,
+    }
+
+
+def _tokens(kind: str, rank: int, ep: int) -> tuple[Tensor, Routing]:
+    """Whole numbers and weights that are powers of two, so that nothing rounds in any order."""
+    generator = torch.Generator().manual_seed(rank)
+    count = 0 if kind == "no tokens" or (kind == "one rank has no tokens" and rank == 1) else 5 + 3 * rank
+    own = EXPERTS // ep
+    allowed = {
+        "all to one": torch.arange(TOP_K),
+        "none to the first rank": torch.arange(own, EXPERTS),
+        "own rank only": torch.arange(rank * own, rank * own + max(own, TOP_K)) % EXPERTS,
+    }.get(kind, torch.arange(EXPERTS))
+    chosen = [allowed[torch.randperm(len(allowed), generator=generator)[:TOP_K]] for _ in range(count)]
+    experts = torch.stack(chosen) if chosen else torch.empty(0, TOP_K, dtype=torch.long)
+    weights = 2.0 ** torch.randint(-3, 1, experts.shape, generator=generator)
+    x = torch.randint(-99, 99, (count, DIM), generator=generator).float()
+    load = torch.bincount(experts.flatten(), minlength=EXPERTS)
+    zero = torch.zeros(())
+    return x, Routing(experts, weights, RouterStats(load, zero, zero, torch.tensor(True)))
