@@ -1,0 +1,142 @@
+"""What the files of a checkpoint must be: their sizes and digests, in manifest.json beside them.
+
+The manifest is written last, so that a directory that has one was finished; it carries a digest of its
+own list, so that damage to itself is not blamed on a file. It finds accidents (a copy that broke off, a
+disk that flips bits); it is no signature: whoever can write the files can write it as well.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+
+import xxhash
+
+from dsv3.checkpoint.directory import write_text
+from dsv3.runtime.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+SMALL = 32 * 2**20
+"""Bytes of a file that is read before a run's workers start rather than by one of them."""
+_BUFFER = 16 * 2**20
+_HEX = 32
+_ALGORITHM = "xxh3_128"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file is: its size in bytes and the XXH3-128 of its content, in hexadecimal digits."""
+
+    size: int
+    digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileEntry":
+        """The entry of a file as it is now."""
+        return cls(path.stat().st_size, digest(path))
+
+
+def digest(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """The XXH3-128 of a file's content as 32 hexadecimal digits; `progress` is told bytes as they are read."""
+    state, buffer = xxhash.xxh3_128(), bytearray(_BUFFER)
+    view = memoryview(buffer)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            state.update(view[:count])
+            if progress is not None:
+                progress(count)
+    return state.hexdigest()
+
+
+def write_manifest(directory: Path, entries: dict[str, FileEntry]) -> None:
+    """Store the entries, by paths relative to `directory`, as manifest.json: whole or not at all."""
+    files = {name: asdict(entry) for name, entry in sorted(entries.items())}
+    content = {"algorithm": _ALGORITHM, "digest": _digest_of(files), "files": files}
+    write_text(directory / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, FileEntry] | None:
+    """The entries by relative path; None where there is no manifest; UserError for a damaged one."""
+    path = directory / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text())
+        files = content["files"]
+        if content["algorithm"] != _ALGORITHM:
+            raise ValueError(f"its digests are of another kind, {content['algorithm']!r}")
+        if content["digest"] != _digest_of(files):
+            raise ValueError("its list of files is not what its own digest says")
+        return {_name(name): _entry(entry) for name, entry in files.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} cannot be read, it may be damaged: {reason}") from None
+
+
+def verify(
+    directory: Path, files: Iterable[str] | None = None, progress: Callable[[int], None] | None = None
+) -> bool:
+    """Compare `files` of a directory (None: all) with its manifest, all the sizes first.
+
+    False where there is no manifest to compare with; names that the manifest does not list are passed
+    over. UserError that names the first file that is missing, truncated or altered.
+    """
+    entries = read_manifest(directory)
+    if entries is None:
+        return False
+    chosen = entries if files is None else {name: entries[name] for name in files if name in entries}
+    check_sizes(directory, chosen)
+    for name, entry in chosen.items():
+        check_digest(directory, name, entry, progress)
+    return True
+
+
+def verify_small(directory: Path) -> bool:
+    """Compare all sizes, and the content of all small files: what can be done before workers start."""
+    entries = read_manifest(directory) or {}
+    check_sizes(directory, entries)
+    return verify(directory, [name for name, entry in entries.items() if entry.size <= SMALL])
+
+
+def check_sizes(directory: Path, entries: dict[str, FileEntry]) -> None:
+    """UserError for the first file that is missing or of another size."""
+    for name, entry in entries.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {MANIFEST_FILE} lists it with {entry.size:,} bytes")
+        size = path.stat().st_size
+        if size != entry.size:
+            what = "truncated" if size < entry.size else "altered"
+            raise UserError(f"{path} is {what}: it has {size:,} bytes, {MANIFEST_FILE} says {entry.size:,}")
+
+
+def check_digest(
+    directory: Path, name: str, entry: FileEntry, progress: Callable[[int], None] | None = None
+) -> None:
+    """UserError unless the file's content has the digest that the manifest says."""
+    path = directory / name
+    try:
+        found = digest(path, progress)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if found != entry.digest:
+        raise UserError(f"{path} is altered: its XXH3-128 is {found}, {MANIFEST_FILE} says {entry.digest}")
+
+
+def _digest_of(files: object) -> str:
+    text = json.dumps(files, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _name(name: str) -> str:
+    path = PurePath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"it points outside the directory, to {name!r}")
+    return name
+
+
+def _entry(stored: dict[str, object]) -> FileEntry:
+    size, text = stored["size"], stored["digest"]
+    if type(size) is not int or size < 0 or not isinstance(text, str) or len(text) != _HEX:
+        raise ValueError(f"it holds no size and digest but {size!r} and {text!r}")
+    return FileEntry(size, text)
