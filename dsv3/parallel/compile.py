@@ -32,7 +32,7 @@ class Compile:
                 # Rows an expert change with every batch, and grouped_mm in fp32 does not trace on CPU.
                 module.dispatcher = Uncompiled(module.dispatcher)
             if isinstance(module, Block):
-                module.compile(backend=self.backend.value)
+                module.forward = torch.compile(module.forward, backend=self.backend.value)  # type: ignore[method-assign]
 
 
 def has_compiler() -> bool:

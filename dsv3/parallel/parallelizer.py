@@ -40,9 +40,9 @@ def parallelize(
 ) -> None:
     """Put the wrappers around `model`, innermost first; `root` is the module that is called.
 
-    The three that change what a layer computes come first, for all others to see. Recomputation wraps a
-    layer's forward, so that compilation sees the recomputed region as a whole; sharding comes last,
-    because its hooks must run outside of both.
+    The three that change what a layer computes come first, for all others to see. Compilation is next, of
+    a layer's forward alone: recomputation calls compiled code twice, and its modes that keep results could
+    not be traced. Sharding comes last, because its hooks must run outside of both.
     """
     chosen = config.parallel
     if mesh is not None:
@@ -50,8 +50,8 @@ def parallelize(
             if wrapper is not None:
                 build(wrapper)(model, mesh)
         split_sequences(model, mesh)
-    build(config.recompute)(model)
     build(config.compile)(model, device)
+    build(config.recompute)(model)
     if mesh is not None and chosen.fsdp is not None:
         reshard = reshard_after_forward(chosen, mesh.degrees.pp)
         build(chosen.fsdp, reshard_after_forward=reshard)(root, mesh, model.compute_dtype)

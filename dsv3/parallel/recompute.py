@@ -62,6 +62,11 @@ class _Keep(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled layers run compiled under this mode; the operators they call are seen all the same."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in self.kept:

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3.model.attention import LatentAttention
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.config import Kept, Recomputed
+from dsv3.parallel.compile import Compile
+from dsv3.parallel.config import CompileBackend, Kept, Recomputed
 from dsv3.parallel.recompute import Recompute
 from tests.reference import MODEL, tiny_model, tokens
 
@@ -57,11 +58,15 @@ def test_full_recomputation_gives_the_same_bits_and_counts_the_load_once(documen
 
 
 class Calls(TorchDispatchMode):
-    """How often each operator ran."""
+    """How often each operator ran, those that compiled code calls too."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_name: Counter[str] = Counter()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.by_name[func.overloadpacket.__name__] += 1
@@ -105,3 +110,22 @@ def test_names_of_parameters_stay_as_they_are() -> None:
     before = list(model.state_dict())
     Recompute(Recomputed.full)(model)
     assert list(model.state_dict()) == before
+
+
+def test_compiled_layers_run_compiled_and_what_is_kept_is_not_run_again() -> None:
+    counts, compiled = {}, torch._dynamo.utils.counters["frames"]
+    for mode in (Recomputed.none, Recomputed.selective, Recomputed.full):
+        model = tiny_model()
+        torch._dynamo.reset()
+        before = compiled["ok"]
+        Compile(True, CompileBackend.aot_eager)(model, torch.device("cpu"))
+        Recompute(mode, [Kept.attention])(model)
+        with Calls() as calls:
+            results = train(model, DOCUMENTS)
+        assert compiled["ok"] > before
+        counts[mode] = (calls.by_name["blocked_attention"], results)
+    once = counts[Recomputed.none][0]
+    assert once >= 3
+    assert [count for count, _ in counts.values()] == [once, once, 2 * once]
+    for mine, right in zip(counts[Recomputed.selective][1], train(tiny_model(), DOCUMENTS), strict=True):
+        assert torch.allclose(mine, right, rtol=1e-5, atol=1e-7)
