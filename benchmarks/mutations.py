@@ -342,9 +342,23 @@ MUTATIONS = [
     ),
     Mutation(
         "expert parallel: a row takes its own experts' weights along",
-        "dsv3/parallel/expert.py",
-        "weights = arriving.weights[route.source, route.place].to(out.dtype)",
-        "weights = arriving.weights[route.source].amax(-1).to(out.dtype)",
+        "dsv3/parallel/routes.py",
+        "taken = weights[route.source, route.place].to(out.dtype)",
+        "taken = weights[route.source].amax(-1).to(out.dtype)",
+        SHARDED,
+    ),
+    Mutation(
+        "DeepEP: rows are read once they have arrived",
+        "dsv3/parallel/deepep.py",
+        "        event.current_stream_wait()\n",
+        "",
+        SHARDED,
+    ),
+    Mutation(
+        "DeepEP: the gradient of the weights comes back",
+        "dsv3/parallel/deepep.py",
+        "return x, summed, None, None, None",
+        "return x, None, None, None, None",
         SHARDED,
     ),
 ]

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dsv3.model.moe import Experts, ExpertsFunction, MoE, apply_experts
+from dsv3.model.moe import Dispatcher, Experts, ExpertsFunction, MoE, apply_experts
 from dsv3.model.router import Routing
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.collectives import start_exchange, wait
 from dsv3.parallel.config import ExchangeBackend
+from dsv3.parallel.deepep import DeepEPDispatcher
 from dsv3.parallel.mesh import ParallelMesh
-from dsv3.parallel.routes import Route, bring_back, make_route, send
-from dsv3.runtime.errors import UserError
+from dsv3.parallel.routes import Route, bring_back, make_route, send, weighted_sums
 
 
 class ExpertParallel:
@@ -35,16 +35,16 @@ class ExpertParallel:
         """Wrap `model` in place where `ep` is above 1."""
         if mesh.degrees.ep == 1:
             return
-        if self.backend is ExchangeBackend.deepep:
-            raise UserError(
-                "parallel.expert.backend=deepep is not possible: it needs CUDA and the deep_ep package; "
-                "take parallel.expert.backend=all_to_all"
-            )
-        dispatcher = ExchangeDispatcher(mesh.exchange)
+        dispatcher = self._dispatcher(model, mesh)
         for module in model.modules():
             if isinstance(module, MoE):
                 _place(module.experts, mesh)
                 module.dispatcher = dispatcher
+
+    def _dispatcher(self, model: Transformer, mesh: ParallelMesh) -> Dispatcher:
+        if self.backend is ExchangeBackend.all_to_all:
+            return ExchangeDispatcher(mesh.exchange)
+        return DeepEPDispatcher.over(mesh, model.config.dim)
 
 
 def _place(experts: Experts, mesh: ParallelMesh) -> None:
@@ -101,7 +101,7 @@ class ExchangeDispatcher:
         for group in self.levels[1:]:
             arriving = _start(wait(arriving.rows), arriving.weights, arriving.chosen, top_k, group)
             legs.append(arriving.leg)
-        out = _compute(wait(arriving.rows), arriving, top_k, experts)
+        out = weighted_sums(wait(arriving.rows), arriving.weights, arriving.chosen, top_k, experts)
         for leg in reversed(legs):
             back = wait(start_exchange(out, leg.received, leg.sent, leg.group))
             out = bring_back(back, leg.route)
@@ -122,14 +122,6 @@ def _start(x: Tensor, weights: Tensor, chosen: Tensor, top_k: int, group: dist.P
     both = wait(start_exchange(torch.cat([weights, marks], dim=1), sent, received, group))
     weights, marks = both.chunk(2, dim=1)
     return Arriving(rows, weights, marks > 0, Leg(route, sent, received, group))
-
-
-def _compute(rows: Tensor, arriving: Arriving, top_k: int, experts: ExpertsFunction) -> Tensor:
-    """The weighted sum over the experts here, for every row that has arrived."""
-    route = make_route(arriving.chosen, min(top_k, arriving.chosen.shape[1]))
-    out = experts(send(rows, route), route.counts)
-    weights = arriving.weights[route.source, route.place].to(out.dtype)
-    return bring_back(out * weights.unsqueeze(1), route)
 
 
 def _exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:

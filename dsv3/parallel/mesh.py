@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,8 @@ class ParallelMesh:
         node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         spans = 0 < node < d.ep and d.ep % node == 0
         self._nodes = self.cut(rest=d.world_size // d.ep, node=d.ep // node, local=node) if spans else None
+        self.expert_buffer: Any = None
+        """DeepEP's, which all stages of this rank share (deepep.py)."""
 
     @property
     def data_rank(self) -> int:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsv3.model.moe import ExpertsFunction
+
 
 class Route(NamedTuple):
     """Which rows go where, sorted by place."""
@@ -42,6 +44,19 @@ def send(x: Tensor, route: Route) -> Tensor:
 def bring_back(copies: Tensor, route: Route) -> Tensor:
     """For every row the sum [rows, dim] of its `copies` [copies, dim]."""
     return _BringBack.apply(copies, route.source, route.slots)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def weighted_sums(
+    rows: Tensor, weights: Tensor, chosen: Tensor, top_k: int, experts: ExpertsFunction
+) -> Tensor:
+    """For each of `rows` [rows, dim] the weighted sum of its results over the experts here.
+
+    `weights` [rows, experts] count where `chosen` [rows, experts] says so, at most `top_k` times a row.
+    """
+    route = make_route(chosen, min(top_k, chosen.shape[1]))
+    out = experts(send(rows, route), route.counts)
+    taken = weights[route.source, route.place].to(out.dtype)
+    return bring_back(out * taken.unsqueeze(1), route)
 
 
 class _Send(torch.autograd.Function):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from dsv3.metrics.flops import FlopsConvention, training_flops_per_token
 from dsv3.model.config import ModelConfig
-from dsv3.parallel.config import ParallelConfig, PipelineConfig, Recomputed
+from dsv3.parallel.config import ExchangeBackend, Kept, ParallelConfig, PipelineConfig, Recomputed
 from dsv3.parallel.degrees import Degrees
 from dsv3.parallel.stages import reshard_after_forward, stages_per_rank
 from dsv3.planning import parameters
@@ -148,7 +148,7 @@ def make_plan(config: "Config", degrees: Degrees, hardware: HardwareConfig) -> P
         reshard_after_forward=reshard_after_forward(parallel, degrees.pp),
         state=StateBytes(compute=COMPUTE_BYTES[config.precision.compute.name]),
         fused_kernels=not on_cpu,
-        keep=tuple(config.recompute.keep),
+        keep=_kept(config),
         pipelining=_pipelining(parallel, degrees.pp),
         cpu_offload=parallel.fsdp is not None and parallel.fsdp.cpu_offload and not on_cpu,
         ranks_per_node=_ranks_per_node(config, hardware),
@@ -168,6 +168,13 @@ def _pipelining(parallel: ParallelConfig, pp: int) -> Pipelining:
     pipeline = parallel.pipeline or PipelineConfig()
     per_rank = stages_per_rank(parallel.schedule, pipeline)
     return Pipelining(parallel.schedule, per_rank, None if pipeline.split is None else tuple(pipeline.split))
+
+
+def _kept(config: "Config") -> tuple[Kept, ...]:
+    """What selective recomputation keeps; DeepEP's exchange is no operator of PyTorch, and is repeated."""
+    expert = config.parallel.expert
+    repeated = expert is not None and expert.backend is ExchangeBackend.deepep
+    return tuple(kept for kept in config.recompute.keep if not (repeated and kept is Kept.exchange))
 
 
 def _ranks_per_node(config: "Config", hardware: HardwareConfig) -> int | None:

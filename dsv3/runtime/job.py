@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv3.config import Config
+from dsv3.parallel.backends import check_backend
 from dsv3.parallel.degrees import Degrees
 from dsv3.parallel.laws import check_batch, check_schedule, check_sequence, check_wrapped, resolve
 from dsv3.parallel.stages import least_microbatches, stage_count, takes_microbatches
@@ -51,6 +52,7 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     check_schedule(config.parallel, degrees, train.batch, train.microbatch)
     hardware = detect(config.hardware, ranks_per_node(config, world))
     plan = make_plan(config, degrees, hardware)
+    check_backend(config, plan)
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     return Job(config, overrides, hardware, plan, run_dir, bool(sweep_dir or config.run.dir))
 

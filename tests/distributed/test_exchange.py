@@ -3,14 +3,25 @@
 import pytest
 import torch
 
+from dsv3.parallel.config import ExchangeBackend
 from tests.distributed.pool import Pool
 from tests.distributed.routing import EXPERTS, KINDS, exchanged
 
+ALL_TO_ALL, DEEPEP = ExchangeBackend.all_to_all, ExchangeBackend.deepep
 
-@pytest.mark.parametrize(("ep", "ranks_per_node"), [(2, None), (8, None), (4, 2), (8, 2), (8, 4)])
-def test_every_token_comes_back_exactly(pool: Pool, ep: int, ranks_per_node: int | None) -> None:
+
+@pytest.mark.parametrize(
+    ("ep", "ranks_per_node", "backend"),
+    [
+        *((*spread, ALL_TO_ALL) for spread in [(2, None), (8, None), (4, 2), (8, 2), (8, 4)]),
+        *((ep, None, DEEPEP) for ep in (2, 4, 8)),
+    ],
+)
+def test_every_token_comes_back_exactly(
+    pool: Pool, ep: int, ranks_per_node: int | None, backend: ExchangeBackend
+) -> None:
     """Expert e multiplies by e + 1: a token at a wrong expert, twice, late or lost gives another number."""
-    everything = pool.run(exchanged, ep, ranks_per_node)[:ep]
+    everything = pool.run(exchanged, ep, ranks_per_node, backend)[:ep]
     for kind in KINDS:
         found = [rank[kind] for rank in everything]
         for rank in found:

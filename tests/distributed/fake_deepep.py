@@ -1,0 +1,169 @@
+"""A stand-in for the package deep_ep 1.2.1 on gloo: the documented Buffer, by uneven all-to-all.
+
+It asserts what DeepEP asserts of its arguments. What async calls return is garbage until their event is
+waited for.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+topk_idx_t = torch.int64
+made: list["Buffer"] = []
+"""The buffers of this process, for tests to count."""
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Within it `import deep_ep` gives this module."""
+    with mock.patch.dict(sys.modules, deep_ep=sys.modules[__name__]):
+        yield
+
+
+class Config:
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        assert num_ranks < 8 or num_ranks % 8 == 0
+        return self.chunk * num_ranks * hidden_bytes
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        raise AssertionError("NVSHMEM is disable during compilation")
+
+
+class EventOverlap:
+    def __init__(self, finish: Callable[[], None] | None = None) -> None:
+        self.event = finish
+
+    def current_stream_wait(self) -> None:
+        assert self.event is not None
+        self.event()
+
+
+class Buffer:
+    def __init__(self, group: dist.ProcessGroup, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0) -> None:
+        self.rank, self.group_size = group.rank(), group.size()
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self._group = group
+        self._groups_agree()
+        made.append(self)
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        assert num_ranks in (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+        return Config(256)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        assert num_ranks in (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+        return Config(128)
+
+    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[Any, ...]:
+        assert topk_idx.dtype == topk_idx_t
+        assert topk_idx.is_contiguous()
+        chosen = torch.zeros(len(topk_idx), num_experts, dtype=torch.bool).scatter(1, topk_idx, True)
+        goes = chosen.unflatten(1, (self.group_size, -1)).any(-1)
+        return goes.sum(0).int(), None, chosen.sum(0).int(), goes, EventOverlap()
+
+    def dispatch(
+        self,
+        x: Tensor,
+        handle: tuple[Any, ...] | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        async_finish: bool = False,
+    ) -> tuple[Any, ...]:
+        self._check(x)
+        if handle is not None:
+            assert topk_idx is None
+            assert topk_weights is None
+            goes, sent, received = handle
+            assert len(goes) == len(x)
+            rows = self._exchange(x[goes.t().nonzero()[:, 1]], sent, received)
+            return *_finished([rows, None, None], async_finish)[0], None, None, EventOverlap()
+        assert num_tokens_per_rank is not None
+        assert num_tokens_per_expert is not None
+        assert is_token_in_rank is not None
+        assert topk_idx is not None
+        assert topk_weights is not None
+        assert num_tokens_per_rank.dtype == num_tokens_per_expert.dtype == torch.int32
+        assert topk_weights.dtype == torch.float32
+        assert topk_weights.is_contiguous()
+        assert topk_weights.shape == topk_idx.shape
+        sent = num_tokens_per_rank.tolist()
+        received = self._exchange(num_tokens_per_rank, [1] * len(sent), [1] * len(sent)).tolist()
+        place, token = is_token_in_rank.t().nonzero(as_tuple=True)
+        rows = self._exchange(x[token], sent, received)
+        # To each rank the numbers of its own experts, counted from its first.
+        here = len(num_tokens_per_expert) // self.group_size
+        local = topk_idx[token] - here * place.unsqueeze(1)
+        elsewhere = (local < 0) | (local >= here)
+        indices = self._exchange(local.masked_fill(elsewhere, -1), sent, received)
+        weights = self._exchange(topk_weights[token].masked_fill(elsewhere, 0.0), sent, received)
+        counts = torch.bincount(indices[indices >= 0], minlength=here).tolist()
+        out, event = _finished([rows, indices, weights], async_finish)
+        return *out, counts, (is_token_in_rank, sent, received), event
+
+    def combine(
+        self, x: Tensor, handle: tuple[Any, ...], topk_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        self._check(x)
+        goes, sent, received = handle
+        assert len(x) == sum(received)
+        total = self._sum(x, goes, sent, received).to(x.dtype)
+        if topk_weights is None:
+            return total, None, EventOverlap()
+        assert topk_weights.dtype == torch.float32
+        assert topk_weights.is_contiguous()
+        assert len(topk_weights) == len(x)
+        return total, self._sum(topk_weights, goes, sent, received), EventOverlap()
+
+    def _sum(self, x: Tensor, goes: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """In fp32, in the order of the ranks."""
+        back = self._exchange(x, received, sent).split(sent)
+        total = torch.zeros(len(goes), x.shape[1])
+        for rank, part in enumerate(back):
+            total[goes[:, rank]] += part.float()
+        return total
+
+    def _check(self, x: Tensor) -> None:
+        assert x.dim() == 2
+        assert x.is_contiguous()
+        assert x.dtype == torch.bfloat16
+        assert x.shape[1] * x.element_size() % 16 == 0
+        assert self.num_nvl_bytes >= 256 * self.group_size * x.shape[1] * x.element_size()
+
+    def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=self._group)
+        return out
+
+    def _groups_agree(self) -> None:
+        found: list[Any] = [None] * self.group_size
+        dist.all_gather_object(found, (self.num_nvl_bytes, self.num_rdma_bytes), self._group)
+        assert len(set(found)) == 1
+
+
+def _finished(results: list[Tensor | None], later: bool) -> tuple[list[Tensor | None], EventOverlap]:
+    """The results, or what turns into them when the event is waited for."""
+    if not later:
+        return results, EventOverlap()
+    garbage = [None if r is None else torch.full_like(r, 1 << 30) for r in results]
+
+    def finish() -> None:
+        for shown, true in zip(garbage, results, strict=True):
+            if shown is not None and true is not None:
+                shown.detach().copy_(true)
+
+    return garbage, EventOverlap(finish)
