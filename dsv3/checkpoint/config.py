@@ -1,24 +1,29 @@
 """Which checkpoint a command reads and which ones a run keeps."""
 
 from dataclasses import dataclass
-from enum import Enum
 
 from dsv3.model.config import ModelConfig
-from dsv3.runtime.errors import require
+from dsv3.runtime.errors import require, require_positive
 
 
 @dataclass
 class CheckpointConfig:
     """`load` is a run, step or DCP directory, of which a training run takes the weights only.
 
-    `keep_last` complete checkpoints stay; older ones are removed once a newer one is committed.
+    The `keep_last` newest complete checkpoints stay, those of steps that are multiples of `keep_every`
+    and, with `keep_best`, that with the lowest held-out loss; others go once a newer one is committed.
+    With `async_save` they are written while the training goes on, from copies in the host's memory.
     """
 
     load: str | None = None
     keep_last: int = 2
+    keep_every: int | None = None
+    keep_best: bool = False
+    async_save: bool = True
 
     def validate(self) -> None:
         require(self.keep_last >= 1, "keep_last", self.keep_last, "must be at least 1")
+        require_positive(self, "keep_every")
 
 
 @dataclass
@@ -29,32 +34,3 @@ class HFModelConfig(ModelConfig):
     """
 
     path: str | None = None
-
-
-class Direction(Enum):
-    """What convert.py does."""
-
-    download = "download"
-
-
-class Assets(Enum):
-    """Which files of a repository are fetched."""
-
-    tokenizer = "tokenizer"
-    config = "config"
-    weights = "weights"
-
-
-@dataclass
-class ConvertConfig:
-    """What convert.py is told: which files of the hub's `repo` (at `revision`) go to `output`."""
-
-    direction: Direction
-    repo: str | None = None
-    revision: str | None = None
-    assets: Assets = Assets.config
-    output: str | None = None
-
-    def validate(self) -> None:
-        require(bool(self.repo), "repo", self.repo, "give a repository of the hub, repo=OWNER/NAME")
-        require(bool(self.output), "output", self.output, "give a directory, output=DIR")

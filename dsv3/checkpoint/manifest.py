@@ -12,12 +12,10 @@ from pathlib import Path, PurePath
 
 import xxhash
 
-from dsv3.checkpoint.directory import write_text
+from dsv3.checkpoint.directory import MANIFEST_FILE, STATE_FILE, promises_manifest, write_text
 from dsv3.runtime.errors import UserError
 
-MANIFEST_FILE = "manifest.json"
-SMALL = 32 * 2**20
-"""Bytes of a file that is read before a run's workers start rather than by one of them."""
+_TENSORS = (".distcp", ".safetensors")
 _BUFFER = 16 * 2**20
 _HEX = 32
 _ALGORITHM = "xxh3_128"
@@ -37,7 +35,7 @@ class FileEntry:
 
 
 def digest(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The XXH3-128 of a file's content as 32 hexadecimal digits; `progress` is told bytes as they are read."""
+    """The XXH3-128 of a file's content, 32 hexadecimal digits; `progress` gets the bytes of each read."""
     state, buffer = xxhash.xxh3_128(), bytearray(_BUFFER)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
@@ -56,7 +54,10 @@ def write_manifest(directory: Path, entries: dict[str, FileEntry]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, FileEntry] | None:
-    """The entries by relative path; None where there is no manifest; UserError for a damaged one."""
+    """The entries by relative path; None where a checkpoint is older than manifests or of another tool.
+
+    UserError for a damaged one, and where state.json says that there was one.
+    """
     path = directory / MANIFEST_FILE
     try:
         content = json.loads(path.read_text())
@@ -67,6 +68,8 @@ def read_manifest(directory: Path) -> dict[str, FileEntry] | None:
             raise ValueError("its list of files is not what its own digest says")
         return {_name(name): _entry(entry) for name, entry in files.items()}
     except FileNotFoundError:
+        if promises_manifest(directory):
+            raise UserError(f"{path} is missing: {STATE_FILE} says that it was written") from None
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
@@ -91,11 +94,11 @@ def verify(
     return True
 
 
-def verify_small(directory: Path) -> bool:
-    """Compare all sizes, and the content of all small files: what can be done before workers start."""
+def verify_description(directory: Path) -> bool:
+    """Compare all sizes, and the content of all but the tensors: what is quick, before workers start."""
     entries = read_manifest(directory) or {}
     check_sizes(directory, entries)
-    return verify(directory, [name for name, entry in entries.items() if entry.size <= SMALL])
+    return verify(directory, [name for name in entries if not name.endswith(_TENSORS)])
 
 
 def check_sizes(directory: Path, entries: dict[str, FileEntry]) -> None:

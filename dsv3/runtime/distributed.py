@@ -81,6 +81,15 @@ class Worker:
             self._beat()
         return values[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks, on every rank."""
+        values = [value]
+        if self.world > 1:
+            values *= self.world
+            dist.all_gather_object(values, value, group=self.group)
+            self._beat()
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:

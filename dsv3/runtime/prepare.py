@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from pathlib import Path
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -11,13 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from dsv3.checkpoint.config import HFModelConfig
 from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint
 from dsv3.checkpoint.hf_config import model_from_hf
+from dsv3.checkpoint.manifest import verify_description
 from dsv3.config import Config, literal, strict
-from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.groups import LAYOUTS
 from dsv3.runtime.job import Job, plan_job
 from dsv3.runtime.quoting import split_override
 from dsv3.runtime.rundir import CONFIG_FILE
+from dsv3.runtime.stored_model import set_values, stored_model
 from dsv3.tasks.config import VerifyTaskConfig
 
 
@@ -59,42 +59,16 @@ def resolve_model(composed: DictConfig, keys: Collection[str]) -> None:
     if OmegaConf.get_type(composed, "task") is VerifyTaskConfig and composed.task.path is None:
         composed.task.path = literal(path)
     changed = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
-    changed |= _set_values(composed.model) if from_hf else set()
+    changed |= set_values(composed.model) if from_hf else set()
     if composed.run.resume:
-        found = _stored_model(Path(composed.run.dir) / CONFIG_FILE, inside=True)
+        found = stored_model(Path(composed.run.dir) / CONFIG_FILE, inside=True)
     elif from_hf:
         found = OmegaConf.structured(model_from_hf(_hf_directory(path)))
     else:
-        found = _stored_model(_model_file(composed.checkpoint.load))
+        found = stored_model(_model_file(composed.checkpoint.load))
     for key in changed - {"path"}:
         OmegaConf.update(found, key, OmegaConf.select(composed.model, key))
     composed.model = found
-
-
-def _set_values(model: DictConfig, path: str = "") -> set[str]:
-    """The keys of model=hf that an experiment or a file has set, beside its defaults."""
-    keys: set[str] = set()
-    defaults = OmegaConf.structured(OmegaConf.get_type(model))
-    for key in map(str, model):
-        if OmegaConf.is_missing(model, key):
-            continue
-        if isinstance(model[key], DictConfig):
-            keys |= _set_values(model[key], f"{path}{key}.")
-        elif key in defaults and (OmegaConf.is_missing(defaults, key) or model[key] != defaults[key]):
-            keys.add(f"{path}{key}")
-    return keys
-
-
-def _stored_model(path: Path, inside: bool = False) -> DictConfig:
-    """The model of a model.yaml, or `inside` a run's config.yaml."""
-    try:
-        content = yaml.safe_load(path.read_text())
-        content = content["model"] if inside else content
-        stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), literal(content))
-        assert isinstance(stored, DictConfig)
-        return stored
-    except Exception as error:
-        raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}") from None
 
 
 def _hf_directory(path: str | None) -> Path:
@@ -106,7 +80,9 @@ def _hf_directory(path: str | None) -> Path:
 
 
 def _model_file(checkpoint: str) -> Path:
-    path = find_checkpoint(checkpoint) / MODEL_FILE
+    directory = find_checkpoint(checkpoint)
+    verify_description(directory)
+    path = directory / MODEL_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: say which model it is, model=...")
     return path

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dsv3.checkpoint.directory import MODEL_FILE, complete_steps, step_number, write_text
+from dsv3.checkpoint.integrity import check_newest
 from dsv3.config import Config, plain
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job
@@ -91,6 +92,8 @@ def check_same_run(config: Config, directory: Path) -> None:
                 "checkpoint.load= starts a new one from its weights"
             )
     steps = complete_steps(directory)
+    if steps:
+        check_newest(steps[-1])
     if steps and (file := steps[-1] / MODEL_FILE).exists():
         model = {f"model.{key}": value for key, value in stored_leaves(file).items()}
         check_stored_targets(file, model, typed, config.run.allow_targets)

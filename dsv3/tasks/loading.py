@@ -1,6 +1,7 @@
 """A model with the weights of `checkpoint.load`."""
 
 from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.checkpoint.integrity import verify_together
 from dsv3.checkpoint.manager import load_weights
 from dsv3.checkpoint.matching import require_weights
 from dsv3.parallel.distributed import Distributed, distribute
@@ -23,6 +24,7 @@ def load_model(job: Job, me: Worker) -> tuple[Distributed, Worker]:
     path = job.config.checkpoint.load
     checkpoint = None if path is None else find_checkpoint(path)
     if checkpoint is not None:
+        verify_together(checkpoint, me)
         require_weights(job.config.model, checkpoint)  # before memory is taken
     mesh = job_mesh(job, me)
     model = distribute(job.config, mesh, me.device)

@@ -1,10 +1,11 @@
 """task=train: put everything together, run the loop, tell how it went."""
 
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from dsv3.checkpoint.directory import TOKENIZER_DIR, Progress, find_checkpoint
+from dsv3.checkpoint.integrity import verify_together
 from dsv3.checkpoint.manager import CheckpointManager, load_weights
 from dsv3.config import Config, build, plain
 from dsv3.data.loader import Loader
@@ -65,7 +66,7 @@ class _Run:
         self.directory: Path = me.share(make_run_dir(job) if me.is_main else job.run_dir)
         job.run_dir = self.directory
         me.watch(self.directory)
-        self.manager = CheckpointManager(self.directory, self.config.checkpoint.keep_last, me)
+        self.manager = CheckpointManager(self.directory, self.config.checkpoint, me)
         self.progress = self._restore()
         self.logger: Logger | None = None
         self.console = Console(
@@ -75,6 +76,7 @@ class _Run:
     def run(self) -> float | None:
         with ExitStack() as stack:
             stack.callback(self.console.close)
+            stack.push(self._finish_save)
             if self.me.is_main:
                 self._describe()
             logger = self.logger = self._open_logger(stack)
@@ -109,7 +111,9 @@ class _Run:
         metrics = self.directory / "metrics.jsonl"
         progress = self.manager.restore(self.model.parts, self.optimizer) if self.config.run.resume else None
         if progress is None and self.config.checkpoint.load:
-            load_weights(self.model.parts, find_checkpoint(self.config.checkpoint.load))
+            checkpoint = find_checkpoint(self.config.checkpoint.load)
+            verify_together(checkpoint, self.me)
+            load_weights(self.model.parts, checkpoint)
         progress = progress or Progress()
         if self.me.is_main and metrics.exists():
             jsonl.cut_back(metrics, progress.step)
@@ -145,6 +149,12 @@ class _Run:
             train, config.optimizer.lr, build(config.schedule), step, loader, recorder, self.manager,
             rates, hooks, self.progress, self.stop, self.me,
         )  # fmt: skip
+
+    def _finish_save(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A run that fails has a sound checkpoint in flight perhaps: it is the last one, so wait for it."""
+        if kind is not None:
+            with suppress(Exception):
+                self.manager.wait()
 
     def _evaluate(self) -> float:
         train, rows = self.config.train, self.data.held_out

@@ -68,10 +68,11 @@ class Loop:
         try:
             while self.progress.step < last:
                 self._advance()
-                if self.worker.any(self.stop.requested):
-                    self._save()
+                # A failed save too is seen by all at once: the next one raises it on every rank.
+                if self.worker.any(self.stop.requested or self.manager.failed):
+                    self._save(wait=True)
                     return False
-            self._save()
+            self._save(wait=True)
         finally:
             gc.enable()
         return True
@@ -89,6 +90,7 @@ class Loop:
         self.rates.fill(row, time.perf_counter() - started)
         if _due(step, config.evaluate_every) or step == config.steps:
             row.evaluation_loss = self.hooks.evaluate()
+        progress.evaluation_loss = row.evaluation_loss
         self.recorder.add(row, figures)
         self._between(step)
 
@@ -104,10 +106,10 @@ class Loop:
             gc.collect(1)
         self.hooks.profile()
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = False) -> None:
         # Rows first: a checkpoint must never be ahead of metrics.jsonl.
         self.recorder.flush()
-        self.manager.save(self.step.passes.parts, self.step.optimizer, self.progress)
+        self.manager.save(self.step.passes.parts, self.step.optimizer, self.progress, wait)
 
 
 def _due(step: int, every: int) -> bool:

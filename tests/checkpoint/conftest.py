@@ -4,10 +4,12 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.config import build
@@ -57,9 +59,12 @@ class Trained:
             tensors |= {f"{number}.{name}": value for name, value in moments.items()}
         return {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
 
-    def save(self, run_dir: Path, keep_last: int = 2) -> Path:
-        """Save with a manager of its own."""
-        return CheckpointManager(run_dir, keep_last, ALONE).save([self.model], self.optimizer, self.progress)
+    def save(self, run_dir: Path, **config: Any) -> Path:
+        """Save with a manager of its own, and wait for it."""
+        manager = CheckpointManager(run_dir, CheckpointConfig(**config), ALONE)
+        saved = manager.save([self.model], self.optimizer, self.progress)
+        manager.wait()
+        return saved
 
 
 @pytest.fixture(autouse=True)

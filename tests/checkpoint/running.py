@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig
 
 import train
-from dsv3.checkpoint.directory import complete_steps
+from dsv3.checkpoint.directory import MANIFEST_FILE, complete_steps
+from dsv3.checkpoint.manifest import FileEntry, write_manifest
 from dsv3.checkpoint.reader import load_tensors, read_metadata
 from dsv3.config import CONF
 
@@ -113,3 +114,17 @@ def tensors(step: Path) -> dict[str, bytes]:
 def last_tensors(run_dir: Path) -> dict[str, bytes]:
     """Every tensor of a run's last checkpoint."""
     return tensors(complete_steps(run_dir)[-1])
+
+
+def seal(step: Path) -> None:
+    """Make the manifest fit what was put into a checkpoint: who writes one file can write that one too."""
+    files = (path for path in step.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    write_manifest(step, {str(path.relative_to(step)): FileEntry.of(path) for path in files})
+
+
+def unseal(step: Path) -> None:
+    """Make a checkpoint one of the time before manifests."""
+    (step / MANIFEST_FILE).unlink()
+    stored = json.loads((step / "state.json").read_text())
+    del stored["manifest"], stored["evaluation_loss"]
+    (step / "state.json").write_text(json.dumps(stored))

@@ -13,7 +13,7 @@ import train
 from dsv3.checkpoint.directory import complete_steps
 
 from . import hostile
-from .running import Commands, Outcome
+from .running import Commands, Outcome, seal
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def _poison(run: Path, marker: Path) -> Path:
     (step,) = complete_steps(run)
     malicious, _ = hostile.attacks(f"touch {marker}")["os.system"]
     (step / ".metadata").write_bytes(malicious)
+    seal(step)
     return step
 
 
@@ -81,6 +82,7 @@ def test_a_malicious_checkpoint_is_refused_by_every_command_that_reads_one(
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("sealed", [False, True], ids=["after its manifest", "before its manifest"])
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -96,12 +98,14 @@ def test_a_malicious_checkpoint_is_refused_by_every_command_that_reads_one(
     ],
 )
 def test_evaluating_a_damaged_checkpoint_names_the_path(
-    commands: Commands, run: Path, name: str, content: bytes | None
+    commands: Commands, run: Path, name: str, content: bytes | None, sealed: bool
 ) -> None:
     (step,) = complete_steps(run)
     (step / name).unlink()
     if content is not None:
         (step / name).write_bytes(content)
+    if sealed:
+        seal(step)
     data = ["data=text", f"data.path={commands.text}"]
     _refused(commands.run("task=evaluate", f"checkpoint.load={step}", *data), step)
 
@@ -111,6 +115,7 @@ def test_a_model_file_cannot_choose_what_is_built(commands: Commands, run: Path,
     (step,) = complete_steps(run)
     stored = yaml.safe_load((step / "model.yaml").read_text())
     (step / "model.yaml").write_text(yaml.safe_dump(stored | {"_target_": target}))
+    seal(step)
     data = ["data=text", f"data.path={commands.text}"]
     outcome = commands.run("task=evaluate", f"checkpoint.load={step}", *data)
     assert outcome.code == 2
@@ -125,4 +130,5 @@ def test_resuming_without_a_sound_state_names_it(
     (step / "state.json").unlink()
     if content is not None:
         (step / "state.json").write_bytes(content)
+    seal(step)
     _refused(commands.run(f"resume={run}"), step / "state.json")

@@ -9,7 +9,8 @@ import yaml
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dsv3.checkpoint import directory, manager
+from dsv3.checkpoint import directory, retention, saver
+from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress, complete_steps, step_directory
 from dsv3.checkpoint.manager import CheckpointManager, load_weights
 from dsv3.checkpoint.reader import read_metadata
@@ -18,11 +19,11 @@ from dsv3.runtime.distributed import Worker
 from dsv3.runtime.errors import UserError
 
 from .conftest import ALONE, Trained
-from .running import tensors
+from .running import tensors, unseal
 
 
 def _restore(run_dir: Path, into: Trained) -> Progress | None:
-    return CheckpointManager(run_dir, 2, ALONE).restore([into.model], into.optimizer)
+    return CheckpointManager(run_dir, CheckpointConfig(), ALONE).restore([into.model], into.optimizer)
 
 
 def test_restoring_gives_back_model_moments_and_progress_bit_for_bit(run_dir: Path, trained: Trained) -> None:
@@ -116,22 +117,25 @@ def test_a_model_of_another_width_is_told_both_shapes(step: Path) -> None:
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_only_the_last_checkpoints_are_kept(run_dir: Path, trained: Trained, keep: int) -> None:
     trained.progress.step = 8  # 9, 10 and 11 sort by number, not by name
-    kept = CheckpointManager(run_dir, keep, ALONE)
+    kept = CheckpointManager(run_dir, CheckpointConfig(keep_last=keep), ALONE)
     for _ in range(3):
         kept.save([trained.model], trained.optimizer, trained.step())
+    kept.wait()
     wanted = [step_directory(run_dir, step) for step in (9, 10, 11)[-keep:]]
     assert complete_steps(run_dir) == wanted
-    assert sorted((run_dir / "checkpoints").iterdir()) == sorted(wanted)
+    assert sorted((run_dir / "checkpoints").iterdir()) == sorted([*wanted, run_dir / "checkpoints/latest"])
 
 
 def test_a_second_save_of_the_same_step_writes_nothing(run_dir: Path, trained: Trained) -> None:
-    once = CheckpointManager(run_dir, 2, ALONE)
+    once = CheckpointManager(run_dir, CheckpointConfig(), ALONE)
     saved = once.save([trained.model], trained.optimizer, trained.progress)
+    once.wait()
     before = saved.stat()
     once.save([trained.model], trained.optimizer, trained.progress)
-    resumed = CheckpointManager(run_dir, 2, ALONE)
+    resumed = CheckpointManager(run_dir, CheckpointConfig(), ALONE)
     resumed.restore([trained.model], trained.optimizer)
     resumed.save([trained.model], trained.optimizer, trained.progress)
+    resumed.wait()
     assert (saved.stat().st_ino, saved.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
@@ -141,7 +145,7 @@ def test_a_checkpoint_of_another_run_at_the_same_step_is_replaced(run_dir: Path,
     other = Trained(seed=2)
     _restore(run_dir, other)
     assert other.state() == trained.state()
-    assert list((run_dir / "checkpoints").iterdir()) == [saved]
+    assert complete_steps(run_dir) == [saved]
 
 
 def test_a_checkpoint_is_complete_before_it_has_its_name(
@@ -150,10 +154,17 @@ def test_a_checkpoint_is_complete_before_it_has_its_name(
     def watched(partial: Path, target: Path) -> None:
         assert not target.exists()
         names = {path.name for path in partial.iterdir()}
-        assert names == {".metadata", "__0_0.distcp", "model.yaml", "state.json", "tokenizer"}
+        assert names == {
+            ".metadata",
+            "__0_0.distcp",
+            "manifest.json",
+            "model.yaml",
+            "state.json",
+            "tokenizer",
+        }
         directory.commit(partial, target)
 
-    monkeypatch.setattr(manager, "commit", watched)
+    monkeypatch.setattr(saver, "commit", watched)
     trained.save(run_dir)
     assert len(complete_steps(run_dir)) == 1
 
@@ -167,15 +178,15 @@ def _crash(*_: Any, **__: Any) -> None:
 
 
 def _while_writing_tensors(patch: pytest.MonkeyPatch) -> None:
-    def half(state: object, storage_writer: Any) -> None:
-        (Path(storage_writer.path) / "__0_0.distcp").write_bytes(b"half")
+    def half(partial: Path, *_: Any) -> None:
+        (partial / "__0_0.distcp").write_bytes(b"half")
         raise Crash
 
-    patch.setattr(manager, "save", half)
+    patch.setattr(saver, "save_tensors", half)
 
 
 def _before_the_description(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(manager, "write_text", _crash)
+    patch.setattr(saver, "write_text", _crash)
 
 
 def _before_the_progress(patch: pytest.MonkeyPatch) -> None:
@@ -183,11 +194,19 @@ def _before_the_progress(patch: pytest.MonkeyPatch) -> None:
 
 
 def _before_the_tokenizer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("dsv3.checkpoint.manager.shutil.copytree", _crash)
+    patch.setattr("dsv3.checkpoint.saver.shutil.copytree", _crash)
+
+
+def _while_digesting(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("dsv3.checkpoint.manifest.digest", _crash)
+
+
+def _before_the_manifest(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(saver, "write_manifest", _crash)
 
 
 def _before_the_commit(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(manager, "commit", _crash)
+    patch.setattr(saver, "commit", _crash)
 
 
 def _before_the_sync(patch: pytest.MonkeyPatch) -> None:
@@ -206,7 +225,16 @@ def _before_the_rename(patch: pytest.MonkeyPatch) -> None:
 
 
 def _between_rename_and_prune(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(manager, "remove", _crash)
+    patch.setattr(retention, "remove", _crash)
+
+
+def _before_the_pointers(patch: pytest.MonkeyPatch) -> None:
+    def crash(run_dir: Path, name: str, step: Path | None) -> None:
+        if step is not None and step.name == "step-2":
+            raise Crash
+        directory.point(run_dir, name, step)
+
+    patch.setattr(retention, "point", crash)
 
 
 def _while_removing(patch: pytest.MonkeyPatch) -> None:
@@ -226,14 +254,18 @@ STAGES: list[tuple[Callable[[pytest.MonkeyPatch], None], int]] = [
     (_before_the_description, 1),
     (_before_the_progress, 1),
     (_before_the_tokenizer, 1),
+    (_while_digesting, 1),
+    (_before_the_manifest, 1),
     (_before_the_commit, 1),
     (_before_the_sync, 1),
     (_before_the_rename, 1),
+    (_before_the_pointers, 2),
     (_between_rename_and_prune, 2),
     (_while_removing, 2),
 ]
 
 
+@pytest.mark.parametrize("async_save", [True, False])
 @pytest.mark.parametrize(("stage", "newest"), STAGES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_crash_at_any_stage_leaves_the_newest_complete_checkpoint_usable(
     run_dir: Path,
@@ -241,6 +273,7 @@ def test_a_crash_at_any_stage_leaves_the_newest_complete_checkpoint_usable(
     monkeypatch: pytest.MonkeyPatch,
     stage: Callable[[pytest.MonkeyPatch], None],
     newest: int,
+    async_save: bool,
 ) -> None:
     states = {1: trained.state()}
     trained.save(run_dir, keep_last=1)
@@ -249,7 +282,7 @@ def test_a_crash_at_any_stage_leaves_the_newest_complete_checkpoint_usable(
     with monkeypatch.context() as patch:
         stage(patch)
         with pytest.raises(Crash):
-            trained.save(run_dir, keep_last=1)
+            trained.save(run_dir, keep_last=1, async_save=async_save)
     for complete in complete_steps(run_dir):
         assert f"step-{Progress.read(complete).step}" == complete.name
         assert tensors(complete)
@@ -258,17 +291,20 @@ def test_a_crash_at_any_stage_leaves_the_newest_complete_checkpoint_usable(
     assert progress is not None
     assert progress.step == newest
     assert after.state() == states[newest]
-    assert all(path.name.startswith("step-") for path in (run_dir / "checkpoints").iterdir())
+    # Nothing half-written is left, and the pointer leads to what was restored, even after the next crash.
+    kept = {path.name for path in complete_steps(run_dir)}
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == kept | {"latest"}
+    assert (run_dir / "checkpoints/latest").resolve().name == f"step-{newest}"
     trained.save(run_dir, keep_last=1)
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-2"]
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step-2", "latest"}
 
 
 def test_only_the_main_rank_sweeps(run_dir: Path) -> None:
     leftover = run_dir / "checkpoints" / ".partial-step-3"
     leftover.mkdir(parents=True)
-    CheckpointManager(run_dir, 2, Worker(1, 1, 2, torch.device("cpu")))
+    CheckpointManager(run_dir, CheckpointConfig(async_save=False), Worker(1, 1, 2, torch.device("cpu")))
     assert leftover.exists()
-    CheckpointManager(run_dir, 2, ALONE)
+    CheckpointManager(run_dir, CheckpointConfig(), ALONE)
     assert not leftover.exists()
 
 
@@ -284,14 +320,25 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
     assert complete_steps(run_dir) == [second]
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["with a manifest", "older than manifests"])
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_damaged_checkpoint_is_told_with_its_path(step: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_told_with_its_path(step: Path, name: str, damage: str, old: bool) -> None:
+    if old:
+        unseal(step)
     if damage == "missing":
         (step / name).unlink()
     else:
         content = (step / name).read_bytes()
         (step / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=str(step)) as caught:
+    told = str(step) if old else f"{step / name} is {damage}"
+    with pytest.raises(UserError, match=told) as caught:
         _restore(step.parent.parent, Trained(seed=1))
-    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value).splitlines()) == (1 if old else 2)
+
+
+def test_a_checkpoint_without_a_manifest_loads_as_before(step: Path, trained: Trained) -> None:
+    unseal(step)
+    other = Trained(seed=1)
+    _restore(step.parent.parent, other)
+    assert other.state() == trained.state()

@@ -6,12 +6,13 @@ import pytest
 import xxhash
 
 from dsv3.checkpoint import manifest
+from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manifest import (
     FileEntry,
     digest,
     read_manifest,
     verify,
-    verify_small,
+    verify_description,
     write_manifest,
 )
 from dsv3.runtime.errors import UserError
@@ -55,13 +56,13 @@ def test_sound_files_pass(sealed: Path) -> None:
     told: list[int] = []
     assert verify(sealed, progress=told.append)
     assert sum(told) == sum(map(len, CONTENTS.values()))
-    assert verify_small(sealed)
+    assert verify_description(sealed)
 
 
 def test_without_a_manifest_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     assert not verify(tmp_path)
-    assert not verify_small(tmp_path)
+    assert not verify_description(tmp_path)
 
 
 def _truncate(directory: Path) -> None:
@@ -99,9 +100,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize(("damage", "told"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_each_kind_of_damage_is_named(sealed: Path, damage: Callable[[Path], None], told: str) -> None:
     damage(sealed)
-    for check in (verify, verify_small):
-        with pytest.raises(UserError, match=f"{sealed}/b.distcp {told}"):
-            check(sealed)
+    with pytest.raises(UserError, match=f"{sealed}/b.distcp {told}"):
+        verify(sealed)
     assert verify(sealed, ["a.distcp"])
 
 
@@ -121,10 +121,20 @@ def test_sizes_come_before_any_content(sealed: Path, monkeypatch: pytest.MonkeyP
         verify(sealed)
 
 
-def test_large_files_are_left_to_the_workers(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_of_tensors_is_left_to_the_workers(sealed: Path) -> None:
     _flip(sealed)
-    monkeypatch.setattr(manifest, "SMALL", 10)
-    assert verify_small(sealed)
+    assert verify_description(sealed)
+    (sealed / "tokenizer/tokenizer.json").write_text("{{")
+    with pytest.raises(UserError, match=r"tokenizer\.json is altered"):
+        verify_description(sealed)
+
+
+def test_a_missing_manifest_is_told_where_there_was_one(tmp_path: Path) -> None:
+    Progress(step=3).write(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}/manifest.json is missing: state.json says"):
+        verify(tmp_path)
+    (tmp_path / "state.json").write_text('{"step": 3, "samples": 0, "tokens": 0}')  # of an older version
+    assert not verify(tmp_path)
 
 
 def test_any_changed_digit_of_a_manifest_is_its_own_damage(sealed: Path) -> None:

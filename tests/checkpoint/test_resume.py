@@ -79,7 +79,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(commands: Commands
         path.rename(path.with_name(f".partial-{path.name}"))
     commands.must(f"resume={killed}")
     assert rows(killed) == rows(straight)
-    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step-3"]
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-3", "latest"}
     assert last_tensors(killed) == last_tensors(straight)
 
 
@@ -136,9 +136,9 @@ def test_the_rows_up_to_a_checkpoint_are_on_the_disk_before_it_is(
     """A kill right after a checkpoint would otherwise leave a gap: the console is told every 100 steps."""
     save, seen = CheckpointManager.save, []
 
-    def watched(self: CheckpointManager, model: Any, optimizer: Any, progress: Progress) -> Path:
+    def watched(self: CheckpointManager, model: Any, optimizer: Any, progress: Progress, wait: bool) -> Path:
         seen.append((progress.step, len(rows(tmp_path / "run"))))
-        return save(self, model, optimizer, progress)
+        return save(self, model, optimizer, progress, wait)
 
     monkeypatch.setattr(CheckpointManager, "save", watched)
     commands.train(tmp_path / "run", "train.steps=4", "train.checkpoint_every=3", "train.log_every=100")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.config import Config
@@ -21,7 +22,7 @@ def go_on(
     setup = prepared(config, degrees, "adamw")
     assert setup is not None
     model, optimizer, me = setup
-    manager = CheckpointManager(run_dir, 1, me)
+    manager = CheckpointManager(run_dir, CheckpointConfig(keep_last=1, async_save=False), me)
     progress = manager.restore(model.parts, optimizer) or Progress()
 
     def state() -> State:

@@ -1,0 +1,76 @@
+"""Which checkpoints of a run stay, and which of them `latest` and `best` point to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsv3.checkpoint.config import CheckpointConfig
+from dsv3.checkpoint.directory import (
+    BEST,
+    LATEST,
+    Progress,
+    complete_steps,
+    point,
+    remove,
+    step_directory,
+    step_number,
+)
+from dsv3.runtime.errors import UserError
+
+
+def prune(run_dir: Path, config: CheckpointConfig) -> None:
+    """Remove what need not stay, once the pointers lead to what does: none of them ever leads nowhere."""
+    update_pointers(run_dir, config)
+    steps = complete_steps(run_dir)
+    stay = kept(steps, config)
+    for step in steps:
+        if step not in stay:
+            remove(step)
+
+
+def update_pointers(run_dir: Path, config: CheckpointConfig) -> None:
+    """Let `latest` and, with keep_best, `best` lead to where they should, or be gone."""
+    for name in (LATEST, BEST):
+        _reclaim(run_dir, name)
+    steps = complete_steps(run_dir)
+    point(run_dir, LATEST, steps[-1] if steps else None)
+    point(run_dir, BEST, best_step(steps) if config.keep_best else None)
+
+
+def _reclaim(run_dir: Path, name: str) -> None:
+    """Where a copy of the run followed a pointer's link, give what it made of it the name of its step.
+
+    It is one too many if that step is there as well.
+    """
+    pointer = run_dir / "checkpoints" / name
+    if pointer.is_dir() and not pointer.is_symlink():
+        step = step_directory(run_dir, Progress.read(pointer).step)
+        if step.exists():
+            remove(pointer)
+        else:
+            pointer.rename(step)
+
+
+def kept(steps: Sequence[Path], config: CheckpointConfig) -> set[Path]:
+    """Those of `steps`, oldest first, that stay: the last, every Mth and the best, as the config says."""
+    stay = set(steps[-config.keep_last :])
+    if config.keep_every is not None:
+        stay |= {step for step in steps if step_number(step) % config.keep_every == 0}
+    if config.keep_best and (best := best_step(steps)) is not None:
+        stay.add(best)
+    return stay
+
+
+def best_step(steps: Sequence[Path]) -> Path | None:
+    """The one with the lowest held-out loss, the earlier of equals; None where none was evaluated.
+
+    A checkpoint carries the loss of its own step only, so one between two evaluations is never the best.
+    """
+    losses = [(loss, step) for step in steps if (loss := _loss(step)) is not None]
+    return min(losses, key=lambda pair: pair[0])[1] if losses else None
+
+
+def _loss(step: Path) -> float | None:
+    try:
+        return Progress.read(step).evaluation_loss
+    except UserError:  # an old checkpoint that is damaged is no reason to end a run
+        return None
