@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from dsv3.config import strict
+from dsv3.convert.prepare import prepare_conversion
 from dsv3.runtime.application import Application
 from dsv3.runtime.groups import convert_help
 from dsv3.runtime.quoting import quote_texts
@@ -13,9 +13,10 @@ from dsv3.runtime.quoting import quote_texts
 
 def carry_out(composed: DictConfig) -> None:
     """Check the config and do what its direction says."""
-    from dsv3.checkpoint.download import download
+    config = prepare_conversion(composed)
+    from dsv3.convert.convert import convert  # imports torch: not for a mistake that is found without it
 
-    print(download(strict(composed)))
+    print(convert(config))
 
 
 application = Application("convert.py", convert_help, quote_texts, carry_out)

@@ -13,7 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from dsv3.checkpoint.config import CheckpointConfig, ConvertConfig, HFModelConfig
+from dsv3.checkpoint.config import CheckpointConfig, HFModelConfig
+from dsv3.convert.config import ConvertConfig
 from dsv3.data import config as data_room
 from dsv3.metrics import config as metrics_room
 from dsv3.model.config import ModelConfig

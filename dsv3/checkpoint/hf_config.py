@@ -14,6 +14,8 @@ ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
 }
 """The class whose weights each `model_type` has."""
+BLOCK = 128
+"""Rows and columns that share a scale in DeepSeek's releases."""
 METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy")}
 """`topk_method` of V2: without groups, or with groups scored by their maximum; V3 has `noaux_tc` alone."""
 
@@ -46,7 +48,7 @@ def model_from_hf(directory: Path) -> ModelConfig:
     """
     hf = read_config(directory)
     _check_architecture(hf)
-    _check_quantization(hf)
+    block_size(hf)
     model = ModelConfig(
         vocab_size=hf.get("vocab_size", int),
         dim=hf.get("hidden_size", int),
@@ -89,17 +91,22 @@ def _check_layer_types(hf: HFValues, model: ModelConfig) -> None:
         raise hf.error("mlp_layer_types", types, text)
 
 
-def _check_quantization(hf: HFValues) -> None:
-    """Weights may be block-fp8 as DeepSeek released them; other formats cannot be read."""
+def block_size(hf: HFValues) -> tuple[int, int]:
+    """Rows and columns of a block-fp8 weight that share a scale; without quantisation [128, 128].
+
+    UserError for a format other than DeepSeek's.
+    """
     stored = hf.node("quantization_config")
     if stored is None:
-        return
+        return BLOCK, BLOCK
     method, block, form = map(stored.values.get, ("quant_method", "weight_block_size", "fmt"))
-    if method != "fp8" or block != [128, 128] or form not in (None, "e4m3"):
+    sides = block if isinstance(block, list) and all(type(side) is int and side > 0 for side in block) else []
+    if method != "fp8" or len(sides) != 2 or form not in (None, "e4m3"):
         raise UserError(
             f"{hf.file}: quantization_config with quant_method={method!r}, weight_block_size={block}, "
-            f"fmt={form!r} is not supported; supported: none, or fp8 with [128, 128] and e4m3"
+            f"fmt={form!r} is not supported; supported: none, or fp8 with two block sides and e4m3"
         )
+    return sides[0], sides[1]
 
 
 def _attention(hf: HFValues) -> AttentionConfig:

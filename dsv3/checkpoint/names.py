@@ -49,6 +49,7 @@ _MTP = {
     "projection": "eh_proj",
     "norm": "shared_head.norm",
 }
+_RELEASED_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.+)")
 
 
@@ -91,3 +92,70 @@ def _block_parts(parameter: str, layer: str, rest: str, config: ModelConfig) -> 
         parent, _, last = module.rpartition(".")
         theirs = _BLOCK[module] if module in _BLOCK else f"{_BLOCK[parent]}.{last}"
         yield Part(f"{layer}.{theirs}.{leaf}", parameter)
+
+
+@dataclass(frozen=True)
+class Released:
+    """One tensor of a released checkpoint with its shape, and the box of our parameter that it fills."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    """Our name, that of the model's state_dict."""
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+    """Of the box: an expert's matrix has a leading 1."""
+
+
+def released_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[Released]:
+    """Every tensor of a released checkpoint in our order, for parameters of these `shapes` by name.
+
+    The copies that MTP layers have of the embedding and the head are not among them (see `copies`).
+    """
+    return [_released(part, shape) for name, shape in shapes.items() for part in released_parts(name, config)]
+
+
+def copies(config: ModelConfig) -> dict[str, str]:
+    """What a released checkpoint stores again with each MTP layer: the copy's name, and what it is of."""
+    found = {}
+    for depth in range(config.mtp_depths):
+        layer = f"model.layers.{config.num_layers + depth}"
+        found[f"{layer}.embed_tokens.weight"] = _MODEL["embedding.weight"]
+        found[f"{layer}.shared_head.head.weight"] = _MODEL["head.weight"]
+    return found
+
+
+def is_derived(name: str, config: ModelConfig) -> bool:
+    """Whether a stored tensor may be passed over: it follows from config.json, or its MTP layer is left out.
+
+    Moonlight and Kimi K2 store the rotary frequencies.
+    """
+    layer = _RELEASED_LAYER.fullmatch(name)
+    if layer is None:
+        return False
+    last = config.num_layers + config.mtp_depths
+    left_out = config.mtp_depths == 0 and int(layer[1]) >= last
+    return left_out or (int(layer[1]) < last and layer[2] == "self_attn.rotary_emb.inv_freq")
+
+
+def _released(part: Part, whole: tuple[int, ...]) -> Released:
+    if part.index is None:
+        return Released(part.source, whole, part.parameter, (0,) * len(whole), whole)
+    first, end = part.rows or (0, whole[1])
+    shape = (end - first, whole[2])
+    return Released(part.source, shape, part.parameter, (part.index, first, 0), (1, *shape))
+
+
+_QUANTIZED = re.compile(
+    r"model\.layers\.\d+\."
+    r"(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate_proj|up_proj|down_proj))\.weight"
+)
+
+
+def is_quantized(name: str) -> bool:
+    """Whether DeepSeek stores this tensor in fp8: the matrices of attention, experts and dense layers.
+
+    Embedding, head, norms, router and the MTP projection are not (config.json's modules of DeepSeek-V3).
+    """
+    return _QUANTIZED.fullmatch(name) is not None

@@ -45,7 +45,7 @@ class ShardPlan:
 def plan_shards(tensors: Sequence[Entry], max_shard_size: int) -> list[ShardPlan]:
     """Files of at most `max_shard_size` bytes of tensors (larger tensors get one each), in the order given.
 
-    A weight and its scales behind it share a file if one can hold both. Names are those of transformers.
+    A weight and its scales behind it share a file. Names are those of transformers.
     """
     counts = Counter([METADATA, *(name for name, _, _ in tensors)])
     for name, count in counts.items():
@@ -146,9 +146,11 @@ def _groups(tensors: Sequence[Entry], limit: int) -> list[list[Entry]]:
     for number, entry in enumerate(tensors):
         size = needed = _nbytes(entry)
         behind = tensors[number + 1 : number + 2]
-        if behind and behind[0][0] == entry[0] + _SCALE and size + _nbytes(behind[0]) <= limit:
+        if behind and behind[0][0] == entry[0] + _SCALE:
             needed += _nbytes(behind[0])
-        if not groups or needed > room:
+        # Scales are known once their weight is written: they follow it, even over the limit.
+        follows = number > 0 and entry[0] == tensors[number - 1][0] + _SCALE
+        if not groups or (needed > room and not follows):
             groups.append([])
             room = limit
         groups[-1].append(entry)

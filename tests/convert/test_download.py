@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from dsv3.checkpoint.config import Assets, ConvertConfig, Direction
-from dsv3.checkpoint.download import download
+from dsv3.convert.config import Assets, ConvertConfig, Direction
+from dsv3.convert.download import download
 from dsv3.runtime.errors import RunFailed, UserError
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dsv3.checkpoint.config import Assets, ConvertConfig
+from dsv3.convert.config import Assets, ConvertConfig
 from dsv3.runtime.errors import RunFailed, UserError
 
 PATTERNS = {

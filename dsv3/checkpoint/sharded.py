@@ -1,0 +1,237 @@
+"""The weights of a DCP directory in slices of released tensors, whatever the shards it was saved in."""
+
+import io
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from dsv3.checkpoint.companions import HF_DIR, SCALES_FILE, read_notes
+from dsv3.checkpoint.hf_config import BLOCK
+from dsv3.checkpoint.names import Released, released_layout
+from dsv3.checkpoint.reader import read_metadata
+from dsv3.checkpoint.shard_file import ShardFile
+from dsv3.checkpoint.stored_tensor import byte_view
+from dsv3.model.config import ModelConfig
+from dsv3.runtime.errors import UserError
+
+_PREFIX = "model."
+_WINDOW = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a parameter and where its numbers lie, row by row, in a file."""
+
+    offset: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    begin: int
+    """Of the entry in the file."""
+    length: int
+
+
+class DcpSource:
+    """Reads rows of released tensors out of the shards that hold them; any number of threads may share one.
+
+    A shard may be larger than memory: what is read of it is a range of its bytes. UserError for a tensor
+    that is missing or of another shape, and for entries that are not plain tensors.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.directory = directory
+        self.layout = released_layout(config, shapes)
+        notes = read_notes(directory)
+        self.block: tuple[int, int] = tuple(notes.get("block", (BLOCK, BLOCK)))
+        self.quantization: dict[str, Any] | None = notes.get("quantization_config")
+        # A model trained here is released as DeepSeek's are: with the copies.
+        self.has_copies = bool(notes.get("copies", True))
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._chunks = self._find(shapes)
+        self._places: dict[tuple[str, int], int] = {}
+        self._files: dict[str, ShardFile] = {}
+        self._lock = threading.Lock()
+        scales = directory / HF_DIR / SCALES_FILE
+        self._scales = safe_open(scales, "pt") if scales.is_file() else None
+        self._scaled: set[str] = set()
+        if self._scales is not None:
+            self._scaled = set(self._scales.keys())  # type: ignore[no-untyped-call]
+
+    def numbers(self, tensor: Released) -> torch.dtype:
+        """What is stored, bf16 or else fp32."""
+        return torch.bfloat16 if self._dtypes[tensor.parameter] is torch.bfloat16 else torch.float32
+
+    def scales(self, name: str) -> Tensor | None:
+        """The grid of scales that a weight was imported with."""
+        if name not in self._scaled:
+            return None
+        with self._lock:
+            grid: Tensor = self._scales.get_tensor(name)  # type: ignore[union-attr]
+        return grid
+
+    def codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """A DCP holds no codes."""
+        return None
+
+    def rows(self, tensor: Released, first: int, count: int, out: Tensor) -> Tensor:
+        """Rows [first, first + count) as numbers, in `out`, put together from all shards that have any."""
+        low, sizes = list(tensor.offset), list(tensor.sizes)
+        if low:
+            dim = len(low) - len(tensor.shape)
+            low[dim] += first
+            sizes[dim] = count
+        whole = out.view(sizes)
+        for chunk in self._chunks[tensor.parameter, _shelf(tensor.offset)]:
+            begins = [max(a, b) for a, b in zip(low, chunk.offset, strict=True)]
+            ends = [
+                min(a + n, b + m) for a, n, b, m in zip(low, sizes, chunk.offset, chunk.sizes, strict=True)
+            ]
+            if all(begin < end for begin, end in zip(begins, ends, strict=True)):
+                target = whole[tuple(slice(b - a, e - a) for a, b, e in zip(low, begins, ends, strict=True))]
+                inside = [(b - o, e - o) for b, e, o in zip(begins, ends, chunk.offset, strict=True)]
+                self._copy(tensor.parameter, chunk, inside, target)
+        return out
+
+    def _copy(self, parameter: str, chunk: Chunk, inside: list[tuple[int, int]], target: Tensor) -> None:
+        """Fill `target` with the box `inside` a chunk, in ranges of whole rows of the chunk."""
+        dtype = self._dtypes[parameter]
+        width = chunk.sizes[-1] if chunk.sizes else 1
+        columns = inside[-1] if inside else (0, 1)
+        if len(inside) < 2:  # a vector is one row
+            numbers = self._read(parameter, chunk, columns[0], columns[1] - columns[0], dtype)
+            target.copy_(numbers.view(target.shape))
+            return
+        for index, place in _leading(inside[:-2]):
+            row, end = inside[-2]
+            begin = 0
+            for level, size in zip(index, chunk.sizes[:-2], strict=True):
+                begin = begin * size + level
+            begin *= chunk.sizes[-2]
+            step = max(1, _WINDOW // (width * dtype.itemsize))
+            for first in range(row, end, step):
+                count = min(step, end - first)
+                numbers = self._read(parameter, chunk, (begin + first) * width, count * width, dtype)
+                cut = numbers.view(count, width)[:, slice(*columns)]
+                target[place][first - row : first - row + count].copy_(cut)
+
+    def _read(self, parameter: str, chunk: Chunk, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` numbers of a chunk from number `first` on."""
+        numbers = torch.empty(count, dtype=dtype)
+        place = self._place(parameter, chunk)
+        view = byte_view(numbers).numpy().data
+        self._file(chunk.file).read(view, place + first * dtype.itemsize, f"'{parameter}'")
+        return numbers
+
+    def _file(self, name: str) -> ShardFile:
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = ShardFile(self.directory / name)
+            return self._files[name]
+
+    def _place(self, parameter: str, chunk: Chunk) -> int:
+        """Where in the file a chunk's numbers begin: torch.save's archive says it, and is not unpacked."""
+        key = (chunk.file, chunk.begin)
+        if key not in self._places:
+            file = self._file(chunk.file)
+            # PyTorch reads no storage in this mode, and remembers where it would have.
+            with self._lock, FakeTensorMode():
+                try:
+                    view = io.BufferedReader(_View(file, chunk.begin, chunk.length))
+                    stored = torch.load(view, weights_only=True)
+                    offset = stored.untyped_storage()._checkpoint_offset
+                except Exception as error:
+                    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    raise UserError(f"{file.path}: the entry of '{parameter}' is no tensor: {what}") from None
+                wanted = (chunk.sizes, self._dtypes[parameter], True)
+                found = (tuple(stored.shape), stored.dtype, stored.is_contiguous())
+                if found != wanted:
+                    raise UserError(
+                        f"{file.path}: the entry of '{parameter}' has shape {list(found[0])} and {found[1]}, "
+                        f".metadata says {list(wanted[0])} and {wanted[1]}"
+                    )
+                self._places[key] = chunk.begin + offset + stored.storage_offset() * stored.itemsize
+        return self._places[key]
+
+    def _find(self, shapes: dict[str, tuple[int, ...]]) -> dict[tuple[str, int], list[Chunk]]:
+        """The chunks by parameter and shelf; UserError where one is missing or of another shape."""
+        metadata = read_metadata(self.directory)
+        found: dict[tuple[str, int], list[Chunk]] = defaultdict(list)
+        by_place = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()}
+        for name, shape in shapes.items():
+            entry = metadata.state_dict_metadata.get(_PREFIX + name)
+            if not isinstance(entry, TensorStorageMetadata):
+                raise UserError(f"{self.directory} has no tensor '{_PREFIX + name}', which its model has")
+            if tuple(entry.size) != shape:
+                stored, wanted = list(entry.size), list(shape)
+                raise UserError(
+                    f"{self.directory}: '{_PREFIX + name}' has shape {stored}, the model {wanted}"
+                )
+            self._dtypes[name] = entry.properties.dtype
+            for box in entry.chunks:
+                info = by_place.get((_PREFIX + name, box.offsets))
+                if info is None:
+                    raise UserError(f"{self.directory}/.metadata does not say where '{_PREFIX + name}' lies")
+                place = (info.relative_path, info.offset, info.length)
+                chunk = Chunk(tuple(box.offsets), tuple(box.sizes), *place)
+                for shelf in range(*_shelves(chunk)):
+                    found[name, shelf].append(chunk)
+        return found
+
+
+class _View(io.RawIOBase):
+    """A range of a file as a file of its own."""
+
+    def __init__(self, file: ShardFile, begin: int, length: int) -> None:
+        self._file, self._begin, self._length, self._position = file, begin, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        count = max(0, min(len(view), self._length - self._position))
+        if count:
+            self._file.read(view[:count], self._begin + self._position, "an entry")
+        self._position += count
+        return count
+
+
+def _shelf(offset: tuple[int, ...]) -> int:
+    """Chunks of stacks are kept by expert, for there are thousands of them; others all together."""
+    return offset[0] if len(offset) == 3 else 0
+
+
+def _shelves(chunk: Chunk) -> tuple[int, int]:
+    first = _shelf(chunk.offset)
+    return first, first + (chunk.sizes[0] if len(chunk.sizes) == 3 else 1)
+
+
+def _leading(ranges: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The indices of the leading dims of a box in its chunk, and the same counted from the box."""
+    if not ranges:
+        yield (), ()
+        return
+    begin, end = ranges[0]
+    for index in range(begin, end):
+        for rest, place in _leading(ranges[1:]):
+            yield (index, *rest), (index - begin, *place)

@@ -1,0 +1,117 @@
+"""convert.py's work: a source, a target and what carries slices from one to the other."""
+
+import errno
+import os
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint
+from dsv3.checkpoint.manifest import verify
+from dsv3.checkpoint.matching import expected_tensors
+from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.sharded import DcpSource
+from dsv3.config import plain
+from dsv3.convert.config import AUTO, ConvertConfig, Direction, StoredType
+from dsv3.convert.copies import require_equal_copies
+from dsv3.convert.destination import Destination
+from dsv3.convert.download import download
+from dsv3.convert.engine import Engine
+from dsv3.convert.estimate import estimate
+from dsv3.convert.progress import progress
+from dsv3.convert.to_dcp import to_dcp
+from dsv3.convert.to_hf import to_hf
+from dsv3.convert.work import Work
+from dsv3.model.config import ModelConfig
+from dsv3.runtime.errors import RunFailed
+
+_PREFIX = "model."
+
+
+def convert(config: ConvertConfig) -> str:
+    """Carry out a conversion; what there is to say of it."""
+    if config.direction is Direction.download:
+        return str(download(config))
+    torch.set_num_threads(1)  # each worker computes for itself
+    output = Path(config.output or "")
+    if config.verify and not config.plan and (output / MANIFEST_FILE).is_file():
+        return _verified(output)
+    model, directory = config.model, Path(config.input or "")
+    assert model is not None
+    source = open_source(config.direction, directory, model)
+    work = _work(config, source, model)
+    workers = (os.cpu_count() or 1) if config.workers == AUTO else int(config.workers)
+    if config.plan:
+        return estimate(_size(_files(source)), work.nbytes, workers, config.speeds)
+    if isinstance(source, ReleasedSource):
+        require_equal_copies(source, model, workers)
+    started = time.monotonic()
+    _carry_out(Destination(output, _identity(config, source, model)), work, workers)
+    seconds = time.monotonic() - started
+    rate = work.nbytes / 1e9 / max(seconds, 1e-9)
+    told = f"{output}: {work.nbytes / 1e9:.2f} GB in {seconds:.1f} s ({rate:.2f} GB/s)"
+    return f"{told}\n{_verified(output)}" if config.verify else told
+
+
+def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's parameters and biases by their names."""
+    return {
+        name.removeprefix(_PREFIX): tuple(tensor.shape) for name, tensor in expected_tensors(model).items()
+    }
+
+
+def open_source(direction: Direction, directory: Path, model: ModelConfig) -> ReleasedSource | DcpSource:
+    """What a conversion reads."""
+    if direction is Direction.dcp_to_hf:
+        return DcpSource(find_checkpoint(str(directory)), model, shapes_of(model))
+    return ReleasedSource(directory, model, shapes_of(model))
+
+
+def _work(config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig) -> Work:
+    if config.direction is Direction.hf_to_dcp:
+        assert isinstance(source, ReleasedSource)
+        return to_dcp(source, model, torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16)
+    return to_hf(config, source, model)
+
+
+def _carry_out(destination: Destination, work: Work, workers: int) -> None:
+    try:
+        destination.require_space(work.nbytes)
+        with progress(work.nbytes, f"writing {destination.output.name}") as report:
+            engine = Engine(destination.partial, destination.journal, workers, report)
+            finished = engine.run(work.outputs)
+        work.complete(destination.partial, finished)
+        destination.complete(finished)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        kept = f"finished files are kept in {destination.partial}"
+        raise RunFailed(f"{error.strerror}: {kept}, the same command goes on") from None
+
+
+def _files(source: ReleasedSource | DcpSource) -> list[Path]:
+    """The files that are read."""
+    names = source.stored.values() if isinstance(source, ReleasedSource) else ()
+    return sorted({entry.file for entry in names} or source.directory.glob("*.distcp"))
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _identity(
+    config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig
+) -> dict[str, Any]:
+    """What makes two conversions the same one: only then does the second go on with the first."""
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)]
+    keys = ("direction", "dtype", "scale_fmt", "max_shard_size")
+    chosen = {key: value.value if isinstance(value := getattr(config, key), Enum) else value for key in keys}
+    return chosen | {"input": files, "model": plain(model)}
+
+
+def _verified(output: Path) -> str:
+    verify(output)
+    return f"{output}: every file is as {MANIFEST_FILE} says"

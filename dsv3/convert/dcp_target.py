@@ -1,0 +1,127 @@
+"""Writes a checkpoint of torch.distributed.checkpoint (DCP), a slice of rows at a time.
+
+Every slice is an entry of its own, as a rank's shard would be: any layout reads what it needs of it, and
+no stack of experts has to be in memory to be written.
+"""
+
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from dsv3.checkpoint.names import Released
+from dsv3.checkpoint.released import ReleasedSource
+from dsv3.convert.journal import Finished
+from dsv3.convert.pieces import Output, row_slices, shaped
+from dsv3.convert.sink import Sink
+
+# About 64 files, so that little is lost by a kill, but neither tiny files nor ones that take long alone.
+_FILES, _SMALLEST, _LARGEST = 64, 64 * 2**20, 2 * 2**30
+_KEPT_IN_FP32 = "selection_bias"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows [first, first + count) of a released tensor, to be stored as `dtype`."""
+
+    source: ReleasedSource
+    tensor: Released
+    first: int
+    count: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers."""
+        return torch.Size(self._shape).numel() * self.dtype.itemsize
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        shape = self.tensor.shape
+        return (self.count, *shape[1:]) if shape else ()
+
+    def make(self, buffer: Tensor) -> Tensor:
+        """The numbers of the rows."""
+        return self.source.rows(self.tensor, self.first, self.count, shaped(buffer, self._shape, self.dtype))
+
+    def put(self, made: Tensor, sink: Sink) -> dict[str, Any]:
+        """Append the entry as torch.load reads it; where it lies and what box of which parameter it is."""
+        offset, sizes = list(self.tensor.offset), list(self.tensor.sizes)
+        if offset:
+            dim = len(offset) - len(self.tensor.shape)  # behind the expert's, if there is one
+            offset[dim] += self.first
+            sizes[dim] = self.count
+        begin = sink.position
+        torch.save(made.view(sizes), sink)  # type: ignore[arg-type]  # a file object as far as it looks
+        place = {"parameter": self.tensor.parameter, "offset": offset, "sizes": sizes}
+        return place | {"begin": begin, "length": sink.position - begin}
+
+
+def stored_dtype(tensor: Released, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is stored as: selection biases move by steps that only fp32 has room for."""
+    return torch.float32 if tensor.parameter.endswith(_KEPT_IN_FP32) else dtype
+
+
+def dcp_outputs(source: ReleasedSource, dtype: torch.dtype) -> list[Output]:
+    """The files of the weights; slices are in the order in which they lie in the input."""
+    layout = sorted(
+        source.layout, key=lambda t: (str(source.stored[t.name].file), source.stored[t.name].offset)
+    )
+    slices = [piece for tensor in layout for piece in _slices(source, tensor, stored_dtype(tensor, dtype))]
+    total = sum(piece.nbytes for piece in slices)
+    limit = min(max(total // _FILES, _SMALLEST), _LARGEST)
+    groups: list[list[Slice]] = []
+    filled = limit
+    for piece in slices:
+        if filled >= limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += piece.nbytes
+    return [
+        Output(f"__{number}_0.distcp", sum(piece.nbytes for piece in group), group)
+        for number, group in enumerate(groups)
+    ]
+
+
+def write_metadata(
+    directory: Path,
+    finished: Sequence[Finished],
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, torch.dtype],
+) -> None:
+    """Write `.metadata`: which entry of which file is which box of which tensor."""
+    chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in shapes}
+    storage = {}
+    for file in finished:
+        for record in file.records:
+            name, offset = record["parameter"], torch.Size(record["offset"])
+            index = MetadataIndex(f"model.{name}", offset, len(chunks[name]))
+            chunks[name].append(ChunkStorageMetadata(offset, torch.Size(record["sizes"])))
+            storage[index] = _StorageInfo(file.name, record["begin"], record["length"])
+    entries = {
+        f"model.{name}": TensorStorageMetadata(
+            TensorProperties(dtype=dtypes[name]), torch.Size(shape), chunks[name]
+        )
+        for name, shape in shapes.items()
+    }
+    metadata = Metadata(state_dict_metadata=dict(entries), storage_data=storage)
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _slices(source: ReleasedSource, tensor: Released, dtype: torch.dtype) -> Iterator[Slice]:
+    multiple = source.block[0] if source.is_quantized(tensor.name) else 1
+    for first, count in row_slices(tensor.shape, dtype.itemsize, multiple):
+        yield Slice(source, tensor, first, count, dtype)

@@ -1,0 +1,51 @@
+"""A file under way: whatever passes is digested, counted and reported."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+from xxhash import xxh3_128
+
+
+class Interrupted(Exception):
+    """The conversion is to stop: another worker has failed, or the user has had enough."""
+
+
+class Sink:
+    """Binary file object that appends to `path`; `report` is told of bytes written."""
+
+    def __init__(self, path: Path, report: Callable[[int], None], stop: Event) -> None:
+        self.path = path
+        self.position = 0
+        self._digest = xxh3_128()
+        self._report = report
+        self._stop = stop
+        self._file = path.open("wb", buffering=0)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append all of `data`; Interrupted where the conversion is to stop, OSError of a full disk."""
+        if self._stop.is_set():
+            raise Interrupted
+        rest = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        self._digest.update(rest)
+        size = len(rest)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self.position += size
+        self._report(size)
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def discard(self) -> None:
+        """Give the file up: what is half written would only fill the disk."""
+        self._file.close()
+        self.path.unlink()
+
+    def finish(self) -> str:
+        """Wait until the bytes are on the disk, close; the digest of the whole file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()

@@ -1,0 +1,122 @@
+"""Small released checkpoints with random weights, written by the safetensors library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsv3.checkpoint.hf_writer import config_json
+from dsv3.checkpoint.matching import expected_tensors
+from dsv3.checkpoint.names import copies, is_quantized, released_layout
+from dsv3.config import strict
+from dsv3.model.config import ModelConfig
+from dsv3.precision.blocks import quantize_plain
+from tests.composing import compose
+
+SMALL = [
+    "model.vocab_size=96",
+    "model.dim=64",
+    "model.num_layers=3",
+    "model.dense_hidden_dim=176",  # partial blocks of 32
+    "model.attention.heads=4",
+    "model.attention.q_lora_rank=24",
+    "model.attention.kv_lora_rank=40",
+    "model.attention.qk_nope_head_dim=16",
+    "model.attention.qk_rope_head_dim=8",
+    "model.attention.v_head_dim=16",
+    "model.moe.num_experts=8",
+    "model.moe.hidden_dim=48",
+    "model.moe.top_k=2",
+]
+
+
+def small_model(*overrides: str) -> ModelConfig:
+    """The debug model, smaller yet; MTP, selection bias and shared expert included."""
+    model: ModelConfig = strict(compose([*SMALL, *overrides])).model
+    return model
+
+
+def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name.removeprefix("model."): tuple(t.shape) for name, t in expected_tensors(model).items()}
+
+
+def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Released tensors by name in fp32, copies included; magnitudes differ by block."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for tensor in released_layout(model, shapes_of(model)):
+        value = torch.randn(tensor.shape, generator=generator) * 0.1
+        weights[tensor.name] = value + 1 if value.ndim == 1 and "bias" not in tensor.name else value
+    return weights | {copy: weights[name].clone() for copy, name in copies(model).items()}
+
+
+def write_release(
+    directory: Path,
+    model: ModelConfig,
+    dtype: str = "bf16",
+    files: int = 3,
+    block: tuple[int, int] = (32, 32),
+    power_of_two: bool = False,
+    weights: dict[str, Tensor] | None = None,
+    scales_apart: bool = False,
+) -> dict[str, Tensor]:
+    """Write a release in bf16, fp16, fp32 or fp8 in several files; the tensors as they are stored."""
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}[
+        dtype
+    ]
+    stored: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    for name, value in (weights or random_weights(model)).items():
+        if dtype == "fp8" and is_quantized(name):
+            stored[name], scales[name + "_scale_inv"] = quantize_plain(
+                value, block, power_of_two=power_of_two
+            )
+        else:
+            stored[name] = value if name.endswith("e_score_correction_bias") else value.to(numbers)
+    config: dict[str, Any] = config_json(model, str(numbers).removeprefix("torch."))
+    if scales:
+        style = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        config["quantization_config"] = style | {"weight_block_size": list(block)}
+        if power_of_two:
+            config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text('{"do_sample": true}')
+    _save(directory, stored, scales, files, scales_apart)
+    return stored | scales
+
+
+def _save(
+    directory: Path, stored: dict[str, Tensor], scales: dict[str, Tensor], files: int, scales_apart: bool
+) -> None:
+    """Tensors dealt out to files by number; scales with their weight, or one file on."""
+    groups: list[dict[str, Tensor]] = [{} for _ in range(files)]
+    where: dict[str, str] = {}
+    for number, (name, value) in enumerate(stored.items()):
+        place = number * files // len(stored)
+        entries = {name: (value, place)}
+        if name + "_scale_inv" in scales:
+            entries[name + "_scale_inv"] = (scales[name + "_scale_inv"], (place + scales_apart) % files)
+        for key, (tensor, group) in entries.items():
+            groups[group][key] = tensor.contiguous()
+            where[key] = f"model-{group + 1:05d}-of-{files:05d}.safetensors"
+    for number, tensors in enumerate(groups, 1):
+        save_file(
+            tensors, directory / f"model-{number:05d}-of-{files:05d}.safetensors", metadata={"format": "pt"}
+        )
+    total = sum(t.nbytes for t in (stored | scales).values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def read_release(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a released checkpoint, by the safetensors library."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
