@@ -92,7 +92,10 @@ def find_checkpoint(path: str) -> Path:
     RUN/checkpoints/latest and best are the steps that they point to now.
     """
     if path.startswith(HF_PREFIX):
-        raise _is_hf(path, path.removeprefix(HF_PREFIX))
+        released = Path(path.removeprefix(HF_PREFIX))
+        if not is_released(released):
+            raise UserError(f"checkpoint.load={path} is no HuggingFace checkpoint: it has no config.json")
+        return released
     directory = _pointed(Path(path))
     if (directory / ".metadata").is_file():
         return directory
@@ -102,9 +105,15 @@ def find_checkpoint(path: str) -> Path:
     if not directory.exists():
         raise UserError(f"checkpoint.load={path} does not exist")
     if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
-        raise _is_hf(path, path)
+        hint = f"checkpoint.load={HF_PREFIX}{shlex.quote(path)}"
+        raise UserError(f"checkpoint.load={path} is a HuggingFace checkpoint: {hint} reads it")
     what = "no checkpoint yet" if (directory / "config.yaml").exists() else "neither a run nor a checkpoint"
     raise UserError(f"checkpoint.load={path} holds {what}: give a run, step or DCP directory")
+
+
+def is_released(directory: Path) -> bool:
+    """Whether a directory is a HuggingFace checkpoint and none of ours."""
+    return (directory / "config.json").is_file() and not (directory / ".metadata").is_file()
 
 
 def point(run_dir: Path, name: str, step: Path | None) -> None:
@@ -137,13 +146,6 @@ def _pointed(path: Path) -> Path:
     with contextlib.suppress(OSError, ValueError):
         target = str(path.readlink()) if path.is_symlink() else path.read_text().strip()
     return path.with_name(target) if _STEP.fullmatch(target) else path
-
-
-def _is_hf(path: str, directory: str) -> UserError:
-    return UserError(
-        f"checkpoint.load={path} is a HuggingFace checkpoint, which cannot be loaded from there yet: "
-        f"task=verify model=hf model.path={shlex.quote(directory)} reads and checks it"
-    )
 
 
 def prepare_partial(directory: Path) -> Path:

@@ -1,6 +1,5 @@
 """Saves and restores a training run: model, optimizer, progress and random state."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from torch import Tensor
 from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress, complete_steps, step_directory, sweep_leftovers
 from dsv3.checkpoint.integrity import verify_together, with_way_out
-from dsv3.checkpoint.matching import expected_tensors
 from dsv3.checkpoint.reader import load_tensors, read_metadata
 from dsv3.checkpoint.retention import update_pointers
 from dsv3.checkpoint.saver import Saver, Snapshot
@@ -24,6 +22,7 @@ from dsv3.checkpoint.state import (
     optimizer_state,
     random_state,
 )
+from dsv3.checkpoint.weights import fill
 from dsv3.runtime.distributed import Worker
 from dsv3.runtime.errors import RunFailed, UserError
 
@@ -94,7 +93,8 @@ class CheckpointManager:
         # A layout with more ranks than before has no stored random state for the new ones.
         stored = read_metadata(directory).state_dict_metadata
         random = {name: state for name, state in random_state(self.worker.rank).items() if name in stored}
-        _load(directory, [*model_state(parts), *optimizer_state(parts, optimizer), *random.items()])
+        wanted = [*model_state(parts), *optimizer_state(parts, optimizer), *random.items()]
+        fill(wanted, lambda tensors: load_tensors(directory, tensors))
         for state in random.values():
             torch.set_rng_state(state)
         self.newest = directory
@@ -109,27 +109,3 @@ class CheckpointManager:
                 f"after step {step} {where} is not finite, so it is not saved; the last checkpoint is from "
                 "before. A lower optimizer.lr or longer warm-up may help."
             )
-
-
-def load_weights(parts: Parts, directory: Path) -> None:
-    """Load the weights alone, from a step of a run or a converted checkpoint.
-
-    UserError where it holds weights that this model has no place for; MTP layers may be left out.
-    """
-    config = parts[0].config
-    known = expected_tensors(config)
-    left_out = "model.mtp." if not config.mtp_depths else ()
-    for name in read_metadata(directory).state_dict_metadata:
-        if name.startswith("model.") and name not in known and not name.startswith(left_out):
-            raise UserError(f"{directory} has '{name}', the model does not: it was saved from another model")
-    _load(directory, model_state(parts))
-
-
-def _load(directory: Path, wanted: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill tensors in place by name; of one that is here twice, as an embedding in two stages, both."""
-    wanted = list(wanted)
-    once = first(wanted)
-    load_tensors(directory, once)
-    for name, tensor in wanted:
-        if tensor is not once[name]:
-            local(tensor).copy_(local(once[name]))

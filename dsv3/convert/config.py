@@ -49,7 +49,8 @@ class ConvertConfig:
 
     `input` and `output` are directories. `workers` threads compute (`auto`: one a core). `verify` reads the
     finished output again and compares its digests. `scale_fmt` null is that of the input's scales. `plan`
-    only tells time and memory, at `speeds` of the disk in GB/s. `repo`, `revision` and `assets` are for direction=download.
+    only tells time and memory, at `speeds` of the disk in GB/s. `repo`, `revision` and `assets` are
+    for direction=download.
     """
 
     direction: Direction

@@ -8,7 +8,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3.checkpoint.config import HFModelConfig
-from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint
+from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_released
 from dsv3.checkpoint.hf_config import model_from_hf
 from dsv3.checkpoint.manifest import verify_description
 from dsv3.config import Config, literal, strict
@@ -64,8 +64,10 @@ def resolve_model(composed: DictConfig, keys: Collection[str]) -> None:
         found = stored_model(Path(composed.run.dir) / CONFIG_FILE, inside=True)
     elif from_hf:
         found = OmegaConf.structured(model_from_hf(_hf_directory(path)))
+    elif is_released(checkpoint := find_checkpoint(composed.checkpoint.load)):
+        found = OmegaConf.structured(model_from_hf(checkpoint))
     else:
-        found = stored_model(_model_file(composed.checkpoint.load))
+        found = stored_model(_model_file(checkpoint))
     for key in changed - {"path"}:
         OmegaConf.update(found, key, OmegaConf.select(composed.model, key))
     composed.model = found
@@ -79,8 +81,7 @@ def _hf_directory(path: str | None) -> Path:
     return Path(path)
 
 
-def _model_file(checkpoint: str) -> Path:
-    directory = find_checkpoint(checkpoint)
+def _model_file(directory: Path) -> Path:
     verify_description(directory)
     path = directory / MODEL_FILE
     if not path.is_file():

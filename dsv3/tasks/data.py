@@ -32,4 +32,6 @@ def stored_tokenizer(config: Config, checkpoint: Path, overrides: list[str]) -> 
     """The tokenizer that lies with a checkpoint, unless the user chose another."""
     chosen = any(o.lstrip("+").startswith("tokenizer") for o in overrides)
     folder = checkpoint / TOKENIZER_DIR
+    if (checkpoint / "tokenizer.json").is_file():
+        folder = checkpoint  # a HuggingFace checkpoint
     return Tokenizer.from_file(folder) if folder.is_dir() and not chosen else None

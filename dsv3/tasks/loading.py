@@ -2,8 +2,8 @@
 
 from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.checkpoint.integrity import verify_together
-from dsv3.checkpoint.manager import load_weights
 from dsv3.checkpoint.matching import require_weights
+from dsv3.checkpoint.weights import load_weights
 from dsv3.parallel.distributed import Distributed, distribute
 from dsv3.parallel.mesh import ParallelMesh, build_mesh, place
 from dsv3.runtime.distributed import Worker

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dsv3.checkpoint.directory import TOKENIZER_DIR, Progress, find_checkpoint
 from dsv3.checkpoint.integrity import verify_together
-from dsv3.checkpoint.manager import CheckpointManager, load_weights
+from dsv3.checkpoint.manager import CheckpointManager
+from dsv3.checkpoint.weights import load_weights
 from dsv3.config import Config, build, plain
 from dsv3.data.loader import Loader
 from dsv3.data.sources import PreparedData

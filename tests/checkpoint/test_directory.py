@@ -184,8 +184,10 @@ def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
 def test_a_huggingface_checkpoint_is_called_one(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    for path in (str(tmp_path), f"hf:{tmp_path}"):
-        with pytest.raises(UserError, match="HuggingFace") as error:
-            find_checkpoint(path)
-        assert f"checkpoint.load={path} " in str(error.value)
-        assert f"task=verify model=hf model.path={tmp_path} " in str(error.value)
+    with pytest.raises(UserError, match=f"is a HuggingFace checkpoint: checkpoint.load=hf:{tmp_path} reads"):
+        find_checkpoint(str(tmp_path))
+    if name == "config.json":
+        assert find_checkpoint(f"hf:{tmp_path}") == tmp_path
+    else:
+        with pytest.raises(UserError, match=r"is no HuggingFace checkpoint: it has no config\.json"):
+            find_checkpoint(f"hf:{tmp_path}")

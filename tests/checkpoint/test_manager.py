@@ -12,8 +12,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dsv3.checkpoint import directory, retention, saver
 from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress, complete_steps, step_directory
-from dsv3.checkpoint.manager import CheckpointManager, load_weights
+from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.reader import read_metadata
+from dsv3.checkpoint.weights import load_weights
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.distributed import Worker
 from dsv3.runtime.errors import UserError

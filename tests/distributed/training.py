@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.checkpoint.weights import load_weights
 from dsv3.config import Config, strict
 from dsv3.data.loader import Loader
 from dsv3.data.packing import Row
@@ -122,6 +124,8 @@ def prepared(
         if router.selection_bias is not None:
             generator = torch.Generator().manual_seed(place_)
             router.selection_bias.copy_(0.05 * torch.randn(router.selection_bias.shape, generator=generator))
+    if config.checkpoint.load:
+        load_weights(model.parts, find_checkpoint(config.checkpoint.load))
     parameters = [p for part in model.parts for p in part.parameters()]
     return model, _optimizer(optimizer, parameters), me
 

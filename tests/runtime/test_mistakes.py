@@ -79,7 +79,7 @@ MISTAKES: dict[str, list[str]] = {
     "task=plan data=tokens data.path=/nope.npy": ["data.path=/nope.npy", "does not exist"],
     "tokenizer=local": ["tokenizer.path=null", "tokenizer.path=PATH"],
     "checkpoint.load=/nope": ["checkpoint.load=/nope", "does not exist"],
-    "checkpoint.load=hf:/some/model": ["checkpoint.load=hf:/some/model", "model=hf model.path=/some/model"],
+    "checkpoint.load=hf:/some/model": ["checkpoint.load=hf:/some/model", "no config.json"],
     "checkpoint.load=.": ["checkpoint.load=.", "neither a run nor a checkpoint"],
     "run.dir=/etc/passwd": ["run.dir=/etc/passwd", "is a file"],
     "task=compare": ["task.runs=null", "task.runs=multirun/ID"],
