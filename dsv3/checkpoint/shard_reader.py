@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv3.checkpoint.shard_file import ShardFile
 from dsv3.checkpoint.stored_tensor import StoredTensor, byte_view, quoted
 
-PIECE = 16 * 2**20
+PIECE = 4 * 2**20
 """Bytes of whole rows that are in memory while columns are cut out of them."""
 
 
@@ -89,7 +89,8 @@ class ShardReader:
         for begin in range(0, len(target), step):
             some = buffer[: len(target) - begin]
             self._read(tensor, (first + begin) * width, some.view(-1))
-            target[begin : begin + step] = some[:, left : left + target.shape[1]]
+            # NumPy copies in this thread; PyTorch would start others beside the callers', and be slower.
+            target.numpy()[begin : begin + step] = some.numpy()[:, left : left + target.shape[1]]
 
     def _read(self, tensor: StoredTensor, begin: int, target: Tensor) -> None:
         """Fill `target` (uint8 [bytes]) from byte `begin` of the tensor on."""
