@@ -106,7 +106,7 @@ class ShardWriter:
         if rows.dtype is not tensor.dtype or not fits:
             got = f"{rows.dtype} of shape {tuple(rows.shape)}"
             raise RuntimeError(f"'{name}' is planned as {tensor.dtype} of shape {tensor.shape}, got {got}")
-        data = byte_view(rows.detach().cpu().contiguous())
+        data = byte_view(rows.cpu().contiguous())
         if self._written + len(data) > tensor.nbytes:
             raise RuntimeError(f"'{name}' has {tensor.nbytes} bytes, got {self._written} + {len(data)}")
         if len(data):

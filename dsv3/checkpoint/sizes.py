@@ -20,7 +20,7 @@ def parse_size(value: str | int, key: str = "max_shard_size") -> int:
 
     huggingface_hub keeps its own to itself, and that one knows no GiB and no plain numbers.
     """
-    found = _SIZE.fullmatch(str(value)) if not isinstance(value, bool) else None
+    found = _SIZE.fullmatch(str(value))
     factors = {unit.lower(): factor for unit, factor in UNITS.items()} | {"": 1}
     if found is None or found[2].lower() not in factors:
         hint = _hint(found[1], found[2]) if found else ""

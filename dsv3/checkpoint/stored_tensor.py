@@ -67,7 +67,7 @@ class StoredTensor:
 
 def byte_view(tensor: Tensor) -> Tensor:
     """uint8 [bytes] over the memory of a contiguous tensor: NumPy has no types for bf16 and fp8."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def quoted(value: object) -> str:

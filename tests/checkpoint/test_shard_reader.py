@@ -1,7 +1,9 @@
 """Rows and rectangles of stored tensors: every boundary, into given memory, from many threads."""
 
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -200,7 +202,17 @@ def _many(directory: Path, files: int) -> dict[str, Tensor]:
     return values
 
 
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Python changes threads all the time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize("limit", [1, 3, 64])
+@pytest.mark.usefixtures("restless")
 def test_threads_read_at_once_what_one_would(tmp_path: Path, limit: int) -> None:
     """With a limit below the files they close each other's all the time."""
     values, stored = _many(tmp_path, 6), open_shards(tmp_path)
@@ -219,6 +231,25 @@ def test_threads_read_at_once_what_one_would(tmp_path: Path, limit: int) -> None
 
     with shared, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, range(8))) == [0] * 8
+
+
+def test_threads_that_need_a_file_open_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, stored = _many(tmp_path, 1), open_shards(tmp_path)
+    opened, actual, start = [], os.open, threading.Barrier(4)
+
+    def slow(path: Path, flags: int) -> int:
+        opened.append(path)
+        time.sleep(0.1)  # time for the others to come and open it too
+        return actual(path, flags)
+
+    def work(first: int) -> bool:
+        start.wait()
+        return same(shared.read_rows(stored["0"], first, 2), values["0"][first : first + 2])
+
+    monkeypatch.setattr(os, "open", slow)
+    with ShardReader() as shared, ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+    assert opened == [stored["0"].file]
 
 
 def descriptors(directory: Path) -> list[str]:
@@ -240,9 +271,12 @@ def test_files_are_opened_once_kept_to_the_limit_and_closed(tmp_path: Path) -> N
     stored = open_shards(tmp_path)
     assert descriptors(tmp_path) == []
     with ShardReader(limit=2) as reader:
-        for name in "0120203":
+        for name in "012020302":
             reader.read_rows(stored[name], 0, 1)
             reader.read_rows(stored[name], 1, 1)
+        assert descriptors(tmp_path) == [str(tmp_path / f"{name}.safetensors") for name in "02"]
+        reader.read_rows(stored["0"], 0, 1)
+        reader.read_rows(stored["3"], 0, 1)
         assert descriptors(tmp_path) == [str(tmp_path / f"{name}.safetensors") for name in "03"]
     assert descriptors(tmp_path) == []
     with pytest.raises(RuntimeError, match="closed"):

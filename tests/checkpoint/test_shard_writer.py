@@ -129,7 +129,7 @@ def test_scales_are_in_the_file_of_their_weight(
         ("x", FP8, (before,)),
         ("w", FP8, (weight,)),
         ("w_scale_inv", FP8, (scale,)),
-        ("y", FP8, (1,)),
+        ("y", FP8, (3,)),
     ]
     planned = plan_shards(given, 10)
     assert [" ".join(tensor.name for tensor in plan.tensors) for plan in planned] == files
@@ -144,10 +144,12 @@ def test_no_name_is_planned_twice() -> None:
 
 def test_the_index_tells_sizes_and_files() -> None:
     plans = plan_shards([("b", F32, (2, 3)), ("a", BF16, (5,))], 24)
-    assert json.loads(index_json(plans)) == {
+    index = json.loads(index_json(plans))
+    assert index == {
         "metadata": {"total_size": 34},
         "weight_map": {"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"},
     }
+    assert list(index["weight_map"]) == ["a", "b"]
 
 
 @pytest.mark.parametrize("limit", [100_000, 2**30])
