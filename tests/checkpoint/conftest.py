@@ -66,6 +66,10 @@ class Trained:
         manager.wait()
         return saved
 
+    def restore(self, run_dir: Path) -> Progress | None:
+        """Restore with a manager of its own."""
+        return CheckpointManager(run_dir, CheckpointConfig(), ALONE).restore([self.model], self.optimizer)
+
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:

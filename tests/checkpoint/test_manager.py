@@ -24,7 +24,7 @@ from .running import tensors, unseal
 
 
 def _restore(run_dir: Path, into: Trained) -> Progress | None:
-    return CheckpointManager(run_dir, CheckpointConfig(), ALONE).restore([into.model], into.optimizer)
+    return into.restore(run_dir)
 
 
 def test_restoring_gives_back_model_moments_and_progress_bit_for_bit(run_dir: Path, trained: Trained) -> None:

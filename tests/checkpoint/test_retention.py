@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import pytest
+
+from dsv3.checkpoint import directory
+from dsv3.checkpoint.config import CheckpointConfig
+from dsv3.checkpoint.directory import Progress, complete_steps, find_checkpoint, step_directory
+from dsv3.checkpoint.retention import best_step, kept, prune, update_pointers
+from dsv3.runtime.errors import UserError
+
+
+def make(run_dir: Path, losses: dict[int, float | None]) -> list[Path]:
+    """Checkpoints of these steps, with the held-out loss of each."""
+    for step, loss in losses.items():
+        path = step_directory(run_dir, step)
+        path.mkdir(parents=True)
+        (path / ".metadata").touch()
+        Progress(step, evaluation_loss=loss).write(path)
+    return complete_steps(run_dir)
+
+
+def numbers(run_dir: Path) -> list[int]:
+    return [directory.step_number(path) for path in complete_steps(run_dir)]
+
+
+LOSSES = {2: 3.0, 4: None, 6: 1.0, 8: None, 10: 2.0, 12: 1.0, 14: 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "stay"),
+    [
+        (CheckpointConfig(keep_last=1), [14]),
+        (CheckpointConfig(keep_last=3), [10, 12, 14]),
+        (CheckpointConfig(keep_last=1, keep_every=4), [4, 8, 12, 14]),
+        (CheckpointConfig(keep_last=1, keep_every=1), list(LOSSES)),
+        (CheckpointConfig(keep_last=1, keep_best=True), [6, 14]),
+        (CheckpointConfig(keep_last=9), list(LOSSES)),
+    ],
+    ids=str,
+)
+def test_what_stays(tmp_path: Path, config: CheckpointConfig, stay: list[int]) -> None:
+    steps = make(tmp_path, LOSSES)
+    assert kept(steps, config) == {step_directory(tmp_path, step) for step in stay}
+    prune(tmp_path, config)
+    assert numbers(tmp_path) == stay
+
+
+def test_the_best_is_the_earlier_of_equals_and_none_without_a_loss(tmp_path: Path) -> None:
+    steps = make(tmp_path, LOSSES)
+    assert best_step(steps) == step_directory(tmp_path, 6)
+    assert best_step(make(tmp_path / "other", {2: None, 4: None})) is None
+
+
+def test_a_damaged_old_checkpoint_is_not_the_best_and_ends_nothing(tmp_path: Path) -> None:
+    steps = make(tmp_path, LOSSES)
+    (step_directory(tmp_path, 6) / "state.json").write_text("{")
+    assert best_step(steps) == step_directory(tmp_path, 12)
+
+
+def test_pointers_are_relative_and_lead_to_the_newest_and_the_best(tmp_path: Path) -> None:
+    make(tmp_path / "run", LOSSES)
+    prune(tmp_path / "run", CheckpointConfig(keep_best=True))
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert str((moved / "checkpoints/latest").readlink()) == "step-14"
+    assert str((moved / "checkpoints/best").readlink()) == "step-6"
+    assert find_checkpoint(str(moved / "checkpoints/best")) == step_directory(moved, 6)
+    assert find_checkpoint(f"{moved}/checkpoints/latest/") == step_directory(moved, 14)
+    assert (moved / "checkpoints/best/.metadata").exists()
+
+
+def test_a_pointer_leads_to_a_checkpoint_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, {2: 1.0, 4: 2.0})
+    config = CheckpointConfig(keep_last=1, keep_best=True)
+    prune(tmp_path, config)
+    make(tmp_path, {6: 0.5})
+    seen: list[tuple[str, str]] = []
+    for name in ("symlink_to", "replace", "unlink", "rename"):
+        call = getattr(Path, name)
+
+        def watched(*arguments: object, _call: object = call, **keywords: object) -> object:
+            result = _call(*arguments, **keywords)  # type: ignore[operator]
+            found = [
+                (tmp_path / "checkpoints" / pointer).resolve(strict=True) for pointer in ("latest", "best")
+            ]
+            seen.append((found[0].name, found[1].name))
+            return result
+
+        monkeypatch.setattr(Path, name, watched)
+    prune(tmp_path, config)
+    assert seen[-1] == ("step-6", "step-6")
+    assert set(seen) <= {("step-4", "step-2"), ("step-6", "step-2"), ("step-6", "step-6")}
+    assert numbers(tmp_path) == [6]
+
+
+def test_a_pointer_that_is_right_is_left_alone(tmp_path: Path) -> None:
+    make(tmp_path, LOSSES)
+    update_pointers(tmp_path, CheckpointConfig())
+    before = (tmp_path / "checkpoints/latest").lstat()
+    update_pointers(tmp_path, CheckpointConfig())
+    assert (tmp_path / "checkpoints/latest").lstat() == before
+
+
+def test_without_keep_best_there_is_no_best(tmp_path: Path) -> None:
+    make(tmp_path, LOSSES)
+    prune(tmp_path, CheckpointConfig(keep_best=True))
+    prune(tmp_path, CheckpointConfig())
+    assert not (tmp_path / "checkpoints/best").is_symlink()
+    assert numbers(tmp_path) == [12, 14]
+    with pytest.raises(UserError, match="best does not exist"):
+        find_checkpoint(str(tmp_path / "checkpoints/best"))
+
+
+def test_a_pointer_is_a_text_file_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    make(tmp_path, LOSSES)
+    prune(tmp_path, CheckpointConfig(keep_best=True))
+    assert (tmp_path / "checkpoints/best").read_text() == "step-6\n"
+    assert find_checkpoint(str(tmp_path / "checkpoints/best")) == step_directory(tmp_path, 6)
+    make(tmp_path, {16: 0.0})
+    prune(tmp_path, CheckpointConfig(keep_best=True))
+    assert find_checkpoint(str(tmp_path / "checkpoints/best")) == step_directory(tmp_path, 16)
+
+
+def test_a_pointer_cannot_lead_out_of_the_run(tmp_path: Path) -> None:
+    make(tmp_path, LOSSES)
+    (tmp_path / "checkpoints/latest").write_text("../../elsewhere/step-3")
+    with pytest.raises(UserError, match="neither a run nor a checkpoint"):
+        find_checkpoint(str(tmp_path / "checkpoints/latest"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_copy_that_followed_a_link_becomes_its_step(tmp_path: Path, there: bool) -> None:
+    """`scp -r` and the like make a directory of the link."""
+    make(tmp_path, {2: 1.0, 4: 2.0})
+    step_directory(tmp_path, 4).rename(tmp_path / "checkpoints/latest")
+    if there:
+        make(tmp_path, {4: 2.0})
+    update_pointers(tmp_path, CheckpointConfig())
+    assert numbers(tmp_path) == [2, 4]
+    assert str((tmp_path / "checkpoints/latest").readlink()) == "step-4"
