@@ -326,6 +326,16 @@ def test_only_a_changed_block_gets_a_new_scale() -> None:
     assert torch.equal(bits(found), bits(codes))
 
 
+@both_forms
+@pytest.mark.parametrize("past", [465.0, 480.0, 512.0, 1e9])
+def test_a_number_past_448_of_the_kept_scale_gets_a_new_one(form: Form, past: float) -> None:
+    # 480 would be the code 0x7f, if that were not NaN.
+    weight = torch.tensor([[1.0, -2.0, past, 448.0, -448.0, 1.0]]) * 0.5
+    codes, scales = form(weight, (1, 3), torch.full((1, 2), 0.5))
+    assert scales.tolist() == [[float(weight[0, 2] / torch.tensor(448.0)), 0.5]]
+    assert bits(codes)[0, 2:].tolist() == [0x7E, 0x7E, 0xFE, 0x38]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_sign_of_a_zero_counts_as_a_change_of_codes(dtype: torch.dtype) -> None:
     codes, scales = torch.zeros(1, 128).to(torch.float8_e4m3fn), torch.full((1, 1), 0.3)
