@@ -272,10 +272,17 @@ MUTATIONS = [
     ),
     Mutation(
         "block-fp8 scales are used",
-        "dsv3/checkpoint/hf.py",
-        "return weight.float() * spread",
-        "return weight.float()",
-        "tests/checkpoint/test_hf.py",
+        "dsv3/checkpoint/released.py",
+        "return dequantize(read, grid, self.block, origin, out.dtype, out)",
+        "return out.copy_(read)",
+        "tests/checkpoint/test_hf_reader.py",
+    ),
+    Mutation(
+        "and their blocks counted by global rows",
+        "dsv3/checkpoint/released.py",
+        "return dequantize(read, grid, self.block, origin, out.dtype, out)",
+        "return dequantize(read, grid, self.block, (0, 0), out.dtype, out)",
+        "tests/checkpoint/test_hf_reader.py",
     ),
     Mutation(
         "documents do not see each other",

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from dsv3.model.config import ModelConfig
 
 
@@ -159,3 +161,8 @@ def is_quantized(name: str) -> bool:
     Embedding, head, norms, router and the MTP projection are not (config.json's modules of DeepSeek-V3).
     """
     return _QUANTIZED.fullmatch(name) is not None
+
+
+def stored_dtype(tensor: Released, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor is stored as: selection biases move by steps that only fp32 has room for."""
+    return torch.float32 if tensor.parameter.endswith("selection_bias") else dtype

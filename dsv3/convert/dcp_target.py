@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dsv3.checkpoint.names import Released
+from dsv3.checkpoint.names import Released, stored_dtype
 from dsv3.checkpoint.released import ReleasedSource
 from dsv3.convert.journal import Finished
 from dsv3.convert.pieces import Output, row_slices, shaped
@@ -29,7 +29,6 @@ from dsv3.convert.sink import Sink
 
 # About 64 files, so that little is lost by a kill, but neither tiny files nor ones that take long alone.
 _FILES, _SMALLEST, _LARGEST = 64, 64 * 2**20, 2 * 2**30
-_KEPT_IN_FP32 = "selection_bias"
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,6 @@ class Slice:
         torch.save(made.view(sizes), sink)  # type: ignore[arg-type]  # a file object as far as it looks
         place = {"parameter": self.tensor.parameter, "offset": offset, "sizes": sizes}
         return place | {"begin": begin, "length": sink.position - begin}
-
-
-def stored_dtype(tensor: Released, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is stored as: selection biases move by steps that only fp32 has room for."""
-    return torch.float32 if tensor.parameter.endswith(_KEPT_IN_FP32) else dtype
 
 
 def dcp_outputs(source: ReleasedSource, dtype: torch.dtype) -> list[Output]:

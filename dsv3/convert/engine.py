@@ -22,17 +22,28 @@ from dsv3.convert.sink import Interrupted, Sink
 
 MAKERS = 4
 """Threads that make pieces for one file at most: one thread that writes keeps no more of them busy."""
+_PATIENCE = 0.1
+"""Seconds until a wish to stop is noticed."""
 
 
 class Engine:
-    """Runs conversions with `workers` threads that compute; `report` is told of bytes written or kept."""
+    """Runs conversions with `workers` threads that compute; `report` is told of bytes written or kept.
+
+    `asked` says whether the user wants it to stop.
+    """
 
     def __init__(
-        self, directory: Path, journal: Journal, workers: int, report: Callable[[int], None]
+        self,
+        directory: Path,
+        journal: Journal,
+        workers: int,
+        report: Callable[[int], None],
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.directory = directory
         self.journal = journal
         self.report = report
+        self.asked = asked
         self.lanes = -(-workers // MAKERS)
         self.makers = -(-workers // self.lanes)
         self._stop = Event()
@@ -41,25 +52,40 @@ class Engine:
     def run(self, outputs: Sequence[Output]) -> list[Finished]:
         """Write all that is not there yet; what each file has become, in order.
 
-        The first error of any thread ends all of them and is raised; finished files stay.
+        The first error of any thread ends all of them and is raised, Interrupted where the user wanted it;
+        finished files stay.
         """
         waiting: queue.SimpleQueue[tuple[int, Output]] = queue.SimpleQueue()
         for number, output in enumerate(outputs):
             waiting.put((number, output))
         done: dict[int, Finished] = {}
-        threads = [Thread(target=self._lane, args=(waiting, done)) for _ in range(self.lanes)]
+        lanes = min(self.lanes, len(outputs))
+        threads = [Thread(target=self._lane, args=(waiting, done)) for _ in range(lanes)]
         for thread in threads:
             thread.start()
         try:
             for thread in threads:
-                thread.join()
+                while thread.is_alive() and not self.asked():
+                    thread.join(_PATIENCE)
         finally:
-            self._stop.set()  # Ctrl-C comes to the thread that waits
+            self._stop.set()
             for thread in threads:
                 thread.join()
         if self._failure is not None:
             raise self._failure
+        if len(done) < len(outputs):
+            raise Interrupted
         return [done[number] for number in range(len(outputs))]
+
+    def _kept(self, name: str) -> Finished | None:
+        """What an earlier call has finished, read again and found unchanged."""
+
+        def report(count: int) -> None:
+            if self._stop.is_set():
+                raise Interrupted
+            self.report(count)
+
+        return self.journal.intact(name, report)
 
     def _lane(self, waiting: "queue.SimpleQueue[tuple[int, Output]]", done: dict[int, Finished]) -> None:
         """Write one file after another, while the one before is still on its way to the disk."""
@@ -68,15 +94,15 @@ class Engine:
             ThreadPoolExecutor(self.makers, initializer=torch.set_num_threads, initargs=(1,)) as makers,
             ThreadPoolExecutor(1) as closing,
         ):
-            buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(self.makers + 1)]
             last: Future[None] | None = None
             try:
+                buffers = [torch.empty(PIECE, dtype=torch.uint8) for _ in range(self.makers + 1)]
                 while not self._stop.is_set():
                     try:
                         number, output = waiting.get_nowait()
                     except queue.Empty:
                         break
-                    kept = self.journal.intact(output.name, self.report)
+                    kept = self._kept(output.name)
                     if kept is not None:
                         done[number] = kept
                         continue
@@ -113,17 +139,22 @@ class Engine:
             for future in made:
                 future.cancel()
             sink.discard()
+            if sink.failure is not None:
+                raise sink.failure from None
             raise
         return sink, records
 
     def _close(
         self, number: int, name: str, sink: Sink, records: list[Any], done: dict[int, Finished]
     ) -> None:
-        size, digest = sink.position, sink.finish()
-        finished = Finished(
-            name, FileEntry(size, digest), [record for record in records if record is not None]
-        )
-        self.journal.add(finished)
+        """Let a file count: its bytes are on the disk and the journal knows of it, or it goes."""
+        try:
+            entry = FileEntry(sink.position, sink.finish())
+            finished = Finished(name, entry, [record for record in records if record is not None])
+            self.journal.add(finished)
+        except BaseException:
+            sink.discard()
+            raise
         done[number] = finished
 
 

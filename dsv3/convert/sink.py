@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -18,6 +19,8 @@ class Sink:
     def __init__(self, path: Path, report: Callable[[int], None], stop: Event) -> None:
         self.path = path
         self.position = 0
+        self.failure: Exception | None = None
+        """What stopped a write: torch.save, which calls it, makes an error of its own of that."""
         self._digest = xxh3_128()
         self._report = report
         self._stop = stop
@@ -25,6 +28,13 @@ class Sink:
 
     def write(self, data: bytes | memoryview) -> int:
         """Append all of `data`; Interrupted where the conversion is to stop, OSError of a full disk."""
+        try:
+            return self._append(data)
+        except (Interrupted, OSError) as failure:
+            self.failure = failure
+            raise
+
+    def _append(self, data: bytes | memoryview) -> int:
         if self._stop.is_set():
             raise Interrupted
         rest = memoryview(data).cast("B") if len(data) else memoryview(b"")
@@ -41,8 +51,9 @@ class Sink:
 
     def discard(self) -> None:
         """Give the file up: what is half written would only fill the disk."""
-        self._file.close()
-        self.path.unlink()
+        with suppress(OSError):  # why it is given up matters more
+            self._file.close()
+            self.path.unlink(missing_ok=True)
 
     def finish(self) -> str:
         """Wait until the bytes are on the disk, close; the digest of the whole file."""

@@ -10,11 +10,11 @@ import yaml
 from dsv3.checkpoint.companions import HF_DIR, NOTES, SCALES_FILE, carry, write_json
 from dsv3.checkpoint.directory import MODEL_FILE, TOKENIZER_DIR
 from dsv3.checkpoint.hf_values import read_config
-from dsv3.checkpoint.names import copies
+from dsv3.checkpoint.names import copies, stored_dtype
 from dsv3.checkpoint.released import SCALE, ReleasedSource
 from dsv3.checkpoint.shard_writer import plan_shards
 from dsv3.config import plain
-from dsv3.convert.dcp_target import dcp_outputs, stored_dtype, write_metadata
+from dsv3.convert.dcp_target import dcp_outputs, write_metadata
 from dsv3.convert.hf_target import Shard
 from dsv3.convert.journal import Finished
 from dsv3.convert.pieces import Output

@@ -1,7 +1,5 @@
 """direction=dcp_to_hf and hf_to_hf: a released checkpoint that transformers loads."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import torch
 
 from dsv3.checkpoint.companions import HF_DIR, carry, write_json
 from dsv3.checkpoint.directory import TOKENIZER_DIR
+from dsv3.checkpoint.export import copy_tokenizer
 from dsv3.checkpoint.hf_values import read_config
 from dsv3.checkpoint.hf_writer import config_json
 from dsv3.checkpoint.names import Released, copies
@@ -25,7 +24,6 @@ from dsv3.model.config import ModelConfig
 
 _NAMES = {StoredType.bf16: "bfloat16", StoredType.fp32: "float32", StoredType.fp8: "bfloat16"}
 """What config.json says of the tensors that are not in fp8."""
-_TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
 def to_hf(config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig) -> Work:
@@ -47,7 +45,7 @@ def to_hf(config: ConvertConfig, source: ReleasedSource | DcpSource, model: Mode
             carry(origin, directory)
         quantization = _quantization(known, source.block, fmt) if style.fp8 else None
         write_json(directory / "config.json", _config(origin, model, _NAMES[config.dtype], quantization))
-        _tokenizer(source.directory / TOKENIZER_DIR, directory)
+        copy_tokenizer(source.directory / TOKENIZER_DIR, directory)
 
     return Work(outputs, complete)
 
@@ -84,11 +82,3 @@ def _config(
         values.pop("num_nextn_predict_layers", None)
     values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     return values | ({"quantization_config": quantization} if quantization else {})
-
-
-def _tokenizer(stored: Path, directory: Path) -> None:
-    """The tokenizer of a run trained here, where none came with the weights."""
-    file = stored / "tokenizer.json"
-    if file.is_file() and not (directory / file.name).exists():
-        shutil.copyfile(file, directory / file.name)
-        (directory / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n")

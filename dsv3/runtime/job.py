@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dsv3.checkpoint.hf_writer import config_json
 from dsv3.config import Config
 from dsv3.parallel.backends import check_backend
 from dsv3.parallel.degrees import Degrees
@@ -46,6 +47,8 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     config = complete(config, degrees)
     train = config.train
     if config.task.trains:
+        if train.export_hf_every:
+            config_json(config.model, "bfloat16")  # or the first export would end the run
         check_batch(degrees, train.length, train.batch, train.microbatch)
     elif isinstance(config.task, EvaluateTaskConfig):
         check_sequence(degrees, train.length)

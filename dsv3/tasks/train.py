@@ -5,6 +5,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from dsv3.checkpoint.directory import TOKENIZER_DIR, Progress, find_checkpoint
+from dsv3.checkpoint.export import export_hf
 from dsv3.checkpoint.integrity import verify_together
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.weights import load_weights
@@ -86,7 +87,7 @@ class _Run:
             recorder = Recorder(path, self.me, every, self.console, logger, layers)
             stack.callback(recorder.close)
             profile = stack.enter_context(profiler(self.config.profile, self.directory, self.me))
-            loop = self._loop(recorder, Hooks(self._evaluate, self._generate, profile))
+            loop = self._loop(recorder, Hooks(self._evaluate, self._generate, self._export, profile))
             self.console.start(self.config.train.steps, self.progress.step)
             finished = loop.run()
             recorder.close()
@@ -96,6 +97,10 @@ class _Run:
             if self.me.is_main:
                 conclude(self.console, self.directory, self._following())
             return recorder.latest.evaluation_loss if recorder.latest else None
+
+    def _export(self, step: int) -> None:
+        """The weights as HuggingFace's, in hf/step-N of the run."""
+        export_hf(self.model, self.directory / "hf" / f"step-{step}", self.directory / TOKENIZER_DIR, self.me)
 
     def _stored_tokenizer(self) -> Tokenizer | None:
         """The one whose ids the weights know: the run's own, or that of the checkpoint it begins with."""

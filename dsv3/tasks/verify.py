@@ -11,11 +11,12 @@ from typing import Any
 import psutil
 import torch
 
-from dsv3.checkpoint.hf import ReleasedWeights, load_released, released_norms
+from dsv3.checkpoint.hf import has_layer, released_norms
+from dsv3.checkpoint.weights import load_weights
 from dsv3.config import Config
 from dsv3.metrics.console import Console
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.parallelizer import build_model, build_on_meta
+from dsv3.parallel.parallelizer import build_model
 from dsv3.planning import parameters
 from dsv3.precision.config import ComputeType, PrecisionConfig
 from dsv3.runtime.distributed import worker
@@ -61,9 +62,9 @@ class Verify:
         room = min(free, job.hardware.memory_bytes or free)
         if needed > room:
             reason = f"names, shapes and norms only: {_numbers('the model', needed, room)}"
-            return _norms(released_norms(build_on_meta(exact, device), self.path)), reason
+            return _norms(released_norms(exact.model, self.path)), reason
         model = build_model(exact, None, device)
-        load_released(model, self.path)
+        load_weights([model], self.path)
         theirs = _load_theirs(self.path, needed, device)
         if isinstance(theirs, str):
             norms = {name: value.float().norm().item() for name, value in model.state_dict().items()}
@@ -73,16 +74,13 @@ class Verify:
     def _config(self, job: Job) -> Config:
         """fp32, and without MTP layers that the files leave out: transformers counts but never saves them."""
         model, typed = job.config.model, "model.mtp_depths" in map(identity, job.overrides)
-        if model.mtp_depths and not typed:
-            with ReleasedWeights(self.path) as weights:
-                stored = weights.has_layer(model.num_layers)
-            if not stored:
-                counted = f"{model.mtp_depths} MTP layer{'s' if model.mtp_depths > 1 else ''}"
-                print(
-                    f"config.json counts {counted}, the files hold none: verified with model.mtp_depths=0",
-                    file=sys.stderr,
-                )
-                model = replace(model, mtp_depths=0)
+        if model.mtp_depths and not typed and not has_layer(self.path, model.num_layers):
+            counted = f"{model.mtp_depths} MTP layer{'s' if model.mtp_depths > 1 else ''}"
+            print(
+                f"config.json counts {counted}, the files hold none: verified with model.mtp_depths=0",
+                file=sys.stderr,
+            )
+            model = replace(model, mtp_depths=0)
         return replace(job.config, model=model, precision=PrecisionConfig(compute=ComputeType.fp32))
 
     def _compare(self, model: Transformer, other: Any, device: torch.device) -> "list[Row]":

@@ -153,6 +153,7 @@ class TrainConfig:
     evaluate_every: int = 100
     evaluate_batches: int | None = None
     generate_every: int = 100
+    export_hf_every: int = 0
     collect_garbage_every: int = 50
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     mtp_loss: MTPLossConfig = field(default_factory=MTPLossConfig)
@@ -175,7 +176,7 @@ class TrainConfig:
     def validate(self) -> None:
         require_positive(self, "steps", "stop_after", "global_batch_size", "microbatch_size")
         require_positive(self, "sequence_length", "clip_norm", "log_every", "evaluate_batches")
-        for key in ("checkpoint_every", "evaluate_every", "generate_every", "collect_garbage_every"):
+        for key in [name for name in vars(self) if name.endswith("_every") and name != "log_every"]:
             value = getattr(self, key)
             require(value >= 0, key, value, "must be 0 (never) or more")
         require(0 <= self.seed < SEEDS, "seed", self.seed, f"must be 0 or more and below {SEEDS}")

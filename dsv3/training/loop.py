@@ -40,6 +40,7 @@ class Hooks:
 
     evaluate: Callable[[], float]
     generate: Callable[[int], None]
+    export: Callable[[int], None]
     profile: Callable[[], None] = field(default=lambda: None)
 
 
@@ -100,6 +101,8 @@ class Loop:
             self.recorder.flush()
         if _due(step, config.generate_every) and step < config.steps:
             self.hooks.generate(step)
+        if _due(step, config.export_hf_every):
+            self.hooks.export(step)
         if _due(step, config.checkpoint_every) and step < config.steps:
             self._save()
         if _due(step, config.collect_garbage_every):

@@ -1,6 +1,5 @@
 """Released checkpoints: every tensor of a file goes to its place, fp8 blocks by their scales."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv3.checkpoint.hf import ReleasedWeights, dequantize, load_released, released_norms
+from dsv3.checkpoint.hf import released_norms
 from dsv3.checkpoint.hf_config import model_from_hf
 from dsv3.checkpoint.names import released_parts
+from dsv3.checkpoint.weights import load_weights
 from dsv3.config import build
 from dsv3.model.transformer import Transformer
 from dsv3.runtime.errors import UserError
@@ -61,7 +61,7 @@ def empty(directory: Path) -> Transformer:
 def test_a_file_of_transformers_fills_every_parameter(tmp_path: Path, changes: dict[str, Any]) -> None:
     directory, expected = released(tmp_path, **changes)
     model = empty(directory)
-    load_released(model, directory)
+    load_weights([model], directory)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     sources = {p.source for name in expected.state_dict() for p in released_parts(name, model.config)}
@@ -86,55 +86,6 @@ def test_mtp_layers_have_the_released_names() -> None:
     assert sources == MTP_LAYER | experts
 
 
-def by_blocks(weight: Tensor, scales: Tensor) -> Tensor:
-    out = torch.empty(weight.shape)
-    for row in range(weight.shape[0]):
-        for column in range(weight.shape[1]):
-            out[row, column] = weight[row, column].float() * scales[row // 128, column // 128]
-    return out
-
-
-def test_fp8_blocks_are_multiplied_by_their_scales_partial_ones_too() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(150, 260, generator=generator).to(torch.float8_e4m3fn)
-    scales = torch.rand(2, 3, generator=generator) + 0.5
-    assert torch.equal(dequantize(weight, scales), by_blocks(weight, scales))
-
-
-def test_an_fp8_weight_is_read_through_an_index_and_needs_its_scales(tmp_path: Path) -> None:
-    weight = torch.randn(130, 8).to(torch.float8_e4m3fn)
-    scales = torch.tensor([[2.0], [0.5]])
-    save_file({"a.weight": weight}, tmp_path / "one.safetensors")
-    save_file({"a.weight_scale_inv": scales}, tmp_path / "two.safetensors")
-    index = {"a.weight": "one.safetensors", "a.weight_scale_inv": "two.safetensors"}
-    path = tmp_path / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": index}))
-    with ReleasedWeights(tmp_path) as weights:
-        assert torch.equal(weights.read("a.weight"), by_blocks(weight, scales))
-    path.write_text(json.dumps({"weight_map": {"a.weight": "one.safetensors"}}))
-    with ReleasedWeights(tmp_path) as weights, pytest.raises(UserError, match=r"has no scales 'a\.weight_sc"):
-        weights.read("a.weight")
-
-
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        ({"a": torch.ones(4, 4), "a_scale_inv": torch.ones(1, 1)}, "float32 has scales 'a_scale_inv'"),
-        ({"a": torch.ones(4, 4, dtype=torch.int8)}, "'a' is of torch.int8"),
-        (
-            {"a": torch.ones(130, 4).to(torch.float8_e4m3fn), "a_scale_inv": torch.ones(1, 1)},
-            r"\[1, 1\].*\[130, 4\].*\[2, 1\]",
-        ),
-    ],
-)
-def test_a_tensor_that_would_be_read_wrongly_is_refused(
-    tmp_path: Path, tensors: dict[str, Tensor], words: str
-) -> None:
-    save_file(tensors, tmp_path / "model.safetensors")
-    with ReleasedWeights(tmp_path) as weights, pytest.raises(UserError, match=words):
-        weights.read("a")
-
-
 def add(directory: Path, **tensors: Tensor) -> None:
     """Put tensors into a checkpoint's one file."""
     (file,) = directory.glob("*.safetensors")
@@ -154,27 +105,26 @@ def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path: Path, name:
     directory, _ = released(tmp_path)
     add(directory, **{name: torch.zeros(2)})
     with pytest.raises(UserError, match=f"has '{name}', for which"):
-        load_released(empty(directory), directory)
+        load_weights([empty(directory)], directory)
 
 
 def test_rotary_tables_and_mtp_layers_may_be_left_over(tmp_path: Path) -> None:
     directory, _ = released(tmp_path)
     names = ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.3.shared_head.head.weight"]
     add(directory, **{name: torch.zeros(2) for name in names})
-    load_released(empty(directory), directory)
+    load_weights([empty(directory)], directory)
 
 
 def test_mtp_layers_that_were_not_saved_are_named_with_the_way_round(tmp_path: Path) -> None:
     directory, _ = released(tmp_path)
     model: Transformer = build(replace(model_from_hf(directory), mtp_depths=1))
     with pytest.raises(UserError, match=r"model\.layers\.3\.enorm\.weight.*model\.mtp_depths=0"):
-        load_released(model, directory)
+        load_weights([model], directory)
 
 
 def test_norms_are_those_of_the_loaded_weights(tmp_path: Path) -> None:
     directory, expected = released(tmp_path)
-    with torch.device("meta"):
-        norms = released_norms(build(model_from_hf(directory)), directory)
+    norms = released_norms(model_from_hf(directory), directory)
     state = expected.state_dict()
     assert norms == {name: pytest.approx(state[name].norm().item(), rel=1e-5) for name in state}
 
@@ -186,10 +136,10 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     left_out = "model.layers.2.mlp.experts.7.up_proj.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != left_out}, file)
     with pytest.raises(UserError, match=left_out):
-        load_released(empty(directory), directory)
+        load_weights([empty(directory)], directory)
     file.write_bytes(b"no tensors")
     with pytest.raises(UserError, match=file.name):
-        load_released(empty(directory), directory)
+        load_weights([empty(directory)], directory)
     file.unlink()
     with pytest.raises(UserError, match=r"holds no \.safetensors"):
-        load_released(empty(directory), directory)
+        load_weights([empty(directory)], directory)

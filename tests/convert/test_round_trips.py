@@ -132,7 +132,7 @@ def test_new_scales_are_made_where_nothing_is_known(tmp_path: Path) -> None:
 def test_transformers_computes_the_same_logits_from_an_export(tmp_path: Path) -> None:
     import transformers
 
-    from dsv3.checkpoint.hf import load_released
+    from dsv3.checkpoint.weights import load_weights
     from dsv3.config import build
 
     model = small_model("model.mtp_depths=0")
@@ -140,7 +140,7 @@ def test_transformers_computes_the_same_logits_from_an_export(tmp_path: Path) ->
     convert(ask(Direction.hf_to_dcp, tmp_path / "in", tmp_path / "dcp", model, "fp32"))
     convert(ask(Direction.dcp_to_hf, tmp_path / "dcp", tmp_path / "out", model, "fp32"))
     ours = build(model)
-    load_released(ours, tmp_path / "in")
+    load_weights([ours], tmp_path / "in")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.randint(0, model.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

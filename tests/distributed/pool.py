@@ -5,12 +5,13 @@ import multiprocessing
 import pickle
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 150.0
+TIMEOUT = 110.0
 # After so many layouts the workers are made anew: every process group has a thread in gloo that polls, and
 # a few hundred of them take half of two cores.
 RUNS = 6
@@ -18,6 +19,18 @@ RUNS = 6
 
 class WorkerError(Exception):
     """A worker's exception, with its traceback as text."""
+
+
+class WorkerLost(WorkerError):
+    """Some workers died, or gave no answer though none has raised anything."""
+
+
+class Died(str):
+    """That a worker's process has ended."""
+
+
+class Raised(str):
+    """The text of an exception that a worker has raised."""
 
 
 class Pool:
@@ -32,8 +45,17 @@ class Pool:
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call a module-level `function(*arguments)` on every rank; the results by rank.
 
-        After a failure the workers are started anew: those that waited for the one that failed are lost.
+        After a failure the workers are started anew: those that waited for the one that failed are lost. A
+        call in which a process died or fell silent is made once more, with a warning: on a machine short of
+        memory or time that says nothing of the code, and code that does it will do it again.
         """
+        try:
+            return self._run(function, *arguments)
+        except WorkerLost as lost:
+            warnings.warn(f"called again after this: {lost}", stacklevel=2)
+            return self._run(function, *arguments)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         if self.runs == RUNS:
             self.close()
             self._start()
@@ -50,7 +72,11 @@ class Pool:
         if failures:
             self.close()
             self._start()
-            raise WorkerError("\n".join(failures))
+            texts = [text for failed, text in answers if failed]
+            died = any(isinstance(text, Died) for text in texts)
+            raised = any(isinstance(text, Raised) for text in texts)
+            # Where one has died, others raise that it is gone; where one has raised, others fall silent.
+            raise (WorkerError if raised and not died else WorkerLost)("\n".join(failures))
         return [result for _, result in answers]
 
     def close(self) -> None:
@@ -87,7 +113,7 @@ class Pool:
             answer: tuple[bool, Any] = pickle.loads(self.pipes[rank].recv_bytes())
         except EOFError:
             self.processes[rank].join(5)
-            return True, f"died with exit code {self.processes[rank].exitcode}"
+            return True, Died(f"died with exit code {self.processes[rank].exitcode}")
         return answer
 
 
@@ -113,6 +139,6 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         try:
             _send(pipe, (False, function(*arguments)))
         except Exception:
-            _send(pipe, (True, traceback.format_exc()))
+            _send(pipe, (True, Raised(traceback.format_exc())))
         faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()

@@ -126,7 +126,7 @@ def test_a_model_larger_than_the_memory_is_checked_tensor_by_tensor(
     ("name", "change", "code", "words"),
     [
         ("model.norm.weight", lambda tensor: tensor.fill_(torch.inf), 1, "'norm.weight' holds numbers"),
-        ("model.norm.weight", lambda tensor: tensor[1:].clone(), 2, "'model.norm.weight' has shape [63]"),
+        ("model.norm.weight", lambda tensor: tensor[1:].clone(), 2, "'model.norm.weight' of shape [63]"),
         ("model.norm.weight", None, 2, "no tensor 'model.norm.weight'"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_config_of_671b_without_its_weights_takes_no_memory(commands: Commands
 MISTAKES = {
     "model.path=/nope": "model.path=/nope",
     "model.path=null": "model.path=DIR",
-    "model.vocab_size=97": "'model.embed_tokens.weight' has shape [96, 64]",
+    "model.vocab_size=97": "'model.embed_tokens.weight' of shape [96, 64]",
     "model.mtp_depths=1": "model.layers.3.enorm.weight",
     "task.tokens=1": "task.tokens=1",
     "model=debug": "task.path",

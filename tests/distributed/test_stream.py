@@ -1,0 +1,47 @@
+"""Weights out of a live model: the same names in the same order and the same bytes, whatever the layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3.parallel.degrees import Degrees
+from tests.convert.releases import write_release
+from tests.distributed.pool import Pool
+from tests.distributed.streaming import streamed
+from tests.distributed.training import configured
+
+LAYOUTS = {
+    "hsdp x tp, ep": Degrees(dp_replicate=2, dp_shard=2, tp=2, ep=4),
+    "pp x cp x tp": Degrees(pp=2, cp=2, tp=2),
+    "dp_shard": Degrees(dp_shard=3),
+}
+
+
+def test_one_process_streams_what_a_release_holds(tmp_path: Path) -> None:
+    config = configured([f"checkpoint.load=hf:{tmp_path}"], 2)
+    released = write_release(tmp_path, configured([], 2).model, "fp32")
+    found = streamed(config, None, torch.float32)
+    assert found is not None
+    assert sorted(name for name, _ in found) == sorted(released)
+    biases = [name for name in released if name.endswith("e_score_correction_bias")]
+    assert biases
+    for name, tensor in found:
+        if name in biases:  # the tests' model begins with biases of its own
+            assert tensor.dtype is torch.float32
+        else:
+            assert torch.equal(tensor, released[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_rank_gets_what_one_process_gets(pool: Pool, layout: str, dtype: torch.dtype) -> None:
+    single = streamed(configured([], 2), None, dtype)
+    assert single is not None
+    degrees = LAYOUTS[layout]
+    for rank in pool.run(streamed, configured(["parallel=fsdp"], 1), degrees, dtype)[: degrees.world_size]:
+        assert [name for name, _ in rank] == [name for name, _ in single]
+        for (name, mine), (_, other) in zip(rank, single, strict=True):
+            assert mine.dtype is other.dtype, name
+            same = torch.equal(mine.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+            assert same, name
