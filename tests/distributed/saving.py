@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -41,8 +42,7 @@ def save_while_training(config: Config, degrees: Degrees, microbatch: int, folde
         write(*arguments)
 
     managers[0].save(model.parts, optimizer, Progress(1))
-    saver.save_tensors = held
-    try:
+    with patch.object(saver, "save_tensors", held):
         managers[1].save(model.parts, optimizer, Progress(1))
         for number in (1, 2):
             take_step(step, number, microbatch, "adamw")
@@ -51,10 +51,7 @@ def save_while_training(config: Config, degrees: Degrees, microbatch: int, folde
         store.set(f"{folder}/go", "")
         take_step(step, 3, microbatch, "adamw")  # while it is written: collectives of both at once
         managers[1].wait()
-        saver.save_tensors = write
-        return free, _fail_on_one(managers[1], model.parts, optimizer, me.rank)
-    finally:
-        saver.save_tensors = write
+    return free, _fail_on_one(managers[1], model.parts, optimizer, me.rank)
 
 
 def _fail_on_one(manager: CheckpointManager, parts: Any, optimizer: Any, rank: int) -> str:
@@ -65,14 +62,12 @@ def _fail_on_one(manager: CheckpointManager, parts: Any, optimizer: Any, rank: i
             raise OSError(28, "No space left on device", "a file of rank 3")
         return entries(*arguments, **keywords)
 
-    saver._entries = full
-    try:
-        manager.save(parts, optimizer, Progress(4))
-        manager.wait()
-    except RunFailed as error:
-        return str(error)
-    finally:
-        saver._entries = entries
+    with patch.object(saver, "_entries", full):
+        try:
+            manager.save(parts, optimizer, Progress(4))
+            manager.wait()
+        except RunFailed as error:
+            return str(error)
     return "saved"
 
 
