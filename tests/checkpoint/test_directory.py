@@ -67,9 +67,9 @@ def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_progress_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    progress = Progress(step=3, samples=24, tokens=768)
-    progress.write(tmp_path)
-    assert Progress.read(tmp_path) == progress
+    for progress in (Progress(3, 24, 768), Progress(3, 24, 768, evaluation_loss=1.5)):
+        progress.write(tmp_path)
+        assert Progress.read(tmp_path) == progress
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,8 @@ def test_progress_comes_back_as_it_was_written(tmp_path: Path) -> None:
         pytest.param(b'{"step": -3}', id="negative"),
         pytest.param(b'{"step": 3.5}', id="a fraction"),
         pytest.param(b'{"steps": 3}', id="unknown key"),
+        pytest.param(b'{"step": 3, "evaluation_loss": NaN}', id="a loss that is none"),
+        pytest.param(b'{"step": 3, "evaluation_loss": "1"}', id="text for a loss"),
         pytest.param(b"\xff\xfe", id="no text"),
         pytest.param(b"[" * 100_000, id="endless nesting"),
     ],
@@ -160,6 +162,7 @@ def test_leftovers_are_swept_and_checkpoints_stay(tmp_path: Path) -> None:
     (kept,) = _make(tmp_path, 3)
     for name in (".partial-step-6", ".removed-step-1"):
         (tmp_path / "checkpoints" / name / "deep").mkdir(parents=True)
+    (tmp_path / "checkpoints/.partial-latest").symlink_to(kept.name)
     sweep_leftovers(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == [kept]
 

@@ -6,7 +6,7 @@ from dsv3.checkpoint import directory
 from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress, complete_steps, find_checkpoint, step_directory
 from dsv3.checkpoint.retention import best_step, kept, prune, update_pointers
-from dsv3.runtime.errors import UserError
+from dsv3.runtime.errors import InvalidValue, UserError
 
 
 def make(run_dir: Path, losses: dict[int, float | None]) -> list[Path]:
@@ -43,6 +43,12 @@ def test_what_stays(tmp_path: Path, config: CheckpointConfig, stay: list[int]) -
     assert kept(steps, config) == {step_directory(tmp_path, step) for step in stay}
     prune(tmp_path, config)
     assert numbers(tmp_path) == stay
+
+
+@pytest.mark.parametrize("config", [CheckpointConfig(keep_last=0), CheckpointConfig(keep_every=0)], ids=str)
+def test_a_number_that_keeps_nothing_is_refused(config: CheckpointConfig) -> None:
+    with pytest.raises(InvalidValue, match=r"keep_(last|every)=0 is not possible"):
+        config.validate()
 
 
 def test_the_best_is_the_earlier_of_equals_and_none_without_a_loss(tmp_path: Path) -> None:
