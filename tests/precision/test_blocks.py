@@ -147,6 +147,17 @@ def test_a_slice_from_anywhere_is_that_slice_of_the_whole(
     assert int((buffer != 7.0).sum()) <= out.numel()
 
 
+@pytest.mark.parametrize("block", [*BLOCKS, (64, 96)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [((60, 500), (0, 300)), ((5, 576), (77, 2500)), ((130, 131), (1, 2))]
+)
+def test_a_slice_of_several_blocks_may_begin_and_end_in_one(block: Pair, rows: Pair, columns: Pair) -> None:
+    codes, scales = some_codes((576, 2500)), some_scales((576, 2500), block)
+    place = slice(*rows), slice(*columns)
+    found = dequantize(codes[place], scales, block, (rows[0], columns[0]))
+    assert_same((found,), (dequantize_plain(codes, scales, block)[place],))
+
+
 def test_threads_do_not_disturb_each_other() -> None:
     codes, scales = some_codes((512, 2048)), some_scales((512, 2048), SQUARE)
     expected = dequantize_plain(codes, scales, dtype=torch.bfloat16)
