@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dsv3.checkpoint.directory import MANIFEST_FILE
 from dsv3.checkpoint.shards import INDEX
 from dsv3.runtime.errors import UserError
 
@@ -27,7 +28,7 @@ def carry(source: Path, target: Path) -> None:
     """Copy the companions of weights, links as what they lead to."""
     target.mkdir(parents=True, exist_ok=True)
     for path in companions(source):
-        if path.name not in (INDEX, NOTES):
+        if path.name not in (INDEX, NOTES, MANIFEST_FILE):
             shutil.copyfile(path, target / path.name)
 
 
@@ -41,8 +42,21 @@ def read_notes(directory: Path) -> dict[str, Any]:
     path = directory / HF_DIR / NOTES
     try:
         notes: dict[str, Any] = json.loads(path.read_text())
+        _check_notes(notes)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read, it may be damaged: {error}") from None
     return notes
+
+
+def _check_notes(notes: Any) -> None:
+    """ValueError for notes that an import would not have written."""
+    if not isinstance(notes, dict):
+        raise ValueError("it is no JSON object")
+    block, quantization = notes.get("block", [1, 1]), notes.get("quantization_config")
+    sides = block if isinstance(block, list) else []
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"block={block!r} is not two sides")
+    if not isinstance(quantization, dict | None):
+        raise ValueError(f"quantization_config={quantization!r} is no object")

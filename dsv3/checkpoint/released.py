@@ -134,7 +134,9 @@ def _check(source: ReleasedSource, config: ModelConfig) -> None:
         _check_tensor(stored, tensor, source.block)
     allowed = wanted | set(copies(config))
     for name, entry in stored.items():
-        if name.removesuffix(SCALE) in allowed or is_derived(name, config):
+        weight = name.removesuffix(SCALE)
+        scales = weight in allowed and weight in stored and source.is_quantized(weight)
+        if name in allowed or scales or is_derived(name, config):
             continue
         raise fault(entry.file, f"has {quoted(name)}, for which the model of its config.json has no place")
 
@@ -149,6 +151,8 @@ def _check_tensor(stored: dict[str, StoredTensor], tensor: Released, block: tupl
     if entry.dtype is torch.float8_e4m3fn:
         if scales is None:
             raise fault(entry.file, f"has {name} in fp8, but no scales '{tensor.name + SCALE}' are there")
+        if len(entry.shape) != 2:
+            raise fault(entry.file, f"has {name} in fp8, of shape {list(entry.shape)}: blocks need a matrix")
         grid = [-(-length // side) for length, side in zip(entry.shape, block, strict=True)]
         if list(scales.shape) != grid:
             what = f"the weight's {list(entry.shape)} in blocks of {list(block)} needs {grid}"

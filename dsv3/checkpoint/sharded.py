@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -20,12 +19,15 @@ from dsv3.checkpoint.hf_config import BLOCK
 from dsv3.checkpoint.names import Released, released_layout
 from dsv3.checkpoint.reader import read_metadata
 from dsv3.checkpoint.shard_file import ShardFile
-from dsv3.checkpoint.stored_tensor import byte_view
+from dsv3.checkpoint.shard_header import read_header
+from dsv3.checkpoint.shard_reader import ShardReader
+from dsv3.checkpoint.stored_tensor import StoredTensor, byte_view, fault, quoted
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import UserError
 
 _PREFIX = "model."
 _WINDOW = 4 * 2**20
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,8 @@ class DcpSource:
         self._places: dict[tuple[str, int], int] = {}
         self._files: dict[str, ShardFile] = {}
         self._lock = threading.Lock()
-        scales = directory / HF_DIR / SCALES_FILE
-        self._scales = safe_open(scales, "pt") if scales.is_file() else None
-        self._scaled: set[str] = set()
-        if self._scales is not None:
-            self._scaled = set(self._scales.keys())  # type: ignore[no-untyped-call]
+        self._reader = ShardReader()
+        self._scales = _read_scales(directory / HF_DIR / SCALES_FILE, self.layout, self.block)
 
     def numbers(self, tensor: Released) -> torch.dtype:
         """What is stored, bf16 or else fp32."""
@@ -72,11 +71,8 @@ class DcpSource:
 
     def scales(self, name: str) -> Tensor | None:
         """The grid of scales that a weight was imported with."""
-        if name not in self._scaled:
-            return None
-        with self._lock:
-            grid: Tensor = self._scales.get_tensor(name)  # type: ignore[union-attr]
-        return grid
+        entry = self._scales.get(name)
+        return None if entry is None else self._reader.read_rows(entry, 0, entry.rows)
 
     def codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
         """A DCP holds no codes."""
@@ -142,6 +138,10 @@ class DcpSource:
         key = (chunk.file, chunk.begin)
         if key not in self._places:
             file = self._file(chunk.file)
+            end = chunk.begin + chunk.length
+            if end > file.size:
+                what = f"the entry of '{parameter}' ends at byte {end}"
+                raise fault(file.path, f"is cut off: {what}, the file has {file.size}")
             # PyTorch reads no storage in this mode, and remembers where it would have.
             with self._lock, FakeTensorMode():
                 try:
@@ -175,7 +175,10 @@ class DcpSource:
                 raise UserError(
                     f"{self.directory}: '{_PREFIX + name}' has shape {stored}, the model {wanted}"
                 )
-            self._dtypes[name] = entry.properties.dtype
+            self._dtypes[name] = dtype = entry.properties.dtype
+            if dtype not in _NUMBERS:
+                known = "float32, bfloat16 and float16"
+                raise UserError(f"{self.directory} has '{_PREFIX + name}' of {dtype}; supported: {known}")
             for box in entry.chunks:
                 info = by_place.get((_PREFIX + name, box.offsets))
                 if info is None:
@@ -183,6 +186,9 @@ class DcpSource:
                 place = (info.relative_path, info.offset, info.length)
                 chunk = Chunk(tuple(box.offsets), tuple(box.sizes), *place)
                 for shelf in range(*_shelves(chunk)):
+                    if any(_overlap(chunk, other) for other in found[name, shelf]):
+                        what = "parts that overlap, and so another that is missing"
+                        raise UserError(f"{self.directory}/.metadata gives '{_PREFIX + name}' {what}")
                     found[name, shelf].append(chunk)
         return found
 
@@ -214,6 +220,28 @@ class _View(io.RawIOBase):
             self._file.read(view[:count], self._begin + self._position, "an entry")
         self._position += count
         return count
+
+
+def _read_scales(path: Path, layout: list[Released], block: tuple[int, int]) -> dict[str, StoredTensor]:
+    """The grids that the weights were imported with, by the weights' names."""
+    if not path.is_file():
+        return {}
+    stored = {entry.name: entry for entry in read_header(ShardFile(path))}
+    for tensor in layout:
+        entry = stored.get(tensor.name)
+        grid = tuple(-(-length // side) for length, side in zip(tensor.shape, block, strict=False))
+        if entry is not None and (entry.shape, entry.dtype) != (grid, torch.float32):
+            found = f"{entry.dtype} of shape {list(entry.shape)}"
+            raise fault(path, f"has the scales of {quoted(tensor.name)} as {found}, not float32 {list(grid)}")
+    return stored
+
+
+def _overlap(one: Chunk, other: Chunk) -> bool:
+    """Whether two boxes have a number in common."""
+    return all(
+        a < b + m and b < a + n
+        for a, n, b, m in zip(one.offset, one.sizes, other.offset, other.sizes, strict=True)
+    )
 
 
 def _shelf(offset: tuple[int, ...]) -> int:

@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+from dsv3.checkpoint.directory import MANIFEST_FILE
 from dsv3.checkpoint.sizes import parse_size
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import require
 
 AUTO = "auto"
+_MOST = 1024
+"""Workers; each has buffers."""
 
 
 class Direction(Enum):
@@ -48,8 +52,9 @@ class ConvertConfig:
     """What convert.py is told.
 
     `input` and `output` are directories. `workers` threads compute (`auto`: one a core). `verify` reads the
-    finished output again and compares its digests. `scale_fmt` null is that of the input's scales. `plan`
-    only tells time and memory, at `speeds` of the disk in GB/s. `repo`, `revision` and `assets` are
+    finished output again and compares its digests; one that is finished already is not written anew.
+    `scale_fmt` null is that of the input's scales. `plan` only tells time and memory, at `speeds` of the
+    disk in GB/s; without an `input` those of a release of `model`. `repo`, `revision` and `assets` are
     for direction=download.
     """
 
@@ -72,13 +77,20 @@ class ConvertConfig:
         downloads = self.direction is Direction.download
         if downloads:
             require(bool(self.repo), "repo", self.repo, "give a repository of the hub, repo=OWNER/NAME")
-        else:
+        elif not (only_verifies(self) or (self.plan and self.model is not None)):
             require(bool(self.input), "input", self.input, "give the directory to read, input=DIR")
         require(bool(self.output) or self.plan, "output", self.output, "give a directory, output=DIR")
         fp8_to_dcp = self.direction is Direction.hf_to_dcp and self.dtype is StoredType.fp8
         require(not fp8_to_dcp, "dtype", self.dtype.value, "a DCP is trained from: it takes bf16 or fp32")
-        is_count = type(self.workers) is int and self.workers > 0
-        require(is_count or self.workers == AUTO, "workers", self.workers, "must be auto or above 0")
+        is_count = type(self.workers) is int and 0 < self.workers <= _MOST
+        allowed = f"must be auto or a number from 1 to {_MOST}"
+        require(is_count or self.workers == AUTO, "workers", self.workers, allowed)
         positive = all(speed > 0 for speed in self.speeds)
         require(positive and bool(self.speeds), "speeds", self.speeds, "must be GB/s, each above 0")
         parse_size(self.max_shard_size)
+
+
+def only_verifies(config: Any) -> bool:
+    """Whether the output is complete and only to be read again: then no input is needed."""
+    asked = config.verify and not config.plan and bool(config.output)
+    return asked and (Path(config.output) / MANIFEST_FILE).is_file()

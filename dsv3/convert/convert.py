@@ -1,6 +1,5 @@
 """convert.py's work: a source, a target and what carries slices from one to the other."""
 
-import errno
 import os
 import time
 from enum import Enum
@@ -9,24 +8,27 @@ from typing import Any
 
 import torch
 
+from dsv3.checkpoint.companions import HF_DIR, SCALES_FILE
 from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint
-from dsv3.checkpoint.manifest import verify
+from dsv3.checkpoint.manifest import verify, verify_description
 from dsv3.checkpoint.matching import expected_tensors
 from dsv3.checkpoint.released import ReleasedSource
 from dsv3.checkpoint.sharded import DcpSource
 from dsv3.config import plain
-from dsv3.convert.config import AUTO, ConvertConfig, Direction, StoredType
+from dsv3.convert.config import AUTO, ConvertConfig, Direction, StoredType, only_verifies
 from dsv3.convert.copies import require_equal_copies
 from dsv3.convert.destination import Destination
 from dsv3.convert.download import download
 from dsv3.convert.engine import Engine
-from dsv3.convert.estimate import estimate
+from dsv3.convert.estimate import estimate, foreseen
 from dsv3.convert.progress import progress
+from dsv3.convert.sink import Interrupted
 from dsv3.convert.to_dcp import to_dcp
 from dsv3.convert.to_hf import to_hf
 from dsv3.convert.work import Work
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import RunFailed
+from dsv3.runtime.signals import Stopped, stop_on_signal
 
 _PREFIX = "model."
 
@@ -37,19 +39,22 @@ def convert(config: ConvertConfig) -> str:
         return str(download(config))
     torch.set_num_threads(1)  # each worker computes for itself
     output = Path(config.output or "")
-    if config.verify and not config.plan and (output / MANIFEST_FILE).is_file():
+    if only_verifies(config):
         return _verified(output)
     model, directory = config.model, Path(config.input or "")
     assert model is not None
+    workers = (os.cpu_count() or 1) if config.workers == AUTO else int(config.workers)
+    if config.plan and not config.input:
+        return estimate(*foreseen(config, model, shapes_of(model)), workers, config.speeds)
     source = open_source(config.direction, directory, model)
     work = _work(config, source, model)
-    workers = (os.cpu_count() or 1) if config.workers == AUTO else int(config.workers)
     if config.plan:
         return estimate(_size(_files(source)), work.nbytes, workers, config.speeds)
     if isinstance(source, ReleasedSource):
         require_equal_copies(source, model, workers)
     started = time.monotonic()
-    _carry_out(Destination(output, _identity(config, source, model)), work, workers)
+    with Destination(output, _identity(config, source, model, work)) as destination:
+        _carry_out(destination, work, workers)
     seconds = time.monotonic() - started
     rate = work.nbytes / 1e9 / max(seconds, 1e-9)
     told = f"{output}: {work.nbytes / 1e9:.2f} GB in {seconds:.1f} s ({rate:.2f} GB/s)"
@@ -66,7 +71,9 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def open_source(direction: Direction, directory: Path, model: ModelConfig) -> ReleasedSource | DcpSource:
     """What a conversion reads."""
     if direction is Direction.dcp_to_hf:
-        return DcpSource(find_checkpoint(str(directory)), model, shapes_of(model))
+        checkpoint = find_checkpoint(str(directory))
+        verify_description(checkpoint)
+        return DcpSource(checkpoint, model, shapes_of(model))
     return ReleasedSource(directory, model, shapes_of(model))
 
 
@@ -78,24 +85,32 @@ def _work(config: ConvertConfig, source: ReleasedSource | DcpSource, model: Mode
 
 
 def _carry_out(destination: Destination, work: Work, workers: int) -> None:
+    """Write everything; Stopped where a signal asks for it, RunFailed where the disk does not play along."""
     try:
         destination.require_space(work.nbytes)
-        with progress(work.nbytes, f"writing {destination.output.name}") as report:
-            engine = Engine(destination.partial, destination.journal, workers, report)
+        with (
+            stop_on_signal(alone=True) as request,
+            progress(work.nbytes, f"writing {destination.output.name}") as report,
+        ):
+            engine = Engine(
+                destination.partial, destination.journal, workers, report, lambda: request.requested
+            )
             finished = engine.run(work.outputs)
-        work.complete(destination.partial, finished)
-        destination.complete(finished)
+            work.complete(destination.partial, finished)
+            destination.complete(finished)
+    except Interrupted:
+        raise Stopped(f"stopped: {destination.remains}") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        kept = f"finished files are kept in {destination.partial}"
-        raise RunFailed(f"{error.strerror}: {kept}, the same command goes on") from None
+        where = f" at {error.filename}" if error.filename else ""
+        raise RunFailed(f"{error.strerror or error}{where}: {destination.remains}") from None
 
 
 def _files(source: ReleasedSource | DcpSource) -> list[Path]:
     """The files that are read."""
-    names = source.stored.values() if isinstance(source, ReleasedSource) else ()
-    return sorted({entry.file for entry in names} or source.directory.glob("*.distcp"))
+    if isinstance(source, ReleasedSource):
+        return sorted({entry.file for entry in source.stored.values()})
+    beside = [source.directory / ".metadata", source.directory / HF_DIR / SCALES_FILE]
+    return [*sorted(source.directory.glob("*.distcp")), *(path for path in beside if path.is_file())]
 
 
 def _size(files: list[Path]) -> int:
@@ -103,13 +118,18 @@ def _size(files: list[Path]) -> int:
 
 
 def _identity(
-    config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig
+    config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig, work: Work
 ) -> dict[str, Any]:
     """What makes two conversions the same one: only then does the second go on with the first."""
-    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)]
+    files = [
+        [os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns]  # noqa: PTH100 (keeps links)
+        for path in _files(source)
+    ]
     keys = ("direction", "dtype", "scale_fmt", "max_shard_size")
     chosen = {key: value.value if isinstance(value := getattr(config, key), Enum) else value for key in keys}
-    return chosen | {"input": files, "model": plain(model)}
+    stored = {"quantization_config": [source.block, source.quantization], "model": plain(model)}
+    layout = [[output.name, output.nbytes, len(output.pieces)] for output in work.outputs]
+    return chosen | {"input": files} | stored | {"layout of files": layout}
 
 
 def _verified(output: Path) -> str:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from dsv3.checkpoint.names import copies
-from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.released import SCALE, ReleasedSource
 from dsv3.checkpoint.stored_tensor import fault, quoted
 from dsv3.convert.pieces import row_slices
 from dsv3.model.config import ModelConfig
@@ -30,4 +30,7 @@ def _equal(source: ReleasedSource, copy: str, name: str) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     slices = row_slices(one.shape, one.dtype.itemsize)
+    scales = [(copy + SCALE, name + SCALE)] if source.is_quantized(copy) else []
+    if not all(pair[0] in source.stored and _equal(source, *pair) for pair in scales):
+        return False
     return all(torch.equal(source.raw(copy, *rows), source.raw(name, *rows)) for rows in slices)

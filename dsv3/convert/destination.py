@@ -28,13 +28,15 @@ class Destination:
 
     def __init__(self, output: Path, conversion: dict[str, Any]) -> None:
         self.output = output = Path(os.path.abspath(output))  # noqa: PTH100 (links stay as they are named)
-        self._descriptor = -1
+        self._descriptor, self._began, self._parents = -1, False, list[Path]()
         try:
             check_output(output)
             self.partial = output.with_name(f".{output.name}.partial")
-            self._new = [path for path in (self.partial, *self.partial.parents) if not path.exists()]
+            self._parents = [path for path in self.partial.parents if not path.exists()]
+            is_new = not self.partial.exists()
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock()
+            self._began = is_new  # and by nobody else
             check_output(output)  # the process that held the lock may have finished it
             self.journal = Journal(self.partial, conversion)
             self._sweep()
@@ -56,7 +58,7 @@ class Destination:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not self.journal.found:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._began = True
             self._undo()
         self._unlock()
 
@@ -116,9 +118,9 @@ class Destination:
 
     def _undo(self) -> None:
         """Take away the directories that were made for this conversion."""
-        if self.partial in self._new:
+        if self._began:
             shutil.rmtree(self.partial, ignore_errors=True)
-        for path in self._new:
+        for path in self._parents:
             with suppress(OSError):
                 path.rmdir()
         self._unlock()

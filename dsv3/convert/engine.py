@@ -107,8 +107,7 @@ class Engine:
                         done[number] = kept
                         continue
                     sink, records = self._write(output, makers, buffers)
-                    if last is not None:
-                        last.result()
+                    _await(last, sink)
                     last = closing.submit(self._close, number, output.name, sink, records, done)
                 if last is not None:
                     last.result()
@@ -156,6 +155,16 @@ class Engine:
             sink.discard()
             raise
         done[number] = finished
+
+
+def _await(last: "Future[None] | None", sink: Sink) -> None:
+    """Wait until the file before is on the disk; where it fails, the one behind goes too."""
+    try:
+        if last is not None:
+            last.result()
+    except BaseException:
+        sink.discard()
+        raise
 
 
 def _make(piece: Piece, buffer: Tensor, stop: Event) -> Any:

@@ -1,9 +1,14 @@
 """What a conversion would take, by arithmetic: bytes, time at given disk speeds, memory."""
 
+import math
 from collections.abc import Sequence
 
+from dsv3.checkpoint.hf_config import BLOCK
+from dsv3.checkpoint.names import Released, copies, is_quantized, released_layout
+from dsv3.convert.config import ConvertConfig, Direction, StoredType
 from dsv3.convert.engine import MAKERS
 from dsv3.convert.pieces import PIECE
+from dsv3.model.config import ModelConfig
 
 _PYTORCH = 300 * 2**20
 
@@ -13,6 +18,35 @@ def peak_memory(workers: int) -> int:
     lanes = -(-workers // MAKERS)
     makers = -(-workers // lanes)
     return _PYTORCH + lanes * ((makers + 1) * PIECE + makers * 2 * PIECE)
+
+
+def foreseen(
+    config: ConvertConfig, model: ModelConfig, shapes: dict[str, tuple[int, ...]]
+) -> tuple[int, int]:
+    """Bytes that are read and written where there is no input yet: a release is taken to be in fp8."""
+    layout = released_layout(model, shapes)
+    by_name = {tensor.name: tensor for tensor in layout}
+    released = layout + [by_name[name] for name in copies(model).values()]
+    other = StoredType.bf16 if config.dtype is StoredType.fp8 else StoredType.fp8
+    tensors, stored = {
+        Direction.hf_to_dcp: (layout, StoredType.fp8),
+        Direction.dcp_to_hf: (released, StoredType.bf16),
+        Direction.hf_to_hf: (released, other),
+    }[config.direction]
+    read = layout if config.direction is Direction.dcp_to_hf else released
+    return _nbytes(read, stored), _nbytes(tensors, config.dtype)
+
+
+def _nbytes(tensors: Sequence[Released], dtype: StoredType) -> int:
+    """Bytes of tensors with their scales, a number in fp32 for each block."""
+    total = 0
+    for tensor in tensors:
+        count = math.prod(tensor.shape)
+        if dtype is StoredType.fp8 and is_quantized(tensor.name):
+            total += count + 4 * math.prod(-(-length // BLOCK) for length in tensor.shape)
+        else:
+            total += count * (4 if dtype is StoredType.fp32 else 2)
+    return total
 
 
 def estimate(read: int, written: int, workers: int, speeds: Sequence[float]) -> str:

@@ -6,33 +6,62 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3.checkpoint.config import HFModelConfig
-from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint
+from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_released
 from dsv3.checkpoint.hf_config import model_from_hf
 from dsv3.config import strict
-from dsv3.convert.config import ConvertConfig, Direction
+from dsv3.convert.config import ConvertConfig, Direction, only_verifies
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.stored_model import set_values, stored_model
 
 
 def prepare_conversion(composed: DictConfig) -> ConvertConfig:
     """The checked config; model=hf becomes the model of the input, with what was typed of it changed."""
-    direction = Direction(composed.direction) if not OmegaConf.is_missing(composed, "direction") else None
+    if OmegaConf.is_missing(composed, "direction"):
+        raise UserError(f"direction is missing: give direction={'|'.join(each.name for each in Direction)}")
+    reads = composed.direction is not Direction.download and not only_verifies(composed)
+    if reads and composed.input:
+        _check_input(composed.direction, composed.input)
     if OmegaConf.get_type(composed, "model") is HFModelConfig:
-        composed.model = _model(composed, direction)
+        composed.model = _model(composed) if reads else None
     config: ConvertConfig = strict(composed)
     return config
 
 
-def _model(composed: DictConfig, direction: Direction | None) -> Any:
-    path = composed.model.path or composed.input
-    if direction in (None, Direction.download) or not path:
-        return None
-    if not Path(path).is_dir():
+def _check_input(direction: Direction, path: str) -> None:
+    """UserError unless the input is of the kind that the direction reads."""
+    directory = Path(path)
+    if not directory.is_dir():
         raise UserError(f"input={path} is no directory")
-    if direction is Direction.dcp_to_hf and not composed.model.path:
-        found = stored_model(find_checkpoint(path) / MODEL_FILE)
+    if direction is Direction.dcp_to_hf:
+        if is_released(directory) or any(directory.glob("*.safetensors")):
+            other = "direction=hf_to_dcp and hf_to_hf read it"
+            raise UserError(f"input={path} is a HuggingFace checkpoint: {other}")
+        _checkpoint(path)
+    elif (directory / ".metadata").is_file() or (directory / "config.yaml").is_file():
+        raise UserError(f"input={path} is a checkpoint or run of ours: direction=dcp_to_hf reads it")
+    elif not (directory / "config.json").is_file():
+        raise UserError(f"input={path} holds no config.json: give a HuggingFace checkpoint")
+
+
+def _checkpoint(path: str) -> Path:
+    """The checkpoint of a run, step or DCP directory."""
+    try:
+        return find_checkpoint(path)
+    except UserError as error:
+        raise UserError(str(error).replace("checkpoint.load=", "input=", 1)) from None
+
+
+def _model(composed: DictConfig) -> Any:
+    """The model of model.path, or else of the input; None where neither is given."""
+    given, source = composed.model.path, composed.input
+    if not (given or source):
+        return None
+    if given and not Path(given).is_dir():
+        raise UserError(f"model.path={given} is no directory")
+    if composed.direction is Direction.dcp_to_hf and not given:
+        found = stored_model(_checkpoint(source) / MODEL_FILE)
     else:
-        found = OmegaConf.structured(model_from_hf(Path(path)))
+        found = OmegaConf.structured(model_from_hf(Path(given or source)))
     for key in set_values(composed.model) - {"path"}:
         OmegaConf.update(found, key, OmegaConf.select(composed.model, key))
     return found

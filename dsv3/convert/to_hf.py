@@ -36,15 +36,16 @@ def to_hf(config: ConvertConfig, source: ReleasedSource | DcpSource, model: Mode
         power_of_two=fmt == ScaleFormat.ue8m0.value,
     )
     plans, outputs = hf_outputs(source, _tensors(source, model), style, parse_size(config.max_shard_size))
+    origin = source.directory if isinstance(source, ReleasedSource) else source.directory / HF_DIR
+    quantization = _quantization(known, source.block, fmt) if style.fp8 else None
+    values = _config(origin, model, _NAMES[config.dtype], quantization)
 
     def complete(directory: Path, finished: list[Finished]) -> None:
         if len(plans) > 1:
             (directory / INDEX).write_text(index_json(plans))
-        origin = source.directory if isinstance(source, ReleasedSource) else source.directory / HF_DIR
         if origin.is_dir():
             carry(origin, directory)
-        quantization = _quantization(known, source.block, fmt) if style.fp8 else None
-        write_json(directory / "config.json", _config(origin, model, _NAMES[config.dtype], quantization))
+        write_json(directory / "config.json", values)
         copy_tokenizer(source.directory / TOKENIZER_DIR, directory)
 
     return Work(outputs, complete)

@@ -19,10 +19,39 @@ Try:
 """
 
 _CONVERT = """\
-usage: python {program} direction=download repo=OWNER/NAME assets=tokenizer|config|weights output=DIR
+usage: python {program} direction=DIRECTION [KEY=VALUE ...]
 
-Fetches files from the HuggingFace hub; the same command goes on with a download that broke off.
-Credentials and HF_HUB_OFFLINE come from the environment. revision=TAG picks a version.
+  direction=hf_to_dcp input=HF_DIR output=DCP_DIR [dtype=bf16|fp32]
+      A HuggingFace checkpoint (bf16, fp16, fp32 or block-fp8) becomes one that training starts from.
+  direction=dcp_to_hf input=DIR output=HF_DIR [dtype=bf16|fp32|fp8]
+      And back; DIR is a run, a step of one or a DCP directory. fp8 is in blocks with a scale each.
+  direction=hf_to_hf input=HF_DIR output=HF_DIR [dtype=bf16|fp32|fp8]
+      From one stored type to another.
+  direction=download repo=OWNER/NAME output=DIR [assets=tokenizer|config|weights] [revision=TAG]
+      Files from the HuggingFace hub. Credentials and HF_HUB_OFFLINE come from the environment.
+
+Keys (* is the default):
+  dtype           bf16* fp32 fp8: what weights are stored as; a DCP takes no fp8
+  scale_fmt       float32 ue8m0: what new fp8 scales are; as in the input unless given
+  max_shard_size  5GB*: of a safetensors file; 5GB, 500MiB or bytes
+  workers         auto* (one a core) or a number of threads
+  verify          false* true: read the output again and compare its checksums; one that is complete
+                  already is only read
+  plan            false* true: only tell bytes, time and memory; with model=671b it needs no input
+  speeds          [0.5,1,3,7]*: of the disk in GB/s, for plan
+  model           hf* (from the input) {models}
+  model.path      where config.json is read instead of the input
+
+The output appears once it is complete. What is unfinished waits in .NAME.partial beside it: the same
+command goes on with it, after a kill too. An output that holds anything is refused.
+
+Exit codes: 0 done, 1 failed (a full disk), 2 a mistake in the command or its files, 75 stopped by Ctrl-C
+or SIGTERM, where the same command goes on; a second one: 130.
+
+Try:
+  python {program} direction=hf_to_dcp input=DeepSeek-V3.1-Base output=dcp verify=true
+  python {program} direction=dcp_to_hf input=outputs/RUN output=release
+  python {program} direction=hf_to_dcp model=671b plan=true
 """
 
 
@@ -57,4 +86,5 @@ def train_help(program: str) -> str:
 
 def convert_help(program: str) -> str:
     """What convert.py --help prints."""
-    return _CONVERT.format(program=program)
+    models = " ".join(choice for choice in config_groups()["model"] if choice != "hf")
+    return _CONVERT.format(program=program, models=models)
