@@ -11,7 +11,7 @@ from dsv3.checkpoint.directory import Progress, complete_steps, step_directory, 
 from dsv3.checkpoint.integrity import verify_together, with_way_out
 from dsv3.checkpoint.reader import load_tensors, read_metadata
 from dsv3.checkpoint.retention import update_pointers
-from dsv3.checkpoint.saver import Saver, Snapshot
+from dsv3.checkpoint.saver import Saver
 from dsv3.checkpoint.staging import Staging
 from dsv3.checkpoint.state import (
     Parts,
@@ -23,6 +23,7 @@ from dsv3.checkpoint.state import (
     random_state,
 )
 from dsv3.checkpoint.weights import fill
+from dsv3.checkpoint.writer import Snapshot
 from dsv3.runtime.distributed import Worker
 from dsv3.runtime.errors import RunFailed, UserError
 

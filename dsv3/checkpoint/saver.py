@@ -4,24 +4,20 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import yaml
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import (
     MODEL_FILE,
     TOKENIZER_DIR,
-    Progress,
     commit,
     partial_directory,
     prepare_partial,
@@ -30,25 +26,14 @@ from dsv3.checkpoint.directory import (
 )
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
 from dsv3.checkpoint.retention import prune
-from dsv3.checkpoint.staging import StagedPlanner
+from dsv3.checkpoint.writer import Snapshot, reason, save_tensors
 from dsv3.config import plain
-from dsv3.model.config import ModelConfig
 from dsv3.runtime.distributed import Worker
 from dsv3.runtime.errors import RunFailed
 
 T = TypeVar("T")
 # A rank waits for the others' disks without holding up a step: launch.timeout is no measure for that.
 _PATIENCE = timedelta(hours=6)
-
-
-@dataclass
-class Snapshot:
-    """What a checkpoint will hold. Where there are `copies`, they are written and `tensors` may change."""
-
-    tensors: dict[str, Tensor]
-    copies: dict[str, Tensor] | None
-    model: ModelConfig
-    progress: Progress
 
 
 class Saver:
@@ -140,36 +125,6 @@ class Saver:
         return [value for values, _ in answers for value in values]
 
 
-class _Writer(FileSystemWriter):
-    """FileSystemWriter that tells of a disk's complaint as such: torch.save makes a riddle of it."""
-
-    def write_data(self, *arguments: Any) -> Any:
-        """Write this rank's files."""
-        try:
-            return super().write_data(*arguments)
-        except Exception as error:
-            raise _root(error) from None
-
-
-def save_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
-    """Write this rank's share of the tensors and, on rank 0, the `.metadata`; synced to the disk."""
-    if snapshot.copies is None:
-        save(snapshot.tensors, storage_writer=_Writer(partial), process_group=group)
-    else:
-        # They are on the host already; copying ahead would wait for the training step's stream.
-        writer, planner = _Writer(partial, per_thread_copy_ahead=0), StagedPlanner(snapshot.copies)
-        save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group)
-
-
-def reason(error: BaseException, partial: Path) -> str:
-    """One line that says what the disk, or whatever else, complained of."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename or partial})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def _background(worker: Worker) -> Worker:
     """The same ranks by a group of their own: what a thread sends never mixes with a step's."""
     if worker.world == 1:
@@ -182,11 +137,3 @@ def _entries(folder: Path, pattern: str, but: dict[str, FileEntry] | None = None
     """The files below `folder` that match and are not listed yet, by relative path."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob(pattern) if path.is_file()}
     return {name: FileEntry.of(path) for name, path in paths.items() if name not in (but or {})}
-
-
-def _root(error: BaseException) -> BaseException:
-    """The OSError from which another error came, if any."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
-        found = found.__cause__ or found.__context__
-    return found or error

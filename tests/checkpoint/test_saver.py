@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dsv3.checkpoint import saver
+from dsv3.checkpoint import saver, writer
 from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.checkpoint.manager import CheckpointManager
@@ -28,7 +28,7 @@ class Gate:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
         self.reached = threading.Event()
-        write = saver.save_tensors
+        write = writer.save_tensors
 
         def held(*arguments: Any) -> None:
             self.reached.set()
@@ -171,7 +171,7 @@ def _failing(write: Callable[..., None]) -> Callable[..., None]:
 def test_a_run_ends_with_the_same_message_whether_it_saves_aside_or_not(
     commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver, "save_tensors", _failing(saver.save_tensors))
+    monkeypatch.setattr(saver, "save_tensors", _failing(writer.save_tensors))
     told, last = [], []
     for async_save in ("false", "true"):
         run = tmp_path / "run"

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from dsv3.checkpoint import saver
+from dsv3.checkpoint import saver, writer
 from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.integrity import verify_together
@@ -34,7 +34,7 @@ def save_while_training(config: Config, degrees: Degrees, microbatch: int, folde
         for name in ("once", "aside")
     ]
     take_step(step, 0, microbatch, "adamw")
-    write, store, went_on = saver.save_tensors, dist.distributed_c10d._get_default_store(), []
+    write, store, went_on = writer.save_tensors, dist.distributed_c10d._get_default_store(), []
 
     def held(*arguments: Any) -> None:
         store.wait([f"{folder}/go"])
