@@ -34,6 +34,7 @@ class Convert:
         """The command with exactly these arguments."""
         self.patch.delenv("HYDRA_FULL_ERROR", raising=False)
         self.patch.setattr(convert.application, "failure", None)
+        self.patch.setattr(convert.application, "composed", False)
         self.capture.readouterr()
         try:
             code = convert.application.run(main, list(arguments))
