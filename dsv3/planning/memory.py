@@ -24,7 +24,8 @@ GATHERED_BLOCKS = 2
 class MemoryBytes:
     """One rank's bytes; `weight_copies` are weights gathered or cast within a step, and their gradients.
 
-    `offloaded` is what the host keeps of the state in place of the device; it is in no total.
+    `save_copies` are what a checkpoint is written from while training goes on, where that is the memory of
+    the host. `offloaded` is what the host keeps of the state in place of the device; it is in no total.
     """
 
     parameters: int
@@ -32,20 +33,22 @@ class MemoryBytes:
     optimizer: int
     activations: int
     weight_copies: int = 0
+    save_copies: int = 0
     offloaded: int = 0
 
     @property
     def total(self) -> int:
         """All that is on the device."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.weight_copies
+        state = self.parameters + self.gradients + self.optimizer
+        return state + self.activations + self.weight_copies + self.save_copies
 
     def to_json(self) -> dict[str, int]:
-        """The contract's five keys: `activations` is all that lives within a step, the copies too."""
+        """The contract's five keys: `activations` is all that is no state, the copies too."""
         return {
             "parameters": self.parameters,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
-            "activations": self.activations + self.weight_copies,
+            "activations": self.total - self.parameters - self.gradients - self.optimizer,
             "total": self.total,
         }
 
@@ -75,6 +78,7 @@ def _memory(
         optimizer,
         activations=_activations(config, degrees, shape, rank, stages),
         weight_copies=_weight_copies(groups, degrees, shape),
+        save_copies=sizes[0] + sizes[2] if shape.staged else 0,
         offloaded=sum(sizes) if shape.cpu_offload else 0,
     )
 

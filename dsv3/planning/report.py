@@ -116,6 +116,8 @@ class Plan:
     def _memory_rows(self) -> list[tuple[str, str]]:
         parts = {name.replace("_", " "): value for name, value in vars(self.memory).items()}
         on_host = parts.pop("offloaded")
+        if not self.shape.staged:
+            del parts["save copies"]
         parts["total"] = self.memory.total
         if on_host:
             parts["on the host"] = on_host
@@ -151,6 +153,7 @@ def make_plan(config: "Config", degrees: Degrees, hardware: HardwareConfig) -> P
         keep=_kept(config),
         pipelining=_pipelining(parallel, degrees.pp),
         cpu_offload=parallel.fsdp is not None and parallel.fsdp.cpu_offload and not on_cpu,
+        staged=config.checkpoint.async_save and on_cpu,
         ranks_per_node=_ranks_per_node(config, hardware),
     )
     return plan_shape(config.model, degrees, hardware, shape)
@@ -197,7 +200,12 @@ def needs(plan: Plan) -> str:
 
 
 def advice(plan: Plan) -> str:
-    """The nearest change that makes a plan fit: recomputation on the same ranks, more shards, or both."""
+    """The nearest change that makes a plan fit: on the same ranks, with more shards, or both."""
+    if plan.shape.staged:
+        waiting = _with(plan, replace(plan.shape, staged=False), plan.degrees)
+        if waiting.fits:
+            return "checkpoint.async_save=false fits on the same ranks"
+        return advice(waiting)
     for mode in (Recomputed.selective, Recomputed.full):
         recomputing = _with(plan, replace(plan.shape, recompute=mode), plan.degrees)
         if recomputing.fits:

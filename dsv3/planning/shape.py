@@ -23,8 +23,8 @@ class StateBytes:
 class StepShape:
     """What a rank computes at once and what it keeps: sequences a microbatch, tokens a row, microbatches.
 
-    `cpu_offload` keeps parameters, gradients and optimizer state in host memory. `ranks_per_node` null
-    is a world of one node.
+    `cpu_offload` keeps parameters, gradients and optimizer state in host memory; `staged` is where a save
+    in the background is written from copies in that same memory. `ranks_per_node` null is one node.
     """
 
     microbatch_size: int
@@ -37,6 +37,7 @@ class StepShape:
     keep: tuple[Kept, ...] = ()
     pipelining: Pipelining = field(default_factory=Pipelining)
     cpu_offload: bool = False
+    staged: bool = False
     ranks_per_node: int | None = None
 
     def tokens(self, degrees: Degrees) -> int:

@@ -25,6 +25,7 @@ from dsv3.planning.report import (
     COMPUTE_BYTES,
     GIB,
     Plan,
+    advice,
     make_plan,
     plan_shape,
     require_fits,
@@ -128,7 +129,7 @@ def test_recomputation_and_shards_together_may_be_needed() -> None:
         require_fits(plan)
 
 
-def config_of(parallel: ParallelConfig, nproc: int | None = None) -> "Config":
+def config_of(parallel: ParallelConfig, nproc: int | None = None, async_save: bool = True) -> "Config":
     nodes = SimpleNamespace(
         model=preset("debug"),
         train=SimpleNamespace(microbatch=2, length=512, batch=24),
@@ -136,8 +137,23 @@ def config_of(parallel: ParallelConfig, nproc: int | None = None) -> "Config":
         parallel=parallel,
         launch=SimpleNamespace(nproc=nproc),
         precision=SimpleNamespace(compute=ComputeType.bf16),
+        checkpoint=SimpleNamespace(async_save=async_save),
     )
     return cast("Config", nodes)
+
+
+def test_a_save_in_the_background_needs_its_copies_where_there_is_one_memory() -> None:
+    """On CPU a run that only just fits would die at its first checkpoint."""
+    cpu = HardwareConfig(name="cpu")
+    waiting = make_plan(config_of(ParallelConfig(), async_save=False), Degrees(), cpu)
+    aside = make_plan(config_of(ParallelConfig()), Degrees(), cpu)
+    copies = waiting.memory.parameters + waiting.memory.optimizer
+    assert aside.memory.save_copies == copies == aside.memory.total - waiting.memory.total
+    assert make_plan(config_of(ParallelConfig()), Degrees(), H800).memory.save_copies == 0
+    tight = replace(cpu, memory_bytes=waiting.memory.total)
+    plan = make_plan(config_of(ParallelConfig()), Degrees(), tight)
+    assert not plan.fits
+    assert advice(plan) == "checkpoint.async_save=false fits on the same ranks"
 
 
 def test_a_config_is_read_into_the_shape_of_a_step() -> None:
