@@ -3,7 +3,7 @@
 import io
 import os
 import threading
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from dsv3.runtime.errors import UserError
 
 _PREFIX = "model."
 _WINDOW = 4 * 2**20
+_OPEN = 64
+"""Files: a run of thousands of ranks has as many."""
 _NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,8 +62,9 @@ class DcpSource:
         self._dtypes: dict[str, torch.dtype] = {}
         self._chunks = self._find(shapes)
         self._places: dict[tuple[str, int], int] = {}
-        self._files: dict[str, ShardFile] = {}
+        self._files: OrderedDict[str, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
+        self._check_sizes()
         self._reader = ShardReader()
         self._scales = _read_scales(directory / HF_DIR / SCALES_FILE, self.layout, self.block)
 
@@ -131,17 +134,28 @@ class DcpSource:
         with self._lock:
             if name not in self._files:
                 self._files[name] = ShardFile(self.directory / name)
+                if len(self._files) > _OPEN:  # closed once no thread reads from it any more
+                    self._files.popitem(last=False)
+            self._files.move_to_end(name)
             return self._files[name]
+
+    def _check_sizes(self) -> None:
+        """UserError for a file that ends before an entry does: told before anything is written."""
+        sizes: dict[str, int] = {}
+        for (parameter, _), chunks in self._chunks.items():
+            for chunk in chunks:
+                if chunk.file not in sizes:
+                    sizes[chunk.file] = self._file(chunk.file).size
+                end, size = chunk.begin + chunk.length, sizes[chunk.file]
+                if end > size:
+                    what = f"the entry of '{parameter}' ends at byte {end}, the file has {size}"
+                    raise fault(self.directory / chunk.file, f"is cut off: {what}")
 
     def _place(self, parameter: str, chunk: Chunk) -> int:
         """Where in the file a chunk's numbers begin: torch.save's archive says it, and is not unpacked."""
         key = (chunk.file, chunk.begin)
         if key not in self._places:
             file = self._file(chunk.file)
-            end = chunk.begin + chunk.length
-            if end > file.size:
-                what = f"the entry of '{parameter}' ends at byte {end}"
-                raise fault(file.path, f"is cut off: {what}, the file has {file.size}")
             # PyTorch reads no storage in this mode, and remembers where it would have.
             with self._lock, FakeTensorMode():
                 try:

@@ -77,6 +77,8 @@ class ConvertConfig:
         downloads = self.direction is Direction.download
         if downloads:
             require(bool(self.repo), "repo", self.repo, "give a repository of the hub, repo=OWNER/NAME")
+            for key in ("plan", "verify"):
+                require(not getattr(self, key), key, True, "direction=download has none")
         elif not (only_verifies(self) or (self.plan and self.model is not None)):
             require(bool(self.input), "input", self.input, "give the directory to read, input=DIR")
         require(bool(self.output) or self.plan, "output", self.output, "give a directory, output=DIR")

@@ -22,6 +22,7 @@ from dsv3.convert.download import download
 from dsv3.convert.engine import Engine
 from dsv3.convert.estimate import estimate, foreseen
 from dsv3.convert.progress import progress
+from dsv3.convert.scales import require_sound_scales
 from dsv3.convert.sink import Interrupted
 from dsv3.convert.to_dcp import to_dcp
 from dsv3.convert.to_hf import to_hf
@@ -51,6 +52,7 @@ def convert(config: ConvertConfig) -> str:
     if config.plan:
         return estimate(_size(_files(source)), work.nbytes, workers, config.speeds)
     if isinstance(source, ReleasedSource):
+        require_sound_scales(source, workers)
         require_equal_copies(source, model, workers)
     started = time.monotonic()
     with Destination(output, _identity(config, source, model, work)) as destination:

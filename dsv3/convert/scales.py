@@ -1,12 +1,23 @@
-"""Scale grids as pieces."""
+"""Scale grids: checked before a conversion begins, and written as pieces."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.released import SCALE, ReleasedSource
 from dsv3.convert.hf_target import Shard
 from dsv3.convert.sink import Sink
+
+
+def require_sound_scales(source: ReleasedSource, workers: int) -> None:
+    """UserError for a scale that is not above 0; read in the order of the files, a few MB of each."""
+    stored = source.stored
+    names = [tensor.name for tensor in source.layout if source.is_quantized(tensor.name)]
+    names.sort(key=lambda name: (str(stored[name + SCALE].file), stored[name + SCALE].offset))
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(source.scales, names):
+            pass
 
 
 @dataclass(frozen=True)

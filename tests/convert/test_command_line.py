@@ -71,6 +71,8 @@ def test_help_tells_every_direction_and_key(convert: Convert) -> None:
         (["direction=hf_to_dcp", "input={in}", "output=x", "model=debug"], "has no 'model.layers.4.enorm"),
         (["direction=hf_to_dcp", "plan=true", "input={in}", "speeds=[0]"], "speeds=[0.0]"),
         (["direction=download", "output=x"], "repo=null is not possible"),
+        (["direction=download", "repo=a/b", "plan=true"], "plan=True is not possible"),
+        (["direction=download", "repo=a/b", "output=x", "verify=true"], "verify=True is not possible"),
     ],
 )
 def test_a_mistake_is_told_in_a_line_or_two(

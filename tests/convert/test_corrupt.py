@@ -20,6 +20,7 @@ from tests.convert.command import Convert, process, refused
 NORM = "model.norm.weight"
 QUERY = "model.layers.0.self_attn.q_a_proj.weight"
 SCALE = QUERY + "_scale_inv"
+LAST = "model.layers.3.mlp.shared_experts.down_proj.weight_scale_inv"
 COPY = "model.layers.3.embed_tokens.weight"
 INDEX = "model.safetensors.index.json"
 Spoil = Callable[[Path], None]
@@ -192,6 +193,10 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "index is no JSON": (write(INDEX, b'{"weight_map": {'), (INDEX, "is damaged", "not JSON")),
     "index is not UTF-8": (write(INDEX, b"\xff\xfe{}"), (INDEX, "is not UTF-8")),
     "scale of NaN": (change(SCALE, first(float("nan"))), ("model-00001", SCALE, "scale of nan")),
+    "scale of NaN in the last layer": (
+        change(LAST, first(float("nan"))),
+        ("model-0000", LAST, "scale of nan"),
+    ),
     "scale of infinity": (change(SCALE, first(float("inf"))), (SCALE, "scale of inf")),
     "scale of zero": (change(SCALE, first(0.0)), (SCALE, "scale of 0.0: it must be above 0")),
     "negative scale": (change(SCALE, first(-1.0)), (SCALE, "scale of -1.0")),
@@ -269,6 +274,7 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.usefixtures("many_files")
 @pytest.mark.parametrize("what", RELEASED)
 def test_a_release_that_is_damaged_is_refused(
     convert: Convert, fp8_release: Path, tmp_path: Path, what: str
