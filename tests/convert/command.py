@@ -1,5 +1,7 @@
 """convert.py in this process, or in one of its own."""
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -7,11 +9,15 @@ from pathlib import Path
 
 import hydra
 import pytest
-from omegaconf import DictConfig
+import yaml
+from omegaconf import DictConfig, OmegaConf
 
 import convert
 from dsv3.config import CONF
+from dsv3.convert.config import Direction
+from dsv3.runtime.application import report
 from tests.checkpoint.running import Outcome
+from tests.convert.composing import compose_convert
 
 PROGRAM = Path(convert.__file__)
 
@@ -29,6 +35,8 @@ class Convert:
     def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
         self.patch = patch
         self.capture = capture
+        self.whole = False
+        """Whether Hydra shall compose every time: half a second for a conversion of a blink."""
 
     def run(self, *arguments: str) -> Outcome:
         """The command with exactly these arguments."""
@@ -45,13 +53,32 @@ class Convert:
 
     def __call__(self, direction: str, source: Path | str, output: Path | str, *more: str) -> Outcome:
         """A conversion."""
-        return self.run(f"direction={direction}", f"input={source}", f"output={output}", *more)
+        if self.whole:
+            return self.run(f"direction={direction}", f"input={source}", f"output={output}", *more)
+        config = copy.deepcopy(composed())
+        config.direction, config.input, config.output = Direction[direction], str(source), str(output)
+        for key, _, value in (argument.partition("=") for argument in more):
+            OmegaConf.update(config, key, yaml.safe_load(value))
+        self.capture.readouterr()
+        try:
+            convert.carry_out(config)
+            code = 0
+        except BaseException as error:
+            code = report(error, [])
+        said = self.capture.readouterr()
+        return Outcome(code, said.out, said.err)
 
     def must(self, direction: str, source: Path | str, output: Path | str, *more: str) -> Outcome:
         """A conversion that has to succeed."""
         outcome = self(direction, source, output, *more)
         assert outcome.code == 0, outcome.err
         return outcome
+
+
+@functools.cache
+def composed() -> DictConfig:
+    """The config of convert.py with nothing typed."""
+    return compose_convert([])
 
 
 def environment() -> dict[str, str]:

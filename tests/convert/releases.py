@@ -1,5 +1,6 @@
 """Small released checkpoints with random weights, written by the safetensors library."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ SMALL = [
 ]
 
 
+@functools.cache
 def small_model(*overrides: str) -> ModelConfig:
     """The debug model, smaller yet; MTP, selection bias and shared expert included."""
     model: ModelConfig = strict(compose([*SMALL, *overrides])).model

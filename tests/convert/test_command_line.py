@@ -29,6 +29,12 @@ ODD = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _typed(convert: Convert) -> None:
+    """Here what is typed goes through Hydra."""
+    convert.whole = True
+
+
 def test_help_tells_every_direction_and_key(convert: Convert) -> None:
     outcome = convert.run("--help")
     assert outcome.code == 0
