@@ -16,8 +16,12 @@ ARGS ?=
 train: setup
 	@$(VENV)/bin/python train.py $(ARGS)
 
+# Two at a time, each on one thread; then, alone, those that start workers of their own and look at the clock.
+ALONE := tests/runtime tests/end_to_end
+
 test: setup
-	@$(VENV)/bin/python -m pytest
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ALONE:%=--ignore=%)
+	@$(VENV)/bin/python -m pytest $(ALONE)
 
 lint: setup
 	@$(VENV)/bin/ruff check .
