@@ -9,12 +9,11 @@ import pytest
 from dsv3.parallel.compile import has_compiler
 from dsv3.parallel.degrees import Degrees
 from tests.distributed.comparing import assert_equal
-from tests.distributed.layouts import PAIRS, SINGLES
+from tests.distributed.layouts import SINGLES
 from tests.distributed.pool import Pool
 from tests.distributed.training import GLOBAL_BATCH, Trace, configured, train, train_config
 
 TRACED = ["compile=on", "compile.backend=aot_eager"]
-LAYOUTS = {**SINGLES, **PAIRS}
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +25,12 @@ def single() -> Trace:
 
 @pytest.mark.parametrize(
     ("layout", "recompute"),
-    [("dp_shard", "none"), ("pp x ep", "full"), ("tp x cp", "selective")],
+    [("dp_shard", "selective"), ("tp", "none"), ("cp", "full"), ("pp", "none")],
 )
 def test_traced_layers_train_alike_under_every_wrapper(
     pool: Pool, single: Trace, layout: str, recompute: str
 ) -> None:
-    degrees: Degrees = LAYOUTS[layout]
+    degrees: Degrees = SINGLES[layout]
     microbatch = GLOBAL_BATCH // degrees.data_parallel // 2
     config = configured(["parallel=fsdp", f"recompute={recompute}", *TRACED], microbatch)
     assert_equal(pool.run(train_config, config, degrees, 2, microbatch, "sgd"), single)

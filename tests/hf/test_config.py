@@ -233,8 +233,9 @@ def test_latent_norms_keep_their_own_eps(tmp_path: Path) -> None:
         ({"rope_scaling": {**YARN, "factor": 0.5}}, ["factor=0.5", "at least 1"]),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, ["'linear'", "yarn"]),
         ({"rope_scaling": {"type": "yarn"}}, ["no 'rope_scaling.factor'"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["'awq'", "fp8 with [128, 128]"]),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, ["[64, 64]"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["'awq'", "fp8 with two block sides"]),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64]}}, ["[64]", "two block"]),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 0]}}, ["[64, 0]"]),
     ],
 )
 def test_what_is_missing_or_not_supported_is_named(
