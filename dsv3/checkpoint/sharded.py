@@ -64,6 +64,7 @@ class DcpSource:
         self._places: dict[tuple[str, int], int] = {}
         self._files: OrderedDict[str, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
+        self._scratch = threading.local()
         self._check_sizes()
         self._reader = ShardReader()
         self._scales = _read_scales(directory / HF_DIR / SCALES_FILE, self.layout, self.block)
@@ -124,11 +125,18 @@ class DcpSource:
 
     def _read(self, parameter: str, chunk: Chunk, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """`count` numbers of a chunk from number `first` on."""
-        numbers = torch.empty(count, dtype=dtype)
+        numbers = self._buffer(count * dtype.itemsize).view(dtype)
         place = self._place(parameter, chunk)
         view = byte_view(numbers).numpy().data
         self._file(chunk.file).read(view, place + first * dtype.itemsize, f"'{parameter}'")
         return numbers
+
+    def _buffer(self, nbytes: int) -> Tensor:
+        """Memory of this thread for what is read; taken anew each time it would make the heap grow."""
+        buffer: Tensor | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._scratch.buffer = torch.empty(max(nbytes, _WINDOW), dtype=torch.uint8)
+        return buffer[:nbytes]
 
     def _file(self, name: str) -> ShardFile:
         with self._lock:

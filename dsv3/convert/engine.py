@@ -20,8 +20,8 @@ from dsv3.convert.journal import Finished, Journal
 from dsv3.convert.pieces import PIECE, Output, Piece
 from dsv3.convert.sink import Interrupted, Sink
 
-MAKERS = 4
-"""Threads that make pieces for one file at most: one thread that writes keeps no more of them busy."""
+LANES = 8
+"""Files under way at once at most; each has a thread that digests and writes, and one or more that make."""
 _PATIENCE = 0.1
 """Seconds until a wish to stop is noticed."""
 
@@ -44,7 +44,7 @@ class Engine:
         self.journal = journal
         self.report = report
         self.asked = asked
-        self.lanes = -(-workers // MAKERS)
+        self.lanes = min(workers, LANES)
         self.makers = -(-workers // self.lanes)
         self._stop = Event()
         self._failure: BaseException | None = None

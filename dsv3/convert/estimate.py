@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dsv3.checkpoint.hf_config import BLOCK
 from dsv3.checkpoint.names import Released, copies, is_quantized, released_layout
 from dsv3.convert.config import ConvertConfig, Direction, StoredType
-from dsv3.convert.engine import MAKERS
+from dsv3.convert.engine import LANES
 from dsv3.convert.pieces import PIECE
 from dsv3.model.config import ModelConfig
 
@@ -15,7 +15,7 @@ _PYTORCH = 300 * 2**20
 
 def peak_memory(workers: int) -> int:
     """Bytes of the process: PyTorch, the buffers of pieces under way, and what each maker reads into."""
-    lanes = -(-workers // MAKERS)
+    lanes = min(workers, LANES)
     makers = -(-workers // lanes)
     return _PYTORCH + lanes * ((makers + 1) * PIECE + makers * 2 * PIECE)
 
