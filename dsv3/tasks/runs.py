@@ -82,8 +82,11 @@ def find_runs(directory: Path) -> list[RunSummary]:
 
 
 def distinguishing(runs: Sequence[RunSummary]) -> list[str]:
-    """The keys that not every run was told, or not the same value, in the order they were typed."""
-    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    """The keys that not every run was told, or not the same value, in the order they were typed.
+
+    Where a run lies is told by its name.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.overrides if key != "run.dir")
     return [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
 
 

@@ -62,6 +62,8 @@ def test_jobs_are_sorted_by_held_out_loss_and_told_apart(sweep: Path) -> None:
     ]
     assert distinguishing(runs) == ["train.steps", "optimizer.lr"]
     assert distinguishing(runs[:2]) == ["optimizer.lr"]
+    runs[0].overrides["run.dir"] = "elsewhere"
+    assert distinguishing(runs[:2]) == ["optimizer.lr"]
     assert runs[0].tokens_per_second == 200.0
     assert [run.directory.name for run in find_runs(sweep.parent)] == ["2", "0", "4", "3", "5", "10"]
 
