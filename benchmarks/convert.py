@@ -28,10 +28,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsv3.checkpoint.hf_writer import config_json
-from dsv3.checkpoint.names import copies, is_quantized, released_layout
+from dsv3.checkpoint.matching import parameter_shapes
+from dsv3.checkpoint.names import SCALE, copies, is_quantized, released_layout
 from dsv3.checkpoint.shard_writer import Entry, ShardWriter, index_json, plan_shards
 from dsv3.config import strict
-from dsv3.convert.convert import shapes_of
 from dsv3.convert.pieces import row_slices
 from dsv3.model.config import ModelConfig
 from dsv3.precision.blocks import dequantize_plain
@@ -39,7 +39,6 @@ from tests.composing import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).resolve().parent / "results" / "convert.json"
-SCALE = "_scale_inv"
 # One stack of gate and up projections is 2.1 GB in bf16: more than the memory that a conversion may take.
 SHAPE = [
     "model.vocab_size=16384",
@@ -76,7 +75,7 @@ def generate(directory: Path, model: ModelConfig) -> None:
     config["quantization_config"] = style | {"weight_block_size": [128, 128]}
     (directory / "config.json").write_text(json.dumps(config))
     entries: list[Entry] = []
-    for tensor in released_layout(model, shapes_of(model)):
+    for tensor in released_layout(model, parameter_shapes(model)):
         if not is_quantized(tensor.name):
             kind = torch.float32 if tensor.name.endswith("bias") else torch.bfloat16
             entries.append((tensor.name, kind, tensor.shape))

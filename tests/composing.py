@@ -7,8 +7,8 @@ from omegaconf import DictConfig
 from dsv3.config import CONF, register
 
 
-def compose(overrides: list[str]) -> DictConfig:
-    """The root config under `overrides`, as train.py's function receives it."""
+def compose(overrides: list[str], root: str = "config") -> DictConfig:
+    """The root config under `overrides`, as train.py's function receives it (of `convert`, convert.py's)."""
     register()
     with initialize_config_dir(str(CONF), version_base=None):
-        return hydra_compose("config", overrides)
+        return hydra_compose(root, overrides)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dsv3.checkpoint.matching import expected_tensors
+from dsv3.checkpoint.boxes import inside, overlap
+from dsv3.checkpoint.matching import parameter_shapes
 from dsv3.checkpoint.names import Released, copies, released_layout, stored_dtype
 from dsv3.checkpoint.shards import open_shards
 from dsv3.checkpoint.stored_tensor import byte_view
@@ -19,7 +20,6 @@ from dsv3.checkpoint.weights import open_released
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.distributed import Distributed
 
-_PREFIX = "model."
 _ROWS = 1024
 
 
@@ -46,8 +46,7 @@ def released_norms(config: ModelConfig, directory: Path) -> dict[str, float]:
 
 def streamed(config: ModelConfig) -> list[tuple[str, Released]]:
     """What `stream` yields, in its order: names, and which part of which parameter each is."""
-    shapes = {name.removeprefix(_PREFIX): tuple(t.shape) for name, t in expected_tensors(config).items()}
-    tensors = {tensor.name: tensor for tensor in released_layout(config, shapes)}
+    tensors = {tensor.name: tensor for tensor in released_layout(config, parameter_shapes(config))}
     return [*tensors.items(), *((copy, tensors[name]) for copy, name in copies(config).items())]
 
 
@@ -81,15 +80,6 @@ def _copy_here(parameter: Tensor, tensor: Released, whole: Tensor) -> None:
         )
     if not local.numel():
         return
-    low = [max(a, b) for a, b in zip(tensor.offset, offset, strict=True)]
-    high = [
-        min(a + n, b + m) for a, n, b, m in zip(tensor.offset, tensor.sizes, offset, local.shape, strict=True)
-    ]
-    if all(a < b for a, b in zip(low, high, strict=True)):
-        inside = _box(low, high, offset)
-        whole.view(tensor.sizes)[_box(low, high, tensor.offset)].copy_(local[inside])
-
-
-def _box(low: list[int], high: list[int], origin: tuple[int, ...]) -> tuple[slice, ...]:
-    """The box from `low` to `high`, counted from `origin`."""
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+    shared = overlap(tensor.offset, tensor.sizes, offset, local.shape)
+    if shared is not None:
+        whole.view(tensor.sizes)[inside(*shared, tensor.offset)].copy_(local[inside(*shared, offset)])

@@ -23,3 +23,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = build(config)
     return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the whole model's parameters and biases, by the model's own names."""
+    return {
+        name.removeprefix("model."): tuple(tensor.shape) for name, tensor in expected_tensors(config).items()
+    }

@@ -12,6 +12,9 @@ import torch
 
 from dsv3.model.config import ModelConfig
 
+SCALE = "_scale_inv"
+"""What a block-fp8 weight's name ends with where its scales are stored."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -107,6 +110,15 @@ class Released:
     offset: tuple[int, ...]
     sizes: tuple[int, ...]
     """Of the box: an expert's matrix has a leading 1."""
+
+    def box_of_rows(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """Offset and sizes of the box that rows [first, first + count) of the released tensor fill."""
+        offset, sizes = list(self.offset), list(self.sizes)
+        if offset:
+            dim = len(offset) - len(self.shape)  # behind the expert's, if there is one
+            offset[dim] += first
+            sizes[dim] = count
+        return offset, sizes
 
 
 def released_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[Released]:

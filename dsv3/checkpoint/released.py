@@ -10,15 +10,13 @@ from torch import Tensor
 
 from dsv3.checkpoint.hf_config import block_size
 from dsv3.checkpoint.hf_values import read_config
-from dsv3.checkpoint.names import Released, copies, is_derived, released_layout
+from dsv3.checkpoint.names import SCALE, Released, copies, is_derived, released_layout
 from dsv3.checkpoint.shard_reader import ShardReader
 from dsv3.checkpoint.shards import open_shards
 from dsv3.checkpoint.stored_tensor import StoredTensor, byte_view, fault, quoted
 from dsv3.model.config import ModelConfig
 from dsv3.precision.blocks import dequantize
 
-SCALE = "_scale_inv"
-"""What a block-fp8 weight's name ends with where its scales are stored."""
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 # Scale grids are small, but those of 671b are 168 MB together.
 _GRIDS = 64

@@ -12,13 +12,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from dsv3.checkpoint.names import SCALE
 from dsv3.checkpoint.shard_header import METADATA
 from dsv3.checkpoint.stored_tensor import CODES, PACKED, StoredTensor, byte_view
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, type and shape of a tensor to be written."""
-
-_SCALE = "_scale_inv"
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,10 @@ def _groups(tensors: Sequence[Entry], limit: int) -> list[list[Entry]]:
     for number, entry in enumerate(tensors):
         size = needed = _nbytes(entry)
         behind = tensors[number + 1 : number + 2]
-        if behind and behind[0][0] == entry[0] + _SCALE:
+        if behind and behind[0][0] == entry[0] + SCALE:
             needed += _nbytes(behind[0])
         # Scales are known once their weight is written: they follow it, even over the limit.
-        follows = number > 0 and entry[0] == tensors[number - 1][0] + _SCALE
+        follows = number > 0 and entry[0] == tensors[number - 1][0] + SCALE
         if not groups or (needed > room and not follows):
             groups.append([])
             room = limit

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from dsv3.checkpoint.boxes import inside, overlap
 from dsv3.checkpoint.companions import HF_DIR, SCALES_FILE, read_notes
 from dsv3.checkpoint.hf_config import BLOCK
 from dsv3.checkpoint.names import Released, released_layout
@@ -84,34 +85,26 @@ class DcpSource:
 
     def rows(self, tensor: Released, first: int, count: int, out: Tensor) -> Tensor:
         """Rows [first, first + count) as numbers, in `out`, put together from all shards that have any."""
-        low, sizes = list(tensor.offset), list(tensor.sizes)
-        if low:
-            dim = len(low) - len(tensor.shape)
-            low[dim] += first
-            sizes[dim] = count
+        offset, sizes = tensor.box_of_rows(first, count)
         whole = out.view(sizes)
         for chunk in self._chunks[tensor.parameter, _shelf(tensor.offset)]:
-            begins = [max(a, b) for a, b in zip(low, chunk.offset, strict=True)]
-            ends = [
-                min(a + n, b + m) for a, n, b, m in zip(low, sizes, chunk.offset, chunk.sizes, strict=True)
-            ]
-            if all(begin < end for begin, end in zip(begins, ends, strict=True)):
-                target = whole[tuple(slice(b - a, e - a) for a, b, e in zip(low, begins, ends, strict=True))]
-                inside = [(b - o, e - o) for b, e, o in zip(begins, ends, chunk.offset, strict=True)]
-                self._copy(tensor.parameter, chunk, inside, target)
+            shared = overlap(offset, sizes, chunk.offset, chunk.sizes)
+            if shared is not None:
+                ranges = [(box.start, box.stop) for box in inside(*shared, chunk.offset)]
+                self._copy(tensor.parameter, chunk, ranges, whole[inside(*shared, offset)])
         return out
 
-    def _copy(self, parameter: str, chunk: Chunk, inside: list[tuple[int, int]], target: Tensor) -> None:
-        """Fill `target` with the box `inside` a chunk, in ranges of whole rows of the chunk."""
+    def _copy(self, parameter: str, chunk: Chunk, box: list[tuple[int, int]], target: Tensor) -> None:
+        """Fill `target` with a `box` inside of a chunk, in ranges of whole rows of the chunk."""
         dtype = self._dtypes[parameter]
         width = chunk.sizes[-1] if chunk.sizes else 1
-        columns = inside[-1] if inside else (0, 1)
-        if len(inside) < 2:  # a vector is one row
+        columns = box[-1] if box else (0, 1)
+        if len(box) < 2:  # a vector is one row
             numbers = self._read(parameter, chunk, columns[0], columns[1] - columns[0], dtype)
             target.copy_(numbers.view(target.shape))
             return
-        for index, place in _leading(inside[:-2]):
-            row, end = inside[-2]
+        for index, place in _leading(box[:-2]):
+            row, end = box[-2]
             begin = 0
             for level, size in zip(index, chunk.sizes[:-2], strict=True):
                 begin = begin * size + level
@@ -208,7 +201,7 @@ class DcpSource:
                 place = (info.relative_path, info.offset, info.length)
                 chunk = Chunk(tuple(box.offsets), tuple(box.sizes), *place)
                 for shelf in range(*_shelves(chunk)):
-                    if any(_overlap(chunk, other) for other in found[name, shelf]):
+                    if any(_meet(chunk, other) for other in found[name, shelf]):
                         what = "parts that overlap, and so another that is missing"
                         raise UserError(f"{self.directory}/.metadata gives '{_PREFIX + name}' {what}")
                     found[name, shelf].append(chunk)
@@ -258,12 +251,8 @@ def _read_scales(path: Path, layout: list[Released], block: tuple[int, int]) -> 
     return stored
 
 
-def _overlap(one: Chunk, other: Chunk) -> bool:
-    """Whether two boxes have a number in common."""
-    return all(
-        a < b + m and b < a + n
-        for a, n, b, m in zip(one.offset, one.sizes, other.offset, other.sizes, strict=True)
-    )
+def _meet(one: Chunk, other: Chunk) -> bool:
+    return overlap(one.offset, one.sizes, other.offset, other.sizes) is not None
 
 
 def _shelf(offset: tuple[int, ...]) -> int:

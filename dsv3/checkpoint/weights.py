@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from dsv3.checkpoint.directory import is_released
 from dsv3.checkpoint.hf_reader import ReleasedReader
-from dsv3.checkpoint.matching import expected_tensors
+from dsv3.checkpoint.matching import expected_tensors, parameter_shapes
 from dsv3.checkpoint.reader import load_tensors, read_metadata
 from dsv3.checkpoint.released import ReleasedSource
 from dsv3.checkpoint.state import Parts, first, local, model_state
@@ -42,9 +42,7 @@ def load_weights(parts: Parts, directory: Path) -> None:
 
 def open_released(directory: Path, config: ModelConfig) -> ReleasedSource:
     """The weights of a released checkpoint, checked by their headers against the model; to be closed."""
-    expected = expected_tensors(config)
-    shapes = {name.removeprefix(_PREFIX): tuple(tensor.shape) for name, tensor in expected.items()}
-    return ReleasedSource(directory, config, shapes)
+    return ReleasedSource(directory, config, parameter_shapes(config))
 
 
 def fill(wanted: Iterable[tuple[str, Tensor]], read: Callable[[dict[str, Tensor]], None]) -> None:

@@ -11,9 +11,10 @@ import torch
 from dsv3.checkpoint.companions import HF_DIR, SCALES_FILE
 from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint
 from dsv3.checkpoint.manifest import verify, verify_description
-from dsv3.checkpoint.matching import expected_tensors
+from dsv3.checkpoint.matching import parameter_shapes
 from dsv3.checkpoint.released import ReleasedSource
 from dsv3.checkpoint.sharded import DcpSource
+from dsv3.checkpoint.weights import open_released
 from dsv3.config import plain
 from dsv3.convert.config import AUTO, ConvertConfig, Direction, StoredType, only_verifies
 from dsv3.convert.copies import require_equal_copies
@@ -31,8 +32,6 @@ from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import RunFailed
 from dsv3.runtime.signals import Stopped, stop_on_signal
 
-_PREFIX = "model."
-
 
 def convert(config: ConvertConfig) -> str:
     """Carry out a conversion; what there is to say of it."""
@@ -46,7 +45,7 @@ def convert(config: ConvertConfig) -> str:
     assert model is not None
     workers = (os.cpu_count() or 1) if config.workers == AUTO else int(config.workers)
     if config.plan and not config.input:
-        return estimate(*foreseen(config, model, shapes_of(model)), workers, config.speeds)
+        return estimate(*foreseen(config, model, parameter_shapes(model)), workers, config.speeds)
     source = open_source(config.direction, directory, model)
     work = _work(config, source, model)
     if config.plan:
@@ -63,20 +62,13 @@ def convert(config: ConvertConfig) -> str:
     return f"{told}\n{_verified(output)}" if config.verify else told
 
 
-def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's parameters and biases by their names."""
-    return {
-        name.removeprefix(_PREFIX): tuple(tensor.shape) for name, tensor in expected_tensors(model).items()
-    }
-
-
 def open_source(direction: Direction, directory: Path, model: ModelConfig) -> ReleasedSource | DcpSource:
     """What a conversion reads."""
     if direction is Direction.dcp_to_hf:
         checkpoint = find_checkpoint(str(directory))
         verify_description(checkpoint)
-        return DcpSource(checkpoint, model, shapes_of(model))
-    return ReleasedSource(directory, model, shapes_of(model))
+        return DcpSource(checkpoint, model, parameter_shapes(model))
+    return open_released(directory, model)
 
 
 def _work(config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig) -> Work:

@@ -57,11 +57,7 @@ class Slice:
 
     def put(self, made: Tensor, sink: Sink) -> dict[str, Any]:
         """Append the entry as torch.load reads it; where it lies and what box of which parameter it is."""
-        offset, sizes = list(self.tensor.offset), list(self.tensor.sizes)
-        if offset:
-            dim = len(offset) - len(self.tensor.shape)  # behind the expert's, if there is one
-            offset[dim] += self.first
-            sizes[dim] = self.count
+        offset, sizes = self.tensor.box_of_rows(self.first, self.count)
         begin = sink.position
         torch.save(made.view(sizes), sink)  # type: ignore[arg-type]  # a file object as far as it looks
         place = {"parameter": self.tensor.parameter, "offset": offset, "sizes": sizes}

@@ -10,8 +10,8 @@ import yaml
 from dsv3.checkpoint.companions import HF_DIR, NOTES, SCALES_FILE, carry, write_json
 from dsv3.checkpoint.directory import MODEL_FILE, TOKENIZER_DIR
 from dsv3.checkpoint.hf_values import read_config
-from dsv3.checkpoint.names import copies, stored_dtype
-from dsv3.checkpoint.released import SCALE, ReleasedSource
+from dsv3.checkpoint.names import SCALE, copies, stored_dtype
+from dsv3.checkpoint.released import ReleasedSource
 from dsv3.checkpoint.shard_writer import plan_shards
 from dsv3.config import plain
 from dsv3.convert.dcp_target import dcp_outputs, write_metadata

@@ -13,10 +13,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dsv3.checkpoint.hf_reader import ReleasedReader
+from dsv3.checkpoint.matching import parameter_shapes
 from dsv3.checkpoint.names import released_layout
 from dsv3.checkpoint.released import ReleasedSource
 from dsv3.precision.blocks import dequantize_plain
-from tests.convert.releases import shapes_of, small_model, write_release
+from tests.convert.releases import small_model, write_release
 
 BLOCKS = [(32, 32), (128, 128), (16, 48), (7, 5)]
 
@@ -27,7 +28,7 @@ class Case:
     def __init__(self, directory: Path, block: tuple[int, int]) -> None:
         model = small_model()
         released = write_release(directory, model, "fp8", block=block, scales_apart=True)
-        shapes = shapes_of(model)
+        shapes = parameter_shapes(model)
         self.source = ReleasedSource(directory, model, shapes)
         self.whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
         for tensor in released_layout(model, shapes):

@@ -17,7 +17,7 @@ from dsv3.config import CONF
 from dsv3.convert.config import Direction
 from dsv3.runtime.application import report
 from tests.checkpoint.running import Outcome
-from tests.convert.composing import compose_convert
+from tests.composing import compose
 
 PROGRAM = Path(convert.__file__)
 
@@ -78,7 +78,7 @@ class Convert:
 @functools.cache
 def composed() -> DictConfig:
     """The config of convert.py with nothing typed."""
-    return compose_convert([])
+    return compose([], "convert")
 
 
 def environment() -> dict[str, str]:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.checkpoint.hf_writer import config_json
-from dsv3.checkpoint.matching import expected_tensors
+from dsv3.checkpoint.matching import parameter_shapes
 from dsv3.checkpoint.names import copies, is_quantized, released_layout
 from dsv3.config import strict
 from dsv3.model.config import ModelConfig
@@ -41,15 +41,11 @@ def small_model(*overrides: str) -> ModelConfig:
     return model
 
 
-def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name.removeprefix("model."): tuple(t.shape) for name, t in expected_tensors(model).items()}
-
-
 def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """Released tensors by name in fp32, copies included; magnitudes differ by block."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for tensor in released_layout(model, shapes_of(model)):
+    for tensor in released_layout(model, parameter_shapes(model)):
         value = torch.randn(tensor.shape, generator=generator) * 0.1
         weights[tensor.name] = value + 1 if value.ndim == 1 and "bias" not in tensor.name else value
     return weights | {copy: weights[name].clone() for copy, name in copies(model).items()}

@@ -132,10 +132,10 @@ def test_killed_while_it_gets_its_name(
 
 def _config(direction: str, source: Path, output: Path) -> ConvertConfig:
     from dsv3.convert.prepare import prepare_conversion
-    from tests.convert.composing import compose_convert
+    from tests.composing import compose
 
     return prepare_conversion(
-        compose_convert([f"direction={direction}", f"input={source}", f"output={output}", FILES])
+        compose([f"direction={direction}", f"input={source}", f"output={output}", FILES], "convert")
     )
 
 

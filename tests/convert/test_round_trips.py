@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dsv3.checkpoint.matching import parameter_shapes
 from dsv3.checkpoint.names import released_layout
 from dsv3.convert.config import ConvertConfig, Direction, ScaleFormat, StoredType
 from dsv3.convert.convert import convert
 from dsv3.model.config import ModelConfig
 from dsv3.precision.blocks import dequantize_plain
-from tests.convert.releases import read_release, shapes_of, small_model, write_release
+from tests.convert.releases import read_release, small_model, write_release
 
 MODELS = {
     "V3 with MTP": [],
@@ -95,10 +96,10 @@ def test_torch_reads_the_dcp_as_plain_arithmetic_makes_it(tmp_path: Path, stored
     convert(ask(Direction.hf_to_dcp, tmp_path / "in", tmp_path / "dcp", model, dtype))
     numbers = torch.bfloat16 if dtype == "bf16" else torch.float32
     targets: dict[str, Any] = {
-        f"model.{name}": torch.full(shape, torch.nan) for name, shape in shapes_of(model).items()
+        f"model.{name}": torch.full(shape, torch.nan) for name, shape in parameter_shapes(model).items()
     }
     load(targets, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    for tensor in released_layout(model, shapes_of(model)):
+    for tensor in released_layout(model, parameter_shapes(model)):
         value = released[tensor.name]
         if value.dtype is torch.float8_e4m3fn:
             value = dequantize_plain(value, released[tensor.name + "_scale_inv"], (32, 32))
