@@ -1,4 +1,4 @@
-"""Which number format the matrix products use; weights and optimizer state stay fp32."""
+"""Which number format the matrix products use and AdamW's moments are kept in; master weights stay fp32."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -11,8 +11,16 @@ class ComputeType(Enum):
     bf16 = "bfloat16"
 
 
+class MomentType(Enum):
+    """The dtype of AdamW's two moments; bf16 is the report's (section 3.3.1)."""
+
+    fp32 = "float32"
+    bf16 = "bfloat16"
+
+
 @dataclass
 class PrecisionConfig:
-    """`compute.value` is the torch dtype's name; master weights, gradients and moments are fp32."""
+    """A value's `.value` is the torch dtype's name; master weights and gradients are fp32."""
 
     compute: ComputeType = ComputeType.fp32
+    moments: MomentType = MomentType.fp32
