@@ -75,8 +75,8 @@ class Recorder:
                 self.close()
                 raise RunFailed(
                     f"step {row.step} is not finite: {', '.join(f'{k} {v}' for k, v in watched.items())}"
-                    f"{self._first(broken)}. Checkpoints are from before; a lower optimizer.lr or longer "
-                    "warm-up may help."
+                    f"{self._first(broken)}{_tiles(row)}. Checkpoints are from before; a lower optimizer.lr "
+                    "or longer warm-up may help."
                 )
         self.pending.clear()
 
@@ -106,6 +106,11 @@ class Recorder:
             self.console.step(row)
         if self.logger is not None:
             self.logger.log(row)
+
+
+def _tiles(row: MetricsRow) -> str:
+    """How many tiles of FP8 operands were broken, where any was."""
+    return f", {row.fp8_broken_tiles:.0f} broken FP8 tiles" if row.fp8_broken_tiles else ""
 
 
 def peak_memory_gib(worker: Worker) -> float:

@@ -25,6 +25,8 @@ class MetricsRow:
     moe_max_violation: max load / mean load - 1 over the experts of a layer, the largest over MoE layers.
     moe_entropy: entropy of the expert load in units of log(experts), 1 is perfectly even, mean over layers.
     moe_bias_range: max - min of the selection bias of a layer, the largest over MoE layers.
+    fp8_broken_tiles: tiles with numbers that are not finite among the operands of the step's backward
+        products, over all ranks; None but under precision=fp8.
     """
 
     step: int
@@ -41,6 +43,7 @@ class MetricsRow:
     moe_max_violation: float | None = None
     moe_entropy: float | None = None
     moe_bias_range: float | None = None
+    fp8_broken_tiles: float | None = None
 
     def scalars(self) -> dict[str, int | float]:
         """The known, finite values by name, the step left out: what a logger can draw."""

@@ -1,8 +1,13 @@
 """The small parts: RMSNorm, a linear map that follows its input's dtype, and the SwiGLU feed-forward."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""From x [..., in_features] and a weight [out_features, in_features] to x W^T, in the dtype of x."""
 
 
 class RMSNorm(nn.Module):
@@ -25,18 +30,24 @@ class Linear(nn.Linear):
     """y = x W^T without bias, computed in the dtype of x.
 
     The weight may be an fp32 master while x is bf16: it is cast at its use, and its gradient comes
-    back in fp32.
+    back in fp32. Another `product` takes other number formats.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.product: Product = linear
 
     def reset_parameters(self) -> None:
         """Leave the weight as it is: initialization.py fills every parameter by name."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in_features] to [..., out_features]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of `Linear` in the dtype of `x`."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 class FeedForward(nn.Module):

@@ -14,6 +14,10 @@ from dsv3.model.router import Router, RouterStats, Routing
 ExpertsFunction = Callable[[Tensor, Tensor], Tensor]
 """From `rows` [rows, dim] sorted by expert and `counts` [experts] of them to results [rows, dim]."""
 
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From rows [rows, in], weights [experts, out, in] and the row numbers [experts] int32 at which each
+expert's rows end to rows W_e^T [rows, out], in the dtype of the rows."""
+
 
 class Dispatcher(Protocol):
     """Brings tokens to the experts that they chose, and the results back."""
@@ -37,17 +41,25 @@ class Experts(nn.Module):
         experts, hidden = config.num_experts, config.hidden_dim
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.product: GroupedProduct = grouped_linear
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Map `rows` [rows, dim], sorted by expert with `counts` [experts] rows each, to [rows, dim]."""
-        return apply_experts(rows, counts, self.gate_up_proj, self.down_proj)
+        return apply_experts(rows, counts, self.gate_up_proj, self.down_proj, self.product)
 
 
-def apply_experts(rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+def apply_experts(
+    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, product: GroupedProduct
+) -> Tensor:
     """SwiGLU of each expert on its own rows; shapes as in Experts."""
     ends = counts.cumsum(0).to(torch.int32)
-    gate, up = _grouped_linear(rows, gate_up_proj, ends).chunk(2, dim=-1)
-    return _grouped_linear(F.silu(gate) * up, down_proj, ends)
+    gate, up = product(rows, gate_up_proj, ends).chunk(2, dim=-1)
+    return product(F.silu(gate) * up, down_proj, ends)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The product of `Experts` in the dtype of the rows."""
+    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends)
 
 
 class Spread(torch.autograd.Function):
@@ -119,8 +131,3 @@ class MoE(nn.Module):
 
 def _spread(x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
     return Spread.apply(x, order, place, copies)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """rows W_e^T for each expert e's own rows; `weight` is [experts, out, in], `ends` row numbers."""
-    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends)

@@ -56,7 +56,7 @@ def _place(experts: Experts, mesh: ParallelMesh) -> None:
 
 def _apply_own(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
     weights = (experts.gate_up_proj.to_local(), experts.down_proj.to_local())  # type: ignore[attr-defined]
-    return apply_experts(rows, counts, *weights)
+    return apply_experts(rows, counts, *weights, experts.product)
 
 
 class Leg(NamedTuple):

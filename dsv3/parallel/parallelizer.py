@@ -40,11 +40,13 @@ def parallelize(
 ) -> None:
     """Put the wrappers around `model`, innermost first; `root` is the module that is called.
 
-    The three that change what a layer computes come first, for all others to see. Compilation is next, of
+    Those that change what a layer computes come first, for all others to see. Compilation is next, of
     a layer's forward alone: recomputation calls compiled code twice, and its modes that keep results could
     not be traced. Sharding comes last, because its hooks must run outside of both.
     """
     chosen = config.parallel
+    if config.precision.fp8 is not None:
+        build(config.precision.fp8)(model, device)
     if mesh is not None:
         for wrapper in (chosen.tensor, chosen.context, chosen.expert):
             if wrapper is not None:

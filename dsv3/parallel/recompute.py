@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-import dsv3.model.blocked  # noqa: F401  # registers the operator named below
+import dsv3.model.blocked  # these two register operators named below
+import dsv3.precision.operators  # noqa: F401
 from dsv3.model.block import Block
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.config import Kept, Recomputed
@@ -23,9 +24,9 @@ OPERATORS = {
         "aten._scaled_dot_product_cudnn_attention",
         "torch_attn._varlen_attn",
     ],
-    Kept.experts: ["aten._grouped_mm"],
+    Kept.experts: ["aten._grouped_mm", "dsv3.fp8_grouped_linear"],
     Kept.exchange: ["_c10d_functional.all_to_all_single"],
-    Kept.matmuls: ["aten.mm"],
+    Kept.matmuls: ["aten.mm", "dsv3.fp8_linear"],
 }
 """The operators whose results selective recomputation keeps, by what they belong to."""
 

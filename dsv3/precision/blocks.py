@@ -138,7 +138,7 @@ def quantize(
 def _quantize_tile(
     weight: Tensor, block: tuple[int, int], kept: Tensor | None, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a few blocks; those with NaN or infinity take the plain form."""
+    """Codes and scales of a few blocks."""
     numbers, same = _by_block(weight.float(), block), None
     rows, columns = weight.shape
     if kept is not None:
@@ -154,12 +154,19 @@ def _quantize_tile(
         if bool(same.all()):
             return codes, kept
     largest = numbers.abs().amax((1, 3))
-    if not bool(largest.isfinite().all()):
+    # The answer would make the host wait for a GPU, which in training is not asked: `kept` is null there.
+    asks = kept is not None or weight.device.type == "cpu"
+    finite = asks and bool(largest.isfinite().all())
+    if not finite and kept is not None:
         return quantize_plain(weight, block, kept, power_of_two)
+    if not finite:
+        numbers = numbers.where(numbers.isfinite(), torch.nan)
+        largest = numbers.nan_to_num(nan=0.0).abs().amax((1, 3))
     scales = _scale(largest, power_of_two)
     if kept is not None and same is not None:
         scales = torch.where(same, kept, scales)
-    return _encode(_joined(numbers / scales[:, None, :, None])[:rows, :columns]), scales
+    scaled = _joined(numbers / scales[:, None, :, None])[:rows, :columns]
+    return (_encode if finite else _with_nan)(scaled), scales
 
 
 def _reencode(weight: Tensor, numbers: Tensor, kept: Tensor) -> Tensor | None:
@@ -183,6 +190,23 @@ def _reencode(weight: Tensor, numbers: Tensor, kept: Tensor) -> Tensor | None:
     half.bitwise_or_((half >> 1).bitwise_and_(1 << 14)).bitwise_right_shift_(7)
     codes = _joined(half.to(torch.int8)).view(torch.float8_e4m3fn)
     return codes[: weight.shape[0], : weight.shape[1]]
+
+
+@torch.no_grad()
+def values(codes: Tensor) -> Tensor:
+    """What codes stand for without their scales, in fp32."""
+    if codes.device.type != "cpu" or _has_nan(codes):
+        return codes.float()
+    return _shifted(codes).mul_(_LIFT)
+
+
+@torch.no_grad()
+def broken_blocks(codes: Tensor, block: tuple[int, int]) -> Tensor:
+    """How many blocks hold a NaN code, as `quantize` makes of NaN and infinity; an fp32 scalar."""
+    if codes.device.type == "cpu" and not _has_nan(codes):
+        return torch.zeros(())
+    nan = (codes.view(torch.uint8) & 0x7F).eq(_NAN).float()
+    return _by_block(nan, block).amax((1, 3)).sum()
 
 
 def _numbers(codes: Tensor, scales: Tensor, block: tuple[int, int], lead: tuple[int, int]) -> Tensor:

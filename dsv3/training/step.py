@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsv3.data.batch import Batch
 from dsv3.metrics import moe
+from dsv3.precision.fp8 import has_fp8, take_broken_tiles
 from dsv3.runtime.distributed import Worker
 from dsv3.training.balance import selection_biases, take_load, update_biases
 from dsv3.training.config import TrainConfig
@@ -47,6 +48,7 @@ class TrainStep:
         self.clip_norm = clip_norm
         self.config = passes.parts[0].config
         self.routers = placed_routers(passes.parts)
+        self.in_fp8 = has_fp8(passes.parts)
 
     def __call__(self, microbatches: list[Batch], weights: Weights) -> dict[str, Tensor]:
         """Train on this rank's microbatches of one global batch.
@@ -68,6 +70,9 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         figures = {"loss": main, "grad_norm": grad_norm}
+        if self.in_fp8:
+            tiles = take_broken_tiles(self.passes.parts, self.worker.device)
+            figures["fp8_broken_tiles"] = self.worker.sum(tiles)
         if self.config.mtp_depths:
             figures["mtp_loss"] = mtp
         if self.config.num_moe_layers:

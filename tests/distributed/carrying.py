@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.config import Config
-from dsv3.model.moe import apply_experts
+from dsv3.model.moe import apply_experts, grouped_linear
 from dsv3.model.router import RouterStats, Routing
 from dsv3.parallel.config import ExchangeBackend
 from dsv3.parallel.degrees import Degrees
@@ -31,8 +31,10 @@ def both(ep: int) -> list[tuple[Tensor, ...]] | None:
             routing = Routing(choice, weights[0], RouterStats(load, zero, zero, torch.tensor(True)))
             dispatched = dispatcher.dispatch(x, routing)
 
-            def experts(rows: Tensor, counts: Tensor, own: list[Tensor] = weights[1:]) -> Tensor:
-                return apply_experts(rows, counts, *own)
+            def experts(
+                rows: Tensor, counts: Tensor, own: tuple[Tensor, Tensor] = (weights[1], weights[2])
+            ) -> Tensor:
+                return apply_experts(rows, counts, *own, grouped_linear)
 
             out = dispatcher.combine(dispatched, experts)
             out.mul(torch.arange(DIM) - 10).sum().backward()

@@ -1,0 +1,113 @@
+"""Block-wise FP8 training: gives the linear layers and the experts of a model products in FP8."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsv3.model.layers import Linear
+from dsv3.model.moe import Experts
+from dsv3.model.transformer import Transformer
+from dsv3.precision.blocks import BLOCK
+from dsv3.precision.config import FP8Engine, Granularity
+from dsv3.precision.operators import fp8_grouped_linear, fp8_linear
+from dsv3.runtime.errors import UserError
+
+HOPPER = (9, 0)
+CUDA = (12, 9)
+IN_HIGHER_PRECISION = ("head",)
+"""Linear layers that keep the compute dtype; embedding, routers, norms and attention's core are none."""
+
+
+@dataclass
+class FP8Product:
+    """The product of one layer; all layers of a model share the probe (operators.py)."""
+
+    probe: Tensor
+    engine: str
+    tile: int
+    power_of_two: bool
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See model.layers.Product."""
+        options = (self.probe, self.engine, self.tile, self.power_of_two)
+        out: Tensor = fp8_linear(x.flatten(0, -2), weight.unsqueeze(0), *options)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    def grouped(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """See model.moe.GroupedProduct."""
+        options = (self.probe, self.engine, self.tile, self.power_of_two)
+        return fp8_grouped_linear(rows, weight, ends, *options)  # type: ignore[no-any-return]
+
+
+class BlockFP8:
+    """Replaces the products of linear layers and experts; the fields are those of BlockFP8Config."""
+
+    def __init__(
+        self, granularity: Granularity, power_of_two: bool, engine: FP8Engine, dispatch: bool
+    ) -> None:
+        self.tile = BLOCK if granularity is Granularity.tile else 0
+        self.power_of_two = power_of_two
+        self.engine = engine
+        self.dispatch = dispatch
+
+    def __call__(self, model: Transformer, device: torch.device) -> None:
+        """Set the products of `model`, which will be on `device`; UserError where an engine cannot run."""
+        engine = choose_engine(self.engine, device, self.tile)
+        probe = torch.zeros((), device=device, requires_grad=True)
+        product = FP8Product(probe, engine.name, self.tile, self.power_of_two)
+        for name, module in model.named_modules():
+            if isinstance(module, Linear) and name not in IN_HIGHER_PRECISION:
+                module.product = product.linear
+            elif isinstance(module, Experts):
+                module.product = product.grouped
+
+
+def choose_engine(chosen: FP8Engine, device: torch.device, tile: int = BLOCK) -> FP8Engine:
+    """The engine for `device`; UserError where the chosen one, or any fast one on a GPU, is missing."""
+    if chosen is FP8Engine.emulated or (chosen is FP8Engine.auto and device.type == "cpu"):
+        return FP8Engine.emulated
+    lacking = _lacking(device, tile)
+    if lacking:
+        raise UserError(
+            f"precision.fp8.engine={chosen.name}: scaled_mm {lacking}; take precision=bf16, or "
+            "precision.fp8.engine=emulated, which computes the same and is slow"
+        )
+    return FP8Engine.scaled_mm
+
+
+def _lacking(device: torch.device, tile: int) -> str | None:
+    if device.type != "cuda":
+        return f"needs a CUDA GPU, and the device is {device.type}"
+    if tile != BLOCK:
+        return "multiplies tiles, and precision.fp8.granularity=tensor here"
+    capability, version = torch.cuda.get_device_capability(device), torch.version.cuda or "none"
+    if capability != HOPPER:
+        found = ".".join(map(str, capability))
+        return f"has block-wise scales on compute capability 9.0 (Hopper) alone, and this GPU's is {found}"
+    if tuple(int(n) for n in version.split(".")[:2]) < CUDA:
+        return f"needs a PyTorch built for CUDA 12.9 or later, and this one is for {version}"
+    return None
+
+
+def has_fp8(parts: Iterable[nn.Module]) -> bool:
+    """Whether a layer of `parts` multiplies in FP8."""
+    return bool(_probes(parts))
+
+
+def take_broken_tiles(parts: Iterable[nn.Module], device: torch.device) -> Tensor:
+    """How many tiles of backward operands were not finite since the last call; an fp32 scalar."""
+    total = torch.zeros((), device=device)
+    for probe in _probes(parts):
+        if probe.grad is not None:
+            total = total + probe.grad
+            probe.grad = None
+    return total
+
+
+def _probes(parts: Iterable[nn.Module]) -> list[Tensor]:
+    """Each part's probe; its layers share it."""
+    products = (getattr(module, "product", None) for part in parts for module in part.modules())
+    owners = (getattr(product, "__self__", None) for product in products)
+    return list({id(o.probe): o.probe for o in owners if isinstance(o, FP8Product)}.values())

@@ -1,0 +1,136 @@
+"""Linear maps in FP8, one weight or one an expert, forward and backward, as operators of PyTorch.
+
+Operators, so that compilation and selective recomputation see each as a whole. Forward products and the
+gradients of inputs use tiles of 1 x 128 and blocks of 128 x 128; the gradient of a weight adds up over
+tokens, so that both its operands are quantised again along the tokens, within an expert's own rows.
+
+Weights are [experts, out, in] and rows [rows, in], sorted by expert; `ends` [experts] int32 are the row
+numbers at which each expert's rows end, and None where one weight takes all rows. `engine` names one of
+engine.ENGINES, `tile` and `power_of_two` are the Recipe. `probe` is a scalar 0 whose gradient counts the
+tiles of backward operands that were not finite: so autograd adds it up over layers and microbatches, once
+however often a forward pass is repeated.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsv3.precision.engine import ENGINES
+from dsv3.precision.tiles import Recipe
+
+
+@torch.library.custom_op("dsv3::fp8_linear", mutates_args=())
+def fp8_linear(
+    rows: Tensor, weight: Tensor, probe: Tensor, engine: str, tile: int, power_of_two: bool
+) -> Tensor:
+    """rows W^T [rows, out] in the dtype of the rows, to which the weight is rounded before FP8."""
+    return _product(rows, weight, None, engine, Recipe(tile, power_of_two))
+
+
+@torch.library.custom_op("dsv3::fp8_grouped_linear", mutates_args=())
+def fp8_grouped_linear(
+    rows: Tensor, weight: Tensor, ends: Tensor, probe: Tensor, engine: str, tile: int, power_of_two: bool
+) -> Tensor:
+    """rows W_e^T [rows, out] for each expert's own rows; the host reads `ends`."""
+    return _product(rows, weight, ends, engine, Recipe(tile, power_of_two))
+
+
+@torch.library.custom_op("dsv3::fp8_rows_gradient", mutates_args=())
+def _rows_gradient(
+    gradient: Tensor, weight: Tensor, ends: Tensor | None, engine: str, tile: int, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the rows in the dtype of `gradient` [rows, out], and how many tiles were broken."""
+    recipe, dtype = Recipe(tile, power_of_two), gradient.dtype
+    out, broken = gradient.new_zeros(gradient.shape[0], weight.shape[2]), _count(gradient)
+    for expert, own in _experts(ends, gradient):
+        operand, blocks = recipe.activations(gradient[own]), recipe.weight(weight[expert].to(dtype))
+        out[own] = ENGINES[engine].multiply(operand, blocks.turned(), dtype)
+        broken += operand.broken() + blocks.broken()
+    return out, broken
+
+
+@torch.library.custom_op("dsv3::fp8_weight_gradient", mutates_args=())
+def _weight_gradient(
+    gradient: Tensor, rows: Tensor, ends: Tensor | None, engine: str, tile: int, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the weights in fp32, 0 for an expert without rows; and how many tiles were broken."""
+    recipe, experts = Recipe(tile, power_of_two), 1 if ends is None else ends.shape[0]
+    shape = (experts, gradient.shape[1], rows.shape[1])
+    out, broken = gradient.new_zeros(shape, dtype=torch.float32), _count(gradient)
+    for expert, own in _experts(ends, rows):
+        left, right = recipe.along_tokens(gradient[own]), recipe.along_tokens(rows[own])
+        out[expert] = ENGINES[engine].multiply(left, right, torch.float32)
+        broken += left.broken() + right.broken()
+    return out, broken
+
+
+def _product(rows: Tensor, weight: Tensor, ends: Tensor | None, engine: str, recipe: Recipe) -> Tensor:
+    out = rows.new_zeros(rows.shape[0], weight.shape[1])
+    for expert, own in _experts(ends, rows):
+        operand, blocks = recipe.activations(rows[own]), recipe.weight(weight[expert].to(rows.dtype))
+        out[own] = ENGINES[engine].multiply(operand, blocks, rows.dtype)
+    return out
+
+
+def _experts(ends: Tensor | None, rows: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, and which rows."""
+    first = 0
+    for expert, end in enumerate([rows.shape[0]] if ends is None else ends.tolist()):
+        if end > first:
+            yield expert, slice(first, end)
+        first = end
+
+
+def _count(like: Tensor) -> Tensor:
+    return like.new_zeros((), dtype=torch.float32)
+
+
+@fp8_linear.register_fake
+def _(rows: Tensor, weight: Tensor, probe: Tensor, engine: str, tile: int, power_of_two: bool) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@fp8_grouped_linear.register_fake
+def _(
+    rows: Tensor, weight: Tensor, ends: Tensor, probe: Tensor, engine: str, tile: int, power_of_two: bool
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@_rows_gradient.register_fake
+def _(
+    gradient: Tensor, weight: Tensor, ends: Tensor | None, engine: str, tile: int, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    return gradient.new_empty(gradient.shape[0], weight.shape[2]), _count(gradient)
+
+
+@_weight_gradient.register_fake
+def _(
+    gradient: Tensor, rows: Tensor, ends: Tensor | None, engine: str, tile: int, power_of_two: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (1 if ends is None else ends.shape[0], gradient.shape[1], rows.shape[1])
+    return gradient.new_empty(shape, dtype=torch.float32), _count(gradient)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    rows, weight, *ends, _, engine, tile, power_of_two = inputs
+    ctx.grouped, ctx.options = bool(ends), (engine, tile, power_of_two)
+    ctx.save_for_backward(rows, weight, *ends)
+
+
+def _differentiate(ctx, gradient):  # type: ignore[no-untyped-def]
+    rows, weight, *ends = ctx.saved_tensors
+    ends = ends[0] if ctx.grouped else None
+    of_rows, of_weight, broken = None, None, _count(gradient)
+    if ctx.needs_input_grad[0]:
+        of_rows, count = _rows_gradient(gradient, weight, ends, *ctx.options)
+        broken = broken + count
+    if ctx.needs_input_grad[1]:
+        of_weight, count = _weight_gradient(gradient, rows, ends, *ctx.options)
+        of_weight, broken = of_weight.to(weight.dtype), broken + count
+    return of_rows, of_weight, *[None] * ctx.grouped, broken, *[None] * len(ctx.options)
+
+
+fp8_linear.register_autograd(_differentiate, setup_context=_save)
+fp8_grouped_linear.register_autograd(_differentiate, setup_context=_save)
