@@ -15,6 +15,7 @@ from dsv3.planning.report import Plan, make_plan
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.world import ranks_per_node, world_size
 from dsv3.tasks.config import EvaluateTaskConfig
+from dsv3.training.config import check_moments
 
 # Unless set, a microbatch has as many sequences as make about this many tokens ...
 _MICROBATCH_TOKENS = 4096
@@ -49,6 +50,7 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     if config.task.trains:
         if train.export_hf_every:
             config_json(config.model, "bfloat16")  # or the first export would end the run
+        check_moments(config.optimizer, config.precision.moments)
         check_batch(degrees, train.length, train.batch, train.microbatch)
     elif isinstance(config.task, EvaluateTaskConfig):
         check_sequence(degrees, train.length)

@@ -63,7 +63,8 @@ class _Run:
             check_same_data(self.data.fingerprint, job.run_dir)
         mesh = job_mesh(job, me)
         self.model: Distributed = distribute(self.config, mesh, me.device)
-        self.optimizer = build_optimizer(self.config.optimizer, self.model.parts)
+        moments = self.config.precision.moments
+        self.optimizer = build_optimizer(self.config.optimizer, self.model.parts, moments)
         self.me = place(me, mesh)
         self.directory: Path = me.share(make_run_dir(job) if me.is_main else job.run_dir)
         job.run_dir = self.directory

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from dsv3.precision.config import MomentType
 from dsv3.runtime.errors import require, require_positive
 
+ADAMW = "torch.optim.AdamW"
+SLOWEST_BF16_BETA = 1 - 2**-8
+"""bf16 has 8 significant bits: a change of a number by less than 2^-8 of it may be rounded away."""
 SEEDS = 2**63
 """Seeds are 64-bit counts to torch and signed ones to NumPy."""
 
@@ -22,7 +26,7 @@ class OptimizerConfig:
 class AdamWConfig(OptimizerConfig):
     """torch.optim.AdamW with the report's constants (section 4.2); `lr` is the peak of the schedule."""
 
-    _target_: str = "torch.optim.AdamW"
+    _target_: str = ADAMW
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -34,6 +38,23 @@ class AdamWConfig(OptimizerConfig):
         require(right, "betas", list(self.betas), "must be two numbers from 0 up to 1, like [0.9,0.95]")
         require_positive(self, "eps")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
+
+
+def check_moments(optimizer: OptimizerConfig, moments: MomentType) -> None:
+    """InvalidValue, by the keys of the root, where `optimizer` cannot keep its moments in `moments`.
+
+    A running mean that is rounded after each step stands still where a step changes it too little: with a
+    beta above SLOWEST_BF16_BETA not even gradients of 0 would bring it down.
+    """
+    if moments is MomentType.fp32:
+        return
+    key, name, other = "precision.moments", moments.name, "or take precision.moments=fp32"
+    target = optimizer._target_
+    require(target == ADAMW, key, name, f"only AdamW has them, and optimizer._target_={target}; {other}")
+    betas = list(getattr(optimizer, "betas", ()))
+    still = f"moments in {name} stand still where 1 - beta is below 2^-8"
+    right = max(betas, default=0.0) <= SLOWEST_BF16_BETA
+    require(right, "optimizer.betas", betas, f"{still}: take at most {SLOWEST_BF16_BETA} each, {other}")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,15 +10,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dsv3.config import build
+from dsv3.precision.config import MomentType
 from dsv3.runtime.distributed import Worker
-from dsv3.training.config import OptimizerConfig
+from dsv3.training.config import OptimizerConfig, check_moments
+
+BF16_MOMENTS = "dsv3.training.adamw.BF16MomentAdamW"
 
 
-def build_optimizer(config: OptimizerConfig, parts: Sequence[nn.Module]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, parts: Sequence[nn.Module], moments: MomentType = MomentType.fp32
+) -> torch.optim.Optimizer:
     """Instantiate the configured optimizer; norm weights are left out of weight decay.
 
-    A group holds parameters of one mesh, as one multi-tensor update cannot span several.
+    A group holds parameters of one mesh, as one multi-tensor update cannot span several. InvalidValue for
+    `moments` that the optimizer cannot keep.
     """
+    check_moments(config, moments)
+    if moments is MomentType.bf16:
+        config = replace(config, _target_=BF16_MOMENTS)
     grouped: dict[tuple[Any, bool], list[nn.Parameter]] = {}
     for parameter in (p for part in parts for p in part.parameters()):
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None

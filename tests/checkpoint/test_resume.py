@@ -18,6 +18,7 @@ VARIANTS = {
     "microbatches": ["train.microbatch_size=2"],
     "document mask": ["data.document_mask=true"],
     "bf16": ["precision=bf16"],
+    "bf16 moments": ["precision.moments=bf16"],
 }
 
 
@@ -38,10 +39,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 def test_the_variants_do_not_train_the_same(commands: Commands, tmp_path: Path) -> None:
     """Were a setting without effect, its test above would show nothing; microbatches may round alike."""
     finals = set()
-    for name in ("plain", "document mask", "bf16"):
+    for name in ("plain", "document mask", "bf16", "bf16 moments"):
         commands.train(tmp_path / name, *VARIANTS[name], "train.steps=3")
         finals.add(last_tensors(tmp_path / name)["model.embedding.weight"])
-    assert len(finals) == 3
+    assert len(finals) == 4
 
 
 def test_a_kill_between_checkpoints_leaves_each_step_once(

@@ -61,6 +61,8 @@ MISTAKES: dict[str, list[str]] = {
     "train.seed=9223372036854775808": ["train.seed=9223372036854775808", "below"],
     "launch.timeout=99999999": ["launch.timeout=99999999", "a week"],
     "optimizer.betas=[0.9,2]": ["optimizer.betas=[0.9, 2.0]", "[0.9,0.95]"],
+    "precision.moments=bf16 optimizer.betas=[0.9,0.999]": ["optimizer.betas=[0.9, 0.999]", "0.99609375"],
+    "precision.moments=bf16 optimizer._target_=torch.optim.Adam": ["precision.moments=bf16", "only AdamW"],
     "schedule=steps schedule.at=[0.9,0.8]": ["schedule.at=[0.9, 0.8]", "ascending"],
     "schedule.final=2": ["schedule.final=2.0", "between 0 and 1"],
     "train.steps=0": ["train.steps=0", "above 0"],
