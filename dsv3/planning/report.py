@@ -15,6 +15,7 @@ from dsv3.planning.partition import Pipelining
 from dsv3.planning.shape import StateBytes, StepShape
 from dsv3.planning.time import bubble
 from dsv3.planning.traffic import TrafficBytes, rank_traffic
+from dsv3.precision.config import PrecisionConfig
 from dsv3.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
+MOMENTS_BYTES = {"fp32": 8, "bf16": 4}
 # More shards than any cluster has ranks: what does not fit there fits nowhere.
 MOST_SHARDS = 2**16
 
@@ -99,6 +101,7 @@ class Plan:
             ("layout", f"{self.world_size:,} ranks = {axes}; ep {self.degrees.ep}"),
             *self._pipeline_rows(),
             ("microbatch", f"{batch}, recompute {shape.recompute.value}"),
+            ("bytes a parameter", shape.state.to_text()),
         ]
 
     def _pipeline_rows(self) -> list[tuple[str, str]]:
@@ -148,7 +151,7 @@ def make_plan(config: "Config", degrees: Degrees, hardware: HardwareConfig) -> P
         microbatches=train.batch // (train.microbatch * degrees.data_parallel),
         recompute=config.recompute.mode,
         reshard_after_forward=reshard_after_forward(parallel, degrees.pp),
-        state=StateBytes(compute=COMPUTE_BYTES[config.precision.compute.name]),
+        state=_state_bytes(config.precision),
         fused_kernels=not on_cpu,
         keep=_kept(config),
         pipelining=_pipelining(parallel, degrees.pp),
@@ -163,6 +166,11 @@ def plan_shape(model: ModelConfig, degrees: Degrees, hardware: HardwareConfig, s
     """The plan of `model` in steps of `shape` on `degrees` of detected `hardware`."""
     memory, traffic = rank_memory(model, degrees, shape), rank_traffic(model, degrees, shape)
     return Plan(model, degrees, hardware, shape, memory, traffic)
+
+
+def _state_bytes(precision: PrecisionConfig) -> StateBytes:
+    moments, compute = MOMENTS_BYTES[precision.moments.name], COMPUTE_BYTES[precision.compute.name]
+    return StateBytes(optimizer=moments, compute=compute)
 
 
 def _pipelining(parallel: ParallelConfig, pp: int) -> Pipelining:

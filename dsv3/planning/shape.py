@@ -11,12 +11,17 @@ from dsv3.planning.partition import Pipelining, Stage, stages
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes a number: fp32 master weights and gradients, AdamW's two fp32 moments, the compute dtype."""
+    """Bytes a number: fp32 master weights and gradients, AdamW's two moments together, the compute dtype."""
 
     parameter: int = 4
     gradient: int = 4
     optimizer: int = 8
     compute: int = 4
+
+    def to_text(self) -> str:
+        """The policy for people, in the words of docs/precision.md."""
+        kept = f"master {self.parameter}, gradient {self.gradient}, moments {self.optimizer}"
+        return f"{kept}, compute copy {self.compute}"
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from dsv3.planning.partition import Pipelining
 from dsv3.planning.report import (
     COMPUTE_BYTES,
     GIB,
+    MOMENTS_BYTES,
     Plan,
     advice,
     make_plan,
@@ -32,7 +33,7 @@ from dsv3.planning.report import (
     smallest_dp_shard,
 )
 from dsv3.planning.shape import StateBytes, StepShape
-from dsv3.precision.config import ComputeType
+from dsv3.precision.config import ComputeType, MomentType, PrecisionConfig
 from dsv3.runtime.errors import UserError
 from tests.planning.presets import preset
 
@@ -129,14 +130,19 @@ def test_recomputation_and_shards_together_may_be_needed() -> None:
         require_fits(plan)
 
 
-def config_of(parallel: ParallelConfig, nproc: int | None = None, async_save: bool = True) -> "Config":
+def config_of(
+    parallel: ParallelConfig,
+    nproc: int | None = None,
+    async_save: bool = True,
+    moments: MomentType = MomentType.fp32,
+) -> "Config":
     nodes = SimpleNamespace(
         model=preset("debug"),
         train=SimpleNamespace(microbatch=2, length=512, batch=24),
         recompute=RecomputeConfig(mode=Recomputed.full),
         parallel=parallel,
         launch=SimpleNamespace(nproc=nproc),
-        precision=SimpleNamespace(compute=ComputeType.bf16),
+        precision=PrecisionConfig(ComputeType.bf16, moments),
         checkpoint=SimpleNamespace(async_save=async_save),
     )
     return cast("Config", nodes)
@@ -210,8 +216,32 @@ def test_a_pipelined_plan_tells_schedule_bubble_and_what_is_sent() -> None:
     assert sent["tp"] == pytest.approx(plan.traffic.tp / GIB, abs=0.006)
 
 
-def test_every_compute_type_has_its_bytes() -> None:
+def test_every_compute_and_moment_type_has_its_bytes() -> None:
     assert set(COMPUTE_BYTES) == {compute.name for compute in ComputeType}
+    assert set(MOMENTS_BYTES) == {moments.name for moments in MomentType}
+
+
+def test_bf16_moments_are_half_the_optimizer_state_and_nothing_else() -> None:
+    cpu, degrees = HardwareConfig(name="cpu"), Degrees(dp_shard=2)
+    for hardware in (H800, cpu):
+        full, half = (
+            make_plan(config_of(ParallelConfig(), moments=moments), degrees, hardware)
+            for moments in MomentType
+        )
+        saved = full.memory.parameters  # 4 of a parameter's 8 bytes, and it is 4 itself
+        assert full.memory.optimizer == 2 * half.memory.optimizer == 2 * saved
+        # On CPU a save in the background copies the moments too.
+        copies = saved if hardware is cpu else 0
+        assert full.memory.save_copies - half.memory.save_copies == copies
+        assert full.memory.total - half.memory.total == saved + copies
+        assert full.to_json().keys() == half.to_json().keys()
+
+
+@pytest.mark.parametrize(("moments", "bytes_"), [(MomentType.fp32, 8), (MomentType.bf16, 4)])
+def test_the_policy_is_one_line_of_the_table(moments: MomentType, bytes_: int) -> None:
+    text = make_plan(config_of(ParallelConfig(), moments=moments), Degrees(), H800).to_text()
+    line = f"bytes a parameter  master 4, gradient 4, moments {bytes_}, compute copy 2"
+    assert [row for row in text.splitlines() if row.startswith("bytes")] == [line]
 
 
 def test_what_fits_or_is_unknown_is_let_through() -> None:
