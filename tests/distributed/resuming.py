@@ -16,10 +16,10 @@ State = dict[str, Tensor]
 
 
 def go_on(
-    config: Config, degrees: Degrees | None, microbatch: int, run_dir: Path
+    config: Config, degrees: Degrees | None, microbatch: int, run_dir: Path, optimizer_name: str = "adamw"
 ) -> tuple[int, State, State]:
     """Restore, take a step, save: the step restored from, and the whole tensors here before and after."""
-    setup = prepared(config, degrees, "adamw")
+    setup = prepared(config, degrees, optimizer_name)
     assert setup is not None
     model, optimizer, me = setup
     manager = CheckpointManager(run_dir, CheckpointConfig(keep_last=1, async_save=False), me)
@@ -33,6 +33,7 @@ def go_on(
         return tensors
 
     before = state()
-    take_step(TrainStep(model.passes, optimizer, me, clip_norm=1e9), progress.step, microbatch, "adamw")
+    step = TrainStep(model.passes, optimizer, me, clip_norm=1e9)
+    take_step(step, progress.step, microbatch, optimizer_name)
     manager.save(model.parts, optimizer, Progress(progress.step + 1))
     return progress.step, before, state()

@@ -11,6 +11,7 @@ from tests.distributed.pool import Pool
 from tests.distributed.resuming import State, go_on
 from tests.distributed.training import configured, train
 
+BF16 = "bf16 moments"
 # A save is by all ranks of the process group, so that every layout has the pool's 8.
 LAYOUTS: list[tuple[Degrees, int, list[str]]] = [
     (Degrees(dp_shard=8), 1, []),
@@ -55,3 +56,29 @@ def test_one_process_goes_on_with_what_many_have_saved(pool: Pool, tmp_path: Pat
     # The other way round: one process has saved step 2.
     ranks = pool.run(go_on, config, degrees, microbatch, tmp_path)
     assert ranks[0][0] == 2
+
+
+def test_bf16_moments_go_from_layout_to_layout_and_come_to_where_one_process_comes(
+    pool: Pool, tmp_path: Path
+) -> None:
+    saved: State = {}
+    for number in (2, 0):
+        degrees, microbatch, overrides = LAYOUTS[number]
+        config = configured(["parallel=fsdp", *overrides], microbatch)
+        ranks = pool.run(go_on, config, degrees, microbatch, tmp_path, BF16)
+        if saved:
+            assert all(torch.equal(t, saved[name]) for _, before, _ in ranks for name, t in before.items())
+        saved = {name: tensor for _, _, after in ranks for name, tensor in after.items()}
+    step, before, _ = go_on(configured(["parallel=none"], 2), None, 2, tmp_path, BF16)
+    assert step == 2
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in saved.items())
+    moments = [tensor for name, tensor in saved.items() if "exp_avg" in name]
+    assert {tensor.dtype for tensor in moments} == {torch.bfloat16}
+    assert all(tensor.any() for tensor in moments)
+    single = train([], None, 2, 2, BF16)
+    assert single is not None
+    assert_close(
+        {name.removeprefix("model."): t for name, t in saved.items() if name.startswith("model.")},
+        single.state,
+    )

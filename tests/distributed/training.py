@@ -15,6 +15,7 @@ from dsv3.parallel.degrees import Degrees
 from dsv3.parallel.distributed import Distributed, distribute
 from dsv3.parallel.mesh import ParallelMesh, build_mesh, place
 from dsv3.runtime.distributed import Worker
+from dsv3.training.adamw import BF16MomentAdamW
 from dsv3.training.evaluation import evaluate
 from dsv3.training.step import TrainStep, Weights
 from tests.composing import compose
@@ -39,7 +40,7 @@ TINY = [
     f"train.global_batch_size={GLOBAL_BATCH}",
     "data.document_mask=true",
 ]
-RATES = {"sgd": 0.35, "adamw": 1e-3}
+RATES = {"sgd": 0.35, "adamw": 1e-3, "bf16 moments": 1e-3}
 WEIGHTS = Weights(lr=0.0, mtp=1.0, balance=0.01, bias_speed=0.01, z=1e-3)
 
 
@@ -141,6 +142,8 @@ def _optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.O
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=1.0, foreach=False)
     # With a tiny eps AdamW turns rounding into steps of the size of lr.
+    if name == "bf16 moments":
+        return BF16MomentAdamW(parameters, eps=1e-4, fused=False)
     return torch.optim.AdamW(parameters, eps=1e-4, foreach=False)
 
 
