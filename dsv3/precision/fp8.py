@@ -82,12 +82,12 @@ def _lacking(device: torch.device, tile: int) -> str | None:
         return f"needs a CUDA GPU, and the device is {device.type}"
     if tile != BLOCK:
         return "multiplies tiles, and precision.fp8.granularity=tensor here"
-    capability, version = torch.cuda.get_device_capability(device), torch.version.cuda or "none"
+    capability, version = torch.cuda.get_device_capability(device), torch.version.cuda
     if capability != HOPPER:
         found = ".".join(map(str, capability))
         return f"has block-wise scales on compute capability 9.0 (Hopper) alone, and this GPU's is {found}"
-    if tuple(int(n) for n in version.split(".")[:2]) < CUDA:
-        return f"needs a PyTorch built for CUDA 12.9 or later, and this one is for {version}"
+    if version is None or tuple(int(n) for n in version.split(".")[:2]) < CUDA:
+        return f"needs a PyTorch built for CUDA 12.9 or later, and this one is for {version or 'none'}"
     return None
 
 
