@@ -1,7 +1,7 @@
 """Block-wise FP8 against E4M3's definition, the fast forms against the plain ones, and round trips."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from threading import Thread
 from unittest.mock import patch
@@ -26,16 +26,6 @@ BLOCKS = [SQUARE, (1, 128), (128, 1)]
 SHAPES = [(1, 1), (128, 128), (129, 127), (576, 300), (300, 2500)]
 FACTORS = [1.0, -0.3, 7e-5, 2.0**-20, 2.0**-126, 1e-38, -1e-44, 2.0**119, -(2.0**120), 3e38, 0.0]
 FACTORS += [math.inf, math.nan]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """More would wait for each other at every operation; and how a processor treats subnormals is set
-    for a thread alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def definition(code: int) -> float:

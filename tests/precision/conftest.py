@@ -1,0 +1,16 @@
+"""One thread: more would wait for each other at every operation, and how a processor treats subnormals is
+set for a thread alone."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """As many threads as before once the package is done."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
