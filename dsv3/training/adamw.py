@@ -1,4 +1,4 @@
-"""AdamW whose two moments are stored in bf16, as DeepSeek-V3's are (report, section 3.3.1)."""
+"""AdamW whose two moments are stored in bf16, as DeepSeek-V3's are (report, section 3.3.3)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple

@@ -18,6 +18,7 @@ from dsv3.checkpoint.weights import load_weights
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.distributed import Worker
 from dsv3.runtime.errors import UserError
+from dsv3.training.adamw import BF16MomentAdamW
 
 from .conftest import ALONE, Trained
 from .running import tensors, unseal
@@ -64,6 +65,23 @@ def test_restoring_gives_back_the_random_state(run_dir: Path, trained: Trained) 
     torch.manual_seed(4)
     _restore(run_dir, Trained(seed=1))
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_moments_of_another_precision_are_rounded_or_widened(run_dir: Path, trained: Trained) -> None:
+    trained.save(run_dir)
+    half, whole = Trained(seed=1), Trained(seed=2)
+    half.optimizer = BF16MomentAdamW(half.model.parameters(), lr=0.01)
+    half.restore(run_dir)
+    stored, read = (each.optimizer.state_dict()["state"] for each in (trained, half))
+    for number, moments in stored.items():
+        assert all(read[number][key].equal(moments[key].bfloat16()) for key in ("exp_avg", "exp_avg_sq"))
+        assert read[number]["step"] == moments["step"] == 1
+    half.step()
+    half.save(run_dir)
+    whole.restore(run_dir)
+    stored, read = (each.optimizer.state_dict()["state"] for each in (half, whole))
+    for number, moments in stored.items():
+        assert all(read[number][key].equal(moments[key].float()) for key in ("exp_avg", "exp_avg_sq"))
 
 
 def test_the_learning_rate_comes_from_the_config(run_dir: Path, trained: Trained) -> None:
