@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).resolve().parent / "results" / "mutations.json"
 MODEL, HF = "tests/model", "tests/hf"
 TRAINING, SHARDED = "tests/training", "tests/distributed/test_parity.py"
+PRECISION = " ".join(
+    f"tests/precision/test_{name}.py" for name in ("tiles", "engine", "operators", "fp8", "scaled_mm")
+)
 
 
 @dataclass
@@ -367,6 +370,69 @@ MUTATIONS = [
         "return x, summed, None, None, None",
         "return x, None, None, None, None",
         "tests/distributed/test_deepep.py",
+    ),
+    Mutation(
+        "FP8: a tile never crosses an expert's rows",
+        "dsv3/precision/operators.py",
+        "        operand, blocks = recipe.activations(rows[own]), recipe.weight(weight[expert].to(rows.dtype))\n        out[own] = ENGINES[engine].multiply(operand, blocks, rows.dtype)",
+        "        operand, blocks = recipe.activations(rows[own]), recipe.weight(weight.flatten(0, 1).to(rows.dtype))\n        out[own] = ENGINES[engine].multiply(operand, blocks, rows.dtype)[:, expert * out.shape[1] : (expert + 1) * out.shape[1]]",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: rows of another expert are in no tile along the tokens",
+        "dsv3/precision/operators.py",
+        "recipe.along_tokens(gradient[own]), recipe.along_tokens(rows[own])",
+        "recipe.along_tokens(gradient[own]), recipe.along_tokens(rows)._replace(codes=recipe.along_tokens(rows).codes[:, own])",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: scales after the sum of a block",
+        "dsv3/precision/engine.py",
+        "        torch.mm(left[:, depth], right[:, depth].t(), out=sums)\n        torch.mul(of_left[:, n, None], of_right[:, n], out=factors)",
+        "        torch.mm(left[:, depth] * of_left[:, n, None], (right[:, depth] * of_right[:, n, None]).t(), out=sums)\n        factors.fill_(1.0)",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: the weight's gradient has tiles along the tokens",
+        "dsv3/precision/tiles.py",
+        "return self._quantize(x, (self.tile, 1)).turned()",
+        "return self._quantize(x, (1, self.tile))._replace(block=(self.tile, 1)).turned()",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: the gradient of the rows takes the weight's grid turned",
+        "dsv3/precision/tiles.py",
+        "return Tiles(self.codes.t(), self.scales.t(), (self.block[1], self.block[0]))",
+        "return Tiles(self.codes.t(), self.scales.reshape(self.scales.shape[::-1]), (self.block[1], self.block[0]))",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: the head keeps the compute dtype",
+        "dsv3/precision/fp8.py",
+        'IN_HIGHER_PRECISION = ("head",)',
+        "IN_HIGHER_PRECISION = ()",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: what is not finite is counted",
+        "dsv3/precision/blocks.py",
+        "    return _by_block(nan, block).amax((1, 3)).sum()",
+        "    return _by_block(nan, block).amax((1, 3)).sum() * 0",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: and does not make its tile's scale",
+        "dsv3/precision/blocks.py",
+        "        largest = numbers.nan_to_num(nan=0.0).abs().amax((1, 3))",
+        "        largest = numbers.nan_to_num(nan=LARGEST).abs().amax((1, 3))",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: scaled_mm reads a weight's scales by columns padded to four",
+        "dsv3/precision/scaled_mm.py",
+        "    return F.pad(scales, (0, -scales.shape[1] % _DEPTH_OF_SCALES), value=1.0).contiguous().t()",
+        "    return scales.contiguous().t()",
+        PRECISION,
     ),
 ]
 
