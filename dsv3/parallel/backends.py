@@ -38,6 +38,8 @@ def check_backend(config: "Config", plan: Plan) -> None:
             f"{_NAME} carries bf16 rows, and precision.compute={compute.name} here: take precision=bf16, "
             f"or {_ELSE}"
         )
+    if config.precision.fp8 is not None and config.precision.fp8.dispatch:
+        raise UserError(f"{_NAME} carries rows in bf16: take precision.fp8.dispatch=false, or {_ELSE}")
     _check_size(plan)
     _check_nodes(degrees.ep, plan.shape.ranks_per_node)
     # A plan is made anywhere; a job that Slurm will start may find the package there.

@@ -6,6 +6,7 @@ levels: a token crosses to a node once, to the rank of the same number there, an
 The number of rows is read on the host, once a layer and level: all_to_all needs it (NCCL's too).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from dsv3.parallel.config import ExchangeBackend
 from dsv3.parallel.deepep import DeepEPDispatcher
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.routes import Route, bring_back, make_route, send, weighted_sums
+from dsv3.parallel.transport import Exchange, PlainTransport, Transport
 
 
 class ExpertParallel:
@@ -63,16 +65,14 @@ class Leg(NamedTuple):
     """One exchange that rows have made, for the way back."""
 
     route: Route
-    sent: list[int]
-    received: list[int]
-    group: dist.ProcessGroup
+    exchange: Exchange
 
 
 class Arriving(NamedTuple):
     """Rows that are under way to this rank, with what it is to do with them."""
 
-    rows: Tensor
-    """[received rows, dim]; to be waited for."""
+    rows: Callable[[], Tensor]
+    """Waits for them: [received rows, dim]."""
     weights: Tensor
     """[received rows, experts behind this rank] fp32, 0 for experts not chosen."""
     chosen: Tensor
@@ -81,10 +81,11 @@ class Arriving(NamedTuple):
 
 
 class ExchangeDispatcher:
-    """The dispatcher of experts that live on several ranks."""
+    """The dispatcher of experts that live on several ranks; `transport` carries the rows."""
 
     def __init__(self, levels: list[dist.ProcessGroup]) -> None:
         self.levels = levels
+        self.transport: Transport = PlainTransport()
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Arriving, int]:
         """Start the first exchange of `x` [tokens, dim]; the experts' turn comes in `combine`."""
@@ -92,36 +93,36 @@ class ExchangeDispatcher:
         weights = x.new_zeros(x.shape[0], experts, dtype=torch.float32)
         chosen = torch.zeros_like(weights, dtype=torch.bool).scatter(1, routing.experts, True)
         weights = weights.scatter(1, routing.experts, routing.weights)
-        return _start(x, weights, chosen, top_k, self.levels[0]), top_k
+        return self._start(x, weights, chosen, top_k, self.levels[0]), top_k
 
     def combine(self, dispatched: tuple[Arriving, int], experts: ExpertsFunction) -> Tensor:
         """Let the rows arrive, compute, and bring the weighted sums [tokens, dim] back."""
         arriving, top_k = dispatched
         legs = [arriving.leg]
         for group in self.levels[1:]:
-            arriving = _start(wait(arriving.rows), arriving.weights, arriving.chosen, top_k, group)
+            arriving = self._start(arriving.rows(), arriving.weights, arriving.chosen, top_k, group)
             legs.append(arriving.leg)
-        out = weighted_sums(wait(arriving.rows), arriving.weights, arriving.chosen, top_k, experts)
+        out = weighted_sums(arriving.rows(), arriving.weights, arriving.chosen, top_k, experts)
         for leg in reversed(legs):
-            back = wait(start_exchange(out, leg.received, leg.sent, leg.group))
-            out = bring_back(back, leg.route)
+            out = bring_back(self.transport.back(out, leg.exchange), leg.route)
         return out
 
-
-def _start(x: Tensor, weights: Tensor, chosen: Tensor, top_k: int, group: dist.ProcessGroup) -> Arriving:
-    """Send each row of `x` once to every rank of `group` behind which it has an expert."""
-    ranks = group.size()
-    goes = chosen.unflatten(1, (ranks, -1)).any(-1)
-    route = make_route(goes, min(top_k, ranks))
-    sent, received = _exchange_counts(route.counts, group)
-    rows = start_exchange(send(x, route), sent, received, group)
-    # A copy takes the weights of the experts behind its own place along.
-    taken = (route.source, route.place)
-    weights = weights.unflatten(1, (ranks, -1))[taken]
-    marks = chosen.unflatten(1, (ranks, -1))[taken].to(weights.dtype)
-    both = wait(start_exchange(torch.cat([weights, marks], dim=1), sent, received, group))
-    weights, marks = both.chunk(2, dim=1)
-    return Arriving(rows, weights, marks > 0, Leg(route, sent, received, group))
+    def _start(
+        self, x: Tensor, weights: Tensor, chosen: Tensor, top_k: int, group: dist.ProcessGroup
+    ) -> Arriving:
+        """Send each row of `x` once to every rank of `group` behind which it has an expert."""
+        ranks = group.size()
+        goes = chosen.unflatten(1, (ranks, -1)).any(-1)
+        route = make_route(goes, min(top_k, ranks))
+        exchange = Exchange(*_exchange_counts(route.counts, group), group)
+        rows = self.transport.go(send(x, route), exchange)
+        # A copy takes the weights of the experts behind its own place along.
+        taken = (route.source, route.place)
+        weights = weights.unflatten(1, (ranks, -1))[taken]
+        marks = chosen.unflatten(1, (ranks, -1))[taken].to(weights.dtype)
+        both = wait(start_exchange(torch.cat([weights, marks], dim=1), *exchange))
+        weights, marks = both.chunk(2, dim=1)
+        return Arriving(rows, weights, marks > 0, Leg(route, exchange))
 
 
 def _exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:

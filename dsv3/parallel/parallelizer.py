@@ -12,6 +12,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.sequence import split_sequences
 from dsv3.parallel.stages import reshard_after_forward
+from dsv3.precision.fp8 import gather_weights
 
 
 def build_model(config: Config, mesh: ParallelMesh | None, device: torch.device) -> Transformer:
@@ -45,13 +46,13 @@ def parallelize(
     not be traced. Sharding comes last, because its hooks must run outside of both.
     """
     chosen = config.parallel
-    if config.precision.fp8 is not None:
-        build(config.precision.fp8)(model, device)
     if mesh is not None:
         for wrapper in (chosen.tensor, chosen.context, chosen.expert):
             if wrapper is not None:
                 build(wrapper)(model, mesh)
         split_sequences(model, mesh)
+    if config.precision.fp8 is not None:
+        build(config.precision.fp8)(model, device)
     build(config.compile)(model, device)
     build(config.recompute)(model)
     if mesh is not None and chosen.fsdp is not None:
@@ -62,6 +63,7 @@ def parallelize(
 def materialize(model: Transformer, seed: int, device: torch.device) -> None:
     """Give a wrapped `model` memory on `device` and its initial weights."""
     model.to_empty(device=device)
+    gather_weights(model)
     initialize(model, seed, write)
 
 

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.model.layers import Linear
-from dsv3.model.moe import Experts
+from dsv3.model.moe import Dispatcher, Experts, MoE
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.expert import ExchangeDispatcher
+from dsv3.parallel.transport import FP8Transport
 from dsv3.precision.blocks import BLOCK
 from dsv3.precision.config import FP8Engine, Granularity
+from dsv3.precision.gather import gather_in_fp8
 from dsv3.precision.operators import fp8_grouped_linear, fp8_linear
 from dsv3.runtime.errors import UserError
 
@@ -28,6 +31,7 @@ class FP8Product:
     engine: str
     tile: int
     power_of_two: bool
+    gather: bool = False
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """See model.layers.Product."""
@@ -45,23 +49,46 @@ class BlockFP8:
     """Replaces the products of linear layers and experts; the fields are those of BlockFP8Config."""
 
     def __init__(
-        self, granularity: Granularity, power_of_two: bool, engine: FP8Engine, dispatch: bool
+        self,
+        granularity: Granularity,
+        power_of_two: bool,
+        engine: FP8Engine,
+        dispatch: bool = False,
+        gather: bool = False,
     ) -> None:
         self.tile = BLOCK if granularity is Granularity.tile else 0
         self.power_of_two = power_of_two
         self.engine = engine
         self.dispatch = dispatch
+        self.gather = gather
 
     def __call__(self, model: Transformer, device: torch.device) -> None:
         """Set the products of `model`, which will be on `device`; UserError where an engine cannot run."""
         engine = choose_engine(self.engine, device, self.tile)
         probe = torch.zeros((), device=device, requires_grad=True)
-        product = FP8Product(probe, engine.name, self.tile, self.power_of_two)
+        product = FP8Product(probe, engine.name, self.tile, self.power_of_two, self.gather)
         for name, module in model.named_modules():
             if isinstance(module, Linear) and name not in IN_HIGHER_PRECISION:
                 module.product = product.linear
             elif isinstance(module, Experts):
                 module.product = product.grouped
+            elif isinstance(module, MoE) and self.dispatch:
+                _send_in_fp8(module.dispatcher, self.power_of_two)
+
+
+def _send_in_fp8(dispatcher: Dispatcher, power_of_two: bool) -> None:
+    """Where rows travel at all."""
+    if isinstance(dispatcher, ExchangeDispatcher):
+        dispatcher.transport = FP8Transport(power_of_two)
+
+
+def gather_weights(model: nn.Module) -> None:
+    """Let FSDP gather the weights of FP8 products in FP8 where that is chosen; once they have memory."""
+    for module in model.modules():
+        product = _product(module)
+        if product is not None and product.gather:
+            for weight in module.parameters(recurse=False):
+                gather_in_fp8(weight, product.power_of_two)
 
 
 def choose_engine(chosen: FP8Engine, device: torch.device, tile: int = BLOCK) -> FP8Engine:
@@ -108,6 +135,10 @@ def take_broken_tiles(parts: Iterable[nn.Module], device: torch.device) -> Tenso
 
 def _probes(parts: Iterable[nn.Module]) -> list[Tensor]:
     """Each part's probe; its layers share it."""
-    products = (getattr(module, "product", None) for part in parts for module in part.modules())
-    owners = (getattr(product, "__self__", None) for product in products)
-    return list({id(o.probe): o.probe for o in owners if isinstance(o, FP8Product)}.values())
+    products = (_product(module) for part in parts for module in part.modules())
+    return list({id(p.probe): p.probe for p in products if p is not None}.values())
+
+
+def _product(module: nn.Module) -> FP8Product | None:
+    owner = getattr(getattr(module, "product", None), "__self__", None)
+    return owner if isinstance(owner, FP8Product) else None

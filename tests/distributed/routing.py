@@ -72,7 +72,7 @@ def _exchange(kind: str, ep: int, mesh: ParallelMesh, backend: ExchangeBackend) 
         "weights_grad": routing.weights.grad,
         "counts": seen[0],
         # The stand-in's handle begins with the tokens that go to each rank.
-        "sent": dispatched.handle[0].sum(0).tolist() if deepep else dispatched[0].leg.sent,
+        "sent": dispatched.handle[0].sum(0).tolist() if deepep else dispatched[0].leg.exchange.sent,
     }
 
 

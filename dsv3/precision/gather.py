@@ -1,0 +1,72 @@
+"""FSDP's gathering of weights in FP8: a rank quantises its shard, codes and scales travel, all dequantise.
+
+Only where every shard holds whole blocks of 128 x 128: their scales are then those that the whole weight's
+blocks have, and the product that quantises the gathered weight again finds the same codes, and with scales
+that are powers of two the same scales. Other weights are gathered in the compute dtype.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from dsv3.precision.blocks import BLOCK, dequantize, quantize
+
+SQUARE = (BLOCK, BLOCK)
+
+
+def gather_in_fp8(weight: nn.Parameter, power_of_two: bool) -> None:
+    """Let FSDP gather `weight` in FP8 where its shards hold whole blocks; the same answer on every rank.
+
+    FSDP looks for these two functions on the local tensor before its first gathering.
+    """
+    if not isinstance(weight, DTensor) or not _has_whole_blocks(weight):
+        return
+    local = weight._local_tensor
+    gathering = Gathering(local, power_of_two)
+    local.fsdp_pre_all_gather = gathering.send  # type: ignore[attr-defined]
+    local.fsdp_post_all_gather = gathering.receive  # type: ignore[attr-defined]
+
+
+def _has_whole_blocks(weight: DTensor) -> bool:
+    """Whether FSDP shards dim 0 in equal parts of whole blocks: rows, or experts with whole blocks each."""
+    cut = [p.dim for p in weight.placements if isinstance(p, Shard)]
+    parts = math.prod(weight.device_mesh.size(n) for n, p in enumerate(weight.placements) if p.is_shard(0))
+    rows, odd = divmod(weight.shape[0], parts)
+    if weight.ndim == 3:
+        return not odd and 1 not in cut and weight.shape[1] % BLOCK == 0
+    return not odd and rows % BLOCK == 0
+
+
+class Gathering:
+    """One weight's shard [.., rows, columns] on the way to its whole."""
+
+    def __init__(self, shard: Tensor, power_of_two: bool) -> None:
+        self.shard = shard
+        self.power_of_two = power_of_two
+
+    @torch.no_grad()
+    def send(
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, Tensor], None]:
+        """What travels, codes as bytes [.., rows, columns] and their scales; as FSDP wants it."""
+        rows = self.shard.to(mp_policy.param_dtype).flatten(0, -2)
+        codes, scales = quantize(rows, SQUARE, power_of_two=self.power_of_two)
+        return (codes.view(torch.uint8).view_as(self.shard), scales), None
+
+    @torch.no_grad()
+    def receive(
+        self, outputs: tuple[Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The whole weight in `dtype`, into `out` where FSDP has room already."""
+        codes, scales = outputs
+        rows = codes.flatten(0, -2).view(torch.float8_e4m3fn)
+        if out is None:
+            weight = dequantize(rows, scales, SQUARE, dtype=dtype).view(codes.shape)
+            return weight, (weight,)
+        whole = out._local_tensor if isinstance(out, DTensor) else out
+        # `.data`: autograd must not take the refilled weight for one that was changed after its use.
+        dequantize(rows, scales, SQUARE, out=whole.data.flatten(0, -2))
+        return None

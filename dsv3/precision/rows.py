@@ -1,0 +1,28 @@
+"""Rows of activations as bytes, to travel in FP8: codes of 1 x 128 tiles, and behind them their scales."""
+
+import torch
+from torch import Tensor
+
+from dsv3.precision.blocks import BLOCK, dequantize, quantize
+
+TILE = (1, BLOCK)
+SCALE_BYTES = 4
+
+
+def packed_width(dim: int) -> int:
+    """Bytes of a row of `dim` numbers."""
+    return dim + SCALE_BYTES * -(-dim // BLOCK)
+
+
+@torch.no_grad()
+def pack(rows: Tensor, power_of_two: bool = False) -> Tensor:
+    """`rows` [rows, dim] as uint8 [rows, packed_width(dim)]."""
+    codes, scales = quantize(rows, TILE, power_of_two=power_of_two)
+    return torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], dim=1)
+
+
+@torch.no_grad()
+def unpack(packed: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The rows [rows, dim] of `pack`, in `dtype`."""
+    codes, scales = packed[:, :dim].contiguous(), packed[:, dim:].contiguous()
+    return dequantize(codes.view(torch.float8_e4m3fn), scales.view(torch.float32), TILE, dtype=dtype)
