@@ -13,8 +13,15 @@ from dsv3.planning.activations import Activations, TokenBytes
 from dsv3.planning.partition import Stage, stage_groups
 from dsv3.planning.schedules import order
 from dsv3.planning.shape import StepShape
-from dsv3.planning.sharding import FP32, computes_in_fp32, gathered_bytes, local_numel, stored
-from dsv3.planning.weights import Component, Weight
+from dsv3.planning.sharding import (
+    FP32,
+    computes_in_fp32,
+    gathered_bytes,
+    local_numel,
+    multiplies_in_fp8,
+    stored,
+)
+from dsv3.planning.weights import Weight
 
 # FSDP2 gathers the next block while it computes this one.
 GATHERED_BLOCKS = 2
@@ -111,14 +118,15 @@ def _casts(groups: list[list[Weight]], shape: StepShape) -> int:
     """Bytes of the weights that one process casts; under recomputation those of a block at a time."""
     if shape.state.compute == shape.state.parameter:
         return 0
-    root, *blocks = [sum(_cast(weight) for weight in group) for group in groups]
+    root, *blocks = [sum(_cast(weight, shape) for weight in group) for group in groups]
     kept = sum(blocks) if shape.recompute is Recomputed.none else max(blocks)
     return (root + kept) * shape.state.compute
 
 
-def _cast(weight: Weight) -> int:
-    looked_up = weight.component is Component.embedding
-    return 0 if looked_up or computes_in_fp32(weight) else weight.numel
+def _cast(weight: Weight, shape: StepShape) -> int:
+    """Numbers of a weight whose cast is kept; products in FP8 keep the master and cast it again."""
+    kept = weight.is_matrix and not computes_in_fp32(weight)
+    return 0 if not kept or (shape.fp8 is not None and multiplies_in_fp8(weight)) else weight.numel
 
 
 def _activations(

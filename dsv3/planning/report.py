@@ -12,7 +12,7 @@ from dsv3.planning import parameters
 from dsv3.planning.hardware import HardwareConfig
 from dsv3.planning.memory import MemoryBytes, rank_memory
 from dsv3.planning.partition import Pipelining
-from dsv3.planning.shape import StateBytes, StepShape
+from dsv3.planning.shape import FP8Shape, StateBytes, StepShape
 from dsv3.planning.time import bubble
 from dsv3.planning.traffic import TrafficBytes, rank_traffic
 from dsv3.precision.config import PrecisionConfig
@@ -158,6 +158,7 @@ def make_plan(config: "Config", degrees: Degrees, hardware: HardwareConfig) -> P
         cpu_offload=parallel.fsdp is not None and parallel.fsdp.cpu_offload and not on_cpu,
         staged=config.checkpoint.async_save and on_cpu,
         ranks_per_node=_ranks_per_node(config, hardware),
+        fp8=_fp8(config.precision),
     )
     return plan_shape(config.model, degrees, hardware, shape)
 
@@ -171,6 +172,11 @@ def plan_shape(model: ModelConfig, degrees: Degrees, hardware: HardwareConfig, s
 def _state_bytes(precision: PrecisionConfig) -> StateBytes:
     moments, compute = MOMENTS_BYTES[precision.moments.name], COMPUTE_BYTES[precision.compute.name]
     return StateBytes(optimizer=moments, compute=compute)
+
+
+def _fp8(precision: PrecisionConfig) -> FP8Shape | None:
+    chosen = precision.fp8
+    return None if chosen is None else FP8Shape(chosen.dispatch, chosen.gather)
 
 
 def _pipelining(parallel: ParallelConfig, pp: int) -> Pipelining:

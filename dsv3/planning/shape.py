@@ -25,6 +25,14 @@ class StateBytes:
 
 
 @dataclass(frozen=True)
+class FP8Shape:
+    """Linear layers and experts multiply in FP8; whether rows to experts and gathered weights travel in it."""
+
+    dispatch: bool = False
+    gather: bool = False
+
+
+@dataclass(frozen=True)
 class StepShape:
     """What a rank computes at once and what it keeps: sequences a microbatch, tokens a row, microbatches.
 
@@ -44,6 +52,7 @@ class StepShape:
     cpu_offload: bool = False
     staged: bool = False
     ranks_per_node: int | None = None
+    fp8: FP8Shape | None = None
 
     def tokens(self, degrees: Degrees) -> int:
         """Tokens of a microbatch that the ranks of one tp group share."""

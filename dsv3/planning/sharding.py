@@ -9,6 +9,8 @@ from dsv3.parallel.degrees import Degrees
 from dsv3.planning.weights import Component, Weight
 
 FP32 = 4
+BLOCK = 128
+"""Rows and columns that share a scale (precision/blocks.py, which imports torch)."""
 
 
 def local_shape(weight: Weight, degrees: Degrees) -> tuple[int, ...]:
@@ -49,6 +51,26 @@ def shard_count(weight: Weight, degrees: Degrees) -> int:
 def computes_in_fp32(weight: Weight) -> bool:
     """Whether a weight is used as its fp32 master: norms and routers are, the embedding is looked up."""
     return weight.component in (Component.norms, Component.router)
+
+
+def multiplies_in_fp8(weight: Weight) -> bool:
+    """Whether a weight is one of the linear layers and experts that precision.fp8 takes."""
+    return weight.is_matrix and weight.component not in (Component.head, Component.router)
+
+
+def travels_in_fp8(weight: Weight, degrees: Degrees) -> bool:
+    """Whether FSDP's shards of a weight hold whole blocks: rows, or experts of whole blocks each."""
+    local, shards = local_shape(weight, degrees), shard_count(weight, degrees)
+    rows, odd = divmod(local[0], shards)
+    whole = weight.shape[1] if weight.component is Component.experts else rows
+    return multiplies_in_fp8(weight) and not odd and whole % BLOCK == 0
+
+
+def fp8_bytes(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK)) -> int:
+    """Bytes of codes and of the fp32 scales of their blocks, in the last two dims."""
+    *outer, rows, columns = shape
+    scales = -(-rows // block[0]) * -(-columns // block[1])
+    return math.prod(outer) * (rows * columns + FP32 * scales)
 
 
 def gathered_bytes(weight: Weight, degrees: Degrees, compute: int) -> int:

@@ -17,7 +17,16 @@ from dsv3.planning import exchange, weights
 from dsv3.planning.partition import Stage, stage_groups
 from dsv3.planning.schedules import order
 from dsv3.planning.shape import StepShape
-from dsv3.planning.sharding import FP32, computes_in_fp32, shard_count, stored
+from dsv3.planning.sharding import (
+    BLOCK,
+    FP32,
+    computes_in_fp32,
+    fp8_bytes,
+    local_shape,
+    shard_count,
+    stored,
+    travels_in_fp8,
+)
 from dsv3.planning.weights import Weight
 
 # Largest value, sum and chosen logit of vocabulary-parallel cross-entropy.
@@ -122,9 +131,12 @@ def _head_again(config: ModelConfig, degrees: Degrees, shape: StepShape) -> int:
 
 def _sharded(weight: Weight, degrees: Degrees, shape: StepShape, gathers: int, sums: int) -> int:
     """One weight's part of _sharding; the shards of uneven ones travel at the length of the longest."""
-    ranks = shard_count(weight, degrees)
-    used_in = FP32 if computes_in_fp32(weight) else shape.state.compute
-    return _ring(ranks, ranks * stored(weight, degrees) * (gathers * used_in + sums * FP32))
+    ranks, held = shard_count(weight, degrees), stored(weight, degrees)
+    if shape.fp8 is not None and shape.fp8.gather and travels_in_fp8(weight, degrees):
+        gathered = fp8_bytes(local_shape(weight, degrees)) // ranks
+    else:
+        gathered = held * (FP32 if computes_in_fp32(weight) else shape.state.compute)
+    return _ring(ranks, ranks * (gathers * gathered + sums * held * FP32))
 
 
 def _replicas(config: ModelConfig, degrees: Degrees, stage: Stage, sums: int) -> int:
@@ -168,13 +180,14 @@ def _exchange_layer(config: ModelConfig, degrees: Degrees, shape: StepShape) -> 
     """Rows to experts, with the weights of those behind each rank, and rows back; and so again backward."""
     tokens = shape.tokens(degrees) // degrees.tp
     row = config.dim * shape.state.compute
+    there = fp8_bytes((1, config.dim), (1, BLOCK)) if shape.fp8 is not None and shape.fp8.dispatch else row
     again = shape.recompute is Recomputed.full or (
         shape.recompute is Recomputed.selective and Kept.exchange not in shape.keep
     )
     total = 0.0
     for level in exchange.levels(config.moe, degrees.ep, shape.ranks_per_node):
-        there = row + 2 * FP32 * level.experts
-        total += level.sent * (3 if again else 2) * (there + row)
+        marked = there + 2 * FP32 * level.experts
+        total += level.sent * (3 if again else 2) * (marked + row)
     return round(tokens * total)
 
 

@@ -147,7 +147,8 @@ class _Run:
         assert self.data.train is not None
         length = self.data.sequence_length
         flops = training_flops_per_token(config.model, length)
-        peak = getattr(self.job.hardware, f"peak_flops_{config.precision.compute.name}")
+        multiplies_in = "fp8" if config.precision.fp8 is not None else config.precision.compute.name
+        peak = getattr(self.job.hardware, f"peak_flops_{multiplies_in}")
         peak = peak and peak * self.me.world
         rates = Rates(train.batch, train.batch * length, flops, peak)
         step = TrainStep(self.model.passes, self.optimizer, self.me, train.clip_norm)

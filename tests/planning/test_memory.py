@@ -8,7 +8,7 @@ from dsv3.planning import parameters, weights
 from dsv3.planning.activations import Activations
 from dsv3.planning.memory import pipeline_memory, rank_memory
 from dsv3.planning.partition import Pipelining, stage_groups, stages
-from dsv3.planning.shape import StateBytes, StepShape
+from dsv3.planning.shape import FP8Shape, StateBytes, StepShape
 from dsv3.planning.sharding import local_shape, shard_count, stored
 from dsv3.planning.weights import Component, Weight
 from tests.planning.presets import NAMES, preset
@@ -248,6 +248,12 @@ def test_one_process_in_bf16_keeps_the_casts_of_its_matrices() -> None:
     assert rank_memory(config, Degrees(), BF16).weight_copies == 2 * cast
     recomputing = replace(BF16, recompute=Recomputed.full)
     assert rank_memory(config, Degrees(), recomputing).weight_copies < 2 * cast / 10
+
+
+def test_one_process_in_fp8_keeps_the_cast_of_the_head_alone() -> None:
+    config = preset("16b")
+    shape = replace(BF16, fp8=FP8Shape())
+    assert rank_memory(config, Degrees(), shape).weight_copies == 2 * parameters.count(config).head
 
 
 def test_json_counts_the_copies_as_activations() -> None:

@@ -9,7 +9,7 @@ from dsv3.parallel.degrees import Degrees
 from dsv3.planning import parameters, weights
 from dsv3.planning.exchange import levels
 from dsv3.planning.partition import Pipelining
-from dsv3.planning.shape import StateBytes, StepShape
+from dsv3.planning.shape import FP8Shape, StateBytes, StepShape
 from dsv3.planning.traffic import TrafficBytes, pipeline_traffic, rank_traffic
 from dsv3.planning.weights import Component
 from tests.planning.presets import preset
@@ -169,3 +169,25 @@ def test_the_rank_that_sends_most_is_told_and_json_has_every_axis() -> None:
     assert list(told) == ["dp", "dp_replicate", "tp", "cp", "ep", "pp", "total"]
     assert told.pop("total") == sum(told.values())
     assert min(told.values()) > 0
+
+
+def test_rows_that_go_to_experts_in_fp8_are_a_byte_a_number_and_a_scale_a_tile() -> None:
+    (level,) = levels(DEBUG.moe, 4, None)
+    degrees, shape = Degrees(dp_shard=2, tp=2, ep=4), replace(BF16, fp8=FP8Shape(dispatch=True))
+    there, back, behind = 128 + 4, 2 * 128, 2 * 4 * 4
+    per_layer = TOKENS / 2 * level.sent * 2 * (there + back + behind)
+    assert rank_traffic(DEBUG, degrees, shape).ep == pytest.approx(3 * 4 * per_layer, abs=12)
+    plain = replace(BF16, fp8=FP8Shape())
+    assert rank_traffic(DEBUG, degrees, plain) == rank_traffic(DEBUG, degrees, BF16)
+
+
+def test_weights_gathered_in_fp8_are_a_byte_a_number_where_shards_hold_whole_blocks() -> None:
+    kept = replace(BF16, reshard_after_forward=False)
+    shape = replace(kept, fp8=FP8Shape(gather=True))
+    bf16, fp8 = (rank_traffic(DEBUG, Degrees(dp_shard=2), step).dp for step in (kept, shape))
+    # Of 128 or 256 rows in each of 2 shards: experts (their own 128), dense gate and up, the shared
+    # experts have 64, and so do down projections, o_proj and MTP's; q_b_proj 96 and kv_b_proj 128.
+    experts = 4 * 16 * (256 * 128 + 128 * 128)
+    others = 2 * 512 * 128 + 5 * 256 * 64
+    blocks = 4 * 16 * (2 + 1) + 2 * 4 + 5 * 2
+    assert bf16 - fp8 == 3 * (experts + others - 4 * blocks) // 2
