@@ -23,7 +23,7 @@ from dsv3.parallel.config import ExchangeBackend
 from dsv3.parallel.deepep import DeepEPDispatcher
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.routes import Route, bring_back, make_route, send, weighted_sums
-from dsv3.parallel.transport import Exchange, PlainTransport, Transport
+from dsv3.parallel.transport import Exchange, FP8Transport, PlainTransport, Transport
 
 
 class ExpertParallel:
@@ -59,6 +59,13 @@ def _place(experts: Experts, mesh: ParallelMesh) -> None:
 def _apply_own(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
     weights = (experts.gate_up_proj.to_local(), experts.down_proj.to_local())  # type: ignore[attr-defined]
     return apply_experts(rows, counts, *weights, experts.product)
+
+
+def send_in_fp8(model: Transformer, power_of_two: bool) -> None:
+    """Let rows travel to experts in FP8, where they travel by PyTorch's all-to-all."""
+    for module in model.modules():
+        if isinstance(module, MoE) and isinstance(module.dispatcher, ExchangeDispatcher):
+            module.dispatcher.transport = FP8Transport(power_of_two)
 
 
 class Leg(NamedTuple):

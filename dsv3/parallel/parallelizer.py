@@ -9,6 +9,7 @@ from dsv3.config import Config, build
 from dsv3.model.initialization import initialize
 from dsv3.model.kernels import check_kernel
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.expert import send_in_fp8
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.sequence import split_sequences
 from dsv3.parallel.stages import reshard_after_forward
@@ -52,7 +53,10 @@ def parallelize(
                 build(wrapper)(model, mesh)
         split_sequences(model, mesh)
     if config.precision.fp8 is not None:
-        build(config.precision.fp8)(model, device)
+        in_fp8 = build(config.precision.fp8)
+        in_fp8(model, device)
+        if in_fp8.dispatch:
+            send_in_fp8(model, in_fp8.power_of_two)
     build(config.compile)(model, device)
     build(config.recompute)(model)
     if mesh is not None and chosen.fsdp is not None:

@@ -26,7 +26,7 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class FP8Shape:
-    """Linear layers and experts multiply in FP8; whether rows to experts and gathered weights travel in it."""
+    """Linear layers and experts multiply in FP8; whether rows to experts, gathered weights travel in it."""
 
     dispatch: bool = False
     gather: bool = False

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.model.layers import Linear
-from dsv3.model.moe import Dispatcher, Experts, MoE
+from dsv3.model.moe import Experts
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.expert import ExchangeDispatcher
-from dsv3.parallel.transport import FP8Transport
 from dsv3.precision.blocks import BLOCK
 from dsv3.precision.config import FP8Engine, Granularity
 from dsv3.precision.gather import gather_in_fp8
@@ -46,7 +44,10 @@ class FP8Product:
 
 
 class BlockFP8:
-    """Replaces the products of linear layers and experts; the fields are those of BlockFP8Config."""
+    """Replaces the products of linear layers and experts; the fields are those of BlockFP8Config.
+
+    `dispatch` is for whoever has put dispatchers between ranks (parallel/parallelizer.py).
+    """
 
     def __init__(
         self,
@@ -72,14 +73,6 @@ class BlockFP8:
                 module.product = product.linear
             elif isinstance(module, Experts):
                 module.product = product.grouped
-            elif isinstance(module, MoE) and self.dispatch:
-                _send_in_fp8(module.dispatcher, self.power_of_two)
-
-
-def _send_in_fp8(dispatcher: Dispatcher, power_of_two: bool) -> None:
-    """Where rows travel at all."""
-    if isinstance(dispatcher, ExchangeDispatcher):
-        dispatcher.transport = FP8Transport(power_of_two)
 
 
 def gather_weights(model: nn.Module) -> None:

@@ -1,0 +1,118 @@
+"""Layouts in FP8 against one process in FP8, and both against fp32: loss and gradients of the first step.
+
+The model and the rows are those of the parity matrix, but that tokens take turns at the experts and weights
+are smaller, so that no rounding sends a token elsewhere. Everything beside the FP8 products is fp32.
+
+    python -m benchmarks.parity_fp8
+    python -m benchmarks.parity_fp8 --only pp
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from dsv3.parallel.degrees import Degrees
+from tests.distributed.comparing import relative_error
+from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
+from tests.distributed.pool import Pool
+from tests.distributed.test_fp8 import FP8, FP32, GATHERED, WIDE
+from tests.distributed.training import GLOBAL_BATCH, Trace, configured, train, train_config
+
+ROOT = Path(__file__).resolve().parents[1]
+JSON, PAGE = ROOT / "benchmarks" / "results" / "parity_fp8.json", ROOT / "docs" / "parity.md"
+BEGIN, END = "<!-- fp8: begin -->", "<!-- fp8: end -->"
+LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
+DISPATCH = "precision.fp8.dispatch=true"
+
+
+def cases() -> Iterator[tuple[str, Degrees, list[str]]]:
+    """Name, layout and overrides of every row."""
+    for name in ("dp_shard", "dp_replicate", "pp", "tp", "cp", "ep", "dp_shard x pp", "tp x cp", "pp x ep"):
+        yield name, LAYOUTS[name], []
+    yield "dp_shard x cp x tp, ep 4", TRIPLES["dp_shard x cp x tp, ep 4"], []
+    for schedule in SCHEDULES:
+        yield f"pp x dp_shard, {schedule}", Degrees(pp=2, dp_shard=2), [f"parallel.schedule={schedule}"]
+    yield "dp_shard, recompute=full", LAYOUTS["dp_shard"], ["recompute=full"]
+    yield "dp_shard, recompute=selective", LAYOUTS["dp_shard"], ["recompute=selective"]
+    yield "dp_shard, compile=on", LAYOUTS["dp_shard"], ["compile=on"]
+    yield "ep, rows travel in FP8", LAYOUTS["ep"], [DISPATCH]
+    yield "ep over two nodes, rows travel in FP8", Degrees(dp_shard=4, ep=4), [
+        DISPATCH,
+        "parallel.expert.ranks_per_node=2",
+    ]  # fmt: skip
+    yield "dp_shard, weights gathered in FP8", LAYOUTS["dp_shard"], [*WIDE, *GATHERED]
+
+
+def compare(pool: Pool, degrees: Degrees, overrides: list[str]) -> dict[str, Any]:
+    """Distances of one layout; the reference has the same model and precision, and no layout."""
+    own = [o for o in overrides if o in WIDE or o == GATHERED[0]]
+    single, exact = one_process([*FP8, *own]), one_process([*FP32, *(o for o in own if o in WIDE)])
+    microbatch = 1 if degrees.pp > 1 else GLOBAL_BATCH // degrees.data_parallel // 2
+    if microbatch != 2:
+        single = one_process([*FP8, *own], microbatch)
+    config = configured(["parallel=fsdp", *FP8, *overrides], microbatch)
+    traces = [t for t in pool.run(train_config, config, degrees, 1, microbatch, "sgd") if t is not None]
+    between = [e for trace in traces for e in errors(trace, single).values()]
+    loss = single.figures[0]["loss"]
+    return {
+        "ranks": degrees.world_size,
+        "loss": max(abs(trace.figures[0]["loss"] - loss) / loss for trace in traces),
+        "largest": max(between),
+        "median": median(between),
+        "from_fp32": median(e for trace in traces for e in errors(trace, exact).values()),
+        "one_from_fp32": median(errors(single, exact).values()),
+    }
+
+
+def one_process(overrides: list[str], microbatch: int = 2) -> Trace:
+    """The first step without a layout."""
+    trace = train(overrides, None, 1, microbatch)
+    assert trace is not None
+    return trace
+
+
+def errors(mine: Trace, whole: Trace) -> dict[str, float]:
+    """Each gradient's relative difference."""
+    return {name: relative_error(g, whole.gradients[0][name]) for name, g in mine.gradients[0].items()}
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """A row of the table in docs/parity.md."""
+    parts = (f"{found[key]:.1e}" for key in ("loss", "median", "largest", "from_fp32", "one_from_fp32"))
+    return f"| {name} | {found['ranks']} | {' | '.join(parts)} |"
+
+
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """Put results into the JSON and the table of docs/parity.md; rows that did not run stay."""
+    known = (json.loads(JSON.read_text())["rows"] if JSON.exists() else {}) | results
+    ordered = {name: known[name] for name, _, _ in cases() if name in known}
+    JSON.write_text(json.dumps({"torch": torch.__version__, "rows": ordered}, indent=1) + "\n")
+    head = (
+        "| layout | ranks | loss | gradients, median | gradients, largest | from fp32, median "
+        "| one process from fp32, median |\n|---|---|---|---|---|---|---|"
+    )
+    table = "\n".join([head, *(row(name, found) for name, found in ordered.items())])
+    page = PAGE.read_text()
+    PAGE.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{table}\n{END}{page.split(END)[1]}")
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    only, pool = parser.parse_args().only, Pool(8)
+    for name, degrees, overrides in cases():
+        if only in name:
+            found = compare(pool, degrees, overrides)
+            print(row(name, found), flush=True)
+            write({name: found})
+    pool.close()
+
+
+if __name__ == "__main__":
+    main()
