@@ -113,6 +113,18 @@ class Worker:
         return value
 
 
+def _threads(local_world: int) -> int:
+    """Threads of a rank on CPU: its share of the cores; one process alone does what OMP_NUM_THREADS says.
+
+    Where several jobs of a sweep run at a time, joblib sets it: two threads of each on two cores would wait
+    for one another at every operation. torchrun sets it to 1 for several ranks, whatever there is.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if local_world == 1 and asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return max(1, len(os.sched_getaffinity(0)) // local_world)
+
+
 @contextmanager
 def worker(timeout: int) -> Iterator[Worker]:
     """Join the process group that the environment describes, if any, and leave it when all went well.
@@ -123,8 +135,7 @@ def worker(timeout: int) -> Iterator[Worker]:
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(local_rank)
     if device.type == "cpu":
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        torch.set_num_threads(_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
