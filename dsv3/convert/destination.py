@@ -85,8 +85,8 @@ class Destination:
         entries = {file.name: file.entry for file in finished}
         for path in sorted(self.partial.rglob("*")):
             name = str(path.relative_to(self.partial))
-            if path.is_file() and name not in (*_OURS, MANIFEST_FILE):
-                entries.setdefault(name, FileEntry.of(path))
+            if path.is_file() and name not in (*_OURS, MANIFEST_FILE, *entries):
+                entries[name] = FileEntry.of(path)  # of the small ones alone: it reads all of a file
                 sync(path)
         write_manifest(self.partial, entries)
         for path in [path for path in self.partial.rglob("*") if path.is_dir()]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3.checkpoint.manifest import FileEntry
 from dsv3.convert.sink import Sink
 from tests.convert.command import Convert, contents, process, refused
 
@@ -72,7 +73,7 @@ def test_a_disk_that_is_full_before_anything_is_finished_is_left_as_it_was(
     convert: Convert, fp8_release: Path, disk: Path
 ) -> None:
     (disk / "filler").write_bytes(bytes(SIZE - 150_000))
-    outcome = convert("hf_to_dcp", fp8_release, disk / "a" / "out")
+    outcome = convert("hf_to_dcp", fp8_release, disk / "a" / "out", "workers=1")
     refused(outcome, "No space left on device", "nothing is kept", code=1)
     assert [path.name for path in disk.iterdir()] == ["filler"]
 
@@ -179,3 +180,19 @@ def test_an_output_in_the_input_is_no_part_of_it(
     convert.must("hf_to_hf", source, source / "out")
     convert.must("hf_to_hf", bf16_release, tmp_path / "out")
     assert contents(source / "out") == contents(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("many_files")
+def test_what_was_written_is_not_read_again(
+    convert: Convert, fp8_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, actual = list[str](), FileEntry.of
+
+    def noting(path: Path) -> FileEntry:
+        read.append(path.name)
+        return actual(path)
+
+    monkeypatch.setattr(FileEntry, "of", noting)
+    convert.must("hf_to_dcp", fp8_release, tmp_path / "out")
+    assert read
+    assert not [name for name in read if name.endswith((".distcp", ".safetensors"))]
