@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from dsv3.checkpoint.matching import parameter_shapes
 from dsv3.checkpoint.names import SCALE, copies, is_quantized, released_layout
 from dsv3.checkpoint.shard_writer import Entry, ShardWriter, index_json, plan_shards
 from dsv3.config import strict
+from dsv3.convert.block_file import BlockFile
 from dsv3.convert.pieces import row_slices
 from dsv3.model.config import ModelConfig
 from dsv3.precision.blocks import dequantize_plain
@@ -149,6 +151,20 @@ def write_synced(path: Path, size: int) -> float:
     return seconds
 
 
+def write_past_cache(path: Path, size: int) -> float:
+    """The same in the way that a conversion writes, past the page cache."""
+    block = memoryview(os.urandom(16 * 2**20))
+    started = time.monotonic()
+    file = BlockFile(path)
+    for _ in range(-(-size // len(block))):
+        file.write(block)
+    file.sync()
+    file.close()
+    seconds = time.monotonic() - started
+    path.unlink()
+    return seconds
+
+
 def forget(directory: Path) -> None:
     """Take the files of a directory out of the page cache."""
     for path in directory.rglob("*"):
@@ -187,7 +203,8 @@ def _pages(pid: int) -> int:
 
 
 def run_convert(*arguments: str) -> dict[str, float]:
-    """Seconds with and without start-up, and the peak memory, of one command."""
+    """Seconds with and without start-up, those of the processors, and the peak memory, of one command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "convert.py"), *arguments], stdout=subprocess.PIPE, text=True
@@ -201,7 +218,10 @@ def run_convert(*arguments: str) -> dict[str, float]:
     found = re.search(r"GB in ([\d.]+) s", told)
     if process.returncode or not found:
         raise SystemExit(f"convert.py ended with {process.returncode}: {told}")
-    return {"seconds": seconds, "conversion": float(found[1]), "peak_gib": memory.peak / 2**30}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    peak = memory.peak / 2**30
+    return {"seconds": seconds, "conversion": float(found[1]), "cpu_seconds": cpu, "peak_gib": peak}
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -227,6 +247,7 @@ def measure(gigabytes: float, directory: Path, repeats: int) -> dict[str, Any]:
             note(f"hf_to_dcp_{name}", value)
         size = sum(path.stat().st_size for path in dcp.rglob("*") if path.is_file())
         note("write_output", write_synced(directory / "written", size))
+        note("write_output_past_cache", write_past_cache(directory / "written", size))
         note("read_dcp_cold", read_cold(dcp))
         forget(dcp)
         result = run_convert("direction=dcp_to_hf", f"input={dcp}", f"output={hf}", "dtype=bf16")
@@ -246,9 +267,9 @@ def measure(gigabytes: float, directory: Path, repeats: int) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The figures as lines of Markdown; the limit is the longer of reading cold and writing."""
     lines = [
-        "| fp8 input | direction | disk: read cold / write (s) | convert.py (s) | of the longer | "
-        "with start-up (s) | plain loop (s) | faster than it | peak memory (GiB) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| fp8 input | direction | disk: read cold / write / write past the cache (s) | convert.py (s) | "
+        "of the longer | with start-up (s) | CPU (s) | plain loop (s) | faster than it | peak memory (GiB) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for size, found in results.items():
         for direction, read in (("hf_to_dcp", "read_input_cold"), ("dcp_to_hf", "read_dcp_cold")):
@@ -258,10 +279,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             cells = [
                 f"{size} GB",
                 direction,
-                f"{found[read]:.1f} / {found['write_output']:.1f}",
+                f"{found[read]:.1f} / {found['write_output']:.1f} / {found['write_output_past_cache']:.1f}",
                 f"{seconds:.1f}",
                 f"{seconds / longer:.2f}x",
                 f"{whole:.1f}",
+                f"{found[f'{direction}_cpu_seconds']:.1f}",
                 f"{plain:.1f}" if plain else "",
                 f"{plain / seconds:.2f}x ({plain / whole:.2f}x with start-up)" if plain else "",
                 f"{found[f'{direction}_peak_gib']:.2f}",

@@ -11,6 +11,7 @@ from torch import Tensor
 from dsv3.checkpoint.hf_config import block_size
 from dsv3.checkpoint.hf_values import read_config
 from dsv3.checkpoint.names import SCALE, Released, copies, is_derived, released_layout
+from dsv3.checkpoint.shard_file import ShardFile
 from dsv3.checkpoint.shard_reader import ShardReader
 from dsv3.checkpoint.shards import open_shards
 from dsv3.checkpoint.stored_tensor import StoredTensor, byte_view, fault, quoted
@@ -29,7 +30,13 @@ class ReleasedSource:
     a type that is not supported, or left over (MTP layers alone may be left out of the model).
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        shapes: dict[str, tuple[int, ...]],
+        kind: type[ShardFile] = ShardFile,
+    ) -> None:
         self.directory = directory
         self.stored = open_shards(directory)
         self.layout = released_layout(config, shapes)
@@ -38,7 +45,7 @@ class ReleasedSource:
         self.block = block_size(config_json)
         self.quantization: dict[str, Any] | None = config_json.values.get("quantization_config")
         self.has_copies = bool(copies(config)) and all(name in self.stored for name in copies(config))
-        self._reader = ShardReader()
+        self._reader = ShardReader(kind=kind)
         self._grids: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._scratch = threading.local()

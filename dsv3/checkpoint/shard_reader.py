@@ -21,11 +21,12 @@ PIECE = 4 * 2**20
 class ShardReader:
     """Reads from the files of stored tensors; any number of threads may share one.
 
-    At most `limit` files stay open. A wrong range or buffer is the program's fault: RuntimeError.
+    At most `limit` files stay open, each opened as a `kind`. A wrong range or buffer is the program's
+    fault: RuntimeError.
     """
 
-    def __init__(self, limit: int = 64) -> None:
-        self._limit = limit
+    def __init__(self, limit: int = 64, kind: type[ShardFile] = ShardFile) -> None:
+        self._limit, self._kind = limit, kind
         self._lock = threading.Lock()
         self._files: dict[Path, ShardFile] | None = {}
 
@@ -102,7 +103,7 @@ class ShardReader:
             if self._files is None:
                 raise RuntimeError("the reader is closed")
             # Taken out and put behind the others: the first is the one that was not used for longest.
-            file = self._files.pop(path, None) or ShardFile(path)
+            file = self._files.pop(path, None) or self._kind(path)
             self._files[path] = file
             if len(self._files) > self._limit:
                 del self._files[next(iter(self._files))]

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3.checkpoint.boxes import inside, overlap
 from dsv3.checkpoint.companions import HF_DIR, SCALES_FILE, read_notes
+from dsv3.checkpoint.direct_file import DirectFile
 from dsv3.checkpoint.hf_config import BLOCK
 from dsv3.checkpoint.names import Released, released_layout
 from dsv3.checkpoint.reader import read_metadata
@@ -109,20 +110,27 @@ class DcpSource:
             for level, size in zip(index, chunk.sizes[:-2], strict=True):
                 begin = begin * size + level
             begin *= chunk.sizes[-2]
+            rows = target[place]
+            if columns == (0, width) and rows.dtype is dtype and rows.is_contiguous():
+                self._fill(parameter, chunk, (begin + row) * width, rows)
+                continue
             step = max(1, _WINDOW // (width * dtype.itemsize))
             for first in range(row, end, step):
                 count = min(step, end - first)
                 numbers = self._read(parameter, chunk, (begin + first) * width, count * width, dtype)
                 cut = numbers.view(count, width)[:, slice(*columns)]
-                target[place][first - row : first - row + count].copy_(cut)
+                rows[first - row : first - row + count].copy_(cut)
 
     def _read(self, parameter: str, chunk: Chunk, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """`count` numbers of a chunk from number `first` on."""
         numbers = self._buffer(count * dtype.itemsize).view(dtype)
-        place = self._place(parameter, chunk)
-        view = byte_view(numbers).numpy().data
-        self._file(chunk.file).read(view, place + first * dtype.itemsize, f"'{parameter}'")
+        self._fill(parameter, chunk, first, numbers)
         return numbers
+
+    def _fill(self, parameter: str, chunk: Chunk, first: int, numbers: Tensor) -> None:
+        """Read the numbers of a chunk from number `first` on into a contiguous tensor of its type."""
+        place = self._place(parameter, chunk) + first * numbers.itemsize
+        self._file(chunk.file).read(byte_view(numbers).numpy().data, place, f"'{parameter}'")
 
     def _buffer(self, nbytes: int) -> Tensor:
         """Memory of this thread for what is read; taken anew each time it would make the heap grow."""
@@ -134,7 +142,7 @@ class DcpSource:
     def _file(self, name: str) -> ShardFile:
         with self._lock:
             if name not in self._files:
-                self._files[name] = ShardFile(self.directory / name)
+                self._files[name] = DirectFile(self.directory / name)
                 if len(self._files) > _OPEN:  # closed once no thread reads from it any more
                     self._files.popitem(last=False)
             self._files.move_to_end(name)

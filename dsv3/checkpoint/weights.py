@@ -14,6 +14,7 @@ from dsv3.checkpoint.hf_reader import ReleasedReader
 from dsv3.checkpoint.matching import expected_tensors, parameter_shapes
 from dsv3.checkpoint.reader import load_tensors, read_metadata
 from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.shard_file import ShardFile
 from dsv3.checkpoint.state import Parts, first, local, model_state
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import UserError
@@ -40,9 +41,9 @@ def load_weights(parts: Parts, directory: Path) -> None:
     fill(model_state(parts), lambda tensors: load_tensors(directory, tensors))
 
 
-def open_released(directory: Path, config: ModelConfig) -> ReleasedSource:
+def open_released(directory: Path, config: ModelConfig, kind: type[ShardFile] = ShardFile) -> ReleasedSource:
     """The weights of a released checkpoint, checked by their headers against the model; to be closed."""
-    return ReleasedSource(directory, config, parameter_shapes(config))
+    return ReleasedSource(directory, config, parameter_shapes(config), kind)
 
 
 def fill(wanted: Iterable[tuple[str, Tensor]], read: Callable[[dict[str, Tensor]], None]) -> None:

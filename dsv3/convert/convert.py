@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dsv3.checkpoint.companions import HF_DIR, SCALES_FILE
+from dsv3.checkpoint.direct_file import DirectFile
 from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint
 from dsv3.checkpoint.manifest import verify, verify_description
 from dsv3.checkpoint.matching import parameter_shapes
@@ -68,7 +69,7 @@ def open_source(direction: Direction, directory: Path, model: ModelConfig) -> Re
         checkpoint = find_checkpoint(str(directory))
         verify_description(checkpoint)
         return DcpSource(checkpoint, model, parameter_shapes(model))
-    return open_released(directory, model)
+    return open_released(directory, model, DirectFile)
 
 
 def _work(config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig) -> Work:

@@ -22,6 +22,8 @@ from dsv3.convert.sink import Interrupted, Sink
 
 LANES = 8
 """Files under way at once at most; each has a thread that digests and writes, and one or more that make."""
+_MAKERS = 3
+"""Threads that make for one file at most: enough to keep a disk busy, and memory within bounds."""
 _PATIENCE = 0.1
 """Seconds until a wish to stop is noticed."""
 
@@ -45,7 +47,8 @@ class Engine:
         self.report = report
         self.asked = asked
         self.lanes = min(workers, LANES)
-        self.makers = -(-workers // self.lanes)
+        # One more than cores: reads go past the page cache, so nothing is read ahead while one computes.
+        self.makers = min(-(-workers // self.lanes) + 1, _MAKERS)
         self._stop = Event()
         self._failure: BaseException | None = None
 

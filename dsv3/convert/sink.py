@@ -1,12 +1,13 @@
 """A file under way: whatever passes is digested, counted and reported."""
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
 from xxhash import xxh3_128
+
+from dsv3.convert.block_file import BlockFile
 
 
 class Interrupted(Exception):
@@ -24,7 +25,7 @@ class Sink:
         self._digest = xxh3_128()
         self._report = report
         self._stop = stop
-        self._file = path.open("wb", buffering=0)
+        self._file = BlockFile(path)
 
     def write(self, data: bytes | memoryview) -> int:
         """Append all of `data`; Interrupted where the conversion is to stop, OSError of a full disk."""
@@ -39,12 +40,10 @@ class Sink:
             raise Interrupted
         rest = memoryview(data).cast("B") if len(data) else memoryview(b"")
         self._digest.update(rest)
-        size = len(rest)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-        self.position += size
-        self._report(size)
-        return size
+        self._file.write(rest)
+        self.position += len(rest)
+        self._report(len(rest))
+        return len(rest)
 
     def flush(self) -> None:
         """Nothing is buffered here."""
@@ -57,6 +56,6 @@ class Sink:
 
     def finish(self) -> str:
         """Wait until the bytes are on the disk, close; the digest of the whole file."""
-        os.fsync(self._file.fileno())
+        self._file.sync()
         self._file.close()
         return self._digest.hexdigest()

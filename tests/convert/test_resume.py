@@ -60,7 +60,11 @@ def crash(convert: Convert, source: Path, output: Path, calls: int, whole: bool)
         if count == calls:
             if data:
                 self._file.write(data[0][: len(data[0]) // 2])
-            shutil.copytree(self.path.parent, left)  # before anything is tidied up
+            # Before anything is tidied up; the other lane goes on, and a journal that was copied last would
+            # know of files that were not there yet.
+            journal = (self.path.parent / ".journal.jsonl").read_bytes()
+            shutil.copytree(self.path.parent, left)
+            (left / ".journal.jsonl").write_bytes(journal)
             raise OSError(5, "killed")
         return original(self, *data)
 
