@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3.runtime.gloo import gather_under_a_short_name
 from dsv3.runtime.signals import Stopped
 from dsv3.runtime.watchdog import Watchdog, record_collectives
 
@@ -141,6 +142,7 @@ def worker(timeout: int) -> Iterator[Worker]:
         device_id = device if device.type == "cuda" else None
         limit = timedelta(seconds=timeout + _MARGIN)
         record_collectives(os.environ)
+        gather_under_a_short_name()
         dist.init_process_group(backend, timeout=limit, device_id=device_id)
     watchdog = Watchdog(rank, world, timeout) if world > 1 else None
     try:

@@ -126,7 +126,10 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from dsv3.runtime.gloo import gather_under_a_short_name
+
     faulthandler.enable()
+    gather_under_a_short_name()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
