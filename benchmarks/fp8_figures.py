@@ -21,7 +21,7 @@ _SMALLEST_NORMAL, _LARGEST_ZERO = (math.log2(448) - n for n in (-6, -10))
 
 def draw_levels(path: Path) -> None:
     """The relative error of numbers by their distance from their tile's maximum: closed form and measured."""
-    figure, axes = _figure(
+    figure, axes = new_figure(
         "Relative error of numbers in FP8 (E4M3)",
         "numbers spread over an octave, in a tile with one scale; the line is computed, the dots measured",
         1,
@@ -59,7 +59,7 @@ def _in_per_cent(axes: Axes) -> None:
 
 def draw_outliers(lines: list[dict[str, Any]], path: Path) -> None:
     """What becomes of the other numbers as a few channels grow, by scheme."""
-    figure, axes = _figure(
+    figure, axes = new_figure(
         "Four channels of 1024 are larger: what becomes of all other numbers",
         "normal numbers in FP8 with fp32 scales, by what shares a scale",
         2,
@@ -80,7 +80,8 @@ def draw_outliers(lines: list[dict[str, Any]], path: Path) -> None:
     write_png(figure, path)
 
 
-def _figure(title: str, subtitle: str, panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(title: str, subtitle: str, panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure with a title, a line below it and plain panels side by side."""
     figure = Figure(figsize=INCHES)
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
