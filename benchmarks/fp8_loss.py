@@ -52,7 +52,7 @@ def moving(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def compare(runs: Runs, one: str, other: str) -> dict[str, Any]:
-    """Relative differences of two precisions, seed by seed: at the end, held out, and the largest on the way."""
+    """Relative differences of two precisions by seed: at the end, held out, and the largest on the way."""
     seeds = sorted({seed for precision, seed in runs if precision == one})
     pairs = [(runs[one, seed], runs[other, seed]) for seed in seeds]
     return {
