@@ -19,6 +19,12 @@ ALONE = Worker(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
     [
         ({"loss": math.nan, "grad_norm": 2.0}, None, "loss nan, grad_norm 2.0."),
         ({"loss": 0.0, "grad_norm": math.inf}, None, "loss 0.0, grad_norm inf."),
+        (
+            {"loss": 1.0, "grad_norm": math.nan, "fp8_broken_tiles": 3.0},
+            None,
+            "loss 1.0, grad_norm nan, 3 broken FP8 tiles.",
+        ),
+        ({"loss": 1.0, "grad_norm": math.nan, "fp8_broken_tiles": 0.0}, None, "loss 1.0, grad_norm nan."),
         ({"loss": 1.5}, math.nan, "loss 1.5, evaluation_loss nan."),
     ],
 )

@@ -15,6 +15,8 @@ from dsv3.model.config import ModelConfig
 from dsv3.model.generation import inference
 from dsv3.model.loss import IGNORE
 from dsv3.model.transformer import Transformer
+from dsv3.precision.config import FP8Engine, Granularity
+from dsv3.precision.fp8 import BlockFP8
 from dsv3.training.config import AdamWConfig, TrainConfig
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.passes import LocalPasses
@@ -241,3 +243,23 @@ def test_the_z_loss_pulls_router_logits_towards_zero_where_it_has_a_weight(weigh
     step_of(other)([batch(0, 1)], replace(WEIGHTS, lr=1e-4, bias_speed=0.0))
     step_of(model)([batch(0, 1)], replace(WEIGHTS, lr=1e-4, bias_speed=0.0, z=weight))
     assert (z(model) < z(other)) == (weight > 0)
+
+
+def test_broken_tiles_are_a_figure_of_a_step_in_fp8_and_only_of_the_step_that_had_them() -> None:
+    model = tiny_model()
+    BlockFP8(Granularity.tile, False, FP8Engine.auto)(model, torch.device("cpu"))
+    step = step_of(model)
+    still = replace(WEIGHTS, lr=0.0, bias_speed=0.0)
+    sound = step([batch(0, 1)], still)
+    assert sound["fp8_broken_tiles"].item() == 0
+    assert sound["grad_norm"].isfinite()
+    weight = dict(model.named_parameters())["layers.0.attention.o_proj.weight"]
+    before = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = math.inf
+    broken = step([batch(0, 1)], still)
+    assert broken["fp8_broken_tiles"].item() > 0
+    assert not broken["grad_norm"].isfinite()
+    model.load_state_dict(tiny_model().state_dict())
+    assert weight[0, 0].item() == before
+    assert step([batch(0, 1)], still)["fp8_broken_tiles"].item() == 0
