@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv3.checkpoint.hf_writer import config_json
 from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.names import SCALE, copies, is_quantized, released_layout
-from dsv3.checkpoint.shard_writer import Entry, ShardWriter, index_json, plan_shards
+from dsv3.checkpoint.released.names import SCALE, copies, is_quantized, released_layout
+from dsv3.checkpoint.released.shard_writer import Entry, ShardWriter, index_json, plan_shards
+from dsv3.checkpoint.released.writer import config_json
 from dsv3.config import strict
 from dsv3.convert.block_file import BlockFile
 from dsv3.convert.pieces import row_slices

@@ -275,17 +275,17 @@ MUTATIONS = [
     ),
     Mutation(
         "block-fp8 scales are used",
-        "dsv3/checkpoint/released.py",
+        "dsv3/checkpoint/released/source.py",
         "return dequantize(read, grid, self.block, origin, out.dtype, out)",
         "return out.copy_(read)",
-        "tests/checkpoint/test_hf_reader.py",
+        "tests/checkpoint/released/test_reader.py",
     ),
     Mutation(
         "and their blocks counted by global rows",
-        "dsv3/checkpoint/released.py",
+        "dsv3/checkpoint/released/source.py",
         "return dequantize(read, grid, self.block, origin, out.dtype, out)",
         "return dequantize(read, grid, self.block, (0, 0), out.dtype, out)",
-        "tests/checkpoint/test_hf_reader.py",
+        "tests/checkpoint/released/test_reader.py",
     ),
     Mutation(
         "documents do not see each other",

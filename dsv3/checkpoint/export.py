@@ -9,11 +9,11 @@ import torch
 
 from dsv3.checkpoint.directory import commit, prepare_partial
 from dsv3.checkpoint.hf import stream, streamed
-from dsv3.checkpoint.hf_writer import config_json
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
-from dsv3.checkpoint.names import stored_dtype
-from dsv3.checkpoint.shard_writer import ShardPlan, ShardWriter, index_json, plan_shards
-from dsv3.checkpoint.shards import INDEX
+from dsv3.checkpoint.released.names import stored_dtype
+from dsv3.checkpoint.released.shard_writer import ShardPlan, ShardWriter, index_json, plan_shards
+from dsv3.checkpoint.released.shards import INDEX
+from dsv3.checkpoint.released.writer import config_json
 from dsv3.parallel.distributed import Distributed
 from dsv3.runtime.distributed import Worker
 

@@ -13,9 +13,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dsv3.checkpoint.boxes import inside, overlap
 from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.names import Released, copies, released_layout, stored_dtype
-from dsv3.checkpoint.shards import open_shards
-from dsv3.checkpoint.stored_tensor import byte_view
+from dsv3.checkpoint.released.names import Released, copies, released_layout, stored_dtype
+from dsv3.checkpoint.released.shards import open_shards
+from dsv3.checkpoint.released.stored_tensor import byte_view
 from dsv3.checkpoint.weights import open_released
 from dsv3.model.config import ModelConfig
 from dsv3.parallel.distributed import Distributed

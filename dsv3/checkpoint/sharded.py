@@ -15,15 +15,15 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3.checkpoint.boxes import inside, overlap
-from dsv3.checkpoint.companions import HF_DIR, SCALES_FILE, read_notes
-from dsv3.checkpoint.direct_file import DirectFile
-from dsv3.checkpoint.hf_config import BLOCK
-from dsv3.checkpoint.names import Released, released_layout
 from dsv3.checkpoint.reader import read_metadata
-from dsv3.checkpoint.shard_file import ShardFile
-from dsv3.checkpoint.shard_header import read_header
-from dsv3.checkpoint.shard_reader import ShardReader
-from dsv3.checkpoint.stored_tensor import StoredTensor, byte_view, fault, quoted
+from dsv3.checkpoint.released.companions import HF_DIR, SCALES_FILE, read_notes
+from dsv3.checkpoint.released.config import BLOCK
+from dsv3.checkpoint.released.direct_file import DirectFile
+from dsv3.checkpoint.released.names import Released, released_layout
+from dsv3.checkpoint.released.shard_file import ShardFile
+from dsv3.checkpoint.released.shard_header import read_header
+from dsv3.checkpoint.released.shard_reader import ShardReader
+from dsv3.checkpoint.released.stored_tensor import StoredTensor, byte_view, fault, quoted
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import UserError
 

@@ -10,11 +10,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dsv3.checkpoint.directory import is_released
-from dsv3.checkpoint.hf_reader import ReleasedReader
 from dsv3.checkpoint.matching import expected_tensors, parameter_shapes
 from dsv3.checkpoint.reader import load_tensors, read_metadata
-from dsv3.checkpoint.released import ReleasedSource
-from dsv3.checkpoint.shard_file import ShardFile
+from dsv3.checkpoint.released.reader import ReleasedReader
+from dsv3.checkpoint.released.shard_file import ShardFile
+from dsv3.checkpoint.released.source import ReleasedSource
 from dsv3.checkpoint.state import Parts, first, local, model_state
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.checkpoint.directory import MANIFEST_FILE
-from dsv3.checkpoint.sizes import parse_size
+from dsv3.checkpoint.released.sizes import parse_size
 from dsv3.model.config import ModelConfig
 from dsv3.runtime.errors import require
 

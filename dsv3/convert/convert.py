@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from dsv3.checkpoint.companions import HF_DIR, SCALES_FILE
-from dsv3.checkpoint.direct_file import DirectFile
 from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint
 from dsv3.checkpoint.manifest import verify, verify_description
 from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.released.companions import HF_DIR, SCALES_FILE
+from dsv3.checkpoint.released.direct_file import DirectFile
+from dsv3.checkpoint.released.source import ReleasedSource
 from dsv3.checkpoint.sharded import DcpSource
 from dsv3.checkpoint.weights import open_released
 from dsv3.config import plain

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from dsv3.checkpoint.names import SCALE, copies
-from dsv3.checkpoint.released import ReleasedSource
-from dsv3.checkpoint.stored_tensor import fault, quoted
+from dsv3.checkpoint.released.names import SCALE, copies
+from dsv3.checkpoint.released.source import ReleasedSource
+from dsv3.checkpoint.released.stored_tensor import fault, quoted
 from dsv3.convert.pieces import row_slices
 from dsv3.model.config import ModelConfig
 

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dsv3.checkpoint.names import Released, stored_dtype
-from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.released.names import Released, stored_dtype
+from dsv3.checkpoint.released.source import ReleasedSource
 from dsv3.convert.journal import Finished
 from dsv3.convert.pieces import Output, row_slices, shaped
 from dsv3.convert.sink import Sink

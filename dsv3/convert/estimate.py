@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from dsv3.checkpoint.hf_config import BLOCK
-from dsv3.checkpoint.names import Released, copies, is_quantized, released_layout
+from dsv3.checkpoint.released.config import BLOCK
+from dsv3.checkpoint.released.names import Released, copies, is_quantized, released_layout
 from dsv3.convert.config import ConvertConfig, Direction, StoredType
 from dsv3.convert.engine import LANES
 from dsv3.convert.pieces import PIECE

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.names import SCALE, Released, is_quantized, stored_dtype
-from dsv3.checkpoint.shard_writer import Entry, ShardPlan, ShardWriter, plan_shards
+from dsv3.checkpoint.released.names import SCALE, Released, is_quantized, stored_dtype
+from dsv3.checkpoint.released.shard_writer import Entry, ShardPlan, ShardWriter, plan_shards
 from dsv3.convert.pieces import Output, Piece, row_slices, shaped
 from dsv3.convert.sink import Sink
 from dsv3.precision.blocks import quantize

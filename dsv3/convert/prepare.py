@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dsv3.checkpoint.config import HFModelConfig
 from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_released
-from dsv3.checkpoint.hf_config import model_from_hf
+from dsv3.checkpoint.released.config import model_from_hf
 from dsv3.config import strict
 from dsv3.convert.config import ConvertConfig, Direction, only_verifies
 from dsv3.runtime.errors import UserError

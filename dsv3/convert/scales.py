@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsv3.checkpoint.names import SCALE
-from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.released.names import SCALE
+from dsv3.checkpoint.released.source import ReleasedSource
 from dsv3.convert.hf_target import Shard
 from dsv3.convert.sink import Sink
 

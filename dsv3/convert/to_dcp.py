@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import yaml
 
-from dsv3.checkpoint.companions import HF_DIR, NOTES, SCALES_FILE, carry, write_json
 from dsv3.checkpoint.directory import MODEL_FILE, TOKENIZER_DIR
-from dsv3.checkpoint.hf_values import read_config
-from dsv3.checkpoint.names import SCALE, copies, stored_dtype
-from dsv3.checkpoint.released import ReleasedSource
-from dsv3.checkpoint.shard_writer import plan_shards
+from dsv3.checkpoint.released.companions import HF_DIR, NOTES, SCALES_FILE, carry, write_json
+from dsv3.checkpoint.released.names import SCALE, copies, stored_dtype
+from dsv3.checkpoint.released.shard_writer import plan_shards
+from dsv3.checkpoint.released.source import ReleasedSource
+from dsv3.checkpoint.released.values import read_config
 from dsv3.config import plain
 from dsv3.convert.dcp_target import dcp_outputs, write_metadata
 from dsv3.convert.hf_target import Shard

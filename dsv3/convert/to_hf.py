@@ -5,17 +5,17 @@ from typing import Any
 
 import torch
 
-from dsv3.checkpoint.companions import HF_DIR, carry, write_json
 from dsv3.checkpoint.directory import TOKENIZER_DIR
 from dsv3.checkpoint.export import copy_tokenizer
-from dsv3.checkpoint.hf_values import read_config
-from dsv3.checkpoint.hf_writer import config_json
-from dsv3.checkpoint.names import Released, copies
-from dsv3.checkpoint.released import ReleasedSource
-from dsv3.checkpoint.shard_writer import index_json
+from dsv3.checkpoint.released.companions import HF_DIR, carry, write_json
+from dsv3.checkpoint.released.names import Released, copies
+from dsv3.checkpoint.released.shard_writer import index_json
+from dsv3.checkpoint.released.shards import INDEX
+from dsv3.checkpoint.released.sizes import parse_size
+from dsv3.checkpoint.released.source import ReleasedSource
+from dsv3.checkpoint.released.values import read_config
+from dsv3.checkpoint.released.writer import config_json
 from dsv3.checkpoint.sharded import DcpSource
-from dsv3.checkpoint.shards import INDEX
-from dsv3.checkpoint.sizes import parse_size
 from dsv3.convert.config import ConvertConfig, ScaleFormat, StoredType
 from dsv3.convert.hf_target import Style, hf_outputs
 from dsv3.convert.journal import Finished

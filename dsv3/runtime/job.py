@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsv3.checkpoint.hf_writer import config_json
+from dsv3.checkpoint.released.writer import config_json
 from dsv3.config import Config
 from dsv3.parallel.backends import check_backend
 from dsv3.parallel.degrees import Degrees

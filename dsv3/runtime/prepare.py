@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dsv3.checkpoint.config import HFModelConfig
 from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_released
-from dsv3.checkpoint.hf_config import model_from_hf
 from dsv3.checkpoint.manifest import verify_description
+from dsv3.checkpoint.released.config import model_from_hf
 from dsv3.config import Config, literal, strict
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.groups import LAYOUTS

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from dsv3.checkpoint.directory import step_directory
 from dsv3.checkpoint.manifest import verify
-from dsv3.checkpoint.names import released_parts
 from dsv3.checkpoint.reader import load_tensors
+from dsv3.checkpoint.released.names import released_parts
 from dsv3.config import build
 from tests.checkpoint.running import MODEL, Commands
 from tests.composing import compose

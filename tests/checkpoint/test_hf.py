@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsv3.checkpoint.hf import released_norms
-from dsv3.checkpoint.hf_config import model_from_hf
-from dsv3.checkpoint.names import released_parts
+from dsv3.checkpoint.released.config import model_from_hf
+from dsv3.checkpoint.released.names import released_parts
 from dsv3.checkpoint.weights import load_weights
 from dsv3.config import build
 from dsv3.model.transformer import Transformer

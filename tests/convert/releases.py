@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3.checkpoint.hf_writer import config_json
 from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.names import copies, is_quantized, released_layout
+from dsv3.checkpoint.released.names import copies, is_quantized, released_layout
+from dsv3.checkpoint.released.writer import config_json
 from dsv3.config import strict
 from dsv3.model.config import ModelConfig
 from dsv3.precision.blocks import quantize_plain

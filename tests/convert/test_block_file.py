@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.checkpoint import direct_file
-from dsv3.checkpoint.direct_file import DirectFile
+from dsv3.checkpoint.released import direct_file
+from dsv3.checkpoint.released.direct_file import DirectFile
 from dsv3.convert import block_file
 from dsv3.convert.block_file import BlockFile
 from dsv3.runtime.errors import UserError

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.names import released_layout
+from dsv3.checkpoint.released.names import released_layout
 from dsv3.convert.config import ConvertConfig, Direction, ScaleFormat, StoredType
 from dsv3.convert.convert import convert
 from dsv3.model.config import ModelConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsv3.checkpoint.hf_config import model_from_hf
+from dsv3.checkpoint.released.config import model_from_hf
 from dsv3.config import build
 from dsv3.model.transformer import Transformer
 

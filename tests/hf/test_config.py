@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsv3.checkpoint.hf_config import model_from_hf
+from dsv3.checkpoint.released.config import model_from_hf
 from dsv3.config import plain
 from dsv3.model.config import RopeScaling
 from dsv3.runtime.errors import UserError

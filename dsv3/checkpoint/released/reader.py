@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dsv3.checkpoint.names import Released
-from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.released.names import Released
+from dsv3.checkpoint.released.source import ReleasedSource
 
 _PREFIX = "model."
 _PIECE = 16 * 2**20

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from dsv3.checkpoint.sizes import parse_size
+from dsv3.checkpoint.released.sizes import parse_size
 from dsv3.runtime.errors import UserError
 
 

@@ -1,6 +1,6 @@
 """Rotary numbers of a config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
 
-from dsv3.checkpoint.hf_values import HFValues
+from dsv3.checkpoint.released.values import HFValues
 from dsv3.model.config import RopeConfig, RopeScaling
 
 _KNOWN = {

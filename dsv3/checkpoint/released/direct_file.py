@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3.checkpoint.shard_file import ShardFile
+from dsv3.checkpoint.released.shard_file import ShardFile
 
 _ALIGNMENT = mmap.PAGESIZE
 """What addresses, positions and sizes must be multiples of past the page cache."""

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from dsv3.checkpoint.hf_rope import rope_from_hf
-from dsv3.checkpoint.hf_values import HFValues, read_config
+from dsv3.checkpoint.released.rope import rope_from_hf
+from dsv3.checkpoint.released.values import HFValues, read_config
 from dsv3.config import validate
 from dsv3.model.config import AttentionConfig, ModelConfig, MoEConfig, ScoreFunction
 from dsv3.runtime.errors import InvalidValue, UserError

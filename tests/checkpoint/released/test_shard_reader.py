@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3.checkpoint.shard_reader import ShardReader
-from dsv3.checkpoint.shards import open_shards
-from dsv3.checkpoint.stored_tensor import StoredTensor
+from dsv3.checkpoint.released.shard_reader import ShardReader
+from dsv3.checkpoint.released.shards import open_shards
+from dsv3.checkpoint.released.stored_tensor import StoredTensor
 from dsv3.runtime.errors import UserError
 
 from .raw_shards import noise, same

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.hf_config import block_size
-from dsv3.checkpoint.hf_values import read_config
-from dsv3.checkpoint.names import SCALE, Released, copies, is_derived, released_layout
-from dsv3.checkpoint.shard_file import ShardFile
-from dsv3.checkpoint.shard_reader import ShardReader
-from dsv3.checkpoint.shards import open_shards
-from dsv3.checkpoint.stored_tensor import StoredTensor, byte_view, fault, quoted
+from dsv3.checkpoint.released.config import block_size
+from dsv3.checkpoint.released.names import SCALE, Released, copies, is_derived, released_layout
+from dsv3.checkpoint.released.shard_file import ShardFile
+from dsv3.checkpoint.released.shard_reader import ShardReader
+from dsv3.checkpoint.released.shards import open_shards
+from dsv3.checkpoint.released.stored_tensor import StoredTensor, byte_view, fault, quoted
+from dsv3.checkpoint.released.values import read_config
 from dsv3.model.config import ModelConfig
 from dsv3.precision.blocks import dequantize
 

@@ -6,7 +6,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from dsv3.checkpoint.stored_tensor import fault, quoted
+from dsv3.checkpoint.released.stored_tensor import fault, quoted
 from dsv3.runtime.errors import UserError
 
 # The kernel's own limit lies just below 2 GiB; some systems refuse a call above theirs.

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
-from dsv3.checkpoint.hf_reader import ReleasedReader
 from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.names import released_layout
-from dsv3.checkpoint.released import ReleasedSource
+from dsv3.checkpoint.released.names import released_layout
+from dsv3.checkpoint.released.reader import ReleasedReader
+from dsv3.checkpoint.released.source import ReleasedSource
 from dsv3.precision.blocks import dequantize_plain
 from tests.convert.releases import small_model, write_release
 

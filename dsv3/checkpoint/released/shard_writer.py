@@ -12,9 +12,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.names import SCALE
-from dsv3.checkpoint.shard_header import METADATA
-from dsv3.checkpoint.stored_tensor import CODES, PACKED, StoredTensor, byte_view
+from dsv3.checkpoint.released.names import SCALE
+from dsv3.checkpoint.released.shard_header import METADATA
+from dsv3.checkpoint.released.stored_tensor import CODES, PACKED, StoredTensor, byte_view
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, type and shape of a tensor to be written."""

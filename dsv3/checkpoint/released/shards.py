@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsv3.checkpoint.shard_file import ShardFile
-from dsv3.checkpoint.shard_header import LIMIT, json_object, read_header
-from dsv3.checkpoint.stored_tensor import StoredTensor, fault, quoted
+from dsv3.checkpoint.released.shard_file import ShardFile
+from dsv3.checkpoint.released.shard_header import LIMIT, json_object, read_header
+from dsv3.checkpoint.released.stored_tensor import StoredTensor, fault, quoted
 
 INDEX = "model.safetensors.index.json"
 

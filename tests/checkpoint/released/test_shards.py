@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3.checkpoint.shard_reader import ShardReader
-from dsv3.checkpoint.shards import INDEX, open_shards
+from dsv3.checkpoint.released.shard_reader import ShardReader
+from dsv3.checkpoint.released.shards import INDEX, open_shards
 from dsv3.runtime.errors import UserError
 
 from .raw_shards import entry, index, raw, same, tensors

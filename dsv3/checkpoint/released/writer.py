@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dsv3.checkpoint.hf_config import ARCHITECTURES
+from dsv3.checkpoint.released.config import ARCHITECTURES
 from dsv3.model.config import ModelConfig, MoEConfig, RopeConfig, RopeScaling, ScoreFunction
 from dsv3.runtime.errors import UserError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.checkpoint.directory import MANIFEST_FILE
-from dsv3.checkpoint.shards import INDEX
+from dsv3.checkpoint.released.shards import INDEX
 from dsv3.runtime.errors import UserError
 
 HF_DIR, NOTES, SCALES_FILE = "hf", "dsv3.json", "scales.safetensors"

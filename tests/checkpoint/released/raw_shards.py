@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv3.checkpoint.stored_tensor import DTYPES
+from dsv3.checkpoint.released.stored_tensor import DTYPES
 
 
 def raw(header: Any, data: bytes = b"") -> bytes:

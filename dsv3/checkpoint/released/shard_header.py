@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from dsv3.checkpoint.shard_file import ShardFile
-from dsv3.checkpoint.stored_tensor import DTYPES, PACKED, StoredTensor, fault, quoted
+from dsv3.checkpoint.released.shard_file import ShardFile
+from dsv3.checkpoint.released.stored_tensor import DTYPES, PACKED, StoredTensor, fault, quoted
 from dsv3.runtime.errors import nearest
 
 LIMIT = 100_000_000

@@ -11,8 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.shard_file import ShardFile
-from dsv3.checkpoint.stored_tensor import StoredTensor, byte_view, quoted
+from dsv3.checkpoint.released.shard_file import ShardFile
+from dsv3.checkpoint.released.stored_tensor import StoredTensor, byte_view, quoted
 
 PIECE = 4 * 2**20
 """Bytes of whole rows that are in memory while columns are cut out of them."""

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv3.checkpoint.shard_reader import ShardReader
-from dsv3.checkpoint.shard_writer import Entry, ShardPlan, ShardWriter, index_json, plan_shards
-from dsv3.checkpoint.shards import INDEX, open_shards
+from dsv3.checkpoint.released.shard_reader import ShardReader
+from dsv3.checkpoint.released.shard_writer import Entry, ShardPlan, ShardWriter, index_json, plan_shards
+from dsv3.checkpoint.released.shards import INDEX, open_shards
 from tests.hf.pairs import pair
 
 from .raw_shards import noise, same, tensors

@@ -1,0 +1,1 @@
+"""Released checkpoints: HuggingFace's names, config.json and safetensors files, read and written strictly."""
