@@ -22,7 +22,7 @@ from torch import Tensor
 from dsv3.model.moe import grouped_linear
 from dsv3.precision.config import FP8Engine
 from dsv3.precision.engine import ENGINES
-from dsv3.precision.fp8 import FP8Product, choose_engine
+from dsv3.precision.fp8 import FP8Grouped, choose_engine
 from dsv3.precision.tiles import Recipe
 
 JSON = Path(__file__).parent / "results" / "fp8_matmul.json"
@@ -60,7 +60,7 @@ def measure(rows: int, depth: int, out: int, experts: int, device: torch.device)
     ends = torch.arange(1, experts + 1, device=device).mul(rows // experts).int()
     engine = choose_engine(FP8Engine.auto, device)
     probe = torch.zeros((), device=device, requires_grad=True)
-    in_fp8 = FP8Product(probe, engine.name, 128, False).grouped
+    in_fp8 = FP8Grouped(probe, engine.name, 128, False)
     gradient = torch.randn(rows, out, device=device, dtype=torch.bfloat16)
     products = {"bf16": grouped_linear, "fp8": in_fp8}
     flops = 2 * rows * depth * out / 1e12

@@ -110,7 +110,8 @@ class Recorder:
 
 def _tiles(row: MetricsRow) -> str:
     """How many tiles of FP8 operands were broken, where any was."""
-    return f", {row.fp8_broken_tiles:.0f} broken FP8 tiles" if row.fp8_broken_tiles else ""
+    count = row.fp8_broken_tiles or 0.0
+    return f", {count:.0f} broken FP8 tiles" if count > 0 else ""
 
 
 def peak_memory_gib(worker: Worker) -> float:

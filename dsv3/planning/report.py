@@ -9,6 +9,7 @@ from dsv3.parallel.config import ExchangeBackend, Kept, ParallelConfig, Pipeline
 from dsv3.parallel.degrees import Degrees
 from dsv3.parallel.stages import reshard_after_forward, stages_per_rank
 from dsv3.planning import parameters
+from dsv3.planning.fp8 import fp8_rows
 from dsv3.planning.hardware import HardwareConfig
 from dsv3.planning.memory import MemoryBytes, rank_memory
 from dsv3.planning.partition import Pipelining
@@ -102,6 +103,7 @@ class Plan:
             *self._pipeline_rows(),
             ("microbatch", f"{batch}, recompute {shape.recompute.value}"),
             ("bytes a parameter", shape.state.to_text()),
+            *fp8_rows(model, self.degrees, shape.fp8),
         ]
 
     def _pipeline_rows(self) -> list[tuple[str, str]]:

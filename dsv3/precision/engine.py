@@ -32,9 +32,9 @@ class Emulated:
         out = left.new_zeros(left.shape[0], right.shape[0])
         rows = _ROWS if left.device.type == "cpu" else max(1, left.shape[0])
         parts = (tensor.split(rows) for tensor in (out, left, of_left))
-        sums, factors = torch.empty_like(out[:rows]), torch.empty_like(out[:rows])
+        sums = torch.empty_like(out[:rows])
         for target, codes, scales in zip(*parts, strict=True):
-            _add_products(target, (codes, scales), (right, of_right), a.block[1], sums, factors)
+            _add_products(target, (codes, scales), (right, of_right), a.block[1], sums)
         return out.to(dtype)
 
 
@@ -44,16 +44,15 @@ def _add_products(
     b: tuple[Tensor, Tensor],
     step: int,
     sums: Tensor,
-    factors: Tensor,
 ) -> None:
-    """Add the products of some rows to `out`; `sums` and `factors` are room for as many."""
+    """Add the products of some rows to `out`; `sums` is room for as many."""
     (left, of_left), (right, of_right) = a, b
-    sums, factors = sums[: out.shape[0]], factors[: out.shape[0]]
+    sums = sums[: out.shape[0]]
     for n, first in enumerate(range(0, left.shape[1], step)):
         depth = slice(first, first + step)
         torch.mm(left[:, depth], right[:, depth].t(), out=sums)
-        torch.mul(of_left[:, n, None], of_right[:, n], out=factors)
-        out.addcmul_(sums, factors)
+        # One after the other: the product of two small scales would be 0, of two large ones infinity.
+        out.addcmul_(sums.mul_(of_left[:, n, None]), of_right[:, n].expand_as(sums))
 
 
 def _by_row(operand: Tiles) -> Tensor:

@@ -23,7 +23,7 @@ IN_HIGHER_PRECISION = ("head",)
 
 @dataclass
 class FP8Product:
-    """The product of one layer; all layers of a model share the probe (operators.py)."""
+    """What the products of a model's layers share; the probe counts broken tiles (operators.py)."""
 
     probe: Tensor
     engine: str
@@ -31,16 +31,27 @@ class FP8Product:
     power_of_two: bool
     gather: bool = False
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """See model.layers.Product."""
-        options = (self.probe, self.engine, self.tile, self.power_of_two)
-        out: Tensor = fp8_linear(x.flatten(0, -2), weight.unsqueeze(0), *options)
+    @property
+    def options(self) -> tuple[Tensor, str, int, bool]:
+        """The operators' last arguments."""
+        return self.probe, self.engine, self.tile, self.power_of_two
+
+
+class FP8Linear(FP8Product):
+    """A model.layers.Product."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W^T."""
+        out: Tensor = fp8_linear(x.flatten(0, -2), weight.unsqueeze(0), *self.options)
         return out.view(*x.shape[:-1], weight.shape[0])
 
-    def grouped(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        """See model.moe.GroupedProduct."""
-        options = (self.probe, self.engine, self.tile, self.power_of_two)
-        return fp8_grouped_linear(rows, weight, ends, *options)  # type: ignore[no-any-return]
+
+class FP8Grouped(FP8Product):
+    """A model.moe.GroupedProduct."""
+
+    def __call__(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """rows W_e^T."""
+        return fp8_grouped_linear(rows, weight, ends, *self.options)  # type: ignore[no-any-return]
 
 
 class BlockFP8:
@@ -67,12 +78,12 @@ class BlockFP8:
         """Set the products of `model`, which will be on `device`; UserError where an engine cannot run."""
         engine = choose_engine(self.engine, device, self.tile)
         probe = torch.zeros((), device=device, requires_grad=True)
-        product = FP8Product(probe, engine.name, self.tile, self.power_of_two, self.gather)
+        options = (probe, engine.name, self.tile, self.power_of_two, self.gather)
         for name, module in model.named_modules():
             if isinstance(module, Linear) and name not in IN_HIGHER_PRECISION:
-                module.product = product.linear
+                module.product = FP8Linear(*options)
             elif isinstance(module, Experts):
-                module.product = product.grouped
+                module.product = FP8Grouped(*options)
 
 
 def gather_weights(model: nn.Module) -> None:
@@ -117,13 +128,14 @@ def has_fp8(parts: Iterable[nn.Module]) -> bool:
 
 
 def take_broken_tiles(parts: Iterable[nn.Module], device: torch.device) -> Tensor:
-    """How many tiles of backward operands were not finite since the last call; an fp32 scalar."""
-    total = torch.zeros((), device=device)
+    """How many tiles of backward operands were not finite since the last call; an fp32 scalar.
+
+    NaN where that is unknown: a backward pass that a schedule splits gives gradients to parameters alone.
+    """
+    counts = [probe.grad for probe in _probes(parts) if probe.grad is not None]
     for probe in _probes(parts):
-        if probe.grad is not None:
-            total = total + probe.grad
-            probe.grad = None
-    return total
+        probe.grad = None
+    return torch.stack(counts).sum() if counts else torch.full((), torch.nan, device=device)
 
 
 def _probes(parts: Iterable[nn.Module]) -> list[Tensor]:
@@ -133,5 +145,5 @@ def _probes(parts: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _product(module: nn.Module) -> FP8Product | None:
-    owner = getattr(getattr(module, "product", None), "__self__", None)
-    return owner if isinstance(owner, FP8Product) else None
+    product = getattr(module, "product", None)
+    return product if isinstance(product, FP8Product) else None

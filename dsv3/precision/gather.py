@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from dsv3.precision.blocks import BLOCK, dequantize, quantize
 
@@ -31,9 +31,12 @@ def gather_in_fp8(weight: nn.Parameter, power_of_two: bool) -> None:
 
 
 def _has_whole_blocks(weight: DTensor) -> bool:
-    """Whether FSDP shards dim 0 in equal parts of whole blocks: rows, or experts with whole blocks each."""
-    cut = [p.dim for p in weight.placements if isinstance(p, Shard)]
-    parts = math.prod(weight.device_mesh.size(n) for n, p in enumerate(weight.placements) if p.is_shard(0))
+    """Whether FSDP shards dim 0 in equal parts of whole blocks: rows, or experts with whole blocks each.
+
+    Where tensor or expert parallelism cuts dim 0 too, FSDP's part is a strided shard, which is no Shard.
+    """
+    cut = [getattr(placement, "dim", None) for placement in weight.placements]
+    parts = math.prod(weight.device_mesh.size(n) for n, dim in enumerate(cut) if dim == 0)
     rows, odd = divmod(weight.shape[0], parts)
     if weight.ndim == 3:
         return not odd and 1 not in cut and weight.shape[1] % BLOCK == 0
@@ -63,6 +66,8 @@ class Gathering:
         """The whole weight in `dtype`, into `out` where FSDP has room already."""
         codes, scales = outputs
         rows = codes.flatten(0, -2).view(torch.float8_e4m3fn)
+        # A shard that ends within a block would bring a row of scales too many, and all after it be wrong.
+        assert scales.shape[0] * BLOCK == rows.shape[0], (scales.shape, rows.shape)
         if out is None:
             weight = dequantize(rows, scales, SQUARE, dtype=dtype).view(codes.shape)
             return weight, (weight,)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from dsv3.precision.engine import ENGINES
 from dsv3.precision.tiles import Recipe
@@ -123,13 +124,24 @@ def _differentiate(ctx, gradient):  # type: ignore[no-untyped-def]
     rows, weight, *ends = ctx.saved_tensors
     ends = ends[0] if ctx.grouped else None
     of_rows, of_weight, broken = None, None, _count(gradient)
-    if ctx.needs_input_grad[0]:
+    if ctx.needs_input_grad[0] and _asked_for(ctx.next_functions[0][0]):
         of_rows, count = _rows_gradient(gradient, weight, ends, *ctx.options)
         broken = broken + count
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[1] and _asked_for(ctx.next_functions[1][0]):
         of_weight, count = _weight_gradient(gradient, rows, ends, *ctx.options)
         of_weight, broken = of_weight.to(weight.dtype), broken + count
     return of_rows, of_weight, *[None] * ctx.grouped, broken, *[None] * len(ctx.options)
+
+
+def _asked_for(source: Node) -> bool:
+    """Whether the backward pass that runs goes on to `source`.
+
+    One that a pipeline schedule splits asks for inputs first and for weights later: both twice, if not asked.
+    """
+    try:
+        return torch._C._will_engine_execute_node(source)
+    except RuntimeError:  # a leaf that torch.autograd.grad was given
+        return True
 
 
 fp8_linear.register_autograd(_differentiate, setup_context=_save)

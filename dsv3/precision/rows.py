@@ -24,5 +24,6 @@ def pack(rows: Tensor, power_of_two: bool = False) -> Tensor:
 @torch.no_grad()
 def unpack(packed: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """The rows [rows, dim] of `pack`, in `dtype`."""
-    codes, scales = packed[:, :dim].contiguous(), packed[:, dim:].contiguous()
+    # Copies, even of no row: numbers of 4 bytes must begin at a multiple of 4.
+    codes, scales = packed[:, :dim].clone(), packed[:, dim:].clone()
     return dequantize(codes.view(torch.float8_e4m3fn), scales.view(torch.float32), TILE, dtype=dtype)

@@ -12,6 +12,7 @@ from dsv3.parallel.laws import check_batch, check_schedule, check_sequence, chec
 from dsv3.parallel.stages import least_microbatches, stage_count, takes_microbatches
 from dsv3.planning.hardware import HardwareConfig, detect
 from dsv3.planning.report import Plan, make_plan
+from dsv3.precision.check import check_fp8
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.world import ranks_per_node, world_size
 from dsv3.tasks.config import EvaluateTaskConfig
@@ -58,6 +59,7 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     hardware = detect(config.hardware, ranks_per_node(config, world))
     plan = make_plan(config, degrees, hardware)
     check_backend(config, plan)
+    check_fp8(config, plan)
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     return Job(config, overrides, hardware, plan, run_dir, bool(sweep_dir or config.run.dir))
 

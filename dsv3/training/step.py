@@ -64,6 +64,8 @@ class TrainStep:
         terms = LossWeights(weights.mtp, weights.balance, weights.z)
         parts = self.passes.train(microbatches, self._measure(microbatches), terms)
         parts[:2] /= self.worker.loss_copies
+        if self.in_fp8:  # they travel with the losses: one reduction for all
+            parts = torch.cat([parts, take_broken_tiles(self.passes.parts, self.worker.device).view(1)])
         main, mtp, balance, *broken = self.worker.sum(parts).unbind()
         grad_norm = clip_gradients(self.passes.parts, self.clip_norm, self.worker)
         set_learning_rate(self.optimizer, weights.lr)
@@ -71,8 +73,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         figures = {"loss": main, "grad_norm": grad_norm}
         if self.in_fp8:
-            tiles = take_broken_tiles(self.passes.parts, self.worker.device)
-            figures["fp8_broken_tiles"] = self.worker.sum(tiles)
+            figures["fp8_broken_tiles"] = broken.pop()
         if self.config.mtp_depths:
             figures["mtp_loss"] = mtp
         if self.config.num_moe_layers:

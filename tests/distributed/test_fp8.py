@@ -8,6 +8,7 @@ rounding sends one elsewhere.
 from statistics import median
 
 import pytest
+import torch
 
 from tests.distributed.comparing import TOLERANCE, assert_close, relative_error
 from tests.distributed.layouts import PAIRS, SINGLES, TRIPLES
@@ -43,10 +44,24 @@ def test_where_tiles_are_the_same_so_are_loss_and_gradients(pool: Pool, layout: 
         assert_close(trace.gradients[0], single.gradients[0])
 
 
-def test_weights_gathered_in_fp8_are_those_that_products_would_make(pool: Pool) -> None:
-    single = one_process([*FP8, *WIDE, GATHERED[0]])
-    for trace in first_step(pool, "dp_shard", [*FP8, *WIDE, *GATHERED]):
-        assert_close(trace.gradients[0], single.gradients[0])
+# Under tp and ep FSDP's shards are strided ones, and under tp some end within a block: they go in bf16.
+@pytest.mark.parametrize("layout", ["dp_shard", "dp_shard x tp", "dp_shard x ep"])
+def test_weights_gathered_in_fp8_are_those_that_products_would_make(pool: Pool, layout: str) -> None:
+    chosen = ["precision=fp8", *FP32, *WIDE, GATHERED[0]]
+    plain, gathered = (first_step(pool, layout, [*chosen, *more]) for more in ([], GATHERED[1:]))
+    for one, other in zip(plain, gathered, strict=True):
+        assert one.figures == other.figures
+        for name, gradient in one.gradients[0].items():
+            assert torch.equal(gradient, other.gradients[0][name]), name
+
+
+def test_in_bf16_shards_round_what_one_process_does_not_and_no_more(pool: Pool) -> None:
+    chosen = ["precision=fp8", *FP32]
+    single = one_process(chosen)
+    for trace in first_step(pool, "dp_shard", chosen):
+        # Gradients of gathered bf16 weights are bf16 before they are summed in fp32.
+        assert_close(trace.gradients[0], single.gradients[0], 2.0**-8)
+        assert trace.figures[0]["loss"] == pytest.approx(single.figures[0]["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +71,7 @@ def test_weights_gathered_in_fp8_are_those_that_products_would_make(pool: Pool) 
         ("cp", ["recompute=selective"]),
         ("tp x pp", []),
         ("ep", ["precision.fp8.dispatch=true"]),
+        ("dp_shard x ep", ["precision.fp8.dispatch=true", "precision.compute=bf16"]),
         ("dp_shard x cp x tp, ep 4", ["precision.fp8.dispatch=true", "recompute=full"]),
     ],
 )

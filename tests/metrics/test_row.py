@@ -13,7 +13,8 @@ moe_max_violation moe_entropy moe_bias_range
 
 def test_fields_are_those_of_the_contract_in_its_order_and_one_more() -> None:
     assert [field.name for field in fields(MetricsRow)] == [*CONTRACT.split(), "fp8_broken_tiles"]
-    assert list(json.loads(MetricsRow(step=1, tokens=2).to_json())) == CONTRACT.split()
+    written = json.loads(MetricsRow(step=1, tokens=2).to_json())
+    assert list(written) == [field.name for field in fields(MetricsRow)]
 
 
 def test_what_is_not_finite_is_written_as_null() -> None:

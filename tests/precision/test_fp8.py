@@ -27,8 +27,8 @@ def fp8_model(granularity: Granularity = Granularity.tile, power_of_two: bool = 
 
 def product_of(module: nn.Module) -> FP8Product | None:
     """The FP8 product of a layer that has one."""
-    owner = getattr(getattr(module, "product", None), "__self__", None)
-    return owner if isinstance(owner, FP8Product) else None
+    product = getattr(module, "product", None)
+    return product if isinstance(product, FP8Product) else None
 
 
 class Calls(TorchDispatchMode):

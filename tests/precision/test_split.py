@@ -1,0 +1,81 @@
+"""A backward pass that a pipeline schedule splits: inputs first, weights later, nothing computed twice."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv3.model.layers import Linear
+from dsv3.precision.fp8 import FP8Grouped, FP8Linear, take_broken_tiles
+
+ROWS, WEIGHTS = "dsv3::fp8_rows_gradient", "dsv3::fp8_weight_gradient"
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators of backward products."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in (ROWS, WEIGHTS):
+            self.names[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Layers(nn.Module):
+    """Two linear layers with experts between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.zeros((), requires_grad=True)
+        self.first, self.last = Linear(16, 16), Linear(16, 16)
+        self.experts = nn.Parameter(torch.randn(2, 16, 16, generator=generator))
+        self.grouped = FP8Grouped(probe, "emulated", 128, False)
+        for layer in (self.first, self.last):
+            layer.product = FP8Linear(probe, "emulated", 128, False)
+            nn.init.normal_(layer.weight, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [8, 16], of which three rows are the first expert's."""
+        ends = torch.tensor([3, 8], dtype=torch.int32)
+        out: Tensor = self.last(self.grouped(self.first(x).sigmoid(), self.experts, ends))
+        return 2 * out
+
+
+def inputs() -> Tensor:
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def test_each_gradient_is_computed_once_and_is_the_same() -> None:
+    whole, split, x, y = Layers(), Layers(), inputs(), inputs()
+    with Calls() as at_once:
+        whole(x).sum().backward()
+    assert at_once.names == {ROWS: 3, WEIGHTS: 3}
+    out = split(y)
+    with Calls() as first:
+        found, groups = stage_backward_input([out], [torch.ones_like(out)], [y], split.parameters())
+    assert first.names == {ROWS: 3}
+    with Calls() as second:
+        stage_backward_weight(split.parameters(), groups)
+    assert second.names == {WEIGHTS: 3}
+    pairs = [(found[0], x.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(split.parameters(), whole.parameters(), strict=True)]
+    for mine, right in pairs:
+        assert mine is not None
+        assert right is not None
+        assert torch.equal(mine, right)
+
+
+def test_it_does_not_count_and_says_so() -> None:
+    layers, x = Layers(), inputs()
+    layers(x).sum().backward()
+    assert take_broken_tiles([layers], torch.device("cpu")).item() == 0
+    out = layers(x)
+    stage_backward_input([out], [torch.ones_like(out)], [x], layers.parameters())
+    assert take_broken_tiles([layers], torch.device("cpu")).isnan()
