@@ -22,7 +22,8 @@ RESULT = Path(__file__).resolve().parent / "results" / "mutations.json"
 MODEL, HF = "tests/model", "tests/hf"
 TRAINING, SHARDED = "tests/training", "tests/distributed/test_parity.py"
 PRECISION = " ".join(
-    f"tests/precision/test_{name}.py" for name in ("tiles", "engine", "operators", "fp8", "scaled_mm")
+    f"tests/precision/test_{name}.py"
+    for name in ("tiles", "engine", "operators", "fp8", "scaled_mm", "split", "check")
 )
 
 
@@ -388,8 +389,8 @@ MUTATIONS = [
     Mutation(
         "FP8: scales after the sum of a block",
         "dsv3/precision/engine.py",
-        "        torch.mm(left[:, depth], right[:, depth].t(), out=sums)\n        torch.mul(of_left[:, n, None], of_right[:, n], out=factors)",
-        "        torch.mm(left[:, depth] * of_left[:, n, None], (right[:, depth] * of_right[:, n, None]).t(), out=sums)\n        factors.fill_(1.0)",
+        "        torch.mm(left[:, depth], right[:, depth].t(), out=sums)\n",
+        "        torch.mm(left[:, depth] * of_left[:, n, None], (right[:, depth] * of_right[:, n, None]).t(), out=sums)\n        out.add_(sums)\n        continue\n",
         PRECISION,
     ),
     Mutation(
@@ -418,6 +419,34 @@ MUTATIONS = [
         "dsv3/precision/blocks.py",
         "    return _by_block(nan, block).amax((1, 3)).sum()",
         "    return _by_block(nan, block).amax((1, 3)).sum() * 0",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: a split backward pass computes each gradient once",
+        "dsv3/precision/operators.py",
+        "        return torch._C._will_engine_execute_node(source)",
+        "        return True",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: FSDP's strided shards count where whole blocks are asked for",
+        "dsv3/precision/gather.py",
+        'cut = [getattr(placement, "dim", None) for placement in weight.placements]',
+        'cut = [getattr(p, "dim", None) if p.is_shard() else None for p in weight.placements]',
+        "tests/distributed/test_fp8.py",
+    ),
+    Mutation(
+        "FP8: rows that travel bring their scales",
+        "dsv3/precision/rows.py",
+        "scales.view(torch.float32), TILE, dtype=dtype)",
+        "torch.ones_like(scales.view(torch.float32)), TILE, dtype=dtype)",
+        "tests/distributed/test_fp8.py",
+    ),
+    Mutation(
+        "FP8: no hardware without block-wise scales",
+        "dsv3/precision/check.py",
+        "    if fast and on not in HOPPER:",
+        "    if False:",
         PRECISION,
     ),
     Mutation(

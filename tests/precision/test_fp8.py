@@ -86,12 +86,12 @@ def test_broken_tiles_are_taken_once() -> None:
     model = fp8_model()
     assert has_fp8([model])
     assert not has_fp8([tiny_model()])
-    assert float(take_broken_tiles([model], CPU)) == 0.0
-    for expected in (True, True, False):
-        if expected:
-            logits = model(tokens(2, 16)).logits
-            logits.backward(torch.full_like(logits, torch.nan))
-        assert (float(take_broken_tiles([model], CPU)) > 0) is expected
+    for _ in range(2):
+        # Without a backward pass there is nothing to know.
+        assert take_broken_tiles([model], CPU).isnan()
+        logits = model(tokens(2, 16)).logits
+        logits.backward(torch.full_like(logits, torch.nan))
+        assert float(take_broken_tiles([model], CPU)) > 0
     model(tokens(2, 16)).logits.sum().backward()
     assert float(take_broken_tiles([model, model], CPU)) == 0.0
 
