@@ -47,7 +47,7 @@ def convert(config: ConvertConfig) -> str:
     workers = (os.cpu_count() or 1) if config.workers == AUTO else int(config.workers)
     if config.plan and not config.input:
         return estimate(*foreseen(config, model, parameter_shapes(model)), workers, config.speeds)
-    source = open_source(config.direction, directory, model)
+    source = open_source(config.direction, directory, model, whole=config.verify and not config.plan)
     work = _work(config, source, model)
     if config.plan:
         return estimate(_size(_files(source)), work.nbytes, workers, config.speeds)
@@ -63,11 +63,13 @@ def convert(config: ConvertConfig) -> str:
     return f"{told}\n{_verified(output)}" if config.verify else told
 
 
-def open_source(direction: Direction, directory: Path, model: ModelConfig) -> ReleasedSource | DcpSource:
-    """What a conversion reads."""
+def open_source(
+    direction: Direction, directory: Path, model: ModelConfig, whole: bool
+) -> ReleasedSource | DcpSource:
+    """What a conversion reads; a DCP is compared with its manifest, its tensors too where `whole` asks."""
     if direction is Direction.dcp_to_hf:
         checkpoint = find_checkpoint(str(directory))
-        verify_description(checkpoint)
+        (verify if whole else verify_description)(checkpoint)
         return DcpSource(checkpoint, model, parameter_shapes(model))
     return open_released(directory, model, DirectFile)
 

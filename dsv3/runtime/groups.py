@@ -35,8 +35,8 @@ Keys (* is the default):
   scale_fmt       float32 ue8m0: what new fp8 scales are; as in the input unless given
   max_shard_size  5GB*: of a safetensors file; 5GB, 500MiB or bytes
   workers         auto* (one a core) or a number of threads
-  verify          false* true: read the output again and compare its checksums; one that is complete
-                  already is only read
+  verify          false* true: compare a DCP that is read with its manifest, read the output again and
+                  compare its checksums; one that is complete already is only read
   plan            false* true: only tell bytes, time and memory; with model=671b it needs no input
   speeds          [0.5,1,3,7]*: of the disk in GB/s, for plan
   model           hf* (from the input) {models}

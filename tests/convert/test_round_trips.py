@@ -15,6 +15,7 @@ from dsv3.convert.config import ConvertConfig, Direction, ScaleFormat, StoredTyp
 from dsv3.convert.convert import convert
 from dsv3.model.config import ModelConfig
 from dsv3.precision.blocks import dequantize_plain
+from dsv3.runtime.errors import UserError
 from tests.convert.releases import read_release, small_model, write_release
 
 MODELS = {
@@ -146,3 +147,17 @@ def test_transformers_computes_the_same_logits_from_an_export(tmp_path: Path) ->
     tokens = torch.randint(0, model.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(ours(tokens).logits, theirs(tokens).logits, atol=1e-5)
+
+
+def test_a_flipped_bit_of_a_dcp_is_found_before_it_is_exported_where_that_is_asked(tmp_path: Path) -> None:
+    model = small_model()
+    write_release(tmp_path / "in", model)
+    convert(ask(Direction.hf_to_dcp, tmp_path / "in", tmp_path / "dcp", model))
+    convert(ask(Direction.dcp_to_hf, tmp_path / "dcp", tmp_path / "sound", model, verify=True))
+    victim = next((tmp_path / "dcp").glob("*.distcp"))
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    victim.write_bytes(raw)
+    with pytest.raises(UserError, match=f"{victim.name} is altered"):
+        convert(ask(Direction.dcp_to_hf, tmp_path / "dcp", tmp_path / "out", model, verify=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dcp", "in", "sound"]
