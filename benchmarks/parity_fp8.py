@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from dsv3.parallel.degrees import Degrees
-from tests.distributed.comparing import relative_error
 from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.distributed.pool import Pool
-from tests.distributed.test_fp8 import FP8, FP32, GATHERED, WIDE
-from tests.distributed.training import GLOBAL_BATCH, Trace, configured, train, train_config
+from tests.distributed.test_fp8 import FP8, FP32, GATHERED, WIDE, errors, one_process
+from tests.distributed.training import GLOBAL_BATCH, configured, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON, PAGE = ROOT / "benchmarks" / "results" / "parity_fp8.json", ROOT / "docs" / "parity.md"
@@ -67,18 +66,6 @@ def compare(pool: Pool, degrees: Degrees, overrides: list[str]) -> dict[str, Any
         "from_fp32": median(e for trace in traces for e in errors(trace, exact).values()),
         "one_from_fp32": median(errors(single, exact).values()),
     }
-
-
-def one_process(overrides: list[str], microbatch: int = 2) -> Trace:
-    """The first step without a layout."""
-    trace = train(overrides, None, 1, microbatch)
-    assert trace is not None
-    return trace
-
-
-def errors(mine: Trace, whole: Trace) -> dict[str, float]:
-    """Each gradient's relative difference."""
-    return {name: relative_error(g, whole.gradients[0][name]) for name, g in mine.gradients[0].items()}
 
 
 def row(name: str, found: dict[str, Any]) -> str:

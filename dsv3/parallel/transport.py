@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.parallel.collectives import OPS, start_exchange, wait
+from dsv3.parallel.collectives import start_exchange, wait
 from dsv3.precision.rows import pack, unpack
 
 
@@ -44,8 +44,7 @@ class PlainTransport:
 
     def back(self, rows: Tensor, exchange: Exchange) -> Tensor:
         """See Transport."""
-        sent, received, group = exchange
-        return wait(start_exchange(rows, received, sent, group))
+        return wait(start_exchange(rows, *_reversed(exchange)))
 
 
 class FP8Transport:
@@ -56,18 +55,13 @@ class FP8Transport:
 
     def go(self, rows: Tensor, exchange: Exchange) -> Callable[[], Tensor]:
         """See Transport."""
-        begun = _start(pack(rows, self.power_of_two), exchange)
+        begun = start_exchange(pack(rows, self.power_of_two), *exchange)
         # Bytes have no gradient: `rows` go along to be what the result is differentiated by.
         return partial(_Arrive.apply, rows, begun, exchange)
 
     def back(self, rows: Tensor, exchange: Exchange) -> Tensor:
         """See Transport."""
         return _Return.apply(rows, exchange, self.power_of_two)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _start(rows: Tensor, exchange: Exchange) -> Tensor:
-    sent, received, group = exchange
-    return OPS.all_to_all_single(rows.contiguous(), received, sent, group.group_name)  # type: ignore[no-any-return]
 
 
 def _reversed(exchange: Exchange) -> Exchange:
@@ -78,21 +72,21 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, begun: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        return unpack(OPS.wait_tensor(begun), rows.shape[1], rows.dtype)
+        return unpack(wait(begun), rows.shape[1], rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return OPS.wait_tensor(_start(gradients[0], _reversed(ctx.exchange))), None, None
+        return wait(start_exchange(gradients[0], *_reversed(ctx.exchange))), None, None
 
 
 class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange, power_of_two: bool) -> Tensor:
         ctx.exchange, ctx.power_of_two = exchange, power_of_two
-        return OPS.wait_tensor(_start(rows, _reversed(exchange)))  # type: ignore[no-any-return]
+        return wait(start_exchange(rows, *_reversed(exchange)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradients[0]
-        packed = OPS.wait_tensor(_start(pack(gradient, ctx.power_of_two), ctx.exchange))
+        packed = wait(start_exchange(pack(gradient, ctx.power_of_two), *ctx.exchange))
         return unpack(packed, gradient.shape[1], gradient.dtype), None, None

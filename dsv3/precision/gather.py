@@ -1,8 +1,8 @@
 """FSDP's gathering of weights in FP8: a rank quantises its shard, codes and scales travel, all dequantise.
 
 Only where every shard holds whole blocks of 128 x 128: their scales are then those that the whole weight's
-blocks have, and the product that quantises the gathered weight again finds the same codes, and with scales
-that are powers of two the same scales. Other weights are gathered in the compute dtype.
+blocks have, and where scales are powers of two the product that quantises the gathered weight again finds
+the same numbers. Other weights are gathered in the compute dtype.
 """
 
 import math

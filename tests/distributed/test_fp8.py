@@ -29,8 +29,9 @@ def first_step(pool: Pool, layout: str, overrides: list[str]) -> list[Trace]:
     return [trace for trace in traces if trace is not None]
 
 
-def one_process(overrides: list[str]) -> Trace:
-    trace = train(overrides, None, 1, 2)
+def one_process(overrides: list[str], microbatch: int = 2) -> Trace:
+    """The first step without a layout."""
+    trace = train(overrides, None, 1, microbatch)
     assert trace is not None
     return trace
 
@@ -86,4 +87,5 @@ def test_where_tiles_differ_the_error_is_that_of_one_process(
 
 
 def errors(trace: Trace, exact: Trace) -> dict[str, float]:
+    """Each gradient's relative difference."""
     return {name: relative_error(g, exact.gradients[0][name]) for name, g in trace.gradients[0].items()}
