@@ -26,8 +26,8 @@ class MetricsRow:
     moe_entropy: entropy of the expert load in units of log(experts), 1 is perfectly even, mean over layers.
     moe_bias_range: max - min of the selection bias of a layer, the largest over MoE layers.
     fp8_broken_tiles: tiles with numbers that are not finite among the operands of the step's backward
-        products, over all ranks; None but under precision=fp8, and with schedules that split the backward
-        pass.
+        products, over all ranks; None but under precision=fp8, and where compiled layers meet a schedule
+        that splits the backward pass.
     """
 
     step: int

@@ -12,7 +12,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert import send_in_fp8
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.sequence import split_sequences
-from dsv3.parallel.stages import reshard_after_forward
+from dsv3.parallel.stages import reshard_after_forward, splits_backward
 from dsv3.precision.fp8 import gather_weights
 
 
@@ -54,7 +54,7 @@ def parallelize(
         split_sequences(model, mesh)
     if config.precision.fp8 is not None:
         in_fp8 = build(config.precision.fp8)
-        in_fp8(model, device)
+        in_fp8(model, device, counts=not _runs_backward_twice(config, mesh))
         if in_fp8.dispatch:
             send_in_fp8(model, in_fp8.power_of_two)
     build(config.compile)(model, device)
@@ -62,6 +62,12 @@ def parallelize(
     if mesh is not None and chosen.fsdp is not None:
         reshard = reshard_after_forward(chosen, mesh.degrees.pp)
         build(chosen.fsdp, reshard_after_forward=reshard)(root, mesh, model.compute_dtype)
+
+
+def _runs_backward_twice(config: Config, mesh: ParallelMesh | None) -> bool:
+    """Whether compiled code, which computes all gradients at once, is asked for inputs' and weights' apart."""
+    pipelined = mesh is not None and mesh.degrees.pp > 1
+    return pipelined and config.compile.enabled and splits_backward(config.parallel.schedule)
 
 
 def materialize(model: Transformer, seed: int, device: torch.device) -> None:

@@ -74,10 +74,13 @@ class BlockFP8:
         self.dispatch = dispatch
         self.gather = gather
 
-    def __call__(self, model: Transformer, device: torch.device) -> None:
-        """Set the products of `model`, which will be on `device`; UserError where an engine cannot run."""
+    def __call__(self, model: Transformer, device: torch.device, counts: bool = True) -> None:
+        """Set the products of `model`, which will be on `device`, and whether they count broken tiles.
+
+        UserError where an engine cannot run.
+        """
         engine = choose_engine(self.engine, device, self.tile)
-        probe = torch.zeros((), device=device, requires_grad=True)
+        probe = torch.zeros((), device=device, requires_grad=counts)
         options = (probe, engine.name, self.tile, self.power_of_two, self.gather)
         for name, module in model.named_modules():
             if isinstance(module, Linear) and name not in IN_HIGHER_PRECISION:
@@ -130,7 +133,7 @@ def has_fp8(parts: Iterable[nn.Module]) -> bool:
 def take_broken_tiles(parts: Iterable[nn.Module], device: torch.device) -> Tensor:
     """How many tiles of backward operands were not finite since the last call; an fp32 scalar.
 
-    NaN where that is unknown: a backward pass that a schedule splits gives gradients to parameters alone.
+    NaN where that is unknown: without a backward pass, and where products do not count.
     """
     counts = [probe.grad for probe in _probes(parts) if probe.grad is not None]
     for probe in _probes(parts):

@@ -8,7 +8,7 @@ Weights are [experts, out, in] and rows [rows, in], sorted by expert; `ends` [ex
 numbers at which each expert's rows end, and None where one weight takes all rows. `engine` names one of
 engine.ENGINES, `tile` and `power_of_two` are the Recipe. `probe` is a scalar 0 whose gradient counts the
 tiles of backward operands that were not finite: so autograd adds it up over layers and microbatches, once
-however often a forward pass is repeated.
+however often a forward pass is repeated. One without requires_grad counts nothing.
 """
 
 from collections.abc import Iterator
@@ -130,6 +130,11 @@ def _differentiate(ctx, gradient):  # type: ignore[no-untyped-def]
     if ctx.needs_input_grad[1] and _asked_for(ctx.next_functions[1][0]):
         of_weight, count = _weight_gradient(gradient, rows, ends, *ctx.options)
         of_weight, broken = of_weight.to(weight.dtype), broken + count
+    probe = ctx.next_functions[2 + ctx.grouped][0]
+    if probe is not None and not _asked_for(probe):
+        # A split backward pass gives gradients to inputs and parameters alone, so nobody else would add it.
+        leaf = probe.variable
+        leaf.grad = broken if leaf.grad is None else leaf.grad + broken
     return of_rows, of_weight, *[None] * ctx.grouped, broken, *[None] * len(ctx.options)
 
 

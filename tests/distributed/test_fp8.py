@@ -36,10 +36,14 @@ def one_process(overrides: list[str], microbatch: int = 2) -> Trace:
     return trace
 
 
-@pytest.mark.parametrize("layout", ["pp", "dp_replicate x dp_shard"])
-def test_where_tiles_are_the_same_so_are_loss_and_gradients(pool: Pool, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "more"), [("pp", ["parallel.schedule=ZBVZeroBubble"]), ("dp_replicate x dp_shard", [])]
+)
+def test_where_tiles_are_the_same_so_are_loss_and_gradients(
+    pool: Pool, layout: str, more: list[str]
+) -> None:
     single = one_process(FP8)
-    for trace in first_step(pool, layout, FP8):
+    for trace in first_step(pool, layout, [*FP8, *more]):
         assert trace.figures[0]["loss"] == pytest.approx(single.figures[0]["loss"], rel=TOLERANCE)
         assert trace.figures[0]["fp8_broken_tiles"] == 0
         assert_close(trace.gradients[0], single.gradients[0])

@@ -1,5 +1,6 @@
 """A backward pass that a pipeline schedule splits: inputs first, weights later, nothing computed twice."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv3.model.layers import Linear
 from dsv3.precision.fp8 import FP8Grouped, FP8Linear, take_broken_tiles
 
+CPU = torch.device("cpu")
 ROWS, WEIGHTS = "dsv3::fp8_rows_gradient", "dsv3::fp8_weight_gradient"
 
 
@@ -30,10 +32,10 @@ class Calls(TorchDispatchMode):
 class Layers(nn.Module):
     """Two linear layers with experts between."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: bool = True) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        probe = torch.zeros((), requires_grad=True)
+        probe = torch.zeros((), requires_grad=counts)
         self.first, self.last = Linear(16, 16), Linear(16, 16)
         self.experts = nn.Parameter(torch.randn(2, 16, 16, generator=generator))
         self.grouped = FP8Grouped(probe, "emulated", 128, False)
@@ -72,10 +74,24 @@ def test_each_gradient_is_computed_once_and_is_the_same() -> None:
         assert torch.equal(mine, right)
 
 
-def test_it_does_not_count_and_says_so() -> None:
-    layers, x = Layers(), inputs()
-    layers(x).sum().backward()
-    assert take_broken_tiles([layers], torch.device("cpu")).item() == 0
+def test_broken_tiles_are_counted_as_at_once() -> None:
+    whole, split, x, y = Layers(), Layers(), inputs(), inputs()
+    gradient = torch.ones(8, 16)
+    gradient[3, 5] = math.nan
+    whole(x).backward(gradient)
+    expected = take_broken_tiles([whole], CPU)
+    assert expected > 0
+    for _ in range(2):  # microbatches
+        out = split(y)
+        _, groups = stage_backward_input([out], [gradient], [y], split.parameters())
+        stage_backward_weight(split.parameters(), groups)
+    assert take_broken_tiles([split], CPU) == 2 * expected
+    assert take_broken_tiles([split], CPU).isnan()
+
+
+def test_a_probe_without_a_gradient_counts_nothing() -> None:
+    layers, x = Layers(counts=False), inputs()
     out = layers(x)
-    stage_backward_input([out], [torch.ones_like(out)], [x], layers.parameters())
-    assert take_broken_tiles([layers], torch.device("cpu")).isnan()
+    _, groups = stage_backward_input([out], [torch.ones_like(out)], [x], layers.parameters())
+    stage_backward_weight(layers.parameters(), groups)
+    assert take_broken_tiles([layers], CPU).isnan()
