@@ -361,15 +361,24 @@ MUTATIONS = [
     Mutation(
         "DeepEP: rows are read once they have arrived",
         "dsv3/parallel/deepep.py",
-        "        event.current_stream_wait()\n",
+        "        arrived.event.current_stream_wait()\n",
         "",
         "tests/distributed/test_deepep.py",
     ),
     Mutation(
         "DeepEP: the gradient of the weights comes back",
         "dsv3/parallel/deepep.py",
-        "return x, summed, None, None, None",
-        "return x, None, None, None, None",
+        "return x, summed, None, None",
+        "return x, None, None, None",
+        "tests/distributed/test_deepep.py",
+    ),
+    Mutation(
+        "DeepEP: gradients of results go in FP8 where rows do",
+        "dsv3/parallel/deepep.py",
+        """dispatch(form.leave(gradients[0]), handle=ctx.handle)[0]
+        return form.arrive(found), None, None""",
+        """dispatch(gradients[0].contiguous(), handle=ctx.handle)[0]
+        return found, None, None""",
         "tests/distributed/test_deepep.py",
     ),
     Mutation(
@@ -438,8 +447,8 @@ MUTATIONS = [
     Mutation(
         "FP8: rows that travel bring their scales",
         "dsv3/precision/rows.py",
-        "scales.view(torch.float32), TILE, dtype=dtype)",
-        "torch.ones_like(scales.view(torch.float32)), TILE, dtype=dtype)",
+        "scales.view(torch.float32), dtype)",
+        "torch.ones_like(scales.view(torch.float32)), dtype)",
         "tests/distributed/test_fp8.py",
     ),
     Mutation(

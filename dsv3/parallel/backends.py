@@ -11,6 +11,7 @@ from dsv3.parallel.degrees import KEY
 from dsv3.parallel.filling import expert_degrees
 from dsv3.parallel.nearest import join, nearest_of
 from dsv3.planning.report import Plan
+from dsv3.planning.sharding import BLOCK
 from dsv3.precision.config import ComputeType
 from dsv3.runtime.errors import UserError
 
@@ -39,7 +40,7 @@ def check_backend(config: "Config", plan: Plan) -> None:
             f"or {_ELSE}"
         )
     if config.precision.fp8 is not None and config.precision.fp8.dispatch:
-        raise UserError(f"{_NAME} carries rows in bf16: take precision.fp8.dispatch=false, or {_ELSE}")
+        _check_tiles(plan.model.dim)
     _check_size(plan)
     _check_nodes(degrees.ep, plan.shape.ranks_per_node)
     # A plan is made anywhere; a job that Slurm will start may find the package there.
@@ -53,6 +54,15 @@ def missing(why: str) -> str:
         f"{_NAME} needs the package deep_ep (1.2.1, github.com/deepseek-ai/DeepEP): {why}\n"
         f"install it into this environment, or {_ELSE}"
     )
+
+
+def _check_tiles(dim: int) -> None:
+    if dim % BLOCK:
+        works = join(sorted({max(BLOCK, dim // BLOCK * BLOCK), (dim // BLOCK + 1) * BLOCK}))
+        raise UserError(
+            f"{_NAME} carries FP8 rows in whole tiles of {BLOCK}, and model.dim={dim} here: nearest that "
+            f"work: {works}; or take precision.fp8.dispatch=false, or {_ELSE}"
+        )
 
 
 def _check_size(plan: Plan) -> None:

@@ -2,8 +2,8 @@
 
 A row goes once to every rank that has one of its experts, over both levels where `ep` spans nodes. DeepEP
 adds up without weights, so each rank weighs its own results. The gradient of a dispatch is a combine and
-that of a combine a dispatch the same way again (docs/legacy.md there). Rows are bf16: a config with fp32
-is refused before the launch (backends.py).
+that of a combine a dispatch the same way again (docs/legacy.md there). Rows are bf16, and on their way to
+experts FP8 where that is chosen: a config with fp32 is refused before the launch (backends.py).
 """
 
 import importlib
@@ -17,14 +17,15 @@ from dsv3.model.router import Routing
 from dsv3.parallel.backends import NODE, missing
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.routes import weighted_sums
+from dsv3.precision.rows import decode, encode
 from dsv3.runtime.errors import UserError
 
 
-class Arriving(NamedTuple):
-    """Rows that are under way to this rank; to be read once `event` has been waited for."""
+class Arrived(NamedTuple):
+    """What DeepEP hands out; to be read once `event` has been waited for."""
 
-    rows: Tensor
-    """[received rows, dim] bf16."""
+    rows: Any
+    """[received rows, dim], as they travel."""
     weights: Tensor
     """[received rows, top_k] fp32."""
     chosen: Tensor
@@ -32,8 +33,44 @@ class Arriving(NamedTuple):
     handle: Any
     """The way that the rows came, for DeepEP alone."""
     event: Any
+
+
+class Dispatched(NamedTuple):
+    """What was sent, which results are differentiated by, and what arrives."""
+
+    x: Tensor
+    weights: Tensor
+    arrived: Arrived
     experts: int
     """Experts that live here."""
+
+
+class BF16Rows:
+    """Rows [rows, dim] travel as they are."""
+
+    def leave(self, rows: Tensor) -> Any:
+        """What DeepEP is handed."""
+        return rows.contiguous()
+
+    def arrive(self, found: Any) -> Tensor:
+        """The rows in bf16 from what DeepEP hands out."""
+        return found  # type: ignore[no-any-return]
+
+
+class FP8Rows:
+    """Rows travel as a pair, codes and the scales of their 1 x 128 tiles."""
+
+    def __init__(self, power_of_two: bool) -> None:
+        self.power_of_two = power_of_two
+
+    def leave(self, rows: Tensor) -> Any:
+        """See BF16Rows."""
+        return encode(rows, self.power_of_two)
+
+    def arrive(self, found: Any) -> Tensor:
+        """See BF16Rows."""
+        codes, scales = found
+        return decode(codes, scales, torch.bfloat16)
 
 
 class DeepEPDispatcher:
@@ -42,6 +79,7 @@ class DeepEPDispatcher:
     def __init__(self, buffer: Any, index: torch.dtype) -> None:
         self.buffer = buffer
         self.index = index
+        self.form: BF16Rows | FP8Rows = BF16Rows()
 
     @classmethod
     def over(cls, mesh: ParallelMesh, dim: int) -> "DeepEPDispatcher":
@@ -55,21 +93,39 @@ class DeepEPDispatcher:
             raise UserError(missing(str(error))) from None
         return cls(_buffer(deep_ep.Buffer, mesh, dim), deep_ep.topk_idx_t)
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Arriving:
+    def send_in_fp8(self, power_of_two: bool) -> None:
+        """Let rows, and gradients of results, go to experts in FP8; `dim` is a multiple of 128."""
+        self.form = FP8Rows(power_of_two)
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """Start the exchange of `x` [tokens, dim] bf16, which overlaps with what runs before `combine`."""
         experts: int = routing.stats.load.shape[0]
-        chosen = routing.experts.to(self.index)
-        found = _Dispatch.apply(x, routing.weights, chosen, experts, self.buffer)  # type: ignore[no-untyped-call]
-        rows, weights, numbers, handle, event = found
-        return Arriving(rows, weights, numbers, handle, event, experts // self.buffer.group_size)
+        arrived = self._send(x.detach(), routing.weights.detach(), routing.experts.to(self.index), experts)
+        return Dispatched(x, routing.weights, arrived, experts // self.buffer.group_size)
 
-    def combine(self, dispatched: Arriving, experts: ExpertsFunction) -> Tensor:
+    def _send(self, x: Tensor, weights: Tensor, chosen: Tensor, experts: int) -> Arrived:
+        chosen = chosen.contiguous()
+        per_rank, per_node, per_expert, goes, _ = self.buffer.get_dispatch_layout(chosen, experts)
+        rows, here, received, _, handle, event = self.buffer.dispatch(
+            self.form.leave(x),
+            topk_idx=chosen,
+            topk_weights=weights.contiguous(),
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=goes,
+            num_tokens_per_expert=per_expert,
+            async_finish=True,
+        )
+        return Arrived(rows, received, here, handle, event)
+
+    def combine(self, dispatched: Dispatched, experts: ExpertsFunction) -> Tensor:
         """Let the rows arrive, compute, and bring the weighted sums [tokens, dim] back."""
-        rows, weights, chosen, handle, event, here = dispatched
-        event.current_stream_wait()
-        spread, marks = _by_expert(weights, chosen, here)
-        out = weighted_sums(rows, spread, marks, chosen.shape[1], experts)
-        return _Combine.apply(out, handle, self.buffer)  # type: ignore[no-any-return, no-untyped-call]
+        x, weights, arrived, here = dispatched
+        arrived.event.current_stream_wait()
+        rows, weights = _Arrive.apply(x, weights, arrived, self)  # type: ignore[no-untyped-call]
+        spread, marks = _by_expert(weights, arrived.chosen, here)
+        out = weighted_sums(rows, spread, marks, arrived.chosen.shape[1], experts)
+        return _Return.apply(out, arrived.handle, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _buffer(kind: Any, mesh: ParallelMesh, dim: int) -> Any:
@@ -95,40 +151,31 @@ def _by_expert(weights: Tensor, chosen: Tensor, experts: int) -> tuple[Tensor, T
     return table.scatter(1, column, weights)[:, :experts], marks[:, :experts]
 
 
-class _Dispatch(torch.autograd.Function):
+class _Arrive(torch.autograd.Function):
+    """The rows and weights that arrived, as a function of those that were sent."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, experts: int, buffer: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
-        chosen = chosen.contiguous()
-        per_rank, per_node, per_expert, goes, _ = buffer.get_dispatch_layout(chosen, experts)
-        rows, here, received, _, handle, event = buffer.dispatch(
-            x.contiguous(),
-            topk_idx=chosen,
-            topk_weights=weights.contiguous(),
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=goes,
-            num_tokens_per_expert=per_expert,
-            async_finish=True,
-        )
-        ctx.handle, ctx.buffer = handle, buffer
-        ctx.mark_non_differentiable(here)
-        return rows, received, here, handle, event
+        ctx: Any, x: Tensor, weights: Tensor, arrived: Arrived, sender: DeepEPDispatcher
+    ) -> tuple[Tensor, Tensor]:
+        ctx.handle, ctx.buffer = arrived.handle, sender.buffer
+        return sender.form.arrive(arrived.rows), arrived.weights
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None, None]:
-        rows, weights = gradients[:2]
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None]:
+        rows, weights = gradients
         x, summed, _ = ctx.buffer.combine(rows.contiguous(), ctx.handle, topk_weights=weights.contiguous())
-        return x, summed, None, None, None
+        return x, summed, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Return(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, handle: Any, buffer: Any) -> Tensor:
-        ctx.handle, ctx.buffer = handle, buffer
-        return buffer.combine(out.contiguous(), handle)[0]  # type: ignore[no-any-return]
+    def forward(ctx: Any, out: Tensor, handle: Any, sender: DeepEPDispatcher) -> Tensor:
+        ctx.handle, ctx.sender = handle, sender
+        return sender.buffer.combine(out.contiguous(), handle)[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        return ctx.buffer.dispatch(gradients[0].contiguous(), handle=ctx.handle)[0], None, None
+        form = ctx.sender.form
+        found = ctx.sender.buffer.dispatch(form.leave(gradients[0]), handle=ctx.handle)[0]
+        return form.arrive(found), None, None

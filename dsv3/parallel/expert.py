@@ -62,10 +62,10 @@ def _apply_own(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def send_in_fp8(model: Transformer, power_of_two: bool) -> None:
-    """Let rows travel to experts in FP8, where they travel by PyTorch's all-to-all."""
+    """Let rows travel to experts in FP8, where they travel."""
     for module in model.modules():
-        if isinstance(module, MoE) and isinstance(module.dispatcher, ExchangeDispatcher):
-            module.dispatcher.transport = FP8Transport(power_of_two)
+        if isinstance(module, MoE) and isinstance(module.dispatcher, ExchangeDispatcher | DeepEPDispatcher):
+            module.dispatcher.send_in_fp8(power_of_two)
 
 
 class Leg(NamedTuple):
@@ -93,6 +93,10 @@ class ExchangeDispatcher:
     def __init__(self, levels: list[dist.ProcessGroup]) -> None:
         self.levels = levels
         self.transport: Transport = PlainTransport()
+
+    def send_in_fp8(self, power_of_two: bool) -> None:
+        """Let rows, and gradients of results, go to experts in FP8."""
+        self.transport = FP8Transport(power_of_two)
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Arriving, int]:
         """Start the first exchange of `x` [tokens, dim]; the experts' turn comes in `combine`."""

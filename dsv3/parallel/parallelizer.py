@@ -65,7 +65,7 @@ def parallelize(
 
 
 def _runs_backward_twice(config: Config, mesh: ParallelMesh | None) -> bool:
-    """Whether compiled code, which computes all gradients at once, is asked for inputs' and weights' apart."""
+    """Whether compiled layers, which compute all gradients at once, are asked for them in two passes."""
     pipelined = mesh is not None and mesh.degrees.pp > 1
     return pipelined and config.compile.enabled and splits_backward(config.parallel.schedule)
 

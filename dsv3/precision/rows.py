@@ -1,4 +1,4 @@
-"""Rows of activations as bytes, to travel in FP8: codes of 1 x 128 tiles, and behind them their scales."""
+"""Rows of activations that travel in FP8: codes of 1 x 128 tiles with their scales, or both as bytes."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,22 @@ def packed_width(dim: int) -> int:
 
 
 @torch.no_grad()
+def encode(rows: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes [rows, dim] E4M3 of `rows` [rows, dim], and fp32 scales [rows, ceil(dim / 128)]."""
+    codes, scales = quantize(rows, TILE, power_of_two=power_of_two)
+    return codes, scales
+
+
+@torch.no_grad()
+def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows [rows, dim] of `encode`, in `dtype`."""
+    return dequantize(codes, scales, TILE, dtype=dtype)
+
+
+@torch.no_grad()
 def pack(rows: Tensor, power_of_two: bool = False) -> Tensor:
     """`rows` [rows, dim] as uint8 [rows, packed_width(dim)]."""
-    codes, scales = quantize(rows, TILE, power_of_two=power_of_two)
+    codes, scales = encode(rows, power_of_two)
     return torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], dim=1)
 
 
@@ -26,4 +39,4 @@ def unpack(packed: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """The rows [rows, dim] of `pack`, in `dtype`."""
     # Copies, even of no row: numbers of 4 bytes must begin at a multiple of 4.
     codes, scales = packed[:, :dim].clone(), packed[:, dim:].clone()
-    return dequantize(codes.view(torch.float8_e4m3fn), scales.view(torch.float32), TILE, dtype=dtype)
+    return decode(codes.view(torch.float8_e4m3fn), scales.view(torch.float32), dtype)

@@ -13,18 +13,21 @@ from tests.distributed import fake_deepep
 from tests.distributed.routing import make_dispatcher
 from tests.distributed.training import Trace, mesh_of, train_config
 
-EXPERTS, TOP_K, DIM, HIDDEN = 16, 4, 32, 16
+EXPERTS, TOP_K, DIM, HIDDEN = 16, 4, 256, 16
 
 
-def both(ep: int) -> list[tuple[Tensor, ...]] | None:
-    """The result and all gradients of SwiGLU experts in bf16, by the plain exchange and by DeepEP."""
+def both(ep: int, in_fp8: bool) -> list[tuple[Tensor, ...]] | None:
+    """The result and all gradients of SwiGLU experts in bf16, by the plain exchange and by DeepEP.
+
+    `in_fp8`: rows go to experts in FP8.
+    """
     mesh = mesh_of(Degrees(dp_shard=ep, ep=ep))
     if dist.get_rank() >= ep:
         return None
     found = []
     with fake_deepep.installed():
         for backend in ExchangeBackend:
-            dispatcher = make_dispatcher(mesh, backend, DIM)
+            dispatcher = make_dispatcher(mesh, backend, DIM, in_fp8)
             x, choice, *weights = _numbers(ep)
             zero = torch.zeros(())
             load = torch.bincount(choice.flatten(), minlength=EXPERTS)
@@ -37,7 +40,7 @@ def both(ep: int) -> list[tuple[Tensor, ...]] | None:
                 return apply_experts(rows, counts, *own, grouped_linear)
 
             out = dispatcher.combine(dispatched, experts)
-            out.mul(torch.arange(DIM) - 10).sum().backward()
+            out.mul(torch.arange(DIM) - 100).sum().backward()
             found.append((out.detach(), *(part.grad for part in (x, *weights) if part.grad is not None)))
     return found
 

@@ -74,7 +74,7 @@ class Buffer:
 
     def dispatch(
         self,
-        x: Tensor,
+        x: Tensor | tuple[Tensor, Tensor],
         handle: tuple[Any, ...] | None = None,
         num_tokens_per_rank: Tensor | None = None,
         num_tokens_per_rdma_rank: Tensor | None = None,
@@ -84,14 +84,16 @@ class Buffer:
         topk_weights: Tensor | None = None,
         async_finish: bool = False,
     ) -> tuple[Any, ...]:
-        self._check(x)
+        parts = self._checked(x)
         if handle is not None:
             assert topk_idx is None
             assert topk_weights is None
             goes, sent, received = handle
-            assert len(goes) == len(x)
-            rows = self._exchange(x[goes.t().nonzero()[:, 1]], sent, received)
-            return *_finished([rows, None, None], async_finish)[0], None, None, EventOverlap()
+            assert len(goes) == len(parts[0])
+            token = goes.t().nonzero()[:, 1]
+            rows = [self._exchange(part[token], sent, received) for part in parts]
+            assert not async_finish
+            return _like(x, rows), None, None, None, None, EventOverlap()
         assert num_tokens_per_rank is not None
         assert num_tokens_per_expert is not None
         assert is_token_in_rank is not None
@@ -104,7 +106,7 @@ class Buffer:
         sent = num_tokens_per_rank.tolist()
         received = self._exchange(num_tokens_per_rank, [1] * len(sent), [1] * len(sent)).tolist()
         place, token = is_token_in_rank.t().nonzero(as_tuple=True)
-        rows = self._exchange(x[token], sent, received)
+        rows = [self._exchange(part[token], sent, received) for part in parts]
         # To each rank the numbers of its own experts, counted from its first.
         here = len(num_tokens_per_expert) // self.group_size
         local = topk_idx[token] - here * place.unsqueeze(1)
@@ -112,13 +114,14 @@ class Buffer:
         indices = self._exchange(local.masked_fill(elsewhere, -1), sent, received)
         weights = self._exchange(topk_weights[token].masked_fill(elsewhere, 0.0), sent, received)
         counts = torch.bincount(indices[indices >= 0], minlength=here).tolist()
-        out, event = _finished([rows, indices, weights], async_finish)
-        return *out, counts, (is_token_in_rank, sent, received), event
+        (*rows, indices, weights), event = _finished([*rows, indices, weights], async_finish)
+        return _like(x, rows), indices, weights, counts, (is_token_in_rank, sent, received), event
 
     def combine(
         self, x: Tensor, handle: tuple[Any, ...], topk_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        self._check(x)
+        self._checked(x)
+        assert x.dtype == torch.bfloat16
         goes, sent, received = handle
         assert len(x) == sum(received)
         total = self._sum(x, goes, sent, received).to(x.dtype)
@@ -137,16 +140,27 @@ class Buffer:
             total[goes[:, rank]] += part.float()
         return total
 
-    def _check(self, x: Tensor) -> None:
-        assert x.dim() == 2
-        assert x.is_contiguous()
-        assert x.dtype == torch.bfloat16
-        assert x.shape[1] * x.element_size() % 16 == 0
-        assert self.num_nvl_bytes >= 256 * self.group_size * x.shape[1] * x.element_size()
+    def _checked(self, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Rows in bf16, or codes with the scales of their tiles."""
+        parts = x if isinstance(x, tuple) else (x,)
+        rows, *scales = parts
+        assert rows.dim() == 2
+        assert rows.is_contiguous()
+        assert rows.dtype == (torch.float8_e4m3fn if scales else torch.bfloat16)
+        assert rows.shape[1] * rows.element_size() % 16 == 0
+        assert self.num_nvl_bytes >= 256 * self.group_size * rows.shape[1] * rows.element_size()
+        for scale in scales:
+            assert scale.dtype == torch.float32
+            assert rows.shape[1] % 128 == 0
+            assert scale.shape == (len(rows), rows.shape[1] // 128)
+        return parts
 
     def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         out = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), received, sent, group=self._group)
+        whole = (x.contiguous(), out)
+        # gloo does not know FP8.
+        given, taken = (t.view(torch.uint8) for t in whole) if x.element_size() == 1 else whole
+        dist.all_to_all_single(taken, given, received, sent, group=self._group)
         return out
 
     def _groups_agree(self) -> None:
@@ -155,15 +169,18 @@ class Buffer:
         assert len(set(found)) == 1
 
 
-def _finished(results: list[Tensor | None], later: bool) -> tuple[list[Tensor | None], EventOverlap]:
+def _like(x: Tensor | tuple[Tensor, Tensor], rows: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return tuple(rows) if isinstance(x, tuple) else rows[0]
+
+
+def _finished(results: list[Tensor], later: bool) -> tuple[list[Tensor], EventOverlap]:
     """The results, or what turns into them when the event is waited for."""
     if not later:
         return results, EventOverlap()
-    garbage = [None if r is None else torch.full_like(r, 1 << 30) for r in results]
+    garbage = [torch.full_like(r, 448 if r.element_size() == 1 else 1 << 30) for r in results]
 
     def finish() -> None:
         for shown, true in zip(garbage, results, strict=True):
-            if shown is not None and true is not None:
-                shown.detach().copy_(true)
+            shown.detach().copy_(true)
 
     return garbage, EventOverlap(finish)

@@ -38,11 +38,16 @@ def exchanged(
         return {kind: _exchange(kind, ep, mesh, backend) for kind in KINDS}
 
 
-def make_dispatcher(mesh: ParallelMesh, backend: ExchangeBackend, dim: int) -> Dispatcher:
+def make_dispatcher(
+    mesh: ParallelMesh, backend: ExchangeBackend, dim: int, in_fp8: bool = False
+) -> Dispatcher:
     """The dispatcher of a backend; DeepEP's over the stand-in, within `fake_deepep.installed`."""
+    dispatcher: ExchangeDispatcher | DeepEPDispatcher = ExchangeDispatcher(mesh.exchange)
     if backend is ExchangeBackend.deepep:
-        return DeepEPDispatcher.over(mesh, dim)
-    return ExchangeDispatcher(mesh.exchange)
+        dispatcher = DeepEPDispatcher.over(mesh, dim)
+    if in_fp8:
+        dispatcher.send_in_fp8(power_of_two=False)
+    return dispatcher
 
 
 def _exchange(kind: str, ep: int, mesh: ParallelMesh, backend: ExchangeBackend) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def _exchange(kind: str, ep: int, mesh: ParallelMesh, backend: ExchangeBackend) 
         "weights_grad": routing.weights.grad,
         "counts": seen[0],
         # The stand-in's handle begins with the tokens that go to each rank.
-        "sent": dispatched.handle[0].sum(0).tolist() if deepep else dispatched[0].leg.exchange.sent,
+        "sent": dispatched.arrived.handle[0].sum(0).tolist() if deepep else dispatched[0].leg.exchange.sent,
     }
 
 

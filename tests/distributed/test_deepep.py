@@ -16,10 +16,12 @@ from tests.distributed.carrying import both, train_over_deepep
 from tests.distributed.pool import Pool
 from tests.distributed.training import GLOBAL_BATCH, configured, train_config
 
+IN_FP8 = ["precision=fp8", "precision.fp8.dispatch=true", "model.dim=128"]
 
-@pytest.mark.parametrize("ep", [2, 4])
-def test_results_and_gradients_are_the_same_bits(pool: Pool, ep: int) -> None:
-    for found in pool.run(both, ep)[:ep]:
+
+@pytest.mark.parametrize(("ep", "in_fp8"), [(2, False), (4, False), (4, True)])
+def test_results_and_gradients_are_the_same_bits(pool: Pool, ep: int, in_fp8: bool) -> None:
+    for found in pool.run(both, ep, in_fp8)[:ep]:
         for ours, theirs in zip(*found, strict=True):
             assert torch.equal(ours, theirs)
             assert ours.abs().max() > 0
@@ -28,14 +30,17 @@ def test_results_and_gradients_are_the_same_bits(pool: Pool, ep: int) -> None:
 @pytest.mark.parametrize(
     ("degrees", "overrides"),
     [
-        (Degrees(dp_shard=2, tp=2, ep=4), ["recompute=selective"]),
-        (Degrees(pp=2, dp_shard=2, ep=2), ["parallel.schedule=ZBVZeroBubble", "recompute=full"]),
+        (Degrees(dp_shard=2, tp=2, ep=4), [*IN_FP8, "recompute=selective"]),
+        (
+            Degrees(pp=2, dp_shard=2, ep=2),
+            ["precision=bf16", "parallel.schedule=ZBVZeroBubble", "recompute=full"],
+        ),
     ],
-    ids=["tp, selective", "zero bubble, full"],
+    ids=["fp8, tp, selective", "zero bubble, full"],
 )
 def test_training_is_the_same(pool: Pool, degrees: Degrees, overrides: list[str]) -> None:
     microbatch = GLOBAL_BATCH // degrees.data_parallel // 2
-    chosen = ["parallel=fsdp", "precision=bf16", *overrides]
+    chosen = ["parallel=fsdp", *overrides]
     plain = pool.run(train_config, configured(chosen, microbatch), degrees, 1, microbatch, "sgd")
     config = configured([*chosen, "parallel.expert.backend=deepep"], microbatch)
     found = pool.run(train_over_deepep, config, degrees, microbatch)

@@ -39,9 +39,7 @@ def one_process(overrides: list[str], microbatch: int = 2) -> Trace:
 @pytest.mark.parametrize(
     ("layout", "more"), [("pp", ["parallel.schedule=ZBVZeroBubble"]), ("dp_replicate x dp_shard", [])]
 )
-def test_where_tiles_are_the_same_so_are_loss_and_gradients(
-    pool: Pool, layout: str, more: list[str]
-) -> None:
+def test_where_tiles_are_the_same_so_are_loss_and_gradients(pool: Pool, layout: str, more: list[str]) -> None:
     single = one_process(FP8)
     for trace in first_step(pool, layout, [*FP8, *more]):
         assert trace.figures[0]["loss"] == pytest.approx(single.figures[0]["loss"], rel=TOLERANCE)

@@ -36,6 +36,17 @@ def test_it_needs_gpus_and_bf16() -> None:
     )
 
 
+def test_fp8_rows_are_whole_tiles() -> None:
+    in_fp8 = ("precision=fp8", "precision.fp8.dispatch=true")
+    assert refusal(*in_fp8, "model.dim=320") == (
+        "parallel.expert.backend=deepep carries FP8 rows in whole tiles of 128, and model.dim=320 here: "
+        "nearest that work: 256, 384; or take precision.fp8.dispatch=false, or "
+        "take parallel.expert.backend=all_to_all"
+    )
+    assert "model.dim=64 here: nearest that work: 128; or" in refusal(*in_fp8, "model.dim=64")
+    planned(*in_fp8, "model.dim=256")
+
+
 def test_one_rank_has_nothing_to_exchange() -> None:
     planned("parallel.degrees.ep=1", "hardware=cpu", "precision=fp32")
 
