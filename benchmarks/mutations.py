@@ -438,6 +438,20 @@ MUTATIONS = [
         PRECISION,
     ),
     Mutation(
+        "FP8: and counts what is not finite all the same",
+        "dsv3/precision/operators.py",
+        "        leaf.grad = broken if leaf.grad is None else leaf.grad + broken\n",
+        "        pass\n",
+        PRECISION,
+    ),
+    Mutation(
+        "FP8: the plan knows which weights are gathered so",
+        "dsv3/planning/sharding.py",
+        "return multiplies_in_fp8(weight) and not odd and whole % BLOCK == 0",
+        "return multiplies_in_fp8(weight) and not odd",
+        "tests/distributed/test_scale.py",
+    ),
+    Mutation(
         "FP8: FSDP's strided shards count where whole blocks are asked for",
         "dsv3/precision/gather.py",
         'cut = [getattr(placement, "dim", None) for placement in weight.placements]',

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.pages import fill
 from dsv3.parallel.degrees import Degrees
 from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.distributed.pool import Pool
@@ -23,8 +24,7 @@ from tests.distributed.test_fp8 import FP8, FP32, GATHERED, WIDE, errors, one_pr
 from tests.distributed.training import GLOBAL_BATCH, configured, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
-JSON, PAGE = ROOT / "benchmarks" / "results" / "parity_fp8.json", ROOT / "docs" / "parity.md"
-BEGIN, END = "<!-- fp8: begin -->", "<!-- fp8: end -->"
+JSON = ROOT / "benchmarks" / "results" / "parity_fp8.json"
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
 DISPATCH = "precision.fp8.dispatch=true"
 
@@ -83,9 +83,7 @@ def write(results: dict[str, dict[str, Any]]) -> None:
         "| layout | ranks | loss | gradients, median | gradients, largest | from fp32, median "
         "| one process from fp32, median |\n|---|---|---|---|---|---|---|"
     )
-    table = "\n".join([head, *(row(name, found) for name, found in ordered.items())])
-    page = PAGE.read_text()
-    PAGE.write_text(f"{page.split(BEGIN)[0]}{BEGIN}\n{table}\n{END}{page.split(END)[1]}")
+    fill("parity.md", "fp8", [head, *(row(name, found) for name, found in ordered.items())])
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.pages import fill
 from dsv3.parallel.degrees import Degrees
 from tests.distributed.comparing import relative_error
 from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
@@ -25,8 +26,7 @@ from tests.distributed.pool import Pool, WorkerError
 from tests.distributed.training import GLOBAL_BATCH, Trace, configured, train, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
-JSON, PAGE = ROOT / "benchmarks" / "results" / "parity_matrix.json", ROOT / "docs" / "parity.md"
-BEGIN, END = "<!-- parity matrix: begin -->", "<!-- parity matrix: end -->"
+JSON = ROOT / "benchmarks" / "results" / "parity_matrix.json"
 STEPS = 2
 FULL = Degrees(pp=2, dp_shard=2, cp=2, tp=2, ep=4)
 FULL_32 = Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4)
@@ -124,10 +124,7 @@ def write(results: dict[str, dict[str, Any]]) -> None:
         json.dumps({"torch": torch.__version__, "steps": STEPS, "rows": ordered}, indent=1) + "\n"
     )
     head = "| layout | ranks | figures | gradients | weights | held-out loss |\n|---|---|---|---|---|---|"
-    table = "\n".join([head, *(row(name, found) for name, found in ordered.items())])
-    page = PAGE.read_text()
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    fill("parity.md", "parity matrix", [head, *(row(name, found) for name, found in ordered.items())])
 
 
 def main() -> None:

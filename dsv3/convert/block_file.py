@@ -13,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3.checkpoint.released.direct_file import ALIGNMENT, BLOCK, aligned_memory
+
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
-BLOCK = 8 * 2**20
-"""Bytes a call to the disk."""
-_ALIGNMENT = mmap.PAGESIZE
-"""What addresses, positions and sizes must be multiples of past the page cache."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -26,7 +24,7 @@ class BlockFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = _open(path)
-        self._memory: mmap.mmap | None = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory: mmap.mmap | None = aligned_memory(BLOCK)
         self._filled = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -44,7 +42,7 @@ class BlockFile:
     def sync(self) -> None:
         """Wait until all is on the disk; nothing can be appended any more."""
         if self._memory is not None:
-            whole = self._filled // _ALIGNMENT * _ALIGNMENT
+            whole = self._filled // ALIGNMENT * ALIGNMENT
             self._put(memoryview(self._memory)[:whole])
             _through_cache(self._descriptor)  # the end of a file is no multiple of anything
             self._put(memoryview(self._memory)[whole : self._filled])

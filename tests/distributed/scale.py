@@ -15,8 +15,9 @@ from dsv3.parallel.degrees import Degrees
 from dsv3.parallel.distributed import distribute
 from dsv3.parallel.mesh import ParallelMesh, build_mesh
 from dsv3.planning.partition import stage_groups
-from dsv3.planning.sharding import local_shape, shard_count, stored
+from dsv3.planning.sharding import local_shape, shard_count, stored, travels_in_fp8
 from dsv3.planning.weights import Component, Weight
+from dsv3.precision.fp8 import gather_weights
 from dsv3.runtime.job import Job, plan_job
 from tests.conf.test_choices import strict_config
 
@@ -44,8 +45,15 @@ def build_shards(job: Job, mesh: ParallelMesh) -> list[Tensor]:
     """This rank's part of each parameter of the wrapped model, on meta: all of the build but the memory."""
     with patch(BUILDERS[0]), patch(BUILDERS[1]):
         model = distribute(job.config, mesh, torch.device("cpu"))
+    for part in model.parts:
+        gather_weights(part)
     parameters = [p for part in model.parts for p in part.parameters()]
-    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return [p._local_tensor if isinstance(p, DTensor) else p for p in parameters]
+
+
+def gathered_in_fp8(shards: list[Tensor]) -> list[Tensor]:
+    """Those that FSDP gathers as codes and scales."""
+    return [shard for shard in shards if hasattr(shard, "fsdp_pre_all_gather")]
 
 
 def shapes(shards: list[Tensor]) -> Shapes:
@@ -53,13 +61,18 @@ def shapes(shards: list[Tensor]) -> Shapes:
     return Counter(tuple(shard.shape) for shard in shards if shard.numel())
 
 
-def planned_shapes(job: Job, rank: int) -> Shapes:
-    """The same by the plan's arithmetic, for the first or the last `rank` of the world."""
+def planned_shapes(job: Job, rank: int, in_fp8: bool = False) -> Shapes:
+    """The same by the plan's arithmetic, for the first or the last `rank` of the world.
+
+    `in_fp8`: of the weights alone that are gathered so.
+    """
     degrees = job.plan.degrees
     stage = rank // (degrees.world_size // degrees.pp)
     held = job.plan.shape.stages_of_ranks(job.config.model, degrees)[stage]
     groups = [group for part in held for group in stage_groups(job.config.model, part)]
-    found = (_shard_shape(weight, degrees, rank) for group in groups for weight in group)
+    weights = (weight for group in groups for weight in group)
+    wanted = (weight for weight in weights if not in_fp8 or travels_in_fp8(weight, degrees))
+    found = (_shard_shape(weight, degrees, rank) for weight in wanted)
     return Counter(shape for shape in found if math.prod(shape))
 
 

@@ -5,9 +5,17 @@ import math
 import pytest
 
 from dsv3.planning.memory import pipeline_memory
-from tests.distributed.scale import build_shards, mesh_as, plan_world, planned_shapes, shapes
+from tests.distributed.scale import (
+    build_shards,
+    gathered_in_fp8,
+    mesh_as,
+    plan_world,
+    planned_shapes,
+    shapes,
+)
 
 FP32 = 4
+IN_FP8 = ["precision=fp8", "precision.fp8.gather=true", "hardware=h800"]
 RANKS = [
     ("671b", "tp_ep", 2048, "first"),
     ("671b", "tp_ep", 2048, "last"),
@@ -25,7 +33,7 @@ RANKS = [
 def test_a_rank_of_a_large_world_has_the_shards_that_are_planned(
     model: str, layout: str, world: int, end: str
 ) -> None:
-    job = plan_world(model, layout, world)
+    job = plan_world(model, layout, world, *IN_FP8)
     degrees, rank = job.plan.degrees, world - 1 if end == "last" else 0
     assert degrees.world_size == world
     with mesh_as(rank, degrees) as mesh:
@@ -33,6 +41,7 @@ def test_a_rank_of_a_large_world_has_the_shards_that_are_planned(
     assert {shard.device.type for shard in shards} == {"meta"}
     expected = planned_shapes(job, rank)
     assert shapes(shards) == expected
+    assert shapes(gathered_in_fp8(shards)) == planned_shapes(job, rank, in_fp8=True)
     held = sum(shard.nbytes for shard in shards)
     assert held == FP32 * sum(math.prod(shape) * count for shape, count in expected.items())
     fullest = pipeline_memory(job.config.model, degrees, job.plan.shape)[-1 if rank else 0].parameters

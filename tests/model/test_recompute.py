@@ -1,19 +1,17 @@
 """Recomputation changes memory and nothing else."""
 
-from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3.model.attention import LatentAttention
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.compile import Compile
 from dsv3.parallel.config import CompileBackend, Kept, Recomputed
 from dsv3.parallel.recompute import Recompute
+from tests.operators import Operators
 from tests.reference import MODEL, tiny_model, tokens
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, -1, -1, -1]])
@@ -57,22 +55,6 @@ def test_full_recomputation_gives_the_same_bits_and_counts_the_load_once(documen
     assert len(names) == 4
 
 
-class Calls(TorchDispatchMode):
-    """How often each operator ran, those that compiled code calls too."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.by_name: Counter[str] = Counter()
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.by_name[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("keep", "kept", "repeated"),
     [
@@ -88,9 +70,9 @@ def test_selective_recomputation_repeats_all_but_what_it_keeps(
     for mode in (Recomputed.none, Recomputed.selective, Recomputed.full):
         model = tiny_model()
         Recompute(mode, keep)(model)
-        with Calls() as calls:
+        with Operators() as calls:
             results = train(model, DOCUMENTS)
-        counts[mode] = (calls.by_name, results)
+        counts[mode] = (calls.names, results)
     none, selective, full = (counts[mode][0] for mode in counts)
     assert none[kept] == selective[kept] < full[kept]
     assert none[repeated] < selective[repeated] == full[repeated]
@@ -120,10 +102,10 @@ def test_compiled_layers_run_compiled_and_what_is_kept_is_not_run_again() -> Non
         before = compiled["ok"]
         Compile(True, CompileBackend.aot_eager)(model, torch.device("cpu"))
         Recompute(mode, [Kept.attention])(model)
-        with Calls() as calls:
+        with Operators() as calls:
             results = train(model, DOCUMENTS)
         assert compiled["ok"] > before
-        counts[mode] = (calls.by_name["blocked_attention"], results)
+        counts[mode] = (calls.names["blocked_attention"], results)
     once = counts[Recomputed.none][0]
     assert once >= 3
     assert [count for count, _ in counts.values()] == [once, once, 2 * once]

@@ -1,12 +1,10 @@
 """Which layers of a model multiply in FP8, and which engine multiplies where."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3.model.layers import Linear
 from dsv3.model.moe import Experts
@@ -14,6 +12,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.precision.config import FP8Engine, Granularity
 from dsv3.precision.fp8 import BlockFP8, FP8Product, choose_engine, has_fp8, take_broken_tiles
 from dsv3.runtime.errors import UserError
+from tests.operators import Operators
 from tests.reference import tiny_model, tokens
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -31,20 +30,16 @@ def product_of(module: nn.Module) -> FP8Product | None:
     return product if isinstance(product, FP8Product) else None
 
 
-class Calls(TorchDispatchMode):
-    """Counts operators by name, and keeps the widths of plain matrix products."""
+class Products(Operators):
+    """Keeps the widths of plain matrix products too."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: Counter[str] = Counter()
+        super().__init__()
         self.plain: list[tuple[int, ...]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().split(".")[0]
-        self.names[name] += 1
-        if name in ("aten::mm", "aten::addmm", "aten::_grouped_mm"):
+    def saw(self, name: str, args: Any, result: Any) -> None:
+        if name in ("mm", "addmm", "_grouped_mm"):
             self.plain.append(tuple(args[-1].shape))
-        return func(*args, **(kwargs or {}))
 
 
 def test_all_linear_layers_but_the_head_and_all_experts_multiply_in_fp8() -> None:
@@ -64,10 +59,10 @@ def test_a_pass_multiplies_nothing_else_but_head_router_and_attention() -> None:
     model = fp8_model()
     linear = sum(isinstance(module, Linear) for module in model.modules()) - 1
     experts = sum(isinstance(module, Experts) for module in model.modules())
-    with Calls() as calls:
+    with Products() as calls:
         output = model(tokens(2, 16))
-    assert calls.names["dsv3::fp8_linear"] == linear
-    assert calls.names["dsv3::fp8_grouped_linear"] == 2 * experts
+    assert calls.names["fp8_linear"] == linear
+    assert calls.names["fp8_grouped_linear"] == 2 * experts
     routers = [router.weight.T.shape for router in model.routers()]
     heads = [model.head.weight.T.shape] * 2  # the main model's and that of one MTP depth
     assert sorted(calls.plain) == sorted(map(tuple, routers + heads))

@@ -1,32 +1,17 @@
 """A backward pass that a pipeline schedule splits: inputs first, weights later, nothing computed twice."""
 
 import math
-from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3.model.layers import Linear
 from dsv3.precision.fp8 import FP8Grouped, FP8Linear, take_broken_tiles
+from tests.operators import Operators
 
 CPU = torch.device("cpu")
-ROWS, WEIGHTS = "dsv3::fp8_rows_gradient", "dsv3::fp8_weight_gradient"
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators of backward products."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() in (ROWS, WEIGHTS):
-            self.names[func.name()] += 1
-        return func(*args, **(kwargs or {}))
+ROWS, WEIGHTS = "fp8_rows_gradient", "fp8_weight_gradient"
 
 
 class Layers(nn.Module):
@@ -50,22 +35,27 @@ class Layers(nn.Module):
         return 2 * out
 
 
+def products(seen: Operators) -> dict[str, int]:
+    """How many products of the backward pass ran."""
+    return {name: seen.names[name] for name in (ROWS, WEIGHTS) if name in seen.names}
+
+
 def inputs() -> Tensor:
     return torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
 def test_each_gradient_is_computed_once_and_is_the_same() -> None:
     whole, split, x, y = Layers(), Layers(), inputs(), inputs()
-    with Calls() as at_once:
+    with Operators() as at_once:
         whole(x).sum().backward()
-    assert at_once.names == {ROWS: 3, WEIGHTS: 3}
+    assert products(at_once) == {ROWS: 3, WEIGHTS: 3}
     out = split(y)
-    with Calls() as first:
+    with Operators() as first:
         found, groups = stage_backward_input([out], [torch.ones_like(out)], [y], split.parameters())
-    assert first.names == {ROWS: 3}
-    with Calls() as second:
+    assert products(first) == {ROWS: 3}
+    with Operators() as second:
         stage_backward_weight(split.parameters(), groups)
-    assert second.names == {WEIGHTS: 3}
+    assert products(second) == {WEIGHTS: 3}
     pairs = [(found[0], x.grad)]
     pairs += [(a.grad, b.grad) for a, b in zip(split.parameters(), whole.parameters(), strict=True)]
     for mine, right in pairs:

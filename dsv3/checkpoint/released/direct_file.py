@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv3.checkpoint.released.shard_file import ShardFile
 
-_ALIGNMENT = mmap.PAGESIZE
+ALIGNMENT = mmap.PAGESIZE
 """What addresses, positions and sizes must be multiples of past the page cache."""
 BLOCK = 8 * 2**20
 """Bytes a call to the disk."""
@@ -40,9 +40,9 @@ class DirectFile(ShardFile):
         filled, done = np.frombuffer(target, np.uint8), 0
         block = _block()
         while done < len(target):
-            skipped = (offset + done) % _ALIGNMENT
+            skipped = (offset + done) % ALIGNMENT
             wanted = min(len(target) - done, BLOCK)
-            length = -(-(skipped + wanted) // _ALIGNMENT) * _ALIGNMENT
+            length = -(-(skipped + wanted) // ALIGNMENT) * ALIGNMENT
             try:
                 view = memoryview(block)[:length]
                 count = os.preadv(self._direct, [view], offset + done - skipped) - skipped
@@ -63,9 +63,13 @@ def _block() -> mmap.mmap:
     """Memory of this thread that begins with a page."""
     block: mmap.mmap | None = getattr(_scratch, "block", None)
     if block is None:
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        block = _scratch.block = mmap.mmap(-1, BLOCK + _ALIGNMENT, flags=private)
+        block = _scratch.block = aligned_memory(BLOCK + ALIGNMENT)
     return block
+
+
+def aligned_memory(size: int) -> mmap.mmap:
+    """Memory of `size` bytes that begins with a page, as calls past the page cache want it."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _open(path: Path) -> int:
