@@ -426,8 +426,8 @@ MUTATIONS = [
     Mutation(
         "FP8: what is not finite is counted",
         "dsv3/precision/blocks.py",
-        "    return _by_block(nan, block).amax((1, 3)).sum()",
-        "    return _by_block(nan, block).amax((1, 3)).sum() * 0",
+        "    return by_block(nan, block).amax((1, 3)).sum()",
+        "    return by_block(nan, block).amax((1, 3)).sum() * 0",
         PRECISION,
     ),
     Mutation(

@@ -5,8 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsv3.precision.blocks import values
 from dsv3.precision.config import FP8Engine
+from dsv3.precision.e4m3 import values
 from dsv3.precision.scaled_mm import ScaledMM
 from dsv3.precision.tiles import Tiles
 

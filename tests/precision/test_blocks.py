@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv3.precision import blocks
+from dsv3.precision import grid
 from dsv3.precision.blocks import dequantize, dequantize_plain, quantize, quantize_plain
 from tests.reference import normal
 
@@ -129,7 +129,7 @@ def test_a_slice_from_anywhere_is_that_slice_of_the_whole(
     whole = dequantize_plain(codes, scales, block)[row : ends[0], column : ends[1]]
     part = codes[row : ends[0], column : ends[1]]
     buffer = torch.full((shape[0], 2 * shape[1]), 7.0)
-    with patch.dict(blocks._TILE, cpu=tile):
+    with patch.dict(grid.PIECE, cpu=tile):
         out = buffer[row : ends[0], column * 2 : ends[1] * 2 : 2]
         assert dequantize(part, scales, block, (row, column), out=out) is out
     assert_same((out,), (whole,))
@@ -205,7 +205,7 @@ def test_fast_and_plain_codes_are_the_same(
             weight = dequantize_plain(codes, scales, block, dtype=dtype)
             if seed >> 10 & 1:
                 weight[seed % shape[0], seed % shape[1]] = math.pi
-    with patch.dict(blocks._TILE, cpu=tile):
+    with patch.dict(grid.PIECE, cpu=tile):
         found = quantize(weight, block, scales, power_of_two)
     assert_same(found, quantize_plain(weight, block, scales, power_of_two))
 
