@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.model.kernels import Segments, document_segments, sdpa, varlen
+from dsv3.model.kernels import sdpa, varlen
+from dsv3.model.segments import Segments, document_segments
 
 RESULT = Path(__file__).resolve().parent / "results" / "attention_kernels.json"
 SCALE = 0.1

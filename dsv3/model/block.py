@@ -5,11 +5,11 @@ from torch import Tensor, nn
 from dsv3.model.attention import LatentAttention
 from dsv3.model.cache import LayerCache
 from dsv3.model.config import ModelConfig
-from dsv3.model.kernels import Segments
 from dsv3.model.layers import FeedForward, RMSNorm
 from dsv3.model.moe import MoE
 from dsv3.model.rope import softmax_scale
 from dsv3.model.router import RouterStats
+from dsv3.model.segments import Segments
 
 
 class Block(nn.Module):

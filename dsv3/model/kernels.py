@@ -6,10 +6,7 @@ documents' places, beyond which no token looks. No kernel builds a [sequence, se
 for flex on CPU. MLA's values are narrower than its keys, which decides what is fast where (_heads).
 """
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import cast
 
 import torch
@@ -17,43 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_attention_available
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import BlockMask
 
 from dsv3.model.blocked import blocked_attention
 from dsv3.model.config import AttentionKernel
 from dsv3.model.flex import BLOCK, compiled_on_cuda, document_mask
+from dsv3.model.segments import Segments
 from dsv3.runtime.errors import require
 
 HALF = (torch.bfloat16, torch.float16)
 FLASH_HEAD_DIM = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """Where the documents of a batch lie when its rows are put end to end."""
-
-    lengths: list[int]
-    """Tokens of each document."""
-    longest: int
-    """The largest of the lengths."""
-    offsets: Tensor
-    """int32 [documents + 1]: where each begins, and the end of the last (others: cu_seqlens)."""
-    starts: Tensor
-    """[batch, sequence]: where in its row a token's document begins."""
-
-    def of_rows(self, rows: int) -> list[list[tuple[int, int]]]:
-        """Where each row's documents begin and end, in its own positions."""
-        ends, width = list(accumulate(self.lengths)), sum(self.lengths) // rows
-        spans: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
-        for end, length in zip(ends, self.lengths, strict=True):
-            row = (end - 1) // width
-            spans[row].append((end - length - row * width, end - row * width))
-        return spans
-
-    @functools.cached_property
-    def block_mask(self) -> BlockMask:
-        """What flex computes, built once for all layers."""
-        return document_mask(self.starts)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float, Segments | None], Tensor]
@@ -84,22 +53,6 @@ def check_kernel(
     if kernel is AttentionKernel.flex and trains:
         allowed = f"it trains on CUDA alone (no backward elsewhere); {device_type} has auto or sdpa"
         require(cuda, key, kernel.value, allowed)
-
-
-def document_segments(documents: Tensor | None) -> Segments | None:
-    """The runs of equal numbers in each row of `documents` [batch, sequence].
-
-    Their lengths are read on the host: called once a forward pass, not once a layer.
-    """
-    if documents is None:
-        return None
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    offsets = F.pad(begins.flatten().nonzero().squeeze(-1), (0, 1), value=documents.numel())
-    positions = torch.arange(documents.shape[1], device=documents.device)
-    starts = (positions * begins).cummax(dim=1).values
-    lengths = offsets.diff().tolist()
-    return Segments(lengths, max(lengths), offsets.int(), starts)
 
 
 def auto(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:

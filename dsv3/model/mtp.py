@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from dsv3.model.block import Block
 from dsv3.model.config import ModelConfig
-from dsv3.model.kernels import Segments
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.router import RouterStats
+from dsv3.model.segments import Segments
 
 
 class MTPModule(nn.Module):

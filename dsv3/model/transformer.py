@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from dsv3.model.block import Block
 from dsv3.model.cache import CacheStep
 from dsv3.model.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from dsv3.model.kernels import Segments, document_segments
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.loss import WholeVocabulary
 from dsv3.model.moe import MoE
 from dsv3.model.mtp import MTPModule, shift_tokens
 from dsv3.model.rope import rotary_table
 from dsv3.model.router import Router, RouterStats
+from dsv3.model.segments import Segments, document_segments
 
 
 @dataclass

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.model.attention import LatentAttention
-from dsv3.model.kernels import Segments, attend_to_prefix
+from dsv3.model.kernels import attend_to_prefix
+from dsv3.model.segments import Segments
 from dsv3.model.transformer import Transformer, WholeRow
 from dsv3.parallel.collectives import all_gather
 from dsv3.parallel.mesh import ParallelMesh

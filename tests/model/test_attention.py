@@ -7,8 +7,8 @@ import torch
 
 from dsv3.model.attention import LatentAttention
 from dsv3.model.config import ModelConfig
-from dsv3.model.kernels import document_segments
 from dsv3.model.rope import rotary_table, softmax_scale
+from dsv3.model.segments import document_segments
 from tests import reference
 from tests.reference import ATTENTION, MODEL, YARN, assert_close, assert_same_gradients, normal
 

@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from dsv3.model import kernels
 from dsv3.model.config import AttentionKernel
 from dsv3.model.flex import document_mask
-from dsv3.model.kernels import attention_kernel, check_kernel, document_segments
+from dsv3.model.kernels import attention_kernel, check_kernel
+from dsv3.model.segments import document_segments
 from dsv3.runtime.errors import UserError
 from tests.operators import Operators
 from tests.reference import assert_close, assert_same_gradients, normal
