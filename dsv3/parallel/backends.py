@@ -10,7 +10,7 @@ from dsv3.parallel.config import ExchangeBackend
 from dsv3.parallel.degrees import KEY
 from dsv3.parallel.filling import expert_degrees
 from dsv3.parallel.nearest import join, nearest_of
-from dsv3.planning.report import Plan
+from dsv3.planning.plan import Plan
 from dsv3.planning.sharding import BLOCK
 from dsv3.precision.config import ComputeType
 from dsv3.runtime.errors import UserError

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from dsv3.planning.report import Plan
+from dsv3.planning.plan import Plan
 from dsv3.precision.config import FP8Engine, Granularity
 from dsv3.runtime.errors import UserError
 

@@ -11,7 +11,7 @@ from dsv3.parallel.degrees import Degrees
 from dsv3.parallel.laws import check_batch, check_schedule, check_sequence, check_wrapped, resolve
 from dsv3.parallel.stages import least_microbatches, stage_count, takes_microbatches
 from dsv3.planning.hardware import HardwareConfig, detect
-from dsv3.planning.report import Plan, make_plan
+from dsv3.planning.plan import Plan, make_plan
 from dsv3.precision.check import check_fp8
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.world import ranks_per_node, world_size

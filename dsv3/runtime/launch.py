@@ -3,8 +3,8 @@
 import os
 
 from dsv3.config import build
+from dsv3.planning.advice import require_fits
 from dsv3.planning.inference import require_room
-from dsv3.planning.report import require_fits
 from dsv3.runtime.commandline import under_launcher
 from dsv3.runtime.job import Job
 from dsv3.runtime.rundir import check_run_dir, check_same_run

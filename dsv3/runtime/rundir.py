@@ -13,6 +13,7 @@ import yaml
 from dsv3.checkpoint.directory import MODEL_FILE, complete_steps, step_number, write_text
 from dsv3.checkpoint.integrity import check_newest
 from dsv3.config import Config, plain
+from dsv3.planning.report import to_text
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job
 from dsv3.runtime.quoting import absolute_paths
@@ -68,7 +69,7 @@ def describe_run(job: Job, data: dict[str, Any]) -> None:
     overrides = yaml.safe_dump(absolute_paths(job.overrides), sort_keys=False, allow_unicode=True)
     write_text(directory / OVERRIDES_FILE, overrides)
     write_text(directory / ENVIRONMENT_FILE, json.dumps(environment(job, data), indent=1) + "\n")
-    write_text(directory / "plan.txt", job.plan.to_text() + "\n")
+    write_text(directory / "plan.txt", to_text(job.plan) + "\n")
     write_text(
         directory / CONFIG_FILE, yaml.safe_dump(plain(job.config), sort_keys=False, allow_unicode=True)
     )

@@ -3,6 +3,7 @@
 import json
 import os
 
+from dsv3.planning.report import to_text
 from dsv3.runtime.job import Job
 from dsv3.tasks.config import PlanFormat
 
@@ -20,4 +21,4 @@ class Plan:
         if self.format is PlanFormat.json:
             print(json.dumps(job.plan.to_json(), indent=1))
         else:
-            print(job.plan.to_text())
+            print(to_text(job.plan))

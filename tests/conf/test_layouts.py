@@ -7,7 +7,7 @@ import pytest
 
 from dsv3.config import CONF
 from dsv3.parallel.config import Recomputed
-from dsv3.planning.report import Plan
+from dsv3.planning.plan import Plan
 from dsv3.runtime.errors import UserError
 from dsv3.runtime.job import Job, plan_job
 from dsv3.runtime.world import world_size

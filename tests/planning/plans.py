@@ -1,0 +1,44 @@
+"""Plans and configs that several tests look at."""
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+from dsv3.parallel.config import (
+    ParallelConfig,
+    RecomputeConfig,
+    Recomputed,
+)
+from dsv3.parallel.degrees import Degrees
+from dsv3.planning.hardware import HardwareConfig
+from dsv3.planning.plan import Plan, plan_shape
+from dsv3.planning.shape import StateBytes, StepShape
+from dsv3.precision.config import ComputeType, MomentType, PrecisionConfig
+from tests.planning.presets import preset
+
+if TYPE_CHECKING:
+    from dsv3.config import Config
+
+H800 = HardwareConfig(name="h800", memory_bytes=80 * 10**9)
+SHAPE = StepShape(1, 4096, recompute=Recomputed.full, state=StateBytes(compute=2))
+
+
+def plan_16b(dp_shard: int = 8, hardware: HardwareConfig = H800, shape: StepShape = SHAPE) -> Plan:
+    return plan_shape(preset("16b"), Degrees(dp_shard=dp_shard), hardware, shape)
+
+
+def config_of(
+    parallel: ParallelConfig,
+    nproc: int | None = None,
+    async_save: bool = True,
+    moments: MomentType = MomentType.fp32,
+) -> "Config":
+    nodes = SimpleNamespace(
+        model=preset("debug"),
+        train=SimpleNamespace(microbatch=2, length=512, batch=24),
+        recompute=RecomputeConfig(mode=Recomputed.full),
+        parallel=parallel,
+        launch=SimpleNamespace(nproc=nproc),
+        precision=PrecisionConfig(ComputeType.bf16, moments),
+        checkpoint=SimpleNamespace(async_save=async_save),
+    )
+    return cast("Config", nodes)
