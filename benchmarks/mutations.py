@@ -3,8 +3,8 @@
 A mutation replaces one piece of text; it counts as caught when a test of the named folders fails. The
 table goes into docs/numerics.md. A rule that no test holds makes the command exit with 1.
 
-    python benchmarks/mutations.py
-    python benchmarks/mutations.py --only yarn
+    python -m benchmarks.mutations
+    python -m benchmarks.mutations --only yarn
 """
 
 import argparse
@@ -16,6 +16,8 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from benchmarks.pages import fill
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).resolve().parent / "results" / "mutations.json"
@@ -525,15 +527,14 @@ def stored(path: Path) -> dict[str, str | None]:
     return {entry["rule"]: entry["caught_by"] for entry in json.loads(path.read_text())}
 
 
-def table(results: dict[str, str | None]) -> str:
-    """Markdown for docs/numerics.md."""
-    lines = ["| rule broken | caught by |", "|---|---|"]
-    lines += [f"| {rule} | {f'`{test}`' if test else '**nothing**'} |" for rule, test in results.items()]
-    return "\n".join(lines)
+def table(results: dict[str, str | None]) -> list[str]:
+    """The lines of the table in docs/numerics.md."""
+    rows = [f"| {rule} | {f'`{test}`' if test else '**nothing**'} |" for rule, test in results.items()]
+    return ["| rule broken | caught by |", "|---|---|", *rows]
 
 
 def main() -> int:
-    """Try every mutation, print the table, write JSON."""
+    """Try every mutation, print the table, write it into docs/numerics.md and JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--only",
@@ -554,7 +555,10 @@ def main() -> int:
             known = [mutation for mutation in MUTATIONS if mutation.rule in results]
             report = [asdict(mutation) | {"caught_by": results[mutation.rule]} for mutation in known]
             options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print("\n" + table({mutation.rule: results[mutation.rule] for mutation in known}))
+    lines = table({mutation.rule: results[mutation.rule] for mutation in known})
+    print("", *lines, sep="\n")
+    if options.json == RESULT:
+        fill("numerics.md", "mutations", lines)
     return 0 if all(results[mutation.rule] for mutation in chosen) else 1
 
 
