@@ -386,8 +386,8 @@ MUTATIONS = [
     Mutation(
         "FP8: a tile never crosses an expert's rows",
         "dsv3/precision/operators.py",
-        "        operand, blocks = recipe.activations(rows[own]), recipe.weight(weight[expert].to(rows.dtype))\n        out[own] = ENGINES[engine].multiply(operand, blocks, rows.dtype)",
-        "        operand, blocks = recipe.activations(rows[own]), recipe.weight(weight.flatten(0, 1).to(rows.dtype))\n        out[own] = ENGINES[engine].multiply(operand, blocks, rows.dtype)[:, expert * out.shape[1] : (expert + 1) * out.shape[1]]",
+        "        blocks = _blocks(weight, scales, expert, recipe, rows.dtype)\n        out[own] = ENGINES[engine].multiply(operand, blocks, rows.dtype)",
+        "        blocks = recipe.weight(weight.flatten(0, -2).to(rows.dtype))\n        out[own] = ENGINES[engine].multiply(operand, blocks, rows.dtype)[:, expert * out.shape[1] : (expert + 1) * out.shape[1]]",
         PRECISION,
     ),
     Mutation(
@@ -459,6 +459,13 @@ MUTATIONS = [
         'cut = [getattr(placement, "dim", None) for placement in weight.placements]',
         'cut = [getattr(p, "dim", None) if p.is_shard() else None for p in weight.placements]',
         "tests/distributed/test_fp8.py",
+    ),
+    Mutation(
+        "FP8: each expert's codes meet its own scales",
+        "dsv3/precision/operators.py",
+        "    return Tiles(one, scales[own], (BLOCK, BLOCK))",
+        "    return Tiles(one, scales[: one.shape[0] // BLOCK], (BLOCK, BLOCK))",
+        "tests/precision/test_block_weight.py",
     ),
     Mutation(
         "FP8: rows that travel bring their scales",

@@ -100,8 +100,8 @@ def _weight_copies(stages: list[list[list[Weight]]], degrees: Degrees, shape: St
     if degrees.world_size == 1:
         return _casts(stages[0], shape)
     compute, pipelined = shape.state.compute, degrees.pp > 1
-    roots = sum(_gathered(stage[0], degrees, compute) for stage in stages)
-    blocks = [_gathered(block, degrees, compute) for stage in stages for block in stage[1:]]
+    roots = sum(_gathered(stage[0], degrees, shape) for stage in stages)
+    blocks = [_gathered(block, degrees, shape) for stage in stages for block in stage[1:]]
     blocks.sort(reverse=True)
     copies = roots + sum(blocks if pipelined or not shape.reshard_after_forward else blocks[:GATHERED_BLOCKS])
     numbers = [sum(local_numel(w, degrees) for w in group) for stage in stages for group in stage]
@@ -110,8 +110,9 @@ def _weight_copies(stages: list[list[list[Weight]]], degrees: Degrees, shape: St
     return copies + scattered + (sum(numbers) * FP32 if pipelined else 0)
 
 
-def _gathered(group: list[Weight], degrees: Degrees, compute: int) -> int:
-    return sum(gathered_bytes(weight, degrees, compute) for weight in group)
+def _gathered(group: list[Weight], degrees: Degrees, shape: StepShape) -> int:
+    compute, in_fp8 = shape.state.compute, shape.gathers_in_fp8
+    return sum(gathered_bytes(weight, degrees, compute, in_fp8) for weight in group)
 
 
 def _casts(groups: list[list[Weight]], shape: StepShape) -> int:

@@ -54,6 +54,11 @@ class StepShape:
     ranks_per_node: int | None = None
     fp8: FP8Shape | None = None
 
+    @property
+    def gathers_in_fp8(self) -> bool:
+        """Whether weights are gathered as codes and scales where that can be."""
+        return self.fp8 is not None and self.fp8.gather
+
     def tokens(self, degrees: Degrees) -> int:
         """Tokens of a microbatch that the ranks of one tp group share."""
         return self.microbatch_size * self.sequence_length // degrees.cp

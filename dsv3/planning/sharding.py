@@ -73,6 +73,8 @@ def fp8_bytes(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK)) -
     return math.prod(outer) * (rows * columns + FP32 * scales)
 
 
-def gathered_bytes(weight: Weight, degrees: Degrees, compute: int) -> int:
-    """Bytes of the gathered part of a weight, in the dtype it is used in."""
+def gathered_bytes(weight: Weight, degrees: Degrees, compute: int, in_fp8: bool = False) -> int:
+    """Bytes of the gathered part of a weight, in the dtype it is used in; `in_fp8` where whole blocks are."""
+    if in_fp8 and travels_in_fp8(weight, degrees):
+        return fp8_bytes(local_shape(weight, degrees))
     return local_numel(weight, degrees) * (FP32 if computes_in_fp32(weight) else compute)

@@ -132,7 +132,7 @@ def _head_again(config: ModelConfig, degrees: Degrees, shape: StepShape) -> int:
 def _sharded(weight: Weight, degrees: Degrees, shape: StepShape, gathers: int, sums: int) -> int:
     """One weight's part of _sharding; the shards of uneven ones travel at the length of the longest."""
     ranks, held = shard_count(weight, degrees), stored(weight, degrees)
-    if shape.fp8 is not None and shape.fp8.gather and travels_in_fp8(weight, degrees):
+    if shape.gathers_in_fp8 and travels_in_fp8(weight, degrees):
         gathered = fp8_bytes(local_shape(weight, degrees)) // ranks
     else:
         gathered = held * (FP32 if computes_in_fp32(weight) else shape.state.compute)

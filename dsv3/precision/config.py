@@ -39,8 +39,8 @@ class BlockFP8Config:
 
     `power_of_two` rounds scales up to powers of two (ue8m0, V3.1). `dispatch` lets rows travel to their
     experts, and gradients of results back to them, in FP8; results and gradients of rows stay bf16.
-    `gather` lets FSDP gather weights in FP8 where a shard holds whole blocks. `granularity=tensor` is there
-    to show what goes wrong without tiles.
+    `gather` lets FSDP gather and keep weights in FP8 where a shard holds whole blocks. `granularity=tensor`
+    is there to show what goes wrong without tiles.
     """
 
     _target_: str = "dsv3.precision.fp8.BlockFP8"

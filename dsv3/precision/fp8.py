@@ -42,7 +42,7 @@ class FP8Linear(FP8Product):
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W^T."""
-        out: Tensor = fp8_linear(x.flatten(0, -2), weight.unsqueeze(0), *self.options)
+        out: Tensor = fp8_linear(x.flatten(0, -2), weight, None, *self.options)
         return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -51,7 +51,7 @@ class FP8Grouped(FP8Product):
 
     def __call__(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """rows W_e^T."""
-        return fp8_grouped_linear(rows, weight, ends, *self.options)  # type: ignore[no-any-return]
+        return fp8_grouped_linear(rows, weight, None, ends, *self.options)  # type: ignore[no-any-return]
 
 
 class BlockFP8:

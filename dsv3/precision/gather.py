@@ -1,8 +1,7 @@
-"""FSDP's gathering of weights in FP8: a rank quantises its shard, codes and scales travel, all dequantise.
+"""FSDP's gathering of weights in FP8: a rank quantises its shard, and products take what has travelled.
 
-Only where every shard holds whole blocks of 128 x 128: their scales are then those that the whole weight's
-blocks have, and where scales are powers of two the product that quantises the gathered weight again finds
-the same numbers. Other weights are gathered in the compute dtype.
+Only where every shard holds whole blocks of 128 x 128: they are then the codes and scales that the product
+would have made of the whole weight. Other weights are gathered in the compute dtype.
 """
 
 import math
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dsv3.precision.blocks import BLOCK, dequantize, quantize
-
-SQUARE = (BLOCK, BLOCK)
+from dsv3.precision.block_weight import SQUARE, BlockWeight
+from dsv3.precision.blocks import BLOCK, quantize
 
 
 def gather_in_fp8(weight: nn.Parameter, power_of_two: bool) -> None:
@@ -63,15 +61,13 @@ class Gathering:
     def receive(
         self, outputs: tuple[Tensor, ...], metadata: Any, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The whole weight in `dtype`, into `out` where FSDP has room already."""
+        """The whole weight, said to be of `dtype`; where there is `out`, it has what was filled anew."""
         codes, scales = outputs
-        rows = codes.flatten(0, -2).view(torch.float8_e4m3fn)
         # A shard that ends within a block would bring a row of scales too many, and all after it be wrong.
-        assert scales.shape[0] * BLOCK == rows.shape[0], (scales.shape, rows.shape)
+        assert scales.shape[0] * BLOCK == codes.shape[:-1].numel(), (scales.shape, codes.shape)
         if out is None:
-            weight = dequantize(rows, scales, SQUARE, dtype=dtype).view(codes.shape)
-            return weight, (weight,)
+            return BlockWeight(codes.view(torch.float8_e4m3fn), scales, dtype), outputs
         whole = out._local_tensor if isinstance(out, DTensor) else out
-        # `.data`: autograd must not take the refilled weight for one that was changed after its use.
-        dequantize(rows, scales, SQUARE, out=whole.data.flatten(0, -2))
+        assert isinstance(whole, BlockWeight)
+        assert whole.codes.data_ptr() == codes.data_ptr()
         return None

@@ -224,6 +224,25 @@ def test_a_pipeline_keeps_gathered_weights_and_whole_gradients_until_its_last_mi
         assert copies == (2 + 4 + 6) * sum(local) + 2 * fp32
 
 
+def test_weights_gathered_in_fp8_are_kept_as_codes_and_scales() -> None:
+    config, degrees = preset("16b"), Degrees(dp_shard=8)
+    shape = replace(BF16, reshard_after_forward=False)
+    plain, gathered = (
+        rank_memory(config, degrees, replace(shape, fp8=fp8)).weight_copies
+        for fp8 in (FP8Shape(), FP8Shape(gather=True))
+    )
+    # A shard has whole blocks of q_proj, kv_b_proj, o_proj and every down_proj, but not of kv_a_proj's 576
+    # rows, the shared experts' 2,816 or the dense layer's 10,944; routed experts are sharded whole.
+    dim, experts, hidden = 2048, 64, 1408
+    attention = [(16 * 192, dim), (16 * 256, 512), (dim, 16 * 128)]
+    moe = [*attention, (dim, 2 * hidden), *[(2 * hidden, dim), (dim, hidden)] * experts]
+    every = [*moe * 26, *attention, (dim, 10944)]
+    numbers = sum(rows * columns for rows, columns in every)
+    blocks = sum(-(-rows // 128) * -(-columns // 128) for rows, columns in every)
+    assert plain - gathered == 2 * numbers - (numbers + 4 * blocks)
+    assert numbers > 0.9 * parameters.total(config)
+
+
 def test_replicas_of_one_shard_copy_as_fsdp_does() -> None:
     config = preset("16b")
     replicas = rank_memory(config, Degrees(dp_replicate=8), BF16)

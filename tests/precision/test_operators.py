@@ -28,9 +28,9 @@ def product(
 ) -> Tensor:
     out: Tensor
     if ends is None:
-        out = fp8_linear(x, weight, probe, "emulated", *recipe)
+        out = fp8_linear(x, weight[0], None, probe, "emulated", *recipe)
     else:
-        out = fp8_grouped_linear(x, weight, ends, probe, "emulated", *recipe)
+        out = fp8_grouped_linear(x, weight, None, ends, probe, "emulated", *recipe)
     return out
 
 
@@ -223,10 +223,11 @@ def test_every_engine_that_the_config_names_is_there(name: str) -> None:
 
 
 def test_pytorch_finds_no_fault_with_the_operators() -> None:
-    x, weight = numbers((20, 130)).requires_grad_(), numbers((40, 130))[None].requires_grad_()
+    x, weight = numbers((20, 130)).requires_grad_(), numbers((40, 130)).requires_grad_()
     ends, probe = torch.tensor([20], dtype=torch.int32), torch.zeros((), requires_grad=True)
-    torch.library.opcheck(fp8_linear, (x, weight, probe, *OPTIONS))
-    torch.library.opcheck(fp8_grouped_linear, (x, weight, ends, probe, *OPTIONS))
+    torch.library.opcheck(fp8_linear, (x, weight, None, probe, *OPTIONS))
+    stack = weight.detach()[None].requires_grad_()
+    torch.library.opcheck(fp8_grouped_linear, (x, stack, None, ends, probe, *OPTIONS))
 
 
 @pytest.mark.parametrize(("ends", "backend"), [(None, "aot_eager"), (ENDS, "aot_eager"), (ENDS, "inductor")])
