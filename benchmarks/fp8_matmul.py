@@ -1,7 +1,8 @@
 """TFLOP/s of experts' grouped products in bf16 and FP8, at the shapes of a model's experts; needs Hopper.
 
-bf16 is torch's grouped_mm; FP8 is the engine scaled_mm as training uses it, quantisation included, and its
-products alone. Rows are even over the experts. With --device cpu the emulation runs, to try the script.
+bf16 is torch's grouped_mm; FP8 is the engine scaled_mm as training uses it, quantisation included, the same
+with weights that were gathered in FP8, and its products alone. Rows are even over the experts. With
+--device cpu the emulation runs, to try the script.
 
     python -m benchmarks.fp8_matmul
     python -m benchmarks.fp8_matmul --device cpu --tokens 256 --experts 2 --models debug
@@ -17,9 +18,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsv3.model.moe import grouped_linear
+from dsv3.precision.block_weight import SQUARE, BlockWeight
+from dsv3.precision.blocks import quantize
 from dsv3.precision.config import FP8Engine
 from dsv3.precision.engine import ENGINES
 from dsv3.precision.fp8 import FP8Grouped, choose_engine
@@ -62,15 +65,25 @@ def measure(rows: int, depth: int, out: int, experts: int, device: torch.device)
     probe = torch.zeros((), device=device, requires_grad=True)
     in_fp8 = FP8Grouped(probe, engine.name, 128, False)
     gradient = torch.randn(rows, out, device=device, dtype=torch.bfloat16)
-    products = {"bf16": grouped_linear, "fp8": in_fp8}
+    products = {
+        "bf16": (grouped_linear, weight),
+        "fp8": (in_fp8, weight),
+        "fp8, gathered": (in_fp8, _gathered(weight)),
+    }
     flops = 2 * rows * depth * out / 1e12
     found = {}
-    for name, product in products.items():
-        found[name] = flops / seconds(lambda p=product: p(x, weight, ends), device)  # type: ignore[misc]
-        both = seconds(lambda p=product: p(x, weight, ends).backward(gradient), device)  # type: ignore[misc]
+    for name, (product, w) in products.items():
+        found[name] = flops / seconds(lambda p=product, w=w: p(x, w, ends), device)  # type: ignore[misc]
+        both = seconds(lambda p=product, w=w: p(x, w, ends).backward(gradient), device)  # type: ignore[misc]
         found[f"{name} with backward"] = 3 * flops / both
     found["fp8 product alone"] = flops / seconds(_alone(x, weight, engine), device)
     return found
+
+
+def _gathered(weight: Tensor) -> nn.Parameter:
+    """The weight as FSDP hands it out with precision.fp8.gather=true."""
+    codes, scales = quantize(weight.detach().flatten(0, 1), SQUARE)
+    return nn.Parameter(BlockWeight(codes.view_as(weight), scales, weight.dtype))
 
 
 def _alone(x: Tensor, weight: Tensor, engine: FP8Engine) -> Callable[[], object]:
@@ -92,6 +105,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["16b", "671b"], choices=list(SHAPES))
     chosen = parser.parse_args()
     device = torch.device(chosen.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU here; --device cpu tries the script")
     lines: list[dict[str, Any]] = []
     for model in chosen.models:
         dim, hidden = SHAPES[model]

@@ -12,7 +12,7 @@ from benchmarks.distributions import DISTRIBUTIONS
 from benchmarks.e4m3 import expected
 from dsv3.model.layers import linear
 from dsv3.model.moe import grouped_linear
-from dsv3.precision.operators import fp8_grouped_linear, fp8_linear
+from dsv3.precision.fp8 import FP8Grouped, FP8Linear
 from dsv3.precision.tiles import Recipe
 
 RECIPES = {"tiles": Recipe(), "tiles, 2^n": Recipe(power_of_two=True), "tensor": Recipe(tile=0)}
@@ -79,11 +79,9 @@ class Inputs:
     def fp8(self, recipe: Recipe) -> list[Tensor]:
         """The three products in FP8 of numbers that are bf16 before."""
         x, weight = self._leaves(torch.bfloat16)
-        probe, options = torch.zeros(()), ("emulated", *recipe)
-        if len(self.shape.rows) == 1:
-            out = fp8_linear(x, weight, probe, *options)
-        else:
-            out = fp8_grouped_linear(x, weight, self.ends, probe, *options)
+        options = (torch.zeros(()), "emulated", *recipe)
+        one = len(self.shape.rows) == 1
+        out = FP8Linear(*options)(x, weight[0]) if one else FP8Grouped(*options)(x, weight, self.ends)
         return [out.detach(), *torch.autograd.grad(out, [x, weight], self.gradient.bfloat16())]
 
     def _passed(self, product: Any, dtype: torch.dtype) -> list[Tensor]:
