@@ -449,8 +449,8 @@ MUTATIONS = [
     Mutation(
         "FP8: the plan knows which weights are gathered so",
         "dsv3/planning/sharding.py",
-        "return multiplies_in_fp8(weight) and not odd and whole % BLOCK == 0",
-        "return multiplies_in_fp8(weight) and not odd",
+        "return multiplies_in_fp8(weight) and shards > 1 and not odd and whole % BLOCK == 0",
+        "return multiplies_in_fp8(weight) and shards > 1 and not odd",
         "tests/distributed/test_scale.py",
     ),
     Mutation(
@@ -458,6 +458,13 @@ MUTATIONS = [
         "dsv3/precision/gather.py",
         'cut = [getattr(placement, "dim", None) for placement in weight.placements]',
         'cut = [getattr(p, "dim", None) if p.is_shard() else None for p in weight.placements]',
+        "tests/distributed/test_fp8.py",
+    ),
+    Mutation(
+        "FP8: a rank alone in its group gathers nothing",
+        "dsv3/precision/gather.py",
+        " or _shards(weight) == 1",
+        "",
         "tests/distributed/test_fp8.py",
     ),
     Mutation(

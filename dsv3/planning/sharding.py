@@ -59,11 +59,11 @@ def multiplies_in_fp8(weight: Weight) -> bool:
 
 
 def travels_in_fp8(weight: Weight, degrees: Degrees) -> bool:
-    """Whether FSDP's shards of a weight hold whole blocks: rows, or experts of whole blocks each."""
+    """Whether FSDP gathers a weight of whole blocks a shard: of rows, or of experts with whole blocks each."""
     local, shards = local_shape(weight, degrees), shard_count(weight, degrees)
     rows, odd = divmod(local[0], shards)
     whole = weight.shape[1] if weight.component is Component.experts else rows
-    return multiplies_in_fp8(weight) and not odd and whole % BLOCK == 0
+    return multiplies_in_fp8(weight) and shards > 1 and not odd and whole % BLOCK == 0
 
 
 def fp8_bytes(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK)) -> int:

@@ -16,16 +16,24 @@ from dsv3.precision.blocks import BLOCK, quantize
 
 
 def gather_in_fp8(weight: nn.Parameter, power_of_two: bool) -> None:
-    """Let FSDP gather `weight` in FP8 where its shards hold whole blocks; the same answer on every rank.
+    """Let FSDP gather `weight` in FP8 where it is sharded in whole blocks; the same answer on every rank.
 
+    A rank alone in its group gathers nothing, and FSDP hands on the first tensor alone that it was given.
     FSDP looks for these two functions on the local tensor before its first gathering.
     """
-    if not isinstance(weight, DTensor) or not _has_whole_blocks(weight):
+    if not isinstance(weight, DTensor) or _shards(weight) == 1 or not _has_whole_blocks(weight):
         return
     local = weight._local_tensor
     gathering = Gathering(local, power_of_two)
     local.fsdp_pre_all_gather = gathering.send  # type: ignore[attr-defined]
     local.fsdp_post_all_gather = gathering.receive  # type: ignore[attr-defined]
+
+
+def _shards(weight: DTensor) -> int:
+    """Ranks on FSDP's own axis (parallel/mesh.py names it)."""
+    mesh = weight.device_mesh
+    names = mesh.mesh_dim_names or ()
+    return mesh.size(names.index("fsdp")) if "fsdp" in names else 1
 
 
 def _has_whole_blocks(weight: DTensor) -> bool:

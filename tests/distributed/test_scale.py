@@ -20,6 +20,8 @@ RANKS = [
     ("671b", "tp_ep", 2048, "first"),
     ("671b", "tp_ep", 2048, "last"),
     ("671b", "cp", 2048, "last"),
+    ("debug", "tp_ep", 4, "first"),
+    ("debug", "hsdp", 2, "last"),
     ("671b", "pp", 2048, "first"),
     ("671b", "pp", 2048, "last"),
     ("671b", "full", 2048, "first"),
