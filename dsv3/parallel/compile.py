@@ -18,8 +18,11 @@ class Compile:
         self.enabled = enabled
         self.backend = backend
 
-    def __call__(self, model: Transformer, device: torch.device) -> None:
-        """Wrap the layers of `model`; without a C++ compiler CPU code cannot be generated (UserError)."""
+    def __call__(self, model: Transformer, device: torch.device, splits_backward: bool = False) -> None:
+        """Wrap the layers of `model`; without a C++ compiler CPU code cannot be generated (UserError).
+
+        `splits_backward`: a schedule asks for the gradients of inputs and of weights one after the other.
+        """
         if not self.enabled:
             return
         writes_code = self.backend is CompileBackend.inductor and device.type == "cpu"
@@ -27,6 +30,9 @@ class Compile:
             raise UserError(
                 "compile=on needs a C++ compiler on CPU (g++ or clang++): install one or use compile=off"
             )
+        if splits_backward:
+            # Else the first pass would overwrite saved activations that the second one needs, and refuses.
+            torch._functorch.config.donated_buffer = False
         for module in model.modules():
             if isinstance(module, MoE):
                 # Rows an expert change with every batch, and grouped_mm in fp32 does not trace on CPU.

@@ -52,22 +52,18 @@ def parallelize(
             if wrapper is not None:
                 build(wrapper)(model, mesh)
         split_sequences(model, mesh)
+    split = mesh is not None and mesh.degrees.pp > 1 and splits_backward(chosen.schedule)
     if config.precision.fp8 is not None:
         in_fp8 = build(config.precision.fp8)
-        in_fp8(model, device, counts=not _runs_backward_twice(config, mesh))
+        # Compiled layers compute all gradients in both passes, and the count with them.
+        in_fp8(model, device, counts=not (split and config.compile.enabled))
         if in_fp8.dispatch:
             send_in_fp8(model, in_fp8.power_of_two)
-    build(config.compile)(model, device)
+    build(config.compile)(model, device, split)
     build(config.recompute)(model)
     if mesh is not None and chosen.fsdp is not None:
         reshard = reshard_after_forward(chosen, mesh.degrees.pp)
         build(chosen.fsdp, reshard_after_forward=reshard)(root, mesh, model.compute_dtype)
-
-
-def _runs_backward_twice(config: Config, mesh: ParallelMesh | None) -> bool:
-    """Whether compiled layers, which compute all gradients at once, are asked for them in two passes."""
-    pipelined = mesh is not None and mesh.degrees.pp > 1
-    return pipelined and config.compile.enabled and splits_backward(config.parallel.schedule)
 
 
 def materialize(model: Transformer, seed: int, device: torch.device) -> None:

@@ -59,7 +59,7 @@ def multiplies_in_fp8(weight: Weight) -> bool:
 
 
 def travels_in_fp8(weight: Weight, degrees: Degrees) -> bool:
-    """Whether FSDP gathers a weight of whole blocks a shard: of rows, or of experts with whole blocks each."""
+    """Whether FSDP gathers a weight, by shards of whole blocks: rows, or experts of whole blocks each."""
     local, shards = local_shape(weight, degrees), shard_count(weight, degrees)
     rows, odd = divmod(local[0], shards)
     whole = weight.shape[1] if weight.component is Component.experts else rows

@@ -4,42 +4,60 @@
 takes minutes a layout, which benchmarks/parity_matrix.py spends (docs/parity.md).
 """
 
+import math
+
 import pytest
 
 from dsv3.parallel.compile import has_compiler
 from dsv3.parallel.degrees import Degrees
-from tests.distributed.comparing import assert_equal
+from tests.distributed.comparing import assert_close, assert_equal
 from tests.distributed.layouts import SINGLES
 from tests.distributed.pool import Pool
 from tests.distributed.training import GLOBAL_BATCH, Trace, configured, train, train_config
 
 TRACED = ["compile=on", "compile.backend=aot_eager"]
+# One dense and one with experts, for each layer is traced by itself; and an MTP depth.
+FEW = ["model.num_layers=2"]
 
 
 @pytest.fixture(scope="module")
 def single() -> Trace:
-    trace = train([], None, 2, 2)
+    trace = train(FEW, None, 2, 2)
     assert trace is not None
     return trace
 
 
 @pytest.mark.parametrize(
     ("layout", "recompute"),
-    [("dp_shard", "selective"), ("tp", "none"), ("cp", "full"), ("pp", "none")],
+    [("dp_shard", "selective"), ("tp", "none"), ("cp", "full")],
 )
 def test_traced_layers_train_alike_under_every_wrapper(
     pool: Pool, single: Trace, layout: str, recompute: str
 ) -> None:
     degrees: Degrees = SINGLES[layout]
     microbatch = GLOBAL_BATCH // degrees.data_parallel // 2
-    config = configured(["parallel=fsdp", f"recompute={recompute}", *TRACED], microbatch)
+    config = configured(["parallel=fsdp", f"recompute={recompute}", *FEW, *TRACED], microbatch)
     assert_equal(pool.run(train_config, config, degrees, 2, microbatch, "sgd"), single)
+
+
+def test_traced_layers_train_alike_in_fp8_where_a_schedule_splits_the_backward_pass(pool: Pool) -> None:
+    """In fp32 no saved activation is of a kind that compiled code would overwrite."""
+    chosen = ["parallel=fsdp", "precision=fp8", "model.moe.forced_balance=true"]
+    found = []
+    for more in ([], TRACED):
+        config = configured([*chosen, "parallel.schedule=ZBVZeroBubble", *more], 1)
+        traces = pool.run(train_config, config, SINGLES["pp"], 1, 1, "sgd")
+        found.append([trace for trace in traces if trace is not None])
+    for plain, traced in zip(*found, strict=True):
+        assert traced.figures[0]["loss"] == pytest.approx(plain.figures[0]["loss"], rel=1e-3)
+        assert_close(traced.gradients[0], plain.gradients[0], 2.0**-5)
+        assert plain.figures[0]["fp8_broken_tiles"] == 0
+        assert math.isnan(traced.figures[0]["fp8_broken_tiles"])
 
 
 @pytest.mark.skipif(not has_compiler(), reason="compile=on needs a C++ compiler on CPU")
 def test_compiled_code_trains_alike() -> None:
-    """Of two layers, one dense and one with experts: each other layer would be compiled anew."""
-    few = ["model.num_layers=2", "model.mtp_depths=0"]
+    few = [*FEW, "model.mtp_depths=0"]
     compiled, alone = train([*few, "compile=on"], None, 2, 2), train(few, None, 2, 2)
     assert compiled is not None
     assert alone is not None
