@@ -106,11 +106,15 @@ class PipelinePasses:
             for name in ("tokens", "targets", "documents")
         )
         first, last = 0 in self.stages, self.count - 1 in self.stages
-        self.schedule.step(
-            *([tokens] if first else []),
-            target=targets if last else None,
-            tokens=tokens, targets=targets, documents=documents,
-        )  # fmt: skip
+        try:
+            self.schedule.step(
+                *([tokens] if first else []),
+                target=targets if last else None,
+                tokens=tokens, targets=targets, documents=documents,
+            )  # fmt: skip
+        except RuntimeError as error:
+            # PyTorch's tells the shapes of a stage's inputs; what went wrong there is behind it.
+            raise error.__cause__ or error from None
         self._add_up_embedding()
         self._check_gradients()
         return torch.stack([stage.figures for stage in self.stages.values()]).sum(0)

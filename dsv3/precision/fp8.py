@@ -125,9 +125,10 @@ def _lacking(device: torch.device, tile: int) -> str | None:
     return None
 
 
-def has_fp8(parts: Iterable[nn.Module]) -> bool:
-    """Whether a layer of `parts` multiplies in FP8."""
-    return bool(_probes(parts))
+def engine_of(parts: Iterable[nn.Module]) -> str | None:
+    """What multiplies the layers of `parts` in FP8, a name of engine.ENGINES; None where nothing does."""
+    found = (_product(module) for part in parts for module in part.modules())
+    return next((product.engine for product in found if product is not None), None)
 
 
 def take_broken_tiles(parts: Iterable[nn.Module], device: torch.device) -> Tensor:

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
+import yaml
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -12,6 +14,7 @@ from hydra.errors import (
 )
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
+from dsv3.config import CONF, SCHEMAS
 from dsv3.runtime.errors import nearest
 from dsv3.runtime.quoting import split_override
 
@@ -97,10 +100,26 @@ def _bad_composition(error: Exception, arguments: Sequence[str], groups: dict[st
             return f"{argument}: {key} is chosen already; without the +: {key}={value}"
         if key in groups and value not in groups[key] and "must be a string" in str(error):
             return _no_choice(key, value, groups[key])
-    if "Unexpected type for root" in str(error):
-        deep = [argument for argument in arguments if argument.split("=")[0].count(".") > 1]
-        return f"{' '.join(deep)}: the node above the key is null here; another choice of its group has it"
+    dotted = "Unexpected type for root" in str(error)
+    for argument in arguments:
+        key, value = split_override(argument) or ("", "")
+        if key.count(".") > 1 if dotted else value.startswith("{"):
+            return f"{argument}: {_null_node(key, groups)}"
     return _first_lines(f"{' '.join(arguments)} cannot be composed: {error}")
+
+
+def _null_node(key: str, groups: dict[str, list[str]]) -> str:
+    """That the node of a group which `key` is in, or is, has nothing in it; and which choice has."""
+    group, name = (*key.split("."), "")[:2]
+    having = [f"{group}={choice}" for choice in groups.get(group, []) if _fills(group, choice, name)]
+    return f"{group}.{name} is null here; {' or '.join(having) or 'another choice of its group'} has it"
+
+
+def _fills(group: str, choice: str, name: str) -> bool:
+    """Whether a choice's file, or else the group's schema, gives a node its keys."""
+    stored = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text()) or {}
+    known = {f.name: f.default is not None for f in fields(SCHEMAS[group])} if group in SCHEMAS else {}
+    return stored[name] is not None if name in stored else known.get(name, False)
 
 
 def _several_values(text: str) -> str:

@@ -1,5 +1,6 @@
 """From what Hydra composed to a job that may run: typed, completed, planned; imports no torch."""
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -30,6 +31,10 @@ def prepare_job(composed: DictConfig) -> Job:
         raise UserError(
             f"{LAYOUTS} is not for typing: model and parallel choose it, parallel.degrees.* changes it"
         )
+    for override in overrides:
+        key, value = split_override(override) or ("", "")
+        if re.fullmatch(r"\{\s*\}", value):
+            raise UserError(f"{override}: an empty node sets nothing; name its keys, {key}.KEY=VALUE")
     resolve_model(composed, keys)
     config: Config = strict(composed, OmegaConf.select(composed, "run.allow_targets") or ())
     sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None

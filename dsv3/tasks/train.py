@@ -20,6 +20,8 @@ from dsv3.metrics.logger import Logger
 from dsv3.metrics.recorder import Recorder
 from dsv3.parallel.distributed import Distributed, distribute
 from dsv3.parallel.mesh import place
+from dsv3.precision.config import FP8Engine
+from dsv3.precision.fp8 import engine_of
 from dsv3.runtime.determinism import make_deterministic
 from dsv3.runtime.distributed import Worker, worker
 from dsv3.runtime.job import Job
@@ -130,6 +132,10 @@ class _Run:
         if self.data.tokenizer is not None:
             self.data.tokenizer.save(self.directory / TOKENIZER_DIR)
         describe_run(self.job, {"fingerprint": self.data.fingerprint, **self.data.summary})
+        if engine_of(self.model.parts) == FP8Engine.emulated.name:
+            self.console.message(
+                f"FP8 products are emulated on {self.me.device.type}: the same numbers, slower"
+            )
         if self.progress.step:
             self.console.message(f"going on after step {self.progress.step} of {self.directory}")
 
@@ -147,7 +153,8 @@ class _Run:
         assert self.data.train is not None
         length = self.data.sequence_length
         flops = training_flops_per_token(config.model, length)
-        multiplies_in = "fp8" if config.precision.fp8 is not None else config.precision.compute.name
+        fast = engine_of(self.model.parts) == FP8Engine.scaled_mm.name
+        multiplies_in = "fp8" if fast else config.precision.compute.name
         peak = getattr(self.job.hardware, f"peak_flops_{multiplies_in}")
         peak = peak and peak * self.me.world
         rates = Rates(train.batch, train.batch * length, flops, peak)

@@ -81,6 +81,8 @@ class Verify:
                 file=sys.stderr,
             )
             model = replace(model, mtp_depths=0)
+        if any(key.partition(".")[0] == "precision" for key in map(identity, job.overrides)):
+            print("verified in fp32, as transformers computes: precision is not used", file=sys.stderr)
         return replace(job.config, model=model, precision=PrecisionConfig(compute=ComputeType.fp32))
 
     def _compare(self, model: Transformer, other: Any, device: torch.device) -> "list[Row]":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv3.data.batch import Batch
 from dsv3.metrics import moe
-from dsv3.precision.fp8 import has_fp8, take_broken_tiles
+from dsv3.precision.fp8 import engine_of, take_broken_tiles
 from dsv3.runtime.distributed import Worker
 from dsv3.training.balance import selection_biases, take_load, update_biases
 from dsv3.training.config import TrainConfig
@@ -48,7 +48,7 @@ class TrainStep:
         self.clip_norm = clip_norm
         self.config = passes.parts[0].config
         self.routers = placed_routers(passes.parts)
-        self.in_fp8 = has_fp8(passes.parts)
+        self.in_fp8 = engine_of(passes.parts) is not None
 
     def __call__(self, microbatches: list[Batch], weights: Weights) -> dict[str, Tensor]:
         """Train on this rank's microbatches of one global batch.

@@ -10,7 +10,7 @@ from dsv3.model.layers import Linear
 from dsv3.model.moe import Experts
 from dsv3.model.transformer import Transformer
 from dsv3.precision.config import FP8Engine, Granularity
-from dsv3.precision.fp8 import BlockFP8, FP8Product, choose_engine, has_fp8, take_broken_tiles
+from dsv3.precision.fp8 import BlockFP8, FP8Product, choose_engine, engine_of, take_broken_tiles
 from dsv3.runtime.errors import UserError
 from tests.operators import Operators
 from tests.reference import tiny_model, tokens
@@ -79,8 +79,8 @@ def test_the_recipe_reaches_the_layers() -> None:
 
 def test_broken_tiles_are_taken_once() -> None:
     model = fp8_model()
-    assert has_fp8([model])
-    assert not has_fp8([tiny_model()])
+    assert engine_of([model]) == "emulated"
+    assert engine_of([tiny_model()]) is None
     for _ in range(2):
         # Without a backward pass there is nothing to know.
         assert take_broken_tiles([model], CPU).isnan()

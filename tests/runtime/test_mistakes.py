@@ -24,7 +24,10 @@ MISTAKES: dict[str, list[str]] = {
     "hydra/sweeper=optun -m": ["hydra/sweeper=optun", "'optuna'"],
     "hydra.foo=1": ["hydra.foo", "sweep"],
     "experiments=nope": ["experiments=nope", "learning_rate"],
-    "parallel.fsdp.foo=1": ["parallel.fsdp.foo=1", "null", "another choice"],
+    "parallel.fsdp.foo=1": ["parallel.fsdp.foo=1", "parallel.fsdp is null here", "parallel=fsdp or"],
+    "precision.fp8.gather=true": ["precision.fp8.gather=true", "precision.fp8 is null", "precision=fp8 has"],
+    "precision.fp8={gather:true}": ["precision.fp8={gather:true}", "null here; precision=fp8 has it"],
+    "precision.fp8={}": ["precision.fp8={}", "sets nothing", "precision.fp8.KEY=VALUE"],
     "parallel=fsdp launch.nproc=2 parallel.fsdp.foo=1": ["unknown key 'parallel.fsdp.foo'"],
     "--foo": ["--foo", "--help"],
     # Values of the wrong type.
