@@ -39,12 +39,19 @@ def cases() -> Iterator[tuple[str, Degrees, list[str]]]:
     yield "dp_shard, recompute=full", LAYOUTS["dp_shard"], ["recompute=full"]
     yield "dp_shard, recompute=selective", LAYOUTS["dp_shard"], ["recompute=selective"]
     yield "dp_shard, compile=on", LAYOUTS["dp_shard"], ["compile=on"]
+    split = ["parallel.schedule=ZBVZeroBubble", "compile=on"]
+    yield "pp x dp_shard, ZBVZeroBubble, compile=on", Degrees(pp=2, dp_shard=2), split
     yield "ep, rows travel in FP8", LAYOUTS["ep"], [DISPATCH]
     yield "ep over two nodes, rows travel in FP8", Degrees(dp_shard=4, ep=4), [
         DISPATCH,
         "parallel.expert.ranks_per_node=2",
     ]  # fmt: skip
     yield "dp_shard, weights gathered in FP8", LAYOUTS["dp_shard"], [*WIDE, GATHERED]
+    yield "pp x dp_shard, ZBVZeroBubble, weights gathered in FP8", Degrees(pp=2, dp_shard=2), [
+        *WIDE,
+        GATHERED,
+        split[0],
+    ]  # fmt: skip
 
 
 def compare(pool: Pool, degrees: Degrees, overrides: list[str]) -> dict[str, Any]:
