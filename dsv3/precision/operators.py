@@ -13,6 +13,7 @@ however often a forward pass is repeated. One without requires_grad counts nothi
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,49 +123,18 @@ def _count(like: Tensor) -> Tensor:
 
 
 @fp8_linear.register_fake
-def _(
-    rows: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    probe: Tensor,
-    engine: str,
-    tile: int,
-    power_of_two: bool,
-) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[-2])
-
-
 @fp8_grouped_linear.register_fake
-def _(
-    rows: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    ends: Tensor,
-    probe: Tensor,
-    engine: str,
-    tile: int,
-    power_of_two: bool,
-) -> Tensor:
+def _(rows: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[-2])
 
 
 @_rows_gradient.register_fake
-def _(
-    gradient: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    ends: Tensor | None,
-    engine: str,
-    tile: int,
-    power_of_two: bool,
-) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return gradient.new_empty(gradient.shape[0], weight.shape[-1]), _count(gradient)
 
 
 @_weight_gradient.register_fake
-def _(
-    gradient: Tensor, rows: Tensor, ends: Tensor | None, engine: str, tile: int, power_of_two: bool
-) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, rows: Tensor, ends: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
     shape = (1 if ends is None else ends.shape[0], gradient.shape[1], rows.shape[1])
     return gradient.new_empty(shape, dtype=torch.float32), _count(gradient)
 
