@@ -93,3 +93,21 @@ def test_nothing_is_not_handed_over(shape: tuple[int, int, int], monkeypatch: py
     monkeypatch.delattr(F, "scaled_mm")
     for a, b in operands(*shape):
         assert torch.equal(ScaledMM().multiply(a, b, torch.float32), torch.zeros(shape[0], shape[2]))
+
+
+def has_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not has_hopper(), reason="block-wise scaled_mm needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_hopper_multiplies_as_the_emulation_does(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Within each 128 of the depth its tensor cores keep some 14 bits of a sum (report, section 3.5.2)."""
+    for a, b in operands(*shape):
+        on_gpu = (Tiles(t.codes.cuda(), t.scales.cuda(), t.block) for t in (a, b))
+        found = ScaledMM().multiply(*on_gpu, dtype).cpu()
+        expected, _ = multiplied(a, b)
+        assert found.dtype is dtype
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < (2.0**-8 if dtype is torch.bfloat16 else 2.0**-11)
