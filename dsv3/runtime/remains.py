@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import select
 import threading
 from collections.abc import Collection, Iterator
 
 from dsv3.runtime.signals import STOPPED
 
-# More often than the agent looks, which reaps what it finds; both in seconds.
+# How often new children are looked for, and what others get after a failure; both in seconds.
 _LOOK_EVERY = 0.1
 _GRACE = 3.0
 
@@ -42,14 +43,40 @@ def kill_children(others: Collection[int] = ()) -> None:
 
 
 def _watch(done: threading.Event, grace: float, others: set[int]) -> None:
-    import psutil
+    with contextlib.ExitStack() as opened:
+        ends = _Ends(opened)
+        while not done.is_set():
+            if ends.a_failure(others):
+                if not done.wait(grace):
+                    kill_children(others)
+                return
 
-    while not done.wait(_LOOK_EVERY):
-        mine = {child.pid for child in psutil.Process().children()} - others
-        if any(map(_failed, mine)):
-            if not done.wait(grace):
-                kill_children(others)
-            return
+
+class _Ends:
+    """The ends of children, seen when they come: the agent reaps a child as soon as it looks."""
+
+    def __init__(self, opened: contextlib.ExitStack) -> None:
+        self.opened = opened
+        self.poll = select.poll()
+        self.pids: dict[int, int] = {}
+        """By the file descriptors that become readable when they end."""
+
+    def a_failure(self, others: set[int]) -> bool:
+        """Whether a child other than `others` has failed within the next moment."""
+        import psutil
+
+        for child in psutil.Process().children():
+            if child.pid not in others and child.pid not in self.pids.values():
+                with contextlib.suppress(ProcessLookupError):
+                    ending = os.pidfd_open(child.pid)
+                    self.opened.callback(os.close, ending)
+                    self.pids[ending] = child.pid
+                    self.poll.register(ending, select.POLLIN)
+        for ending, _ in self.poll.poll(1000 * _LOOK_EVERY):
+            self.poll.unregister(ending)
+            if _failed(self.pids[ending]):
+                return True
+        return False
 
 
 def _failed(pid: int) -> bool:

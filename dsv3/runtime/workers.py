@@ -134,15 +134,16 @@ def _first_failure(error: "ChildFailedError") -> BaseException:
     rank, failure = error.get_first_failure()
     if failure.exitcode == STOPPED:
         return Stopped("")
-    # A worker's exception comes as {message, extraInfo}; a worker that was ended, as a text.
-    reported: Any = failure.message
-    reported = reported if isinstance(reported, dict) else {"message": reported}
+    # A worker's exception comes as {message, extraInfo}; a worker that was ended, as a text. One that raised
+    # may end by a signal all the same, as threads of a process group sometimes do not survive its exit.
+    raised: Any = failure.message
+    reported = raised if isinstance(raised, dict) else {"message": raised}
     kind, _, text = str(reported["message"]).partition(": ")
     if kind in ("UserError", "InvalidValue"):
         return UserError(text)
     if kind == "RunFailed":
         return RunFailed(text)
-    if failure.exitcode < 0:
+    if failure.exitcode < 0 and reported is not raised:
         name = signal.Signals(-failure.exitcode).name
         return RunFailed(
             f"rank {rank} (pid {failure.pid}) was ended by {name}; the other workers were stopped"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,6 +25,20 @@ def test_a_child_that_hangs_is_killed_once_another_has_failed(end: str) -> None:
         finally:
             stubborn.kill()
             failed.wait()
+
+
+def test_a_failure_is_seen_though_the_agent_reaps_what_has_failed() -> None:
+    """Three times, for whoever only looks now and then may look in time once."""
+    for _ in range(3):
+        with end_what_hangs(grace=0.1):
+            stubborn, failed = start(STUBBORN), start("import os, time\ntime.sleep(0.5)\nos._exit(1)")
+            try:
+                while failed.poll() is None:
+                    time.sleep(0.02)
+                assert stubborn.wait(10) == -9
+            finally:
+                stubborn.kill()
+                stubborn.wait()
 
 
 @pytest.mark.parametrize("code", [0, 75])
