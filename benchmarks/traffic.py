@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.counting import OTHER, Step, count_step
+from tests.distributed.counting import OTHER, Step, count_step, planned_job
 from tests.distributed.pool import Pool
 
 RESULT = Path(__file__).resolve().parent / "results" / "traffic.json"
@@ -45,7 +45,7 @@ def measure(pool: Pool, case: str) -> list[dict[str, Any]]:
     """By axis the bytes of the rank that sends most, its plan, and the largest difference of any rank."""
     world, layout, *overrides = case.split()
     chosen = [f"parallel={layout}", "train.microbatch_size=1", *overrides]
-    steps = [step for step in pool.run(count_step, chosen, int(world)) if step is not None]
+    steps = [step for step in pool.run(count_step, planned_job(chosen, int(world))) if step is not None]
     found = []
     for axis in [*steps[0].planned, OTHER]:
         sent = [step.sent.get(axis, 0) for step in steps]

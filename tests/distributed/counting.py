@@ -22,7 +22,7 @@ from dsv3.parallel.mesh import ParallelMesh
 from dsv3.planning.shape import StepShape
 from dsv3.planning.sharding import FP32
 from dsv3.planning.traffic import pipeline_traffic
-from dsv3.runtime.job import plan_job
+from dsv3.runtime.job import Job, plan_job
 from dsv3.training.loss import GlobalBatch
 from dsv3.training.passes import LossWeights
 from tests.conf.test_choices import strict_config
@@ -97,12 +97,16 @@ def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(group))
 
 
-def count_step(overrides: list[str], world: int) -> Step | None:
-    """A step of the tiny model of training.py on the first `world` ranks; None on the others."""
+def planned_job(overrides: list[str], world: int) -> Job:
+    """The job of the tiny model of training.py; composing takes half a second, and once is enough."""
     chosen = ["task=plan", f"launch.world_size={world}", *TINY, *overrides]
-    job = plan_job(strict_config(chosen), [])
+    return plan_job(strict_config(chosen), [])
+
+
+def count_step(job: Job) -> Step | None:
+    """A step of `job` on as many ranks as it has; None on the others."""
     degrees, shape = job.plan.degrees, job.plan.shape
-    mesh = mesh_of(degrees)
+    world, mesh = degrees.world_size, mesh_of(degrees)
     if dist.get_rank() >= world:
         return None
     model = distribute(job.config, mesh, torch.device("cpu"))
@@ -114,9 +118,9 @@ def count_step(overrides: list[str], world: int) -> Step | None:
         _train(model, shape, mesh.data_rank, degrees)
     stage = dist.get_rank() // (world // degrees.pp)
     c = job.config.model
-    planned = pipeline_traffic(c, degrees, shape)[stage].to_json()
+    expected = pipeline_traffic(c, degrees, shape)[stage].to_json()
     row_bytes = 2 * c.dim * shape.state.compute + 2 * FP32 * c.moe.num_experts // degrees.ep
-    return Step(degrees, dict(counted.by_axis), planned, rows.to.tolist(), row_bytes)
+    return Step(degrees, dict(counted.by_axis), expected, rows.to.tolist(), row_bytes)
 
 
 def _train(model: Distributed, shape: StepShape, seed: int, degrees: Degrees) -> None:

@@ -9,7 +9,12 @@ from dsv3.parallel.degrees import Degrees
 from tests.distributed.training import prepared
 
 
-def streamed(config: Config, degrees: Degrees | None, dtype: torch.dtype) -> list[tuple[str, Tensor]] | None:
-    """What this rank gets; None on ranks that the layout leaves out."""
+def streamed(config: Config, degrees: Degrees | None) -> dict[torch.dtype, list[tuple[str, Tensor]]] | None:
+    """What this rank gets in each dtype; None on ranks that the layout leaves out."""
     setup = prepared(config, degrees, "sgd")
-    return None if setup is None else [(name, tensor.clone()) for name, tensor in stream(setup[0], dtype)]
+    if setup is None:
+        return None
+    return {
+        dtype: [(name, tensor.clone()) for name, tensor in stream(setup[0], dtype)]
+        for dtype in (torch.bfloat16, torch.float32)
+    }

@@ -21,8 +21,9 @@ LAYOUTS = {
 def test_one_process_streams_what_a_release_holds(tmp_path: Path) -> None:
     config = configured([f"checkpoint.load=hf:{tmp_path}"], 2)
     released = write_release(tmp_path, configured([], 2).model, "fp32")
-    found = streamed(config, None, torch.float32)
-    assert found is not None
+    everything = streamed(config, None)
+    assert everything is not None
+    found = everything[torch.float32]
     assert sorted(name for name, _ in found) == sorted(released)
     biases = [name for name in released if name.endswith("e_score_correction_bias")]
     assert biases
@@ -34,14 +35,14 @@ def test_one_process_streams_what_a_release_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_rank_gets_what_one_process_gets(pool: Pool, layout: str, dtype: torch.dtype) -> None:
-    single = streamed(configured([], 2), None, dtype)
+def test_every_rank_gets_what_one_process_gets(pool: Pool, layout: str) -> None:
+    single = streamed(configured([], 2), None)
     assert single is not None
     degrees = LAYOUTS[layout]
-    for rank in pool.run(streamed, configured(["parallel=fsdp"], 1), degrees, dtype)[: degrees.world_size]:
-        assert [name for name, _ in rank] == [name for name, _ in single]
-        for (name, mine), (_, other) in zip(rank, single, strict=True):
-            assert mine.dtype is other.dtype, name
-            same = torch.equal(mine.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-            assert same, name
+    for rank in pool.run(streamed, configured(["parallel=fsdp"], 1), degrees)[: degrees.world_size]:
+        for dtype, tensors in single.items():
+            assert [name for name, _ in rank[dtype]] == [name for name, _ in tensors]
+            for (name, mine), (_, other) in zip(rank[dtype], tensors, strict=True):
+                assert mine.dtype is other.dtype, name
+                same = torch.equal(mine.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+                assert same, name

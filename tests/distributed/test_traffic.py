@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.counting import Step, count_step
+from tests.distributed.counting import Step, count_step, planned_job
 from tests.distributed.pool import Pool
 from tests.distributed.training import GLOBAL_BATCH, SEQUENCE
 
@@ -13,7 +13,7 @@ LAYERS, MOE_LAYERS = 5, 4
 
 
 def counted(pool: Pool, world: int, *overrides: str) -> list[Step]:
-    steps = pool.run(count_step, ["parallel=fsdp", "train.microbatch_size=2", *overrides], world)
+    steps = pool.run(count_step, planned_job(["parallel=fsdp", "train.microbatch_size=2", *overrides], world))
     return [step for step in steps if step is not None]
 
 
