@@ -60,23 +60,34 @@ class _Ends:
         self.poll = select.poll()
         self.pids: dict[int, int] = {}
         """By the file descriptors that become readable when they end."""
+        self.silent: set[int] = set()
+        """Those that give no such descriptor, which some containers forbid: looked at now and then."""
 
     def a_failure(self, others: set[int]) -> bool:
         """Whether a child other than `others` has failed within the next moment."""
         import psutil
 
+        known = {*others, *self.pids.values(), *self.silent}
         for child in psutil.Process().children():
-            if child.pid not in others and child.pid not in self.pids.values():
-                with contextlib.suppress(ProcessLookupError):
-                    ending = os.pidfd_open(child.pid)
-                    self.opened.callback(os.close, ending)
-                    self.pids[ending] = child.pid
-                    self.poll.register(ending, select.POLLIN)
+            if child.pid not in known:
+                self._listen(child.pid)
         for ending, _ in self.poll.poll(1000 * _LOOK_EVERY):
             self.poll.unregister(ending)
             if _failed(self.pids[ending]):
                 return True
-        return False
+        return any(map(_failed, self.silent))
+
+    def _listen(self, pid: int) -> None:
+        try:
+            ending = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        except OSError:
+            self.silent.add(pid)
+            return
+        self.opened.callback(os.close, ending)
+        self.pids[ending] = pid
+        self.poll.register(ending, select.POLLIN)
 
 
 def _failed(pid: int) -> bool:

@@ -1,5 +1,6 @@
 """Children that a failed one leaves behind."""
 
+import os
 import subprocess
 import sys
 import time
@@ -16,8 +17,16 @@ def start(code: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", code])
 
 
+@pytest.mark.parametrize("allowed", [True, False])
 @pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)"])
-def test_a_child_that_hangs_is_killed_once_another_has_failed(end: str) -> None:
+def test_a_child_that_hangs_is_killed_once_another_has_failed(
+    end: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(pid: int) -> int:
+        raise PermissionError("pidfd_open")
+
+    if not allowed:  # as in containers whose system calls are filtered
+        monkeypatch.setattr(os, "pidfd_open", forbidden)
     with end_what_hangs(grace=0.1):
         stubborn, failed = start(STUBBORN), start(f"import os, signal\n{end}")
         try:
