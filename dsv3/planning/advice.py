@@ -74,5 +74,6 @@ def _with(plan: Plan, shape: StepShape, degrees: Degrees) -> Plan:
 
 
 def shards_that_fit(degrees: Degrees) -> str:
+    """That these degrees fit, and the ranks that they take."""
     world = f"launch.nproc x launch.nnodes = {degrees.world_size:,} ranks"
     return f"parallel.degrees.dp_shard={degrees.dp_shard} fits, with {world}"

@@ -90,7 +90,8 @@ class Application:
                 traceback.print_exc()
             if isinstance(error, Exception) and (failed := self.sweep.failure()):
                 error = failed  # Hydra and its sweepers raise the first, or what they made of it
-            if isinstance(error, AssertionError | ValueError | AttributeError) and not self.composed:
+            stumbled = isinstance(error, AttributeError) and "full_key: " in str(error)  # OmegaConf's own
+            if (stumbled or isinstance(error, AssertionError | ValueError)) and not self.composed:
                 # Overrides that Hydra stumbles over while it composes: no job of ours has begun.
                 error = ConfigCompositionException(str(error))
             if isinstance(error, KeyboardInterrupt) and self.untouched and is_first_here():

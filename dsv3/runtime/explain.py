@@ -100,10 +100,10 @@ def _bad_composition(error: Exception, arguments: Sequence[str], groups: dict[st
             return f"{argument}: {key} is chosen already; without the +: {key}={value}"
         if key in groups and value not in groups[key] and "must be a string" in str(error):
             return _no_choice(key, value, groups[key])
-    dotted = "Unexpected type for root" in str(error)
+    below, whole = "Unexpected type for root" in str(error), "'NoneType' object" in str(error)
     for argument in arguments:
         key, value = split_override(argument) or ("", "")
-        if key.count(".") > 1 if dotted else value.startswith("{"):
+        if (below and key.count(".") > 1) or (whole and value.startswith("{")):
             return f"{argument}: {_null_node(key, groups)}"
     return _first_lines(f"{' '.join(arguments)} cannot be composed: {error}")
 

@@ -26,13 +26,13 @@ def prepare_job(composed: DictConfig) -> Job:
     """Check everything that can be checked before a process starts, and plan; UserError otherwise."""
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
-    keys = {pair[0] for pair in map(split_override, overrides) if pair}
+    typed = {override: pair for override in overrides if (pair := split_override(override))}
+    keys = {key for key, _ in typed.values()}
     if LAYOUTS in keys:
         raise UserError(
             f"{LAYOUTS} is not for typing: model and parallel choose it, parallel.degrees.* changes it"
         )
-    for override in overrides:
-        key, value = split_override(override) or ("", "")
+    for override, (key, value) in typed.items():
         if re.fullmatch(r"\{\s*\}", value):
             raise UserError(f"{override}: an empty node sets nothing; name its keys, {key}.KEY=VALUE")
     resolve_model(composed, keys)

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
+
+from dsv3.runtime.explain import explain
 
 from .commands import Commands
 from .conftest import StoredRun
@@ -216,3 +219,13 @@ def test_help_is_told_without_composing(commands: Commands) -> None:
     outcome = commands.run("modle=debug", "--help")
     assert outcome.code == 0
     assert "usage: python train.py" in outcome.out
+
+
+def test_a_whole_node_is_called_null_only_where_that_was_the_matter() -> None:
+    groups = {"precision": ["bf16", "fp8"]}
+    arguments = ["precision=bf16", "precision.fp8={gather: true}"]
+    null = ConfigCompositionException("'NoneType' object has no attribute 'get'\n    full_key: precision.fp8")
+    assert "precision.fp8 is null here; precision=fp8 has it" in explain(null, arguments, groups)
+    other = explain(ConfigCompositionException("something else"), arguments, groups)
+    assert "null" not in other
+    assert other.endswith("cannot be composed: something else")
