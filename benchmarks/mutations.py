@@ -468,6 +468,13 @@ MUTATIONS = [
         "tests/distributed/test_fp8.py",
     ),
     Mutation(
+        "FP8: products take the codes that were gathered",
+        "dsv3/precision/block_weight.py",
+        "return func(rows, weight.codes, weight.scales, *rest, **(kwargs or {}))",
+        "return func(rows, weight.numbers(), None, *rest, **(kwargs or {}))",
+        "tests/precision/test_block_weight.py",
+    ),
+    Mutation(
         "FP8: each expert's codes meet its own scales",
         "dsv3/precision/operators.py",
         "    return Tiles(one, scales[own], (BLOCK, BLOCK))",

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from dsv3.precision.block_weight import BlockWeight
 from dsv3.precision.blocks import BLOCK, dequantize_plain, quantize
+from dsv3.precision.engine import ENGINES
 from dsv3.precision.fp8 import FP8Grouped, FP8Linear
 from dsv3.precision.gather import Gathering
+from dsv3.precision.tiles import Recipe, Tiles
 from tests.operators import Operators
 
 ROWS, IN, OUT, EXPERTS = 150, 200, 2 * BLOCK, 3
@@ -55,7 +57,22 @@ def test_products_and_gradients_are_those_of_the_weight(shape: tuple[int, ...], 
 
 
 def test_a_product_takes_the_codes_that_are_there() -> None:
-    """With scales of its own it would find others: these are four times as large as they need to be."""
+    """It would find others by itself where a scale is three times what it needs to be."""
+    weight = numbers(OUT, IN).bfloat16()
+    scales = 3 * quantize(weight, (BLOCK, BLOCK))[1]
+    coarse = (weight.float() / scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:, :IN]).to(
+        torch.float8_e4m3fn
+    )
+    blocks = Tiles(coarse, scales, (BLOCK, BLOCK))
+    rows, gradient = (numbers(ROWS, n, seed=s).bfloat16() for n, s in ((IN, 1), (OUT, 2)))
+    out, of_rows, _ = run(BlockWeight(coarse, scales, torch.bfloat16))
+    multiply, recipe = ENGINES["emulated"].multiply, Recipe()
+    assert torch.equal(out, multiply(recipe.activations(rows), blocks, torch.bfloat16))
+    expected = multiply(recipe.activations(gradient), blocks.turned(), torch.bfloat16)
+    assert torch.equal(of_rows, expected)
+
+
+def test_a_weight_that_is_filled_anew_is_the_new_one() -> None:
     weight = numbers(OUT, IN).bfloat16()
     codes, scales = quantize(weight / 4, (BLOCK, BLOCK))
     wide = BlockWeight(codes, 4 * scales, torch.bfloat16)
