@@ -17,8 +17,8 @@ train: setup
 	@$(VENV)/bin/python train.py $(ARGS)
 
 # Two at a time, each on one thread; then, alone, those that start workers of their own and look at the clock.
-CLOCKED := faults launch remains slurm sweep watchdog
-ALONE := $(CLOCKED:%=tests/runtime/test_%.py) tests/end_to_end
+ALONE := $(addprefix tests/launch/test_, faults.py launch.py workers_stragglers.py slurm.py sweep.py) \
+	tests/distributed/test_watchdog.py tests/end_to_end
 
 test: setup
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ALONE:%=--ignore=%)

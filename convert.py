@@ -5,10 +5,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from dsv3.convert.prepare import prepare_conversion
-from dsv3.runtime.application import Application
-from dsv3.runtime.groups import convert_help
-from dsv3.runtime.quoting import quote_texts
+from dsv3.cli.application import Application
+from dsv3.cli.help import convert_help
+from dsv3.config.overrides import quote_texts
+from dsv3.convert.request import prepare_conversion
 
 
 def carry_out(composed: DictConfig) -> None:

@@ -5,10 +5,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from dsv3.runtime.application import Application
-from dsv3.runtime.commandline import prepare
-from dsv3.runtime.groups import train_help
-from dsv3.runtime.prepare import carry_out
+from dsv3.cli.application import Application
+from dsv3.cli.arguments import prepare
+from dsv3.cli.help import train_help
+from dsv3.launch.launch import carry_out
 
 application = Application("train.py", train_help, prepare, carry_out)
 

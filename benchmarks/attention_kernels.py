@@ -1,6 +1,6 @@
 """Times ways of computing MLA's attention against each other, forward and backward.
 
-Three questions decide what dsv3/model/kernels.py does:
+Three questions decide what dsv3/model/attention_kernels.py does:
 
 - widths: values (128) narrower than keys (192) as they are, or padded to one width, which is what
   the flash kernels of PyTorch take;
@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.model.kernels import sdpa, varlen
-from dsv3.model.segments import Segments, document_segments
+from dsv3.model.attention_kernels import Segments, document_segments, sdpa, varlen
 
 RESULT = Path(__file__).resolve().parent / "results" / "attention_kernels.json"
 SCALE = 0.1

@@ -28,15 +28,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.released.names import SCALE, copies, is_quantized, released_layout
-from dsv3.checkpoint.released.shard_writer import Entry, ShardWriter, index_json, plan_shards
-from dsv3.checkpoint.released.writer import config_json
-from dsv3.config import strict
-from dsv3.convert.block_file import BlockFile
-from dsv3.convert.pieces import row_slices
-from dsv3.model.config import ModelConfig
-from dsv3.precision.blocks import dequantize_plain
+from dsv3.checkpoint.load import parameter_shapes
+from dsv3.config.model import ModelConfig
+from dsv3.config.strict import strict
+from dsv3.convert.output_file import BlockFile, row_slices
+from dsv3.fp8.quantize import dequantize_plain
+from dsv3.hf.config_json import config_json
+from dsv3.hf.names import SCALE, copies, is_quantized, released_layout
+from dsv3.hf.safetensors_writer import Entry, ShardWriter, index_json, plan_shards
 from tests.composing import compose
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.e4m3 import error_at
-from dsv3.metrics.plot import HELD_OUT, INCHES, INK, QUIET, TRAINING, plain_axes, write_png
-from dsv3.precision.tiles import Recipe
+from dsv3.fp8.operands import Recipe
+from dsv3.metrics.plots import HELD_OUT, INCHES, INK, QUIET, TRAINING, plain_axes, write_png
 
 COLORS = {"1 x 128": TRAINING, "128 x 1": "#38a169", "128 x 128": "#805ad5", "tensor": HELD_OUT}
 _TITLE: dict[str, Any] = {"x": 0.075, "parse_math": False, "va": "baseline"}

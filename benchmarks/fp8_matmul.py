@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsv3.config.precision import FP8Engine
+from dsv3.fp8.convert_model import FP8Grouped, choose_engine
+from dsv3.fp8.matmul import ENGINES
+from dsv3.fp8.operands import SQUARE, BlockWeight, Recipe
+from dsv3.fp8.quantize import quantize
 from dsv3.model.moe import grouped_linear
-from dsv3.precision.block_weight import SQUARE, BlockWeight
-from dsv3.precision.blocks import quantize
-from dsv3.precision.config import FP8Engine
-from dsv3.precision.engine import ENGINES
-from dsv3.precision.fp8 import FP8Grouped, choose_engine
-from dsv3.precision.tiles import Recipe
 
 JSON = Path(__file__).parent / "results" / "fp8_matmul.json"
 SHAPES = {

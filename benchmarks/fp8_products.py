@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks.distributions import DISTRIBUTIONS
 from benchmarks.e4m3 import expected
+from dsv3.fp8.convert_model import FP8Grouped, FP8Linear
+from dsv3.fp8.operands import Recipe
 from dsv3.model.layers import linear
 from dsv3.model.moe import grouped_linear
-from dsv3.precision.fp8 import FP8Grouped, FP8Linear
-from dsv3.precision.tiles import Recipe
 
 RECIPES = {"tiles": Recipe(), "tiles, 2^n": Recipe(power_of_two=True), "tensor": Recipe(tile=0)}
 PRODUCTS = ("forward", "input gradient", "weight gradient")

@@ -1,4 +1,4 @@
-"""Shows the race of PyTorch's gloo groups that dsv3/runtime/gloo.py goes around, or its absence with it.
+"""Show the race of PyTorch's gloo groups that dsv3/distributed/torch_private.py works around, or its absence.
 
 Two ranks, sixteen functional gathers and a sum of a few numbers under way at a time, nothing of dsv3 but the
 way around. Without it a rank dies or hangs once in some 100,000 collectives, sooner on a busy machine.
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from dsv3.runtime.gloo import gather_under_a_short_name
+from dsv3.distributed.torch_private import gather_under_a_short_name
 
 RANKS, GATHERS = 2, 16
 

@@ -29,8 +29,8 @@ from typing import Any
 import psutil
 import torch
 
+from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
 from dsv3.checkpoint.directory import complete_steps
-from dsv3.checkpoint.reader import load_tensors, read_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).resolve().parent / "results" / "kill_resume.json"

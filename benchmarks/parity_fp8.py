@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from benchmarks.pages import fill
-from dsv3.parallel.degrees import Degrees
-from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
-from tests.distributed.pool import Pool
-from tests.distributed.test_fp8 import FP8, FP32, GATHERED, WIDE, errors, one_process
-from tests.distributed.training import GLOBAL_BATCH, configured, train_config
+from dsv3.planning.layout import Degrees
+from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
+from tests.parallel.pool import Pool
+from tests.parallel.test_fp8 import FP8, FP32, GATHERED, WIDE, errors, one_process
+from tests.parallel.training import GLOBAL_BATCH, configured, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "benchmarks" / "results" / "parity_fp8.json"

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks.pages import fill
-from dsv3.parallel.degrees import Degrees
-from tests.distributed.comparing import relative_error
-from tests.distributed.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
-from tests.distributed.pool import Pool, WorkerError
-from tests.distributed.training import GLOBAL_BATCH, Trace, configured, train, train_config
+from dsv3.planning.layout import Degrees
+from tests.parallel.comparing import relative_error
+from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
+from tests.parallel.pool import Pool, WorkerError
+from tests.parallel.training import GLOBAL_BATCH, Trace, configured, train, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "benchmarks" / "results" / "parity_matrix.json"

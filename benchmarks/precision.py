@@ -1,7 +1,7 @@
 """What FP8 costs in exactness: of numbers, of matrix products, and without fine-grained scales.
 
 - numbers: the error of every tile scheme for known distributions, against its closed form (e4m3.py);
-- products: forward, input gradient and weight gradient of dsv3/precision/operators.py beside bf16, the
+- products: forward, input gradient and weight gradient of dsv3/fp8/ops.py beside bf16, the
   exact product of the unrounded numbers being right; for normal data and for some with outliers;
 - outliers: what becomes of all other numbers as a few channels grow, with tiles and without.
 
@@ -28,7 +28,7 @@ from benchmarks.distributions import DISTRIBUTIONS, Distribution
 from benchmarks.e4m3 import binade, decibels, expected
 from benchmarks.fp8_figures import draw_levels, draw_outliers
 from benchmarks.fp8_products import levels, products, summary
-from dsv3.precision.tiles import Recipe, Tiles
+from dsv3.fp8.operands import Recipe, Tiles
 
 RESULT = Path(__file__).resolve().parent / "results" / "precision.json"
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"

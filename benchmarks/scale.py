@@ -37,7 +37,7 @@ def _ends(layout: str) -> list[str]:
 
 def measure(model: str, layout: str, world: int, end: str, overrides: list[str]) -> dict[str, Any]:
     """Build one rank in this process; times in seconds, sizes in bytes."""
-    from tests.distributed.scale import build_shards, mesh_as, plan_world, planned_shapes, shapes
+    from tests.parallel.scale import build_shards, mesh_as, plan_world, planned_shapes, shapes
 
     job = plan_world(model, layout, world, *overrides)
     rank = world - 1 if end == "last" else 0

@@ -1,6 +1,6 @@
 """What each rank sends in a training step, counted at its calls on gloo, against the plan's closed forms.
 
-A tiny model (tests/distributed/training.py, with every mechanism on) takes a step in each layout. The
+A tiny model (tests/parallel/training.py, with every mechanism on) takes a step in each layout. The
 bytes of every call are added up by axis as docs/parallelism.md counts them: collectives as rings,
 exchanges and what goes from stage to stage as it leaves the rank. Every rank is compared with its plan.
 
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.counting import OTHER, Step, count_step, planned_job
-from tests.distributed.pool import Pool
+from tests.parallel.counting import OTHER, Step, count_step, planned_job
+from tests.parallel.pool import Pool
 
 RESULT = Path(__file__).resolve().parent / "results" / "traffic.json"
 RANKS = 4

@@ -27,15 +27,16 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from dsv3.config import CONF, Config, register, strict
+from dsv3.config.model import ModelConfig
+from dsv3.config.root import CONF, Config, register
+from dsv3.config.strict import strict
 from dsv3.data.batch import collate
 from dsv3.data.packing import Row
-from dsv3.metrics.flops import training_flops_per_token
-from dsv3.model.config import ModelConfig
-from dsv3.parallel.parallelizer import build_model
-from dsv3.runtime.distributed import Worker
+from dsv3.distributed.process_group import Worker
+from dsv3.parallel.parallelize import build_model
+from dsv3.planning.parameters import training_flops_per_token
+from dsv3.training.forward_backward import LocalPasses
 from dsv3.training.optimizer import build_optimizer
-from dsv3.training.passes import LocalPasses
 from dsv3.training.step import TrainStep, Weights
 
 RESULT = Path(__file__).resolve().parent / "results" / "train_step.json"

@@ -4,7 +4,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
-from dsv3.config import CONF, register
+from dsv3.config.root import CONF, register
 
 
 def compose(overrides: list[str], root: str = "config") -> DictConfig:

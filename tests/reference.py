@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsv3.model.attention import LatentAttention
-from dsv3.model.block import Block
-from dsv3.model.config import (
+from dsv3.config.model import (
     AttentionConfig,
     ModelConfig,
     MoEConfig,
@@ -23,11 +21,11 @@ from dsv3.model.config import (
     RopeScaling,
     ScoreFunction,
 )
+from dsv3.model.attention import LatentAttention
 from dsv3.model.layers import FeedForward, RMSNorm
 from dsv3.model.moe import Experts, MoE
-from dsv3.model.mtp import MTPModule
 from dsv3.model.router import Router
-from dsv3.model.transformer import Transformer
+from dsv3.model.transformer import Block, MTPModule, Transformer
 
 ATTENTION = AttentionConfig(
     heads=2, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6

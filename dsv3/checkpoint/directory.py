@@ -10,15 +10,20 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dsv3.runtime.errors import UserError
+from dsv3.config.checkpoint import HF_PREFIX
+from dsv3.errors import UserError
 
-HF_PREFIX = "hf:"
 """What `checkpoint.load` begins with where the path behind it is a HuggingFace checkpoint."""
+
 MODEL_FILE, STATE_FILE, TOKENIZER_DIR = "model.yaml", "state.json", "tokenizer"
+
 MANIFEST_FILE = "manifest.json"
+
 LATEST, BEST = "latest", "best"
 """What stands beside the steps of a run and points to one of them."""
+
 _STEP = re.compile(r"step-(\d+)")
+
 _PROMISE = "manifest"
 
 

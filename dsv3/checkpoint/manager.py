@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.config import CheckpointConfig
+from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
 from dsv3.checkpoint.directory import Progress, complete_steps, step_directory, sweep_leftovers
-from dsv3.checkpoint.integrity import verify_together, with_way_out
-from dsv3.checkpoint.reader import load_tensors, read_metadata
+from dsv3.checkpoint.load import fill
+from dsv3.checkpoint.manifest import verify_together, with_way_out
 from dsv3.checkpoint.retention import update_pointers
-from dsv3.checkpoint.saver import Saver
-from dsv3.checkpoint.staging import Staging
+from dsv3.checkpoint.save import Saver, Snapshot, Staging
 from dsv3.checkpoint.state import (
     Parts,
     first,
@@ -22,10 +21,9 @@ from dsv3.checkpoint.state import (
     optimizer_state,
     random_state,
 )
-from dsv3.checkpoint.weights import fill
-from dsv3.checkpoint.writer import Snapshot
-from dsv3.runtime.distributed import Worker
-from dsv3.runtime.errors import RunFailed, UserError
+from dsv3.config.checkpoint import CheckpointConfig
+from dsv3.distributed.process_group import Worker
+from dsv3.errors import RunFailed, UserError
 
 
 class CheckpointManager:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import (
     BEST,
     LATEST,
@@ -14,7 +13,8 @@ from dsv3.checkpoint.directory import (
     step_directory,
     step_number,
 )
-from dsv3.runtime.errors import UserError
+from dsv3.config.checkpoint import CheckpointConfig
+from dsv3.errors import UserError
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:

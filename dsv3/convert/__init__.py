@@ -1,1 +1,1 @@
-"""Moves weights between HuggingFace's files and PyTorch's checkpoints, a slice of rows at a time."""
+"""."""

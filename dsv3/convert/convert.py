@@ -1,37 +1,93 @@
-"""convert.py's work: a source, a target and what carries slices from one to the other."""
+"""The copies of embedding and head that MTP layers are released with: shared here, so they must be equal.
+
+How far a conversion is: bytes, rate and the time it will take, on a terminal.
+
+convert.py's work: a source, a target and what carries slices from one to the other.
+"""
 
 import os
+import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint
+from dsv3.checkpoint.load import open_released, parameter_shapes
 from dsv3.checkpoint.manifest import verify, verify_description
-from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.released.companions import HF_DIR, SCALES_FILE
-from dsv3.checkpoint.released.direct_file import DirectFile
-from dsv3.checkpoint.released.source import ReleasedSource
-from dsv3.checkpoint.sharded import DcpSource
-from dsv3.checkpoint.weights import open_released
-from dsv3.config import plain
-from dsv3.convert.config import AUTO, ConvertConfig, Direction, StoredType, only_verifies
-from dsv3.convert.copies import require_equal_copies
+from dsv3.config.convert import AUTO, ConvertConfig, Direction, StoredType
+from dsv3.config.model import ModelConfig
+from dsv3.config.strict import plain
+from dsv3.convert.dcp_source import DcpSource
+from dsv3.convert.dcp_target import to_dcp
 from dsv3.convert.destination import Destination
 from dsv3.convert.download import download
-from dsv3.convert.engine import Engine
+from dsv3.convert.engine import Engine, Work
 from dsv3.convert.estimate import estimate, foreseen
-from dsv3.convert.progress import progress
-from dsv3.convert.scales import require_sound_scales
-from dsv3.convert.sink import Interrupted
-from dsv3.convert.to_dcp import to_dcp
-from dsv3.convert.to_hf import to_hf
-from dsv3.convert.work import Work
-from dsv3.model.config import ModelConfig
-from dsv3.runtime.errors import RunFailed
-from dsv3.runtime.signals import Stopped, stop_on_signal
+from dsv3.convert.hf_assets import HF_DIR, SCALES_FILE
+from dsv3.convert.hf_target import require_sound_scales, to_hf
+from dsv3.convert.output_file import Interrupted, row_slices
+from dsv3.convert.request import only_verifies
+from dsv3.distributed.signals import Stopped, stop_on_signal
+from dsv3.errors import RunFailed
+from dsv3.hf.names import SCALE, copies
+from dsv3.hf.pread_file import DirectFile, fault, quoted
+from dsv3.hf.storage_reader import ReleasedSource
+
+
+def require_equal_copies(source: ReleasedSource, model: ModelConfig, workers: int) -> None:
+    """UserError for a copy that differs from what it is a copy of: it would be lost without a word."""
+    pairs = [(copy, name) for copy, name in copies(model).items() if copy in source.stored]
+    with ThreadPoolExecutor(workers) as pool:
+        for (copy, name), equal in zip(
+            pairs, pool.map(lambda pair: _equal(source, *pair), pairs), strict=True
+        ):
+            if not equal:
+                raise fault(
+                    source.stored[copy].file,
+                    f"has {quoted(copy)} that is not equal to '{name}': here an MTP layer shares it",
+                )
+
+
+def _equal(source: ReleasedSource, copy: str, name: str) -> bool:
+    one, other = source.stored[copy], source.stored[name]
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    slices = row_slices(one.shape, one.dtype.itemsize)
+    scales = [(copy + SCALE, name + SCALE)] if source.is_quantized(copy) else []
+    if not all(pair[0] in source.stored and _equal(source, *pair) for pair in scales):
+        return False
+    return all(torch.equal(source.raw(copy, *rows), source.raw(name, *rows)) for rows in slices)
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar of `total` bytes on stderr while the context lasts; what it yields is told of bytes done."""
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def convert(config: ConvertConfig) -> str:

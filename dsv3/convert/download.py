@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from dsv3.convert.config import Assets, ConvertConfig
-from dsv3.runtime.errors import RunFailed, UserError
+from dsv3.config.convert import Assets, ConvertConfig
+from dsv3.errors import RunFailed, UserError
 
 PATTERNS = {
     Assets.tokenizer: ["tokenizer*", "special_tokens_map.json", "*tiktoken*", "vocab*", "merges*"],
     Assets.config: ["config.json", "generation_config.json"],
     Assets.weights: ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"],
 }
+
 # huggingface_hub keeps its notes on an unfinished download here, so such an output may be gone on with.
 _NOTES = Path(".cache") / "huggingface"
 

@@ -3,11 +3,15 @@
 Threads, not processes: reading, PyTorch's operators, digests and writing all leave Python's lock, and
 one PyTorch takes a quarter of a GiB. Memory is the buffers of the pieces under way, whatever the size of
 the model. A file counts once its bytes are on the disk.
+
+
+What a conversion is to write.
 """
 
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -16,14 +20,15 @@ import torch
 from torch import Tensor
 
 from dsv3.checkpoint.manifest import FileEntry
-from dsv3.convert.journal import Finished, Journal
-from dsv3.convert.pieces import PIECE, Output, Piece
-from dsv3.convert.sink import Interrupted, Sink
+from dsv3.convert.destination import Finished, Journal
+from dsv3.convert.output_file import PIECE, Interrupted, Output, Piece, Sink
 
 LANES = 8
 """Files under way at once at most; each has a thread that digests and writes, and one or more that make."""
+
 _MAKERS = 3
 """Threads that make for one file at most: enough to keep a disk busy, and memory within bounds."""
+
 _PATIENCE = 0.1
 """Seconds until a wish to stop is noticed."""
 
@@ -174,3 +179,16 @@ def _make(piece: Piece, buffer: Tensor, stop: Event) -> Any:
     if stop.is_set():
         raise Interrupted
     return piece.make(buffer)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The files, and what adds the small ones that need all of them to be there."""
+
+    outputs: list[Output]
+    complete: Callable[[Path, list[Finished]], None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be written."""
+        return sum(output.nbytes for output in self.outputs)

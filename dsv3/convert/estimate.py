@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from dsv3.checkpoint.released.config import BLOCK
-from dsv3.checkpoint.released.names import Released, copies, is_quantized, released_layout
-from dsv3.convert.config import ConvertConfig, Direction, StoredType
+from dsv3.config.convert import ConvertConfig, Direction, StoredType
+from dsv3.config.model import ModelConfig
 from dsv3.convert.engine import LANES
-from dsv3.convert.pieces import PIECE
-from dsv3.model.config import ModelConfig
+from dsv3.convert.output_file import PIECE
+from dsv3.hf.config_json import BLOCK
+from dsv3.hf.names import Released, copies, is_quantized, released_layout
 
 _PYTORCH = 300 * 2**20
 

@@ -1,17 +1,35 @@
-"""Writes a released checkpoint (safetensors files with an index), in bf16, fp32 or block-fp8."""
+"""Writes a released checkpoint (safetensors files with an index), in bf16, fp32 or block-fp8.
+
+Scale grids: checked before a conversion begins, and written as pieces.
+
+direction=dcp_to_hf and hf_to_hf: a released checkpoint that transformers loads.
+"""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.released.names import SCALE, Released, is_quantized, stored_dtype
-from dsv3.checkpoint.released.shard_writer import Entry, ShardPlan, ShardWriter, plan_shards
-from dsv3.convert.pieces import Output, Piece, row_slices, shaped
-from dsv3.convert.sink import Sink
-from dsv3.precision.blocks import quantize
+from dsv3.checkpoint.directory import TOKENIZER_DIR
+from dsv3.config.convert import ConvertConfig, ScaleFormat, StoredType, parse_size
+from dsv3.config.model import ModelConfig
+from dsv3.convert.dcp_source import DcpSource
+from dsv3.convert.destination import Finished
+from dsv3.convert.engine import Work
+from dsv3.convert.hf_assets import HF_DIR, carry, write_json
+from dsv3.convert.live_export import copy_tokenizer
+from dsv3.convert.output_file import Output, Piece, Sink, row_slices, shaped
+from dsv3.fp8.quantize import quantize
+from dsv3.hf.config_json import config_json
+from dsv3.hf.config_values import read_config
+from dsv3.hf.names import SCALE, Released, copies, is_quantized, stored_dtype
+from dsv3.hf.safetensors_reader import INDEX
+from dsv3.hf.safetensors_writer import Entry, ShardPlan, ShardWriter, index_json, plan_shards
+from dsv3.hf.storage_reader import ReleasedSource
 
 
 class Source(Protocol):
@@ -154,3 +172,95 @@ def _pieces(shard: Shard, source: Source, name: str, tensor: Released, style: St
     for first, count in row_slices(tensor.shape, dtype.itemsize, source.block[0] if quantized else 1):
         rows = Rows(what, first, count)
         yield QuantizedRows(rows) if quantized else rows
+
+
+def require_sound_scales(source: ReleasedSource, workers: int) -> None:
+    """UserError for a scale that is not above 0; read in the order of the files, a few MB of each."""
+    stored = source.stored
+    names = [tensor.name for tensor in source.layout if source.is_quantized(tensor.name)]
+    names.sort(key=lambda name: (str(stored[name + SCALE].file), stored[name + SCALE].offset))
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(source.scales, names):
+            pass
+
+
+@dataclass(frozen=True)
+class ScaleGrid:
+    """The scales of one weight, written under its name: a few KB to a few hundred."""
+
+    shard: Shard
+    source: ReleasedSource
+    name: str
+
+    def make(self, buffer: Tensor) -> Tensor:
+        """The grid as it is stored."""
+        grid = self.source.scales(self.name)
+        assert grid is not None
+        return grid
+
+    def put(self, made: Tensor, sink: Sink) -> None:
+        """Append it."""
+        self.shard.open(sink).write(self.name, made)
+
+
+_NAMES = {StoredType.bf16: "bfloat16", StoredType.fp32: "float32", StoredType.fp8: "bfloat16"}
+"""What config.json says of the tensors that are not in fp8."""
+
+
+def to_hf(config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig) -> Work:
+    """Weights in safetensors files with their index, config.json and what came with the input."""
+    known = _known_quantization(source)
+    fmt = config.scale_fmt.value if config.scale_fmt else known.get("scale_fmt")
+    style = Style(
+        torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16,
+        fp8=config.dtype is StoredType.fp8,
+        power_of_two=fmt == ScaleFormat.ue8m0.value,
+    )
+    plans, outputs = hf_outputs(source, _tensors(source, model), style, parse_size(config.max_shard_size))
+    origin = source.directory if isinstance(source, ReleasedSource) else source.directory / HF_DIR
+    quantization = _quantization(known, source.block, fmt) if style.fp8 else None
+    values = _config(origin, model, _NAMES[config.dtype], quantization)
+
+    def complete(directory: Path, finished: list[Finished]) -> None:
+        if len(plans) > 1:
+            (directory / INDEX).write_text(index_json(plans))
+        if origin.is_dir():
+            carry(origin, directory)
+        write_json(directory / "config.json", values)
+        copy_tokenizer(source.directory / TOKENIZER_DIR, directory)
+
+    return Work(outputs, complete)
+
+
+def _tensors(source: ReleasedSource | DcpSource, model: ModelConfig) -> list[tuple[str, Released]]:
+    """Every tensor to write with what it is read as: all of the layout, and the copies behind their layer."""
+    by_name = {tensor.name: tensor for tensor in source.layout}
+    tensors = list(by_name.items())
+    if source.has_copies:
+        tensors += [(copy, by_name[name]) for copy, name in copies(model).items()]
+    return tensors
+
+
+def _known_quantization(source: ReleasedSource | DcpSource) -> dict[str, Any]:
+    """The quantization_config that the weights came with."""
+    return dict(source.quantization or {})
+
+
+def _quantization(known: dict[str, Any], block: tuple[int, int], fmt: str | None) -> dict[str, Any]:
+    style = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    values = style | known | {"weight_block_size": list(block)}
+    values.pop("scale_fmt", None)
+    return values | ({"scale_fmt": fmt} if fmt == ScaleFormat.ue8m0.value else {})
+
+
+def _config(
+    origin: Path, model: ModelConfig, dtype: str, quantization: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The config.json that came with the weights, or a new one, with the types that are written."""
+    carried = (origin / "config.json").is_file()
+    values = dict(read_config(origin).values) if carried else config_json(model, dtype)
+    values.pop("quantization_config", None)
+    if model.mtp_depths == 0:
+        values.pop("num_nextn_predict_layers", None)
+    values["dtype" if "dtype" in values else "torch_dtype"] = dtype
+    return values | ({"quantization_config": quantization} if quantization else {})

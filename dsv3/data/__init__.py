@@ -1,1 +1,1 @@
-"""From text to batches: corpus, tokenizer, token files, packing, loader."""
+"""."""

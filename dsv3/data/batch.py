@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dsv3.data.packing import PADDING, Row
-from dsv3.model.loss import IGNORE
+from dsv3.model.layers import IGNORE
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 Value = TypeVar("Value")
 

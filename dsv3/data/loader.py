@@ -6,7 +6,7 @@ import numpy as np
 
 from dsv3.data.batch import Batch, collate
 from dsv3.data.packing import PADDING, Row, Rows
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 
 class Loader:

@@ -6,11 +6,12 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 PADDING = -1  # the document number of a position that holds no token
 
 Ids = npt.NDArray[np.int64]
+
 Value = TypeVar("Value")
 
 

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.data.cache import cache_root
-from dsv3.data.corpus import Corpus, Document, StdlibCorpus, TextCorpus
+from dsv3.data.corpus import Corpus, Document, Split, StdlibCorpus, TextCorpus
 from dsv3.data.packing import PackedDataset, PackedEvaluation, Rows
-from dsv3.data.split import Split
+from dsv3.data.token_file import FORMAT, TokenFile, cached_tokens
 from dsv3.data.tokenizer import Tokenizer, TokenizerSource
-from dsv3.data.tokens import FORMAT, TokenFile, cached_tokens
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 
 @dataclass(frozen=True)

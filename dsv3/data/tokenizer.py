@@ -11,12 +11,15 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from dsv3.data.cache import StaleError, cached
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 BOS, EOS, PAD = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>"
+
 SPECIAL_TOKENS = (BOS, EOS, PAD, "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
+
 # what tokenizers without a tokenizer_config.json beside them usually mean: DeepSeek, Llama 2/3, Qwen, GPT-2
 BOS_NAMES = (BOS, "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<|begin_of_text|>", "<s>", "[BOS]", "<bos>")
+
 EOS_NAMES = (
     EOS,
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -26,7 +29,9 @@ EOS_NAMES = (
     "<eos>",
     "<|endoftext|>",
 )
+
 TRAINING_PIECE = 1 << 16  # characters; the trainer reads 256 texts at once and needs 80 bytes a character
+
 # Where a long document may be cut without changing its ids: a byte-level pre-tokenizer begins anew after
 # a line break between two lines that neither end nor begin with white space.
 BREAK = re.compile(r"(?<=\S\n)(?=\S)")

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv3.distributed.process_group import Worker
+from dsv3.errors import RunFailed
 from dsv3.metrics.console import Console
 from dsv3.metrics.jsonl import JsonlWriter
-from dsv3.metrics.logger import Logger
+from dsv3.metrics.loggers import Logger
 from dsv3.metrics.row import MetricsRow
-from dsv3.runtime.distributed import Worker
-from dsv3.runtime.errors import RunFailed
 
 BROKEN = "broken_router"
 """A step's figure that is no column: the first MoE layer whose router's logits were not finite, else -1."""

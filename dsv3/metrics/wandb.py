@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dsv3.metrics.config import WandbMode
-from dsv3.metrics.logger import Tell, tell_on_stderr
+from dsv3.config.logger import WandbMode
+from dsv3.metrics.loggers import Tell, tell_on_stderr
 from dsv3.metrics.row import MetricsRow
 
 # Seconds that a server out of reach may hold up the start and the end of a run.
 INIT_TIMEOUT = 30.0
+
 FINISH_TIMEOUT = 60.0
+
 OLD_MODES = {"dryrun": "offline", "run": "online"}
 
 

@@ -11,15 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dsv3.model.cache import LayerCache
-from dsv3.model.config import AttentionConfig
-from dsv3.model.kernels import attention_kernel
+from dsv3.config.model import AttentionConfig
+from dsv3.model.attention_kernels import Segments, attention_kernel
+from dsv3.model.kv_cache import LayerCache
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.rope import apply_rotary
-from dsv3.model.segments import Segments
 
 Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """From the latents of a rank's own tokens to those of the queries it computes (parallel/tensor.py)."""
+
 Attend = Callable[["LatentAttention", Tensor, Tensor, Tensor, Segments | None], Tensor]
 """From queries and compressed keys and values to the heads' outputs (parallel/context.py)."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dsv3.model.cache import LatentCache
+from dsv3.model.kv_cache import LatentCache
 from dsv3.model.transformer import Transformer
 
 # Between the seeds of two rows: odd, so that no two rows of a batch share one, and far from

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3.model.config import MoEConfig
+from dsv3.config.model import MoEConfig
 from dsv3.model.layers import FeedForward
 from dsv3.model.router import Router, RouterStats, Routing
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsv3.model.config import RopeConfig, RopeScaling
+from dsv3.config.model import RopeConfig, RopeScaling
 
 
 def rotary_table(config: RopeConfig, rope_dim: int, positions: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3.model.config import MoEConfig, ScoreFunction
+from dsv3.config.model import MoEConfig, ScoreFunction
 
 
 class RouterStats(NamedTuple):

@@ -1,20 +1,85 @@
-"""The whole model: embedding, layers, norm and head, and the MTP depths behind them."""
+"""One layer: attention and feed-forward, each behind its norm and around a residual.
+
+Multi-token prediction: one more layer a depth that looks one token further ahead.
+
+Report section 2.2, equations 21 to 25. Embedding and head are the main model's.
+
+
+The whole model: embedding, layers, norm and head, and the MTP depths behind them.
+"""
 
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from dsv3.model.block import Block
-from dsv3.model.cache import CacheStep
-from dsv3.model.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from dsv3.model.layers import Linear, RMSNorm
-from dsv3.model.loss import WholeVocabulary
+from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
+from dsv3.model.attention import LatentAttention
+from dsv3.model.attention_kernels import Segments, document_segments
+from dsv3.model.kv_cache import CacheStep, LayerCache
+from dsv3.model.layers import FeedForward, Linear, RMSNorm, WholeVocabulary
 from dsv3.model.moe import MoE
-from dsv3.model.mtp import MTPModule, shift_tokens
-from dsv3.model.rope import rotary_table
+from dsv3.model.rope import rotary_table, softmax_scale
 from dsv3.model.router import Router, RouterStats
-from dsv3.model.segments import Segments, document_segments
+
+
+class Block(nn.Module):
+    """A dense or an MoE transformer layer (HF: model.layers.N)."""
+
+    def __init__(self, config: ModelConfig, dense: bool) -> None:
+        super().__init__()
+        attention = config.attention
+        scale = softmax_scale(config.rope, attention.qk_head_dim)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = LatentAttention(config.dim, attention, scale, config.latent_norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config.dim, config.dense_hidden_dim) if dense else MoE(config.dim, config.moe)
+
+    def forward(
+        self, x: Tensor, rotary: Tensor, segments: Segments | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Map `x` [batch, sequence, dim] to the same shape; MoE layers also give their router's stats."""
+        x = x + self.attention(self.attention_norm(x), rotary, segments, cache)
+        if isinstance(self.ffn, MoE):
+            out, stats = self.ffn(self.ffn_norm(x))
+            return x + out, stats
+        return x + self.ffn(self.ffn_norm(x)), None
+
+
+class MTPModule(nn.Module):
+    """Depth k: joins the hidden state at position i with the embedding of token i + k.
+
+    `projection` takes [norm(embedding), norm(hidden)], the order of the released weights (HF:
+    eh_proj, enorm, hnorm); the report's eq. 21 writes the two the other way round.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding_norm = RMSNorm(config.dim, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.dim, config.norm_eps)
+        self.projection = Linear(2 * config.dim, config.dim)
+        self.block = Block(config, dense=False)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self, hidden: Tensor, embedded: Tensor, rotary: Tensor, segments: Segments | None = None
+    ) -> tuple[Tensor, RouterStats | None]:
+        """This depth's hidden state from the previous one and `embedded`, both [batch, sequence, dim].
+
+        What goes from depth to depth, and to the head, has passed the depth's last norm (HF:
+        shared_head.norm), as the first depth's input has passed the main model's.
+        """
+        joined = torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
+        x, stats = self.block(self.projection(joined), rotary, segments)
+        return self.norm(x), stats
+
+
+def shift_tokens(tokens: Tensor, depth: int) -> Tensor:
+    """Tokens [batch, sequence] moved `depth` places ahead.
+
+    The last `depth` places wrap around; their targets lie beyond the row, so the loss ignores them.
+    """
+    return tokens.roll(-depth, dims=-1)
 
 
 @dataclass

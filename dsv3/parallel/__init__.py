@@ -1,1 +1,1 @@
-"""Every parallel strategy, one file each, and the one function that orders them."""
+"""."""

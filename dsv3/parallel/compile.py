@@ -4,11 +4,10 @@ import shutil
 
 import torch
 
-from dsv3.model.block import Block
+from dsv3.config.parallel import CompileBackend
+from dsv3.errors import UserError
 from dsv3.model.moe import Dispatcher, MoE
-from dsv3.model.transformer import Transformer
-from dsv3.parallel.config import CompileBackend
-from dsv3.runtime.errors import UserError
+from dsv3.model.transformer import Block, Transformer
 
 
 class Compile:

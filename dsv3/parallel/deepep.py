@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dsv3.errors import UserError
+from dsv3.fp8.operands import decode, encode
 from dsv3.model.moe import ExpertsFunction
 from dsv3.model.router import Routing
-from dsv3.parallel.backends import NODE, missing
 from dsv3.parallel.mesh import ParallelMesh
-from dsv3.parallel.routes import weighted_sums
-from dsv3.precision.rows import decode, encode
-from dsv3.runtime.errors import UserError
+from dsv3.parallel.token_dispatch import weighted_sums
+from dsv3.planning.checks import NODE, missing
 
 
 class Arrived(NamedTuple):

@@ -21,10 +21,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from dsv3.model.block import Block
 from dsv3.model.layers import RMSNorm
 from dsv3.model.moe import Experts
 from dsv3.model.router import Router
+from dsv3.model.transformer import Block
 from dsv3.parallel.mesh import ParallelMesh
 
 

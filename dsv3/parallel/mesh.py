@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dsv3.parallel.degrees import Degrees
-from dsv3.runtime.distributed import Worker
+from dsv3.distributed.process_group import Worker
+from dsv3.planning.layout import Degrees
 
 
 class ParallelMesh:

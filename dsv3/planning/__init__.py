@@ -1,1 +1,1 @@
-"""Arithmetic on integers before any process, tensor or GPU is touched."""
+"""."""

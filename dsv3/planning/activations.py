@@ -8,12 +8,13 @@ norms, router and logits keep fp32.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dsv3.model.config import ModelConfig
-from dsv3.parallel.config import Kept
-from dsv3.parallel.degrees import Degrees
-from dsv3.planning import exchange
+from dsv3.config.model import ModelConfig
+from dsv3.config.parallel import Kept
+from dsv3.planning import expert_copies
+from dsv3.planning.layout import Degrees
 
 FP32 = 4
+
 INDEX = 8
 
 
@@ -119,7 +120,7 @@ class Activations:
 
     def _exchanged(self) -> TokenBytes:
         """Rows and weights of what arrives for the experts here, and of what comes back."""
-        levels = exchange.levels(self.config.moe, self.degrees.ep, self.ranks_per_node)
+        levels = expert_copies.levels(self.config.moe, self.degrees.ep, self.ranks_per_node)
         row = self.compute * self.config.dim
         return TokenBytes(round(sum(one.copies * (2 * row + 2 * FP32 * one.experts) for one in levels)))
 

@@ -8,39 +8,16 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dsv3.runtime.errors import require_positive
+from dsv3.config.hardware import NAMED, HardwareConfig
+from dsv3.config.root import CONF
 
-TABLE = Path(__file__).parents[2] / "conf" / "hardware"
-# H200 is not GH200; PCIe and NVL cards of the same name are slower, so they are left to what they report.
-NAMED = re.compile(r"\b(GB200|B200|H200|H800|H100|A100)\b(?!.*(?:PCI|NVL))")
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+
 QUERY_SECONDS = 5.0
-
-
-@dataclass
-class HardwareConfig:
-    """One device: bytes, dense FLOP/s, and bytes/s (the networks' in one direction); null is unknown.
-
-    On a CPU `memory_bytes` is one rank's share of the host.
-    """
-
-    name: str
-    memory_bytes: int | None = None
-    memory_bandwidth: float | None = None
-    peak_flops_bf16: float | None = None
-    peak_flops_fp8: float | None = None
-    peak_flops_fp32: float | None = None
-    intra_node_bandwidth: float | None = None
-    inter_node_bandwidth: float | None = None
-    devices_per_node: int | None = None
-
-    def validate(self) -> None:
-        """Refuse numbers that are not above 0."""
-        require_positive(self, *(f.name for f in fields(self) if f.name != "name"))
 
 
 def ask_nvidia_smi() -> str:
@@ -121,7 +98,7 @@ def _detect_gpu(machine: Machine) -> HardwareConfig | None:
 def _from_table(name: str) -> HardwareConfig:
     import yaml  # 15 ms that only a machine with a known GPU spends
 
-    numbers: dict[str, Any] = yaml.safe_load((TABLE / f"{name}.yaml").read_text())
+    numbers: dict[str, Any] = yaml.safe_load((CONF / "hardware" / f"{name}.yaml").read_text())
     del numbers["defaults"]
     return HardwareConfig(**numbers)
 

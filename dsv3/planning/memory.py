@@ -6,13 +6,13 @@ the fullest: shard 0 (uneven shards round up), of the pipeline rank that needs m
 
 from dataclasses import dataclass
 
-from dsv3.model.config import ModelConfig
-from dsv3.parallel.config import Recomputed
-from dsv3.parallel.degrees import Degrees
+from dsv3.config.model import ModelConfig
+from dsv3.config.parallel import Recomputed
 from dsv3.planning.activations import Activations, TokenBytes
-from dsv3.planning.partition import Stage, stage_groups
-from dsv3.planning.schedules import order
-from dsv3.planning.shape import StepShape
+from dsv3.planning.layout import Degrees
+from dsv3.planning.parameters import Weight
+from dsv3.planning.pipeline_schedules import order
+from dsv3.planning.pipeline_stages import Stage, stage_groups
 from dsv3.planning.sharding import (
     FP32,
     computes_in_fp32,
@@ -21,7 +21,7 @@ from dsv3.planning.sharding import (
     multiplies_in_fp8,
     stored,
 )
-from dsv3.planning.weights import Weight
+from dsv3.planning.step_shape import StepShape
 
 # FSDP2 gathers the next block while it computes this one.
 GATHERED_BLOCKS = 2

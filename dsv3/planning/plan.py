@@ -1,26 +1,23 @@
 """The plan of a run: what a layout costs before anything is started."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from dsv3.metrics.flops import FlopsConvention, training_flops_per_token
-from dsv3.model.config import ModelConfig
-from dsv3.parallel.config import ExchangeBackend, Kept, ParallelConfig, PipelineConfig
-from dsv3.parallel.degrees import Degrees
-from dsv3.parallel.stages import reshard_after_forward, stages_per_rank
+from dsv3.config.hardware import HardwareConfig
+from dsv3.config.model import ModelConfig
+from dsv3.config.parallel import ExchangeBackend, Kept, ParallelConfig, PipelineConfig
+from dsv3.config.precision import PrecisionConfig
+from dsv3.config.root import Config
 from dsv3.planning import parameters
-from dsv3.planning.hardware import HardwareConfig
+from dsv3.planning.layout import Degrees
 from dsv3.planning.memory import MemoryBytes, rank_memory
-from dsv3.planning.partition import Pipelining
-from dsv3.planning.shape import FP8Shape, StateBytes, StepShape
-from dsv3.planning.time import bubble
+from dsv3.planning.parameters import FlopsConvention, training_flops_per_token
+from dsv3.planning.pipeline_schedules import bubble
+from dsv3.planning.pipeline_stages import Pipelining, reshard_after_forward, stages_per_rank
+from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
 from dsv3.planning.traffic import TrafficBytes, rank_traffic
-from dsv3.precision.config import PrecisionConfig
-
-if TYPE_CHECKING:
-    from dsv3.config import Config  # it imports hydra, which a plan does without
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
+
 MOMENTS_BYTES = {"fp32": 8, "bf16": 4}
 
 
@@ -76,7 +73,7 @@ class Plan:
         }
 
 
-def make_plan(config: "Config", degrees: Degrees, hardware: HardwareConfig) -> Plan:
+def make_plan(config: Config, degrees: Degrees, hardware: HardwareConfig) -> Plan:
     """The plan of a completed config on resolved `degrees` of detected `hardware`."""
     train, parallel, on_cpu = config.train, config.parallel, hardware.name == "cpu"
     shape = StepShape(
@@ -121,14 +118,14 @@ def _pipelining(parallel: ParallelConfig, pp: int) -> Pipelining:
     return Pipelining(parallel.schedule, per_rank, None if pipeline.split is None else tuple(pipeline.split))
 
 
-def _kept(config: "Config") -> tuple[Kept, ...]:
+def _kept(config: Config) -> tuple[Kept, ...]:
     """What selective recomputation keeps; DeepEP's exchange is no operator of PyTorch, and is repeated."""
     expert = config.parallel.expert
     repeated = expert is not None and expert.backend is ExchangeBackend.deepep
     return tuple(kept for kept in config.recompute.keep if not (repeated and kept is Kept.exchange))
 
 
-def _ranks_per_node(config: "Config", hardware: HardwareConfig) -> int | None:
+def _ranks_per_node(config: Config, hardware: HardwareConfig) -> int | None:
     """As typed for the experts, as launched, or as many as the hardware has; None is one node."""
     typed = config.parallel.expert and config.parallel.expert.ranks_per_node
     return typed or config.launch.nproc or hardware.devices_per_node

@@ -5,10 +5,11 @@ What parallel/tensor.py, expert.py and fsdp.py do, in integers.
 
 import math
 
-from dsv3.parallel.degrees import Degrees
-from dsv3.planning.weights import Component, Weight
+from dsv3.planning.layout import Degrees
+from dsv3.planning.parameters import Component, Weight
 
 FP32 = 4
+
 BLOCK = 128
 """Rows and columns that share a scale (precision/blocks.py, which imports torch)."""
 

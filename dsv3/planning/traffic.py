@@ -9,14 +9,13 @@ numbers: counts of rows, loads, losses, norms.
 
 from dataclasses import dataclass
 
-from dsv3.model.config import ModelConfig
-from dsv3.parallel.config import Kept, Recomputed
-from dsv3.parallel.degrees import Degrees
-from dsv3.parallel.stages import is_v_shaped
-from dsv3.planning import exchange, weights
-from dsv3.planning.partition import Stage, stage_groups
-from dsv3.planning.schedules import order
-from dsv3.planning.shape import StepShape
+from dsv3.config.model import ModelConfig
+from dsv3.config.parallel import Kept, Recomputed
+from dsv3.planning import expert_copies, parameters
+from dsv3.planning.layout import Degrees
+from dsv3.planning.parameters import Weight
+from dsv3.planning.pipeline_schedules import order
+from dsv3.planning.pipeline_stages import Stage, is_v_shaped, stage_groups
 from dsv3.planning.sharding import (
     BLOCK,
     FP32,
@@ -27,7 +26,7 @@ from dsv3.planning.sharding import (
     stored,
     travels_in_fp8,
 )
-from dsv3.planning.weights import Weight
+from dsv3.planning.step_shape import StepShape
 
 # Largest value, sum and chosen logit of vocabulary-parallel cross-entropy.
 LOSS_REDUCTIONS = 3
@@ -126,7 +125,7 @@ def _head_again(config: ModelConfig, degrees: Degrees, shape: StepShape) -> int:
     if degrees.tp == 1 or degrees.pp > 1:
         return 0
     again = shape.microbatches * config.mtp_depths
-    return _sharded(weights.output(config)[-1], degrees, shape, again, sums=0)
+    return _sharded(parameters.output(config)[-1], degrees, shape, again, sums=0)
 
 
 def _sharded(weight: Weight, degrees: Degrees, shape: StepShape, gathers: int, sums: int) -> int:
@@ -185,7 +184,7 @@ def _exchange_layer(config: ModelConfig, degrees: Degrees, shape: StepShape) -> 
         shape.recompute is Recomputed.selective and Kept.exchange not in shape.keep
     )
     total = 0.0
-    for level in exchange.levels(config.moe, degrees.ep, shape.ranks_per_node):
+    for level in expert_copies.levels(config.moe, degrees.ep, shape.ranks_per_node):
         marked = there + 2 * FP32 * level.experts
         total += level.sent * (3 if again else 2) * (marked + row)
     return round(tokens * total)
@@ -211,5 +210,5 @@ def _embedding_copy(config: ModelConfig, degrees: Degrees, shape: StepShape, ran
     apart = degrees.pp > 1 and not is_v_shaped(shape.pipelining.schedule)
     if not apart or not config.mtp_depths or rank not in (0, degrees.pp - 1):
         return 0
-    (embedding,) = weights.embedding(config)
+    (embedding,) = parameters.embedding(config)
     return 2 * _ring(2, stored(embedding, degrees) * FP32)

@@ -1,1 +1,1 @@
-"""What a command can do: one file a choice of conf/task."""
+"""."""

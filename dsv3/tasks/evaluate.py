@@ -4,14 +4,12 @@ import json
 import math
 
 from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.distributed.process_group import make_deterministic, worker
+from dsv3.errors import RunFailed
+from dsv3.launch.job import Job
 from dsv3.metrics.console import Console
-from dsv3.runtime.determinism import make_deterministic
-from dsv3.runtime.distributed import worker
-from dsv3.runtime.errors import RunFailed
-from dsv3.runtime.job import Job
-from dsv3.tasks.data import prepare_data, stored_tokenizer
 from dsv3.tasks.generate import require_checkpoint
-from dsv3.tasks.loading import load_model
+from dsv3.tasks.setup import load_model, prepare_data, stored_tokenizer
 from dsv3.training.evaluation import evaluate
 
 

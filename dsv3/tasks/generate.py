@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.config.task import SamplingConfig
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.parallel.distributed import Distributed
-from dsv3.runtime.distributed import worker
-from dsv3.runtime.errors import RunFailed, UserError
-from dsv3.runtime.job import Job
-from dsv3.tasks.config import SamplingConfig
-from dsv3.tasks.data import stored_tokenizer
-from dsv3.tasks.loading import load_model
+from dsv3.distributed.process_group import worker
+from dsv3.errors import RunFailed, UserError
+from dsv3.launch.job import Job
+from dsv3.parallel.parallel_model import Distributed
+from dsv3.tasks.setup import load_model, stored_tokenizer
 
 
 class Generate:

@@ -3,9 +3,9 @@
 import json
 import os
 
+from dsv3.config.task import PlanFormat
+from dsv3.launch.job import Job
 from dsv3.planning.report import to_text
-from dsv3.runtime.job import Job
-from dsv3.tasks.config import PlanFormat
 
 
 class Plan:

@@ -1,44 +1,83 @@
-"""task=train: put everything together, run the loop, tell how it went."""
+"""What a finished training run tells its user.
 
+task=train: put everything together, run the loop, tell how it went.
+"""
+
+import math
 import shlex
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from statistics import median
 
 from dsv3.checkpoint.directory import TOKENIZER_DIR, Progress, find_checkpoint
-from dsv3.checkpoint.export import export_hf
-from dsv3.checkpoint.integrity import verify_together
+from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manager import CheckpointManager
-from dsv3.checkpoint.weights import load_weights
-from dsv3.config import Config, build, plain
+from dsv3.checkpoint.manifest import verify_together
+from dsv3.config.precision import FP8Engine
+from dsv3.config.root import Config
+from dsv3.config.strict import build, plain
+from dsv3.config.task import SamplingConfig
+from dsv3.convert.live_export import export_hf
 from dsv3.data.loader import Loader
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.distributed.process_group import Worker, make_deterministic, worker
+from dsv3.distributed.signals import Stopped, StopRequest, stop_on_signal
+from dsv3.fp8.convert_model import engine_of
+from dsv3.launch.job import Job
+from dsv3.launch.run_dir import check_same_data, describe_run, make_run_dir
 from dsv3.metrics import jsonl
 from dsv3.metrics.console import Console
-from dsv3.metrics.flops import training_flops_per_token
-from dsv3.metrics.logger import Logger
+from dsv3.metrics.loggers import Logger
+from dsv3.metrics.plots import loss_curve
 from dsv3.metrics.recorder import Recorder
-from dsv3.parallel.distributed import Distributed, distribute
+from dsv3.metrics.row import MetricsRow
 from dsv3.parallel.mesh import place
-from dsv3.precision.config import FP8Engine
-from dsv3.precision.fp8 import engine_of
-from dsv3.runtime.determinism import make_deterministic
-from dsv3.runtime.distributed import Worker, worker
-from dsv3.runtime.job import Job
-from dsv3.runtime.profiler import profiler
-from dsv3.runtime.rundir import check_same_data, describe_run, make_run_dir
-from dsv3.runtime.signals import Stopped, StopRequest, stop_on_signal
-from dsv3.tasks.config import SamplingConfig
-from dsv3.tasks.data import prepare_data, stored_tokenizer
+from dsv3.parallel.parallel_model import Distributed, distribute
+from dsv3.planning.parameters import training_flops_per_token
 from dsv3.tasks.generate import sample_text
-from dsv3.tasks.loading import job_mesh
-from dsv3.tasks.summary import conclude
+from dsv3.tasks.setup import job_mesh, prepare_data, stored_tokenizer
 from dsv3.training.evaluation import evaluate
 from dsv3.training.loop import Hooks, Loop, Rates
 from dsv3.training.optimizer import build_optimizer
+from dsv3.training.profiler import profiler
 from dsv3.training.step import TrainStep
 
+
+def conclude(console: Console, directory: Path, following: list[str]) -> None:
+    """Draw loss.png, print the table of results and, as the command to try next, `following`."""
+    rows = jsonl.read(directory / "metrics.jsonl")
+    if rows:
+        loss_curve(rows, directory / "loss.png", f"Loss of {directory.name}")
+        console.table("Done", _results(rows, directory))
+    console.next_command(shlex.join(["python", "train.py", *following]))
+
+
+def _results(rows: list[MetricsRow], directory: Path) -> list[tuple[str, str]]:
+    evaluations = [row.evaluation_loss for row in rows if row.evaluation_loss is not None]
+    rates = [row.tokens_per_second for row in rows if row.tokens_per_second is not None]
+    results = [
+        ("steps", f"{rows[-1].step}, {rows[-1].tokens:,} tokens"),
+        ("first loss", _loss(rows[0].loss)),
+        ("last loss", _loss(rows[-1].loss)),
+    ]
+    if evaluations:
+        results.append(("held-out loss", f"{_loss(evaluations[-1])} (first {_loss(evaluations[0])})"))
+        results.append(("held-out perplexity", f"{math.exp(min(evaluations[-1], 700.0)):.2f}"))
+    if rates:
+        results.append(("tokens/s", f"{median(rates):,.0f}"))
+    results.append(("peak memory", f"{max(row.memory_gib or 0.0 for row in rows):.2f} GiB"))
+    results.append(("written to", f"{directory}"))
+    results.append(("", "metrics.jsonl, loss.png, checkpoints/, config.yaml, plan.txt, log.txt"))
+    return results
+
+
+def _loss(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
 SAMPLING = SamplingConfig()
+
 SAMPLE_PROMPT = "def "
 
 

@@ -1,31 +1,64 @@
-"""task=verify: a released checkpoint, loaded here and by HF transformers, compared layer by layer."""
+"""What two models of the same weights make of the same tokens, layer by layer.
+
+task=verify: a released checkpoint, loaded here and by HF transformers, compared layer by layer.
+"""
 
 import importlib.util
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor, nn
 
-from dsv3.checkpoint.hf import has_layer, released_norms
-from dsv3.checkpoint.weights import load_weights
-from dsv3.config import Config
+from dsv3.checkpoint.load import load_weights
+from dsv3.config.overrides import identity
+from dsv3.config.precision import ComputeType, PrecisionConfig
+from dsv3.config.root import Config
+from dsv3.convert.live_export import has_layer, released_norms
+from dsv3.distributed.process_group import worker
+from dsv3.errors import RunFailed, UserError
+from dsv3.launch.job import Job
 from dsv3.metrics.console import Console
+from dsv3.model.generation import inference
+from dsv3.model.layers import cross_entropy_sum
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.parallelizer import build_model
+from dsv3.parallel.parallelize import build_model
 from dsv3.planning import parameters
-from dsv3.precision.config import ComputeType, PrecisionConfig
-from dsv3.runtime.distributed import worker
-from dsv3.runtime.errors import RunFailed, UserError
-from dsv3.runtime.job import Job
-from dsv3.runtime.quoting import identity
-from dsv3.tasks.hidden_states import difference, hidden_states
+
+
+def hidden_states(
+    model: nn.Module, embedding: nn.Module, layers: Iterable[nn.Module], tokens: Tensor
+) -> dict[str, Tensor]:
+    """Hidden states after embedding and every layer, logits and loss, for `tokens` [batch, sequence]."""
+    states: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        states[name] = (output[0] if isinstance(output, tuple) else output).detach()
+
+    modules = {"embedding": embedding, **{f"layer {number}": layer for number, layer in enumerate(layers)}}
+    hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
+    with inference(model):
+        logits = model(tokens).logits
+    for hook in hooks:
+        hook.remove()
+    loss = cross_entropy_sum(logits[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+    return states | {"logits": logits, "loss": loss}
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|, by norms in fp32."""
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp(min=1e-30))
+
 
 FLOAT = 4  # bytes; both models are compared in fp32
+
 GIB = 2**30
 
 

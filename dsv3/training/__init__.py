@@ -1,1 +1,1 @@
-"""The optimizer step and everything around it."""
+"""."""

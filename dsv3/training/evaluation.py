@@ -8,10 +8,10 @@ import torch
 
 from dsv3.data.loader import evaluation_batches
 from dsv3.data.packing import Rows
+from dsv3.distributed.process_group import Worker
 from dsv3.model.generation import inference
-from dsv3.runtime.distributed import Worker
+from dsv3.training.forward_backward import Passes
 from dsv3.training.loss import valid_tokens
-from dsv3.training.passes import Passes
 
 
 @dataclass(frozen=True)

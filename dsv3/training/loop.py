@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manager import CheckpointManager
+from dsv3.config.training import TrainConfig
 from dsv3.data.loader import Loader
+from dsv3.distributed.process_group import Worker
+from dsv3.distributed.signals import StopRequest
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
-from dsv3.runtime.distributed import Worker
-from dsv3.runtime.signals import StopRequest
-from dsv3.training.config import TrainConfig
 from dsv3.training.schedule import Schedule
 from dsv3.training.step import TrainStep, Weights
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv3.data.batch import Batch, mtp_targets
-from dsv3.model.loss import IGNORE, WholeVocabulary
+from dsv3.model.layers import IGNORE, WholeVocabulary
 from dsv3.model.transformer import ModelOutput, WholeRow
 
 

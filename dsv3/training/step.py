@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3.config.training import TrainConfig
 from dsv3.data.batch import Batch
-from dsv3.metrics import moe
-from dsv3.precision.fp8 import engine_of, take_broken_tiles
-from dsv3.runtime.distributed import Worker
-from dsv3.training.balance import selection_biases, take_load, update_biases
-from dsv3.training.config import TrainConfig
+from dsv3.distributed.process_group import Worker
+from dsv3.fp8.convert_model import engine_of, take_broken_tiles
+from dsv3.metrics import expert_load
+from dsv3.training.expert_bias import selection_biases, take_load, update_biases
+from dsv3.training.forward_backward import LossWeights, Passes, placed_routers
 from dsv3.training.loss import GlobalBatch, valid_tokens
 from dsv3.training.optimizer import clip_gradients, set_learning_rate
-from dsv3.training.passes import LossWeights, Passes, placed_routers
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,14 @@ class TrainStep:
         shape = (self.config.num_moe_layers, self.config.moe.num_experts)
         load = take_load(self.routers, shape, self.worker.sum, self.worker.device)
         update_biases(self.routers, load, bias_speed)
-        figures = {"moe_max_violation": moe.max_violation(load), "moe_entropy": moe.entropy(load)}
+        figures = {
+            "moe_max_violation": expert_load.max_violation(load),
+            "moe_entropy": expert_load.entropy(load),
+        }
         if self.config.moe.selection_bias:
-            figures["moe_bias_range"] = self.worker.max(moe.bias_range(selection_biases(self.routers)))
+            figures["moe_bias_range"] = self.worker.max(
+                expert_load.bias_range(selection_biases(self.routers))
+            )
         return figures
 
 

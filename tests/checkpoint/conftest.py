@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manager import CheckpointManager
-from dsv3.config import build
-from dsv3.model.config import AttentionConfig, ModelConfig, MoEConfig
+from dsv3.config.checkpoint import CheckpointConfig
+from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig
+from dsv3.config.strict import build
+from dsv3.config.task import SamplingConfig
+from dsv3.distributed.process_group import Worker
 from dsv3.model.transformer import Transformer
-from dsv3.runtime.distributed import Worker
-from dsv3.tasks.config import SamplingConfig
-
-from .running import Commands
+from tests.checkpoint.running import Commands
 
 ALONE = Worker(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 
@@ -127,6 +126,6 @@ def commands(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # a share of one thread: see _threads
     monkeypatch.setattr("sys.argv", ["train.py"])
     # Neither the picture nor the sample at the end of a run is looked at here.
-    monkeypatch.setattr("dsv3.tasks.summary.loss_curve", lambda *_: None)
+    monkeypatch.setattr("dsv3.tasks.train.loss_curve", lambda *_: None)
     monkeypatch.setattr("dsv3.tasks.train.SAMPLING", SamplingConfig(max_tokens=1))
     return Commands(monkeypatch, capsys, text)

@@ -12,10 +12,10 @@ import torch
 from omegaconf import DictConfig
 
 import train
+from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
 from dsv3.checkpoint.directory import MANIFEST_FILE, complete_steps
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
-from dsv3.checkpoint.reader import load_tensors, read_metadata
-from dsv3.config import CONF
+from dsv3.config.root import CONF
 
 VOLATILE = ("tokens_per_second", "mfu", "memory_gib")
 MODEL = (

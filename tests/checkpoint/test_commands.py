@@ -11,9 +11,8 @@ import yaml
 
 import train
 from dsv3.checkpoint.directory import complete_steps
-
-from . import hostile
-from .running import Commands, Outcome, seal
+from tests.checkpoint import hostile
+from tests.checkpoint.running import Commands, Outcome, seal
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +109,7 @@ def test_evaluating_a_damaged_checkpoint_names_the_path(
     _refused(commands.run("task=evaluate", f"checkpoint.load={step}", *data), step)
 
 
-@pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "dsv3.runtime.errors.difflib"])
+@pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "dsv3.errors.difflib"])
 def test_a_model_file_cannot_choose_what_is_built(commands: Commands, run: Path, target: str) -> None:
     (step,) = complete_steps(run)
     stored = yaml.safe_load((step / "model.yaml").read_text())

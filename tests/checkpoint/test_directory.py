@@ -13,7 +13,7 @@ from dsv3.checkpoint.directory import (
     sweep_leftovers,
     write_text,
 )
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 
 def _make(run_dir: Path, *steps: int) -> list[Path]:

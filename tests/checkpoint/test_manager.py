@@ -9,19 +9,18 @@ import yaml
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dsv3.checkpoint import directory, retention, saver
-from dsv3.checkpoint.config import CheckpointConfig
+from dsv3.checkpoint import directory, retention, save
+from dsv3.checkpoint.dcp_metadata import read_metadata
 from dsv3.checkpoint.directory import Progress, complete_steps, step_directory
+from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manager import CheckpointManager
-from dsv3.checkpoint.reader import read_metadata
-from dsv3.checkpoint.weights import load_weights
-from dsv3.model.config import ModelConfig
-from dsv3.runtime.distributed import Worker
-from dsv3.runtime.errors import UserError
-from dsv3.training.adamw import BF16MomentAdamW
-
-from .conftest import ALONE, Trained
-from .running import tensors, unseal
+from dsv3.config.checkpoint import CheckpointConfig
+from dsv3.config.model import ModelConfig
+from dsv3.distributed.process_group import Worker
+from dsv3.errors import UserError
+from dsv3.training.optimizer import BF16MomentAdamW
+from tests.checkpoint.conftest import ALONE, Trained
+from tests.checkpoint.running import tensors, unseal
 
 
 def _restore(run_dir: Path, into: Trained) -> Progress | None:
@@ -183,7 +182,7 @@ def test_a_checkpoint_is_complete_before_it_has_its_name(
         }
         directory.commit(partial, target)
 
-    monkeypatch.setattr(saver, "commit", watched)
+    monkeypatch.setattr(save, "commit", watched)
     trained.save(run_dir)
     assert len(complete_steps(run_dir)) == 1
 
@@ -201,11 +200,11 @@ def _while_writing_tensors(patch: pytest.MonkeyPatch) -> None:
         (partial / "__0_0.distcp").write_bytes(b"half")
         raise Crash
 
-    patch.setattr(saver, "save_tensors", half)
+    patch.setattr(save, "save_tensors", half)
 
 
 def _before_the_description(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(saver, "write_text", _crash)
+    patch.setattr(save, "write_text", _crash)
 
 
 def _before_the_progress(patch: pytest.MonkeyPatch) -> None:
@@ -213,7 +212,7 @@ def _before_the_progress(patch: pytest.MonkeyPatch) -> None:
 
 
 def _before_the_tokenizer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("dsv3.checkpoint.saver.shutil.copytree", _crash)
+    patch.setattr("dsv3.checkpoint.save.shutil.copytree", _crash)
 
 
 def _while_digesting(patch: pytest.MonkeyPatch) -> None:
@@ -221,11 +220,11 @@ def _while_digesting(patch: pytest.MonkeyPatch) -> None:
 
 
 def _before_the_manifest(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(saver, "write_manifest", _crash)
+    patch.setattr(save, "write_manifest", _crash)
 
 
 def _before_the_commit(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(saver, "commit", _crash)
+    patch.setattr(save, "commit", _crash)
 
 
 def _before_the_sync(patch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from dsv3.checkpoint.manifest import (
     verify_description,
     write_manifest,
 )
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 CONTENTS = {"a.distcp": b"one" * 100, "b.distcp": b"two" * 100, "tokenizer/tokenizer.json": b"{}"}
 

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from dsv3.checkpoint.directory import complete_steps
-
-from .running import Commands, last_tensors, rows
+from tests.checkpoint.running import Commands, last_tensors, rows
 
 TOKENIZER = "tokenizer/tokenizer.json"
 

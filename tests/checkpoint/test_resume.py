@@ -10,8 +10,7 @@ import pytest
 from dsv3.checkpoint.directory import Progress, complete_steps
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.training.step import TrainStep
-
-from .running import Commands, last_tensors, rows
+from tests.checkpoint.running import Commands, last_tensors, rows
 
 VARIANTS = {
     "plain": [],

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint import directory
-from dsv3.checkpoint.config import CheckpointConfig
 from dsv3.checkpoint.directory import Progress, complete_steps, find_checkpoint, step_directory
 from dsv3.checkpoint.retention import best_step, kept, prune, update_pointers
-from dsv3.runtime.errors import InvalidValue, UserError
+from dsv3.config.checkpoint import CheckpointConfig
+from dsv3.errors import InvalidValue, UserError
 
 
 def make(run_dir: Path, losses: dict[int, float | None]) -> list[Path]:

@@ -13,9 +13,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import convert
-from dsv3.config import CONF
-from dsv3.convert.config import Direction
-from dsv3.runtime.application import report
+from dsv3.cli.application import report
+from dsv3.config.convert import Direction
+from dsv3.config.root import CONF
 from tests.checkpoint.running import Outcome
 from tests.composing import compose
 

@@ -5,7 +5,7 @@ import time
 
 import convert
 from dsv3.convert import dcp_target
-from dsv3.convert.sink import Sink
+from dsv3.convert.output_file import Sink
 from tests.convert.command import main
 
 SECONDS = 0.02

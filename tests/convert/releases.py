@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.released.names import copies, is_quantized, released_layout
-from dsv3.checkpoint.released.writer import config_json
-from dsv3.config import strict
-from dsv3.model.config import ModelConfig
-from dsv3.precision.blocks import quantize_plain
+from dsv3.checkpoint.load import parameter_shapes
+from dsv3.config.model import ModelConfig
+from dsv3.config.strict import strict
+from dsv3.fp8.quantize import quantize_plain
+from dsv3.hf.config_json import config_json
+from dsv3.hf.names import copies, is_quantized, released_layout
 from tests.composing import compose
 
 SMALL = [

@@ -12,7 +12,7 @@ import torch
 
 import train
 from dsv3.checkpoint.directory import complete_steps
-from dsv3.convert.config import ConvertConfig, Direction
+from dsv3.config.convert import ConvertConfig, Direction
 from tests.checkpoint.running import MODEL, TRAINING
 from tests.convert.command import Convert, contents, environment, process, refused
 from tests.convert.releases import read_release
@@ -187,7 +187,7 @@ def test_a_run_and_its_step_are_exported_for_transformers(
 ) -> None:
     import transformers
 
-    from dsv3.checkpoint.reader import load_tensors
+    from dsv3.checkpoint.dcp_metadata import load_tensors
 
     (step,) = complete_steps(run)
     before = contents(run)

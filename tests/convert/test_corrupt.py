@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv3.checkpoint.reader import read_metadata
+from dsv3.checkpoint.dcp_metadata import read_metadata
 from tests.checkpoint import hostile
 from tests.checkpoint.running import seal
 from tests.convert.command import Convert, process, refused

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint.manifest import FileEntry
-from dsv3.convert.sink import Sink
+from dsv3.convert.output_file import Sink
 from tests.convert.command import Convert, contents, process, refused
 
 SIZE = 3 * 2**20

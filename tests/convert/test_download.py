@@ -7,9 +7,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from dsv3.convert.config import Assets, ConvertConfig, Direction
+from dsv3.config.convert import Assets, ConvertConfig, Direction
 from dsv3.convert.download import download
-from dsv3.runtime.errors import RunFailed, UserError
+from dsv3.errors import RunFailed, UserError
 
 
 def ask(output: Path, assets: Assets = Assets.config) -> ConvertConfig:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import convert as program
-from dsv3.convert import convert as module
-from dsv3.convert.config import ConvertConfig
+from dsv3.config.convert import ConvertConfig
+from dsv3.convert import convert as conversion
 from dsv3.convert.destination import Destination
-from dsv3.convert.sink import Sink
+from dsv3.convert.output_file import Sink
 from tests.convert.command import Convert, contents, environment, refused
 
 FILES = "max_shard_size=20KB"
@@ -127,7 +127,7 @@ def test_killed_while_it_gets_its_name(
         patch.setattr(name, dying)
         patch.setattr(Destination, "__exit__", lambda self, *error: self._unlock())
         with pytest.raises(Crash):
-            module.convert(_config(direction, fp8_release, tmp_path / "out"))
+            conversion.convert(_config(direction, fp8_release, tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(Sink, "finish", lambda self: pytest.fail(f"{self.path} is written again"))
         convert.must(direction, fp8_release, tmp_path / "out", FILES, "verify=true")
@@ -135,7 +135,7 @@ def test_killed_while_it_gets_its_name(
 
 
 def _config(direction: str, source: Path, output: Path) -> ConvertConfig:
-    from dsv3.convert.prepare import prepare_conversion
+    from dsv3.convert.request import prepare_conversion
     from tests.composing import compose
 
     return prepare_conversion(

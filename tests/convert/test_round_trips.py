@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from dsv3.checkpoint.matching import parameter_shapes
-from dsv3.checkpoint.released.names import released_layout
-from dsv3.convert.config import ConvertConfig, Direction, ScaleFormat, StoredType
+from dsv3.checkpoint.load import parameter_shapes
+from dsv3.config.convert import ConvertConfig, Direction, ScaleFormat, StoredType
+from dsv3.config.model import ModelConfig
 from dsv3.convert.convert import convert
-from dsv3.model.config import ModelConfig
-from dsv3.precision.blocks import dequantize_plain
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
+from dsv3.fp8.quantize import dequantize_plain
+from dsv3.hf.names import released_layout
 from tests.convert.releases import read_release, small_model, write_release
 
 MODELS = {
@@ -134,8 +134,8 @@ def test_new_scales_are_made_where_nothing_is_known(tmp_path: Path) -> None:
 def test_transformers_computes_the_same_logits_from_an_export(tmp_path: Path) -> None:
     import transformers
 
-    from dsv3.checkpoint.weights import load_weights
-    from dsv3.config import build
+    from dsv3.checkpoint.load import load_weights
+    from dsv3.config.strict import build
 
     model = small_model("model.mtp_depths=0")
     write_release(tmp_path / "in", model, "fp32")

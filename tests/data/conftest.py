@@ -7,8 +7,7 @@ import pytest
 
 from dsv3.data.packing import Ids
 from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
-
-from .texts import sentence
+from tests.data.texts import sentence
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from dsv3.data.batch import collate, mtp_targets
 from dsv3.data.packing import PADDING, Row
-from dsv3.model.loss import IGNORE
+from dsv3.model.layers import IGNORE
 
 I = IGNORE  # noqa: E741 - the tables below are to be read at a glance
 

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3.data import cache
 from dsv3.data.cache import StaleError, cache_root, cached
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 
 def read(directory: Path) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.data.corpus import StdlibCorpus, TextCorpus
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 
 def names(corpus: TextCorpus | StdlibCorpus) -> list[str]:

@@ -7,8 +7,8 @@ import torch
 from dsv3.data.batch import Batch
 from dsv3.data.loader import Loader, evaluation_batches
 from dsv3.data.packing import Ids, PackedDataset, PackedEvaluation
-from dsv3.model.loss import IGNORE
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
+from dsv3.model.layers import IGNORE
 
 Documents = tuple[Ids, Ids]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3.data.packing import PADDING, Ids, PackedDataset, PackedEvaluation, permutation
-from dsv3.runtime.errors import UserError
+from dsv3.errors import UserError
 
 Documents = tuple[Ids, Ids]
 PINNED = [1, 6, 2, 0, 3, 5, 7, 4]

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.data.corpus import TextCorpus
+from dsv3.data.corpus import Split, TextCorpus
 from dsv3.data.packing import PackedDataset
 from dsv3.data.sources import PreparedData, StdlibData, TextData
-from dsv3.data.split import Split
+from dsv3.data.token_file import read_tokens
 from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
-from dsv3.data.tokens import read_tokens
-from dsv3.runtime.errors import UserError
-
-from .texts import sentence
+from dsv3.errors import UserError
+from tests.data.texts import sentence
 
 
 def source(folder: Path, **options: object) -> TextData:

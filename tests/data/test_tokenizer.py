@@ -18,9 +18,8 @@ from dsv3.data.tokenizer import (
     TrainedTokenizer,
     pieces,
 )
-from dsv3.runtime.errors import UserError
-
-from .texts import sentence
+from dsv3.errors import UserError
+from tests.data.texts import sentence
 
 STRANGE = [
     "",

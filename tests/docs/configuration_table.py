@@ -5,7 +5,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from dsv3.config import SCHEMAS
+from dsv3.config.root import SCHEMAS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 BEGIN, END = "<!-- keys: made by tests/docs/configuration_table.py -->", "<!-- end of keys -->"

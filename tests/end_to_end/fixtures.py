@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .processes import CommandLine
+from tests.end_to_end.processes import CommandLine
 
 
 @pytest.fixture(scope="session")

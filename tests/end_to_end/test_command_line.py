@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from .processes import MODEL, ROOT, CommandLine, rows
+from tests.end_to_end.processes import MODEL, ROOT, CommandLine, rows
 
 NAME = 'runs, it\'s = "one" $HOME (1)'
 

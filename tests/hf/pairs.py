@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsv3.checkpoint.released.config import model_from_hf
-from dsv3.config import build
+from dsv3.config.strict import build
+from dsv3.hf.config_json import model_from_hf
 from dsv3.model.transformer import Transformer
 
 RENAMED = [

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3.distributed.process_group import Worker
+from dsv3.errors import RunFailed
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
-from dsv3.runtime.distributed import Worker
-from dsv3.runtime.errors import RunFailed
 
 ALONE = Worker(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 

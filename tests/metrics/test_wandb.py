@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from dsv3.metrics.config import WandbMode
+from dsv3.config.logger import WandbMode
 from dsv3.metrics.row import MetricsRow
 from dsv3.metrics.wandb import WandbLogger, logged_in, resolve_mode, run_id
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsv3.config.model import ModelConfig
 from dsv3.model.attention import LatentAttention
-from dsv3.model.config import ModelConfig
+from dsv3.model.attention_kernels import document_segments
 from dsv3.model.rope import rotary_table, softmax_scale
-from dsv3.model.segments import document_segments
 from tests import reference
 from tests.reference import ATTENTION, MODEL, YARN, assert_close, assert_same_gradients, normal
 

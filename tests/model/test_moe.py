@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3.model.config import MoEConfig
+from dsv3.config.model import MoEConfig
 from dsv3.model.moe import Experts, MoE, Spread
 from tests import reference
 from tests.reference import MOE, SOFTMAX_MOE, assert_close, assert_same_gradients, normal

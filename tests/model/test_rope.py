@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsv3.model.config import RopeConfig, RopeScaling
+from dsv3.config.model import RopeConfig, RopeScaling
 from dsv3.model.rope import apply_rotary, inverse_frequencies, rotary_table, softmax_scale, yarn_ramp
 from tests import reference
 from tests.reference import YARN, assert_close, normal

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3.model.config import MoEConfig, ScoreFunction
+from dsv3.config.model import MoEConfig, ScoreFunction
 from dsv3.model.router import Router
 from tests import reference
 from tests.reference import MOE, SOFTMAX_MOE, assert_close, normal

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv3.config.model import ModelConfig
 from dsv3.data.batch import mtp_targets
 from dsv3.data.packing import PADDING
-from dsv3.model.config import ModelConfig
-from dsv3.model.loss import IGNORE
+from dsv3.model.layers import IGNORE
 from dsv3.model.transformer import Transformer
 from tests import reference
 from tests.reference import (

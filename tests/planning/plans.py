@@ -3,20 +3,16 @@
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
-from dsv3.parallel.config import (
-    ParallelConfig,
-    RecomputeConfig,
-    Recomputed,
-)
-from dsv3.parallel.degrees import Degrees
-from dsv3.planning.hardware import HardwareConfig
+from dsv3.config.hardware import HardwareConfig
+from dsv3.config.parallel import ParallelConfig, RecomputeConfig, Recomputed
+from dsv3.config.precision import ComputeType, MomentType, PrecisionConfig
+from dsv3.planning.layout import Degrees
 from dsv3.planning.plan import Plan, plan_shape
-from dsv3.planning.shape import StateBytes, StepShape
-from dsv3.precision.config import ComputeType, MomentType, PrecisionConfig
+from dsv3.planning.step_shape import StateBytes, StepShape
 from tests.planning.presets import preset
 
 if TYPE_CHECKING:
-    from dsv3.config import Config
+    from dsv3.config.root import Config
 
 H800 = HardwareConfig(name="h800", memory_bytes=80 * 10**9)
 SHAPE = StepShape(1, 4096, recompute=Recomputed.full, state=StateBytes(compute=2))

@@ -5,7 +5,14 @@ from typing import Any
 
 import yaml
 
-from dsv3.model.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RopeScaling, ScoreFunction
+from dsv3.config.model import (
+    AttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    RopeScaling,
+    ScoreFunction,
+)
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = ["debug", "16b", "moonlight_16b", "236b", "671b", "kimi_k2"]

@@ -9,19 +9,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dsv3.model.config import ModelConfig
+from dsv3.config.model import ModelConfig
+from dsv3.config.parallel import Kept
 from dsv3.model.initialization import initialize
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.config import Kept
-from dsv3.parallel.context import ContextParallel
-from dsv3.parallel.degrees import Degrees
+from dsv3.parallel.context_parallel import ContextParallel, split_sequences
 from dsv3.parallel.mesh import build_mesh
-from dsv3.parallel.sequence import split_sequences
-from dsv3.parallel.tensor import TensorParallel
-from dsv3.planning import exchange, weights
+from dsv3.parallel.tensor_parallel import TensorParallel
+from dsv3.planning import expert_copies, parameters
 from dsv3.planning.activations import Activations, TokenBytes
+from dsv3.planning.layout import Degrees
+from dsv3.planning.parameters import Component
 from dsv3.planning.sharding import local_numel
-from dsv3.planning.weights import Component
 from tests.planning.presets import preset
 
 ROWS, LENGTH = 2, 64
@@ -74,7 +73,7 @@ def saved_by_a_block(dtype: torch.dtype, dense: bool, degrees: Degrees) -> int:
     """Bytes that one more layer saves, without its weights' casts."""
     layers = [replace(DEBUG, num_layers=n, num_dense_layers=n if dense else 0, mtp_depths=0) for n in (1, 2)]
     one, two = (saved_bytes(config, dtype, degrees) for config in layers)
-    cast = [w for w in weights.block(DEBUG, dense) if w.is_matrix and w.component is not Component.router]
+    cast = [w for w in parameters.block(DEBUG, dense) if w.is_matrix and w.component is not Component.router]
     casts = sum(local_numel(w, degrees) for w in cast) * 2 if dtype is torch.bfloat16 else 0
     return two - one - casts
 
@@ -137,7 +136,7 @@ def test_selective_recomputation_keeps_what_is_named(dense: bool) -> None:
     assert more(Kept.attention) == 128 * (2 * 128 + 4)
     assert more(Kept.experts) == (0 if dense else 8 * 2 * (2 * 2048 + 7168))
     # Hit are 3.77 of 4 ranks: group-limited, each with 2 of the 8 groups of which 4 are open.
-    copies = 4 * exchange.hit(config.moe, 64)
+    copies = 4 * expert_copies.hit(config.moe, 64)
     assert more(Kept.exchange) == (0 if dense else round(copies * (2 * 2 * 7168 + 2 * 4 * 64)))
     ffn = 2 * 18432 + 7168 if dense else 2 * 2048 + 7168 + 2 * 256
     attention = 1536 + 512 + 64 + 128 * (192 + 256) + 7168

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import yaml
 
+from dsv3.config.hardware import HardwareConfig
+from dsv3.errors import InvalidValue
 from dsv3.planning import hardware
-from dsv3.planning.hardware import HardwareConfig, Machine, detect, host_memory, visible_gpus
-from dsv3.runtime.errors import InvalidValue
+from dsv3.planning.hardware import Machine, detect, host_memory, visible_gpus
 from tests.planning.presets import CONF
 
 AUTO = HardwareConfig(name="auto")

@@ -2,15 +2,15 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.parallel.config import Kept, Recomputed, Schedule
-from dsv3.parallel.degrees import Degrees
-from dsv3.planning import parameters, weights
+from dsv3.config.parallel import Kept, Recomputed, Schedule
+from dsv3.planning import parameters
 from dsv3.planning.activations import Activations
+from dsv3.planning.layout import Degrees
 from dsv3.planning.memory import pipeline_memory, rank_memory
-from dsv3.planning.partition import Pipelining, stage_groups, stages
-from dsv3.planning.shape import FP8Shape, StateBytes, StepShape
+from dsv3.planning.parameters import Component, Weight
+from dsv3.planning.pipeline_stages import Pipelining, stage_groups, stages
 from dsv3.planning.sharding import local_shape, shard_count, stored
-from dsv3.planning.weights import Component, Weight
+from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
 from tests.planning.presets import NAMES, preset
 
 STEP = StepShape(microbatch_size=1, sequence_length=4096)
@@ -38,7 +38,7 @@ def test_one_process_holds_sixteen_bytes_a_parameter_and_no_copies(name: str) ->
 )
 def test_the_shards_of_every_weight_add_up_to_the_whole(degrees: Degrees) -> None:
     config = preset("671b")
-    for weight in {*weights.main_model(config), *weights.mtp_modules(config)[0]}:
+    for weight in {*parameters.main_model(config), *parameters.mtp_modules(config)[0]}:
         shards = shard_count(weight, degrees)
         held = sum(stored(weight, degrees, shard) for shard in range(shards))
         parts = {Component.experts: degrees.ep}.get(weight.component, degrees.tp if _split(weight) else 1)
@@ -85,11 +85,11 @@ def test_tensor_parallelism_splits_the_matrices_with_heads_and_leaves_the_norms(
 
 def test_tp_splits_what_has_heads_and_shards_the_rest_over_its_ranks_too() -> None:
     config, two = preset("671b"), Degrees(tp=2, dp_shard=4)
-    every = [*weights.embedding(config), *weights.output(config), *weights.block(config, dense=True)]
+    every = [*parameters.embedding(config), *parameters.output(config), *parameters.block(config, dense=True)]
     assert sum(stored(w, two) for w in every) == sum(w.numel for w in every) // 8
     assert {shard_count(w, two) for w in every if _split(w)} == {4}
     assert {shard_count(w, two) for w in every if not _split(w)} == {8}
-    whole = [w for w in weights.block(config, dense=False) if local_shape(w, two) == w.shape]
+    whole = [w for w in parameters.block(config, dense=False) if local_shape(w, two) == w.shape]
     # Norms, router, q_a_proj, kv_a_proj, experts (ep is 1) and shared experts.
     assert len(whole) == 4 + 1 + 2 + 2 + 3
 
@@ -200,14 +200,14 @@ def test_gathered_weights_count_two_blocks_or_all_and_one_groups_gradients() -> 
         for numbers, extra in map(
             sizes,
             (
-                [*weights.embedding(config), *weights.output(config)],
-                weights.block(config, dense=False),
-                weights.block(config, dense=True),
+                [*parameters.embedding(config), *parameters.output(config)],
+                parameters.block(config, dense=False),
+                parameters.block(config, dense=True),
             ),
         )
     )
     # As they come, in bf16, and as they are summed, in fp32.
-    gradients = 6 * sizes(weights.block(config, dense=False))[0]
+    gradients = 6 * sizes(parameters.block(config, dense=False))[0]
     assert rank_memory(config, degrees, BF16).weight_copies == root + 2 * moe + gradients
     kept = replace(BF16, reshard_after_forward=False)
     assert rank_memory(config, degrees, kept).weight_copies == root + 26 * moe + dense + gradients
@@ -218,7 +218,7 @@ def test_a_pipeline_keeps_gathered_weights_and_whole_gradients_until_its_last_mi
     for reshard in (True, False):
         shape = replace(BF16, microbatches=27, reshard_after_forward=reshard)
         copies = pipeline_memory(config, degrees, shape)[5].weight_copies
-        block = weights.block(config, dense=False)
+        block = parameters.block(config, dense=False)
         local = [w.numel // {Component.experts: 4}.get(w.component, 2 if _split(w) else 1) for w in block]
         fp32 = sum(n for w, n in zip(block, local, strict=True) if w.component.name in ("norms", "router"))
         assert copies == (2 + 4 + 6) * sum(local) + 2 * fp32

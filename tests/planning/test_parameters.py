@@ -3,10 +3,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from dsv3.model.config import ModelConfig
+from dsv3.config.model import ModelConfig
 from dsv3.model.initialization import parameter_count
 from dsv3.model.transformer import Transformer
-from dsv3.planning import parameters, weights
+from dsv3.planning import parameters
 from tests.planning.presets import NAMES, preset
 
 # DESIGN section 5: without MTP, and active.
@@ -40,7 +40,10 @@ def test_671b_with_its_mtp_depth() -> None:
 def test_every_weight_of_the_model_is_in_the_table_and_no_other(name: str) -> None:
     config = preset(name)
     model = on_meta(config)
-    table = [*weights.main_model(config), *(w for module in weights.mtp_modules(config) for w in module)]
+    table = [
+        *parameters.main_model(config),
+        *(w for module in parameters.mtp_modules(config) for w in module),
+    ]
     assert sorted(w.shape for w in table) == sorted(tuple(p.shape) for p in model.parameters())
     assert parameters.total(config) == parameter_count(model)
     assert parameters.biases(config) == sum(

@@ -4,7 +4,8 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from dsv3.parallel.config import (
+from dsv3.config.hardware import HardwareConfig
+from dsv3.config.parallel import (
     ExpertParallelConfig,
     FullyShardConfig,
     Kept,
@@ -13,14 +14,12 @@ from dsv3.parallel.config import (
     Recomputed,
     Schedule,
 )
-from dsv3.parallel.degrees import Degrees
-from dsv3.planning.advice import advice
-from dsv3.planning.hardware import HardwareConfig
-from dsv3.planning.partition import Pipelining
+from dsv3.config.precision import ComputeType, MomentType
+from dsv3.planning.layout import Degrees
+from dsv3.planning.pipeline_stages import Pipelining
 from dsv3.planning.plan import COMPUTE_BYTES, MOMENTS_BYTES, make_plan, plan_shape
-from dsv3.planning.report import to_text
-from dsv3.planning.shape import StateBytes, StepShape
-from dsv3.precision.config import ComputeType, MomentType
+from dsv3.planning.report import advice, to_text
+from dsv3.planning.step_shape import StateBytes, StepShape
 from tests.planning.plans import H800, SHAPE, config_of, plan_16b
 from tests.planning.presets import preset
 
@@ -131,7 +130,7 @@ def test_a_plan_travels_between_processes() -> None:
 
 def test_planning_imports_none_of_the_heavy_ones() -> None:
     program = (
-        "import sys, dsv3.planning.report, dsv3.parallel.degrees, dsv3.metrics.flops; "
+        "import sys, dsv3.planning.report, dsv3.config.parallel, dsv3.planning.parameters; "
         "print({'torch', 'numpy', 'hydra', 'omegaconf', 'yaml'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

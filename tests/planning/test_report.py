@@ -2,17 +2,12 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.parallel.config import (
-    ParallelConfig,
-    Recomputed,
-    Schedule,
-)
-from dsv3.parallel.degrees import Degrees
-from dsv3.planning.advice import GIB
-from dsv3.planning.partition import Pipelining
+from dsv3.config.parallel import ParallelConfig, Recomputed, Schedule
+from dsv3.config.precision import MomentType
+from dsv3.planning.layout import Degrees
+from dsv3.planning.pipeline_stages import Pipelining
 from dsv3.planning.plan import make_plan, plan_shape
-from dsv3.planning.report import to_text
-from dsv3.precision.config import MomentType
+from dsv3.planning.report import GIB, to_text
 from tests.planning.plans import H800, SHAPE, config_of, plan_16b
 from tests.planning.presets import preset
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.parallel.config import Kept, Recomputed, Schedule
-from dsv3.parallel.degrees import Degrees
-from dsv3.planning import parameters, weights
-from dsv3.planning.exchange import levels
-from dsv3.planning.partition import Pipelining
-from dsv3.planning.shape import FP8Shape, StateBytes, StepShape
+from dsv3.config.parallel import Kept, Recomputed, Schedule
+from dsv3.planning import parameters
+from dsv3.planning.expert_copies import levels
+from dsv3.planning.layout import Degrees
+from dsv3.planning.parameters import Component
+from dsv3.planning.pipeline_stages import Pipelining
+from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
 from dsv3.planning.traffic import TrafficBytes, pipeline_traffic, rank_traffic
-from dsv3.planning.weights import Component
 from tests.planning.presets import preset
 
 # 32 numbers a norm, 4 layers of which 1 dense, 1 MTP depth.
@@ -27,7 +27,7 @@ def test_one_process_sends_nothing() -> None:
 
 def test_fsdp_gathers_twice_and_scatters_once_a_microbatch_but_the_root_once() -> None:
     counts = parameters.count(DEBUG)
-    mtp_join = sum(w.numel for w in weights.mtp_join(DEBUG))
+    mtp_join = sum(w.numel for w in parameters.mtp_join(DEBUG))
     root = counts.embedding + counts.head + 128 + mtp_join
     blocks = counts.total - root
     found = rank_traffic(DEBUG, Degrees(dp_shard=4), STEP)
@@ -39,7 +39,7 @@ def test_fsdp_gathers_twice_and_scatters_once_a_microbatch_but_the_root_once() -
 
 def test_in_bf16_norms_and_routers_still_travel_in_fp32_and_so_do_gradients() -> None:
     counts = parameters.count(DEBUG)
-    module = weights.mtp_modules(DEBUG)[0]
+    module = parameters.mtp_modules(DEBUG)[0]
     fp32 = counts.norms + counts.router
     fp32 += sum(w.numel for w in module if w.component in (Component.norms, Component.router))
     kept = replace(BF16, reshard_after_forward=False)
@@ -65,9 +65,9 @@ def test_under_tp_the_head_is_gathered_again_for_every_depth_of_mtp() -> None:
         shape = replace(STEP, microbatches=2, reshard_after_forward=False)
         return rank_traffic(replace(DEBUG, mtp_depths=depths), degrees, shape).dp
 
-    depth = sum(w.numel for w in weights.mtp_modules(DEBUG)[0])
+    depth = sum(w.numel for w in parameters.mtp_modules(DEBUG)[0])
     assert dp(2, Degrees(dp_shard=2)) - dp(1, Degrees(dp_shard=2)) == 2 * 2 * 4 * depth // 2
-    split = sum(w.numel for w in weights.mtp_modules(DEBUG)[0] if w.tensor_dim is not None)
+    split = sum(w.numel for w in parameters.mtp_modules(DEBUG)[0] if w.tensor_dim is not None)
     # What is whole lies in 4 shards, what is split in 2 of its halves.
     expected = 2 * 2 * 4 * ((depth - split) * 3 // 4 + split // 2 // 2)
     tp = Degrees(dp_shard=2, tp=2, ep=1)
@@ -150,8 +150,8 @@ def test_a_pipeline_gathers_what_its_forward_passes_free_and_scatters_once() -> 
         shape = replace(shape, pipelining=Pipelining(Schedule[schedule], 1, (2,)))
         return pipeline_traffic(DEBUG, Degrees(pp=2, dp_shard=2), shape)[rank].dp
 
-    root = 2 * 4096 * 128 + 128 + sum(w.numel for w in weights.mtp_join(DEBUG))
-    blocks = 3 * sum(w.numel for w in weights.block(DEBUG, dense=False))
+    root = 2 * 4096 * 128 + 128 + sum(w.numel for w in parameters.mtp_join(DEBUG))
+    blocks = 3 * sum(w.numel for w in parameters.block(DEBUG, dense=False))
     # The last rank: F B F B F B F B. Each backward pass gathers what the forward pass before it has freed.
     for reshard, gathers in ((True, 5), (False, 1)):
         assert dp("1F1B", reshard, 1) == 4 * ((1 + 1) * root + (gathers + 1) * blocks) // 2

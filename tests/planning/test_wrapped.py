@@ -8,11 +8,11 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dsv3.parallel.distributed import distribute
+from dsv3.launch.job import plan_job
 from dsv3.parallel.mesh import build_mesh
+from dsv3.parallel.parallel_model import distribute
 from dsv3.planning.memory import pipeline_memory
-from dsv3.runtime.job import plan_job
-from tests.conf.test_choices import strict_config
+from tests.config.test_choices import strict_config
 
 LAYOUTS = [
     "parallel=fsdp launch.world_size=3 train.global_batch_size=3",

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsv3.config.task import PlanFormat
+from dsv3.errors import UserError
+from dsv3.launch.sweep import mark_failed
 from dsv3.metrics.row import MetricsRow
-from dsv3.runtime.errors import UserError
-from dsv3.runtime.sweep import mark_failed
-from dsv3.tasks.compare import Compare
-from dsv3.tasks.config import PlanFormat
-from dsv3.tasks.runs import State, distinguishing, find_runs
+from dsv3.tasks.compare import Compare, State, distinguishing, find_runs
 from tests.end_to_end.processes import ROOT
 
 NAME = 'sweep, it\'s = "one" $HOME (1)'

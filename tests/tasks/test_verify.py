@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.running import Commands, Outcome
 from tests.hf.pairs import pair
-from tests.hf.test_config import RELEASED_V3
+from tests.hf.test_config_json import RELEASED_V3
 
 pytest.importorskip("transformers")
 V3: dict[str, Any] = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}

@@ -5,7 +5,7 @@ import torch
 
 from dsv3.data.batch import Batch, collate
 from dsv3.data.packing import PADDING, Row
-from dsv3.runtime.distributed import Worker
+from dsv3.distributed.process_group import Worker
 from tests.reference import MODEL
 
 ALONE = Worker(rank=0, local_rank=0, world=1, device=torch.device("cpu"))

@@ -7,7 +7,7 @@ import torch
 
 from dsv3.data.packing import Row
 from dsv3.training.evaluation import evaluate
-from dsv3.training.passes import LocalPasses
+from dsv3.training.forward_backward import LocalPasses
 from tests.reference import tiny_model
 from tests.training.batches import ALONE, ROWS, batch
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.data.batch import Batch
-from dsv3.model.loss import IGNORE, cross_entropy_sum
+from dsv3.model.layers import IGNORE, cross_entropy_sum
 from dsv3.model.transformer import ModelOutput
 from dsv3.training.loss import GlobalBatch, Losses, losses, valid_tokens
 from tests.reference import normal

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3.training.config import AdamWConfig
+from dsv3.config.training import AdamWConfig
 from dsv3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from tests.reference import tiny_model, tokens
 from tests.training.batches import ALONE

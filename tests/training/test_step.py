@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv3.config.model import ModelConfig
+from dsv3.config.precision import FP8Engine, Granularity
+from dsv3.config.training import AdamWConfig, TrainConfig
 from dsv3.data.batch import Batch
+from dsv3.fp8.convert_model import BlockFP8
 from dsv3.metrics.recorder import BROKEN
 from dsv3.metrics.row import MetricsRow
-from dsv3.model.config import ModelConfig
 from dsv3.model.generation import inference
-from dsv3.model.loss import IGNORE
+from dsv3.model.layers import IGNORE
 from dsv3.model.transformer import Transformer
-from dsv3.precision.config import FP8Engine, Granularity
-from dsv3.precision.fp8 import BlockFP8
-from dsv3.training.config import AdamWConfig, TrainConfig
+from dsv3.training.forward_backward import LocalPasses
 from dsv3.training.optimizer import build_optimizer
-from dsv3.training.passes import LocalPasses
 from dsv3.training.step import TrainStep, Weights
 from tests import reference
 from tests.reference import MODEL, SOFTMAX_MOE, tiny_model

@@ -1,0 +1,225 @@
+"""Reading a checkpoint that somebody else may have made: as data, never as code.
+
+torch.distributed.checkpoint unpickles its `.metadata` file, and a pickle can run anything. Here the
+pickle makes nothing but inert records, from which the metadata is built field by field, and only
+tensors are read (torch loads those with `weights_only=True`); everything else of ours is JSON or
+YAML. A file may be a link to elsewhere, as in a hub's cache: it is read as a tensor all the same.
+"""
+
+import pickle
+import warnings
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from dsv3.errors import UserError
+
+
+class _Record:
+    """Stands in for an object of a `.metadata`: keeps what the pickle says of it.
+
+    A pickle can set attributes on all it names. It reaches no class of ours or Python's, and because
+    of `__setstate__` it cannot change these stand-ins either.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        self.state: Any = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Metadata(_Record):
+    pass
+
+
+class _Tensor(_Record):
+    pass
+
+
+class _Bytes(_Record):
+    pass
+
+
+class _Chunk(_Record):
+    pass
+
+
+class _Index(_Record):
+    pass
+
+
+class _Info(_Record):
+    pass
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+
+_STAND_INS: dict[tuple[str, str], type] = {
+    (_METADATA, "Metadata"): _Metadata,
+    (_METADATA, "TensorStorageMetadata"): _Tensor,
+    (_METADATA, "BytesStorageMetadata"): _Bytes,
+    (_METADATA, "ChunkStorageMetadata"): _Chunk,
+    (_METADATA, "MetadataIndex"): _Index,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Info,
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): dict,
+    # Named by every checkpoint, needed by none:
+    (_METADATA, "TensorProperties"): _Record,
+    (_METADATA, "StorageMeta"): _Record,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): _Record,
+    ("torch.serialization", "_get_layout"): _Record,
+    ("pathlib", "PosixPath"): _Record,
+    ("pathlib", "PurePosixPath"): _Record,
+    ("pathlib._local", "PosixPath"): _Record,
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Resolves the names DCP's metadata is made of and refuses every other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _STAND_INS:
+            return _STAND_INS[module, name]
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+class SafeReader(FileSystemReader):
+    """FileSystemReader that takes its metadata as read by `read_metadata`."""
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        super().__init__(directory)
+        self.metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata, marked as DCP wants it."""
+        self.metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return self.metadata
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """The `.metadata` of a DCP directory; UserError where it is missing, broken or not plain metadata."""
+    try:
+        with (directory / ".metadata").open("rb") as file:
+            return _metadata(_MetadataUnpickler(file).load())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no checkpoint: there is no .metadata file in it") from None
+    except Exception as error:
+        raise UserError(f"{directory}/.metadata is refused: {error or type(error).__name__}") from None
+
+
+def load_tensors(directory: Path, targets: dict[str, Tensor]) -> None:
+    """Fill `targets` in place from a checkpoint, resharding as needed; all ranks call it together.
+
+    A missing name or another shape is a UserError that names the tensor.
+    """
+    metadata = read_metadata(directory)
+    require_tensors(directory, metadata, targets)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
+            load(dict(targets), storage_reader=SafeReader(directory, metadata))
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"{directory} cannot be read, it may be damaged: {_reason(error)}") from error
+
+
+def require_tensors(directory: Path, metadata: Metadata, targets: dict[str, Tensor]) -> None:
+    """UserError that names the first of `targets` (of any device) that is missing or of another shape."""
+    for name, tensor in targets.items():
+        entry = metadata.state_dict_metadata.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{directory} has no tensor '{name}': it was saved from another model")
+        if entry.size != tensor.shape:
+            saved, wanted = list(entry.size), list(tensor.shape)
+            raise UserError(f"{directory}: '{name}' has shape {saved}, the model needs {wanted}")
+
+
+def _metadata(record: Any) -> Metadata:
+    """DCP's metadata from the record of it; ValueError for what DCP would not have written."""
+    fields = _fields(record, _Metadata)
+    entries, storage = (_typed(fields.get(key), dict) for key in ("state_dict_metadata", "storage_data"))
+    return Metadata(
+        state_dict_metadata={_typed(name, str): _entry(name, entry) for name, entry in entries.items()},
+        storage_data={_index(index): _info(info) for index, info in storage.items()},
+    )
+
+
+def _entry(name: str, record: Any) -> STORAGE_TYPES:
+    if isinstance(record, _Bytes):
+        return BytesStorageMetadata()
+    fields = _fields(record, _Tensor)
+    size = _size(fields.get("size"))
+    chunks = [_chunk(chunk, size) for chunk in _typed(fields.get("chunks"), list)]
+    # DCP would leave what no part covers as it was, without a word.
+    if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
+        raise ValueError(f"the parts of '{name}' do not make up the whole")
+    dtype = _typed(fields.get("properties"), _Record).state[0]
+    return TensorStorageMetadata(TensorProperties(dtype=_typed(dtype, torch.dtype)), size, chunks)
+
+
+def _chunk(record: Any, whole: torch.Size) -> ChunkStorageMetadata:
+    fields = _fields(record, _Chunk)
+    offsets, sizes = _size(fields.get("offsets")), _size(fields.get("sizes"))
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    if any(end > length for end, length in zip(ends, whole, strict=True)):
+        raise ValueError(f"a part {list(offsets)} to {ends} is not inside its tensor {list(whole)}")
+    return ChunkStorageMetadata(offsets, sizes)
+
+
+def _index(record: Any) -> MetadataIndex:
+    fields = _fields(record, _Index)
+    offset = fields.get("offset")
+    return MetadataIndex(_typed(fields.get("fqn"), str), None if offset is None else _size(offset))
+
+
+def _info(record: Any) -> _StorageInfo:
+    fields = _fields(record, _Info)
+    path = PurePath(_typed(fields.get("relative_path"), str))
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"it points outside the directory, to {path}")
+    return _StorageInfo(str(path), *_size((fields.get("offset"), fields.get("length"))))
+
+
+def _size(value: Any) -> torch.Size:
+    numbers = [_typed(number, int) for number in _typed(value, tuple)]
+    if any(number < 0 for number in numbers):
+        raise ValueError(f"it holds a size of {numbers}")
+    return torch.Size(numbers)
+
+
+def _fields(record: Any, kind: type[_Record]) -> dict[str, Any]:
+    fields: dict[str, Any] = _typed(_typed(record, kind).state, dict)
+    return fields
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"it holds a {type(value).__name__} for a {kind.__name__}")
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    """One line; DCP wraps what went wrong on a rank into traceback text."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):
+        return "there is something else than tensors in it"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

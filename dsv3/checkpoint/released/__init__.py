@@ -1,1 +1,0 @@
-"""Released checkpoints: HuggingFace's names, config.json and safetensors files, read and written strictly."""

@@ -1,0 +1,244 @@
+"""Copies of a run's tensors on the host, from which a checkpoint is written while training goes on.
+
+Writes the tensors of a checkpoint, and says in plain words why it could not.
+
+Writes checkpoints: by all ranks together, at once or in a thread while training goes on.
+"""
+
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from dsv3.checkpoint.directory import (
+    MODEL_FILE,
+    TOKENIZER_DIR,
+    Progress,
+    commit,
+    partial_directory,
+    prepare_partial,
+    step_directory,
+    write_text,
+)
+from dsv3.checkpoint.manifest import FileEntry, write_manifest
+from dsv3.checkpoint.retention import prune
+from dsv3.checkpoint.state import local
+from dsv3.config.checkpoint import CheckpointConfig
+from dsv3.config.model import ModelConfig
+from dsv3.config.strict import plain
+from dsv3.distributed.process_group import Worker
+from dsv3.errors import RunFailed
+
+
+class Staging:
+    """Host memory for a rank's part of every tensor, taken once and used for every save.
+
+    For tensors of a GPU it is pinned, so that the copies run at the full rate of the bus, all at once.
+    """
+
+    def __init__(self) -> None:
+        self.copies: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of each tensor as it is now, by name; valid until the next call."""
+        on_gpu = False
+        for name, tensor in tensors.items():
+            part = local(tensor)
+            self._room(name, part).copy_(part, non_blocking=True)
+            on_gpu |= part.is_cuda
+        for name in self.copies.keys() - tensors.keys():
+            del self.copies[name]
+        if on_gpu:  # the next step changes what is copied yet
+            torch.cuda.current_stream().synchronize()
+        return dict(self.copies)
+
+    def _room(self, name: str, part: Tensor) -> Tensor:
+        copy = self.copies.get(name)
+        if copy is None or copy.shape != part.shape or copy.dtype != part.dtype:
+            copy = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+            self.copies[name] = copy
+        return copy
+
+
+class StagedPlanner(DefaultSavePlanner):
+    """Plans by the tensors that are saved, so that the layout is known, and writes the copies of them."""
+
+    def __init__(self, copies: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The copy of what this rank holds of a tensor; it never holds more than one part of it."""
+        return self.copies[index.fqn]
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint will hold. Where there are `copies`, they are written and `tensors` may change."""
+
+    tensors: dict[str, Tensor]
+    copies: dict[str, Tensor] | None
+    model: ModelConfig
+    progress: Progress
+
+
+class _Writer(FileSystemWriter):
+    """FileSystemWriter that tells of a disk's complaint as such: torch.save makes a riddle of it."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        """Write this rank's files."""
+        try:
+            return super().write_data(*arguments)
+        except Exception as error:
+            raise _root(error) from None
+
+
+def save_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
+    """Write this rank's share of the tensors and, on rank 0, the `.metadata`; synced to the disk."""
+    if snapshot.copies is None:
+        save(snapshot.tensors, storage_writer=_Writer(partial), process_group=group)
+    else:
+        # They are on the host already; copying ahead would wait for the training step's stream.
+        writer, planner = _Writer(partial, per_thread_copy_ahead=0), StagedPlanner(snapshot.copies)
+        save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group)
+
+
+def reason(error: BaseException, partial: Path) -> str:
+    """One line that says what the disk, or whatever else, complained of."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename or partial})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _root(error: BaseException) -> BaseException:
+    """The OSError from which another error came, if any."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error
+
+
+T = TypeVar("T")
+
+# A rank waits for the others' disks without holding up a step: launch.timeout is no measure for that.
+_PATIENCE = timedelta(hours=6)
+
+
+class Saver:
+    """Writes the checkpoints of one run, at most one at a time; every method is called by all ranks."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, worker: Worker) -> None:
+        self.run_dir = run_dir
+        self.config = config
+        self.worker = _background(worker) if config.async_save else worker
+        # DCP remarks that one process is no process group. For good: catch_warnings is not for threads.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background has failed, as far as this rank knows by now."""
+        return self._error is not None
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Begin to write in the background; there must be `copies`, and no other save in flight."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is in flight; what went wrong in the background is raised here."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint; it has its name only when every rank has written and synced its files.
+
+        RunFailed on all ranks where one cannot write.
+        """
+        directory = step_directory(self.run_dir, snapshot.progress.step)
+        partial = partial_directory(directory)
+        try:
+            self._main(lambda: prepare_partial(directory))
+            save_tensors(partial, snapshot, self.worker.group)
+            written = self._together(lambda: _entries(partial, f"__{self.worker.rank}_*"))
+            self._main(lambda: self._complete(directory, snapshot, written))
+        except (OSError, CheckpointException) as error:
+            if self.worker.is_main:  # on a full disk the rest of it would be in the way
+                shutil.rmtree(partial, ignore_errors=True)
+            raise RunFailed(
+                f"the checkpoint of step {snapshot.progress.step} cannot be saved: {reason(error, partial)}. "
+                f"Mend that and go on from the last complete one: resume={self.run_dir}"
+            ) from None
+
+    def _run(self, snapshot: Snapshot) -> None:
+        try:
+            self.write(snapshot)
+        except BaseException as error:
+            self._error = error
+
+    def _complete(self, directory: Path, snapshot: Snapshot, written: list[dict[str, FileEntry]]) -> None:
+        """Describe what all ranks have written, list it, give it its name, and make room."""
+        partial = partial_directory(directory)
+        write_text(partial / MODEL_FILE, yaml.safe_dump(plain(snapshot.model), sort_keys=False))
+        snapshot.progress.write(partial)
+        tokenizer = self.run_dir / TOKENIZER_DIR
+        if tokenizer.exists():
+            shutil.copytree(tokenizer, partial / TOKENIZER_DIR)
+        entries = {name: entry for rank in written for name, entry in rank.items()}
+        write_manifest(partial, entries | _entries(partial, "*", but=entries))
+        commit(partial, directory)
+        prune(self.run_dir, self.config)
+
+    def _main(self, work: Callable[[], object]) -> None:
+        """`work` on rank 0; the others wait for it and learn whether it failed."""
+        self._together(work if self.worker.is_main else lambda: None)
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on each rank; OSError on all of them where one had that."""
+        result: list[T] = []
+        problem = None
+        try:
+            result = [work()]
+        except OSError as error:
+            problem = OSError(error.errno, error.strerror or str(error), error.filename)
+        answers = self.worker.gather((result, problem))
+        for _, problem in answers:
+            if problem is not None:
+                raise problem
+        return [value for values, _ in answers for value in values]
+
+
+def _background(worker: Worker) -> Worker:
+    """The same ranks by a group of their own: what a thread sends never mixes with a step's."""
+    if worker.world == 1:
+        return worker
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return replace(worker, group=group, device=torch.device("cpu"), watchdog=None)
+
+
+def _entries(folder: Path, pattern: str, but: dict[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """The files below `folder` that match and are not listed yet, by relative path."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob(pattern) if path.is_file()}
+    return {name: FileEntry.of(path) for name, path in paths.items() if name not in (but or {})}

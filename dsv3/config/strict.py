@@ -1,0 +1,139 @@
+"""Check what Hydra composed against the schemas, and build objects from checked nodes."""
+
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from dsv3.errors import InvalidValue, UserError, nearest
+
+TRUSTED = ("dsv3", "torch.optim")
+
+
+def check_target(target: str, key: str, allow: Sequence[str] = (), settings: Sequence[str] = ()) -> None:
+    """Raise UserError unless `target` names a class of a trusted module that takes all `settings`.
+
+    Two steps, because a dotted path may leave its package through an import (`dsv3.x.os.system`):
+    the path must be module.Class with the module inside a trusted package, and the class must have
+    been defined in a trusted package.
+    """
+    trusted = (*TRUSTED, *allow)
+    module, _, name = target.rpartition(".")
+    if not _inside(module, trusted) or not name.isidentifier():
+        raise UserError(
+            f"{key}={target} is refused: only classes of {', '.join(trusted)} are built; "
+            "to allow another module, type run.allow_targets=[module] on the command line"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(f"{key}={target} does not exist: name a class as package.module.Class") from None
+    if not isinstance(found, type) or not _inside(found.__module__, trusted):
+        raise UserError(f"{key}={target} is refused: it is not a class that {', '.join(trusted)} defines")
+    refused = [name for name in settings if not _takes(found, name)]
+    if refused:
+        raise UserError(f"{key}={target} is not possible: it takes no {', '.join(refused)}")
+
+
+def _takes(kind: type, name: str) -> bool:
+    try:
+        taken = inspect.signature(kind).parameters
+    except ValueError:  # a class written in C may not say
+        return True
+    return name in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+
+
+def _inside(module: str, packages: Sequence[str]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def strict(node: DictConfig, allow_targets: Sequence[str] = ()) -> Any:
+    """The dataclasses of a composed `node`, or a UserError for anything the schema does not know.
+
+    Hydra's own check lets `+key=` and `++key=` pass; this one does not.
+    """
+    for path, choices in _unknown_keys(node, ""):
+        key = path.rpartition(".")[2]
+        raise UserError(f"unknown key '{path}'.{nearest(key, choices)} Known here: {', '.join(choices)}")
+    schema: Any = OmegaConf.get_type(node)
+    for key in (f.name for f in fields(schema) if f.name not in node):
+        raise UserError(f"{key} is missing: a key cannot be taken out (~{key})")
+    try:
+        typed = OmegaConf.to_object(node)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing: give it a value ({error.full_key}=...)") from None
+    validate(typed, allow_targets)
+    return typed
+
+
+def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> None:
+    """Let every dataclass below `node` check itself and every `_target_` be one that may be built."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            validate(value, allow_targets, f"{path}{f.name}.")
+        elif f.name == "_target_" and value != f.default:
+            settings = [f.name for f in fields(node) if not f.name.startswith("_")]
+            check_target(value, f"{path}_target_", allow_targets, settings)
+        elif not f.metadata.get("unbounded"):
+            _require_finite(f"{path}{f.name}", value)
+    if hasattr(node, "validate"):
+        try:
+            node.validate()
+        except InvalidValue as error:
+            raise InvalidValue(f"{path}{error.key}", error.value, error.allowed) from None
+
+
+def _require_finite(key: str, value: Any) -> None:
+    """InvalidValue for nan and inf, which pass every comparison or fail none."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise InvalidValue(key, value, "must be a finite number")
+
+
+def build(node: Any, **runtime: Any) -> Any:
+    """Instantiate the `_target_` of a checked config node, with `runtime` arguments beside its fields."""
+    try:
+        # instantiate() unescapes strings twice: once when it resolves the node, once when it reads it.
+        return instantiate(literal(literal(node)), **runtime)
+    except InstantiationException as error:
+        raise error.__cause__ or error from None  # what the constructor raised, a UserError say
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """A config dataclass as plain YAML values, enums by name."""
+    container = OmegaConf.to_container(OmegaConf.structured(node), enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _unknown_keys(node: DictConfig, path: str) -> Iterator[tuple[str, list[str]]]:
+    schema = OmegaConf.get_type(node)
+    known = [f.name for f in fields(schema)] if schema and is_dataclass(schema) else None
+    for key in map(str, node):
+        if known is not None and key not in known:
+            yield f"{path}{key}", [name for name in known if not name.startswith("_")]
+        elif not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            yield from _unknown_keys(node[key], f"{path}{key}.")
+
+
+def literal(value: Any) -> Any:
+    """The same value with its strings taken as they are: OmegaConf would read `${...}` in them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: literal(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, dict):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [literal(item) for item in value]
+    if isinstance(value, str):
+        # A run of backslashes before ${ is halved by OmegaConf, so it is doubled here.
+        return re.sub(r"(\\*)\$\{", lambda found: str(found[1]) * 2 + r"\${", value)
+    return value

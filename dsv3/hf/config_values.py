@@ -1,0 +1,93 @@
+"""A HuggingFace config.json, asked for key by key: every error is one line with the file and the key."""
+
+import json
+import math
+from pathlib import Path
+from reprlib import Repr
+from typing import Any
+
+from dsv3.errors import UserError
+
+_SHORT = Repr()
+
+_SHORT.maxstring = 80
+
+_SHORT.maxlist = 8
+
+
+class HFValues:
+    """A JSON object of `file`: the whole of it, or the one `inside` another, as in `rope_scaling.`"""
+
+    def __init__(self, file: Path, values: dict[str, Any], inside: str = "") -> None:
+        self.file = file
+        self.values = values
+        self.inside = inside
+
+    def error(self, key: str, value: Any, text: str) -> UserError:
+        """What is wrong with the `value` of `key`."""
+        return UserError(f"{self.file}: {self.inside}{key}={_SHORT.repr(value)} {text}")
+
+    def missing(self, key: str, why: str) -> UserError:
+        """`key` is needed and not there."""
+        return UserError(f"{self.file} has no '{self.inside}{key}', {why}")
+
+    def get(self, key: str, kind: type, default: Any = ..., nullable: bool = False) -> Any:
+        """The value of `key`, which must be of `kind` (an int passes for a float), or null if `nullable`.
+
+        Without a `default` the key must be there; a default of None lets it be null as well.
+        """
+        value = self.values.get(key, default)
+        if value is ...:
+            raise self.missing(key, f"which a {self.values.get('model_type', 'yarn')} model needs")
+        if value is None and (nullable or default is None):
+            return None
+        right = isinstance(value, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(value, bool)
+        )
+        if not right:
+            raise self.error(key, value, f"must be of type {kind.__name__}")
+        return self._finite(key, value) if kind is float else value
+
+    def _finite(self, key: str, value: float) -> float:
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.error(key, value, "must be a finite number")
+        return number
+
+    def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        """The value of `key`, one of `allowed`."""
+        value = self.values.get(key, default)
+        if value not in allowed:
+            choices = ", ".join(str(choice) for choice in allowed if choice is not None)
+            raise self.error(key, value, f"is not supported; supported: {choices}")
+        return value
+
+    def node(self, key: str) -> "HFValues | None":
+        """The object below `key`; None where there is none."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(key, value, "must be an object")
+        return HFValues(self.file, value, f"{self.inside}{key}.")
+
+
+def read_config(directory: Path) -> HFValues:
+    """The config.json of a checkpoint directory; UserError where it is missing or is no JSON object."""
+    file = directory / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"model.path={directory} holds no config.json: give a HuggingFace checkpoint"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{file} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is no JSON object")
+    return HFValues(file, values)

@@ -1,0 +1,293 @@
+"""What flex_attention needs: documents as a mask of blocks, and its compiled form on CUDA.
+
+Where documents lie in a packed batch, as attention kernels ask for it.
+
+Attention kernels: softmax(scale * q k^T) v under the causal mask, one small interface.
+
+A kernel is called with q, k [batch, sequence, heads, qk_head_dim], v [batch, sequence, heads,
+v_head_dim], the softmax scale and `segments`: None where every row is one document, else the
+documents' places, beyond which no token looks. No kernel builds a [sequence, sequence] tensor, but
+for flex on CPU. MLA's values are narrower than its keys, which decides what is fast where (_heads).
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_attention_available
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from dsv3.config.model import AttentionKernel
+from dsv3.errors import require
+from dsv3.model.cpu_attention import blocked_attention
+
+BLOCK = 128
+"""Queries and keys that one block of the mask decides on together."""
+
+
+@functools.cache
+def compiled_on_cuda(device_type: str) -> Callable[..., object]:
+    """flex_attention as it is worth calling on a device of this type."""
+    attend = cast(Callable[..., object], flex_attention)
+    return torch.compile(attend) if device_type == "cuda" else attend
+
+
+def document_mask(starts: Tensor) -> BlockMask:
+    """Causal attention from documents' `starts` [batch, sequence] on, for flex_attention.
+
+    Worked out a block at a time: create_block_mask would write the whole square first.
+    """
+    sequence = starts.shape[1]
+    number = torch.arange(-(-sequence // BLOCK), device=starts.device)
+    first = number * BLOCK
+    last = (first + BLOCK).clamp(max=sequence) - 1
+    # The earliest document of a block of queries decides which blocks of keys it reaches, its latest
+    # which of them all its queries see whole.
+    reached = (last >= starts[:, first, None]) & (number <= number[:, None])
+    whole = (first >= starts[:, last, None]) & (number < number[:, None])
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= starts[batch, query])
+
+    return BlockMask.from_kv_blocks(
+        *_block_lists(reached & ~whole),
+        *_block_lists(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(sequence, sequence),
+    )
+
+
+def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """From `blocks` [batch, queries, keys] how many each query block has, and their numbers put first."""
+    blocks = blocks.unsqueeze(1).int()
+    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(stable=True, dim=-1, descending=True).int()
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Where the documents of a batch lie when its rows are put end to end."""
+
+    lengths: list[int]
+    """Tokens of each document."""
+    longest: int
+    """The largest of the lengths."""
+    offsets: Tensor
+    """int32 [documents + 1]: where each begins, and the end of the last (others: cu_seqlens)."""
+    starts: Tensor
+    """[batch, sequence]: where in its row a token's document begins."""
+
+    def of_rows(self, rows: int) -> list[list[tuple[int, int]]]:
+        """Where each row's documents begin and end, in its own positions."""
+        ends, width = list(accumulate(self.lengths)), sum(self.lengths) // rows
+        spans: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
+        for end, length in zip(ends, self.lengths, strict=True):
+            row = (end - 1) // width
+            spans[row].append((end - length - row * width, end - row * width))
+        return spans
+
+    @functools.cached_property
+    def block_mask(self) -> BlockMask:
+        """What flex computes, built once for all layers."""
+        return document_mask(self.starts)
+
+
+def document_segments(documents: Tensor | None) -> Segments | None:
+    """The runs of equal numbers in each row of `documents` [batch, sequence].
+
+    Their lengths are read on the host: called once a forward pass, not once a layer.
+    """
+    if documents is None:
+        return None
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    offsets = F.pad(begins.flatten().nonzero().squeeze(-1), (0, 1), value=documents.numel())
+    positions = torch.arange(documents.shape[1], device=documents.device)
+    starts = (positions * begins).cummax(dim=1).values
+    lengths = offsets.diff().tolist()
+    return Segments(lengths, max(lengths), offsets.int(), starts)
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+FLASH_HEAD_DIM = 256
+
+Kernel = Callable[[Tensor, Tensor, Tensor, float, Segments | None], Tensor]
+
+
+def attention_kernel(name: AttentionKernel) -> Kernel:
+    """The kernel of a config choice; check_kernel says which choices a device has."""
+    return {
+        AttentionKernel.auto: auto,
+        AttentionKernel.sdpa: sdpa,
+        AttentionKernel.varlen: varlen,
+        AttentionKernel.flex: flex,
+    }[name]
+
+
+def check_kernel(
+    kernel: AttentionKernel, device_type: str, trains: bool, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """InvalidValue unless `kernel` can compute in `dtype` on `device_type`, with gradients where it `trains`.
+
+    Needs no such device to be present.
+    """
+    key, cuda = "model.attention.kernel", device_type == "cuda"
+    if kernel is AttentionKernel.varlen:
+        others = "auto or sdpa" if trains and not cuda else "auto, sdpa or flex"
+        require(cuda, key, kernel.value, f"it runs on CUDA alone; {device_type} has {others}")
+        require(dtype in HALF, key, kernel.value, f"it computes in bf16; take precision=bf16, or {others}")
+    if kernel is AttentionKernel.flex and trains:
+        allowed = f"it trains on CUDA alone (no backward elsewhere); {device_type} has auto or sdpa"
+        require(cuda, key, kernel.value, allowed)
+
+
+def auto(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
+    """One varlen call for documents where the GPU can, else sdpa."""
+    width = max(q.shape[-1], v.shape[-1])
+    if segments is not None and q.is_cuda and _flash_takes(q.device, q.dtype, width):
+        return varlen(q, k, v, scale, segments)
+    return sdpa(q, k, v, scale, segments)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, once for the batch or once a document; on CPU blocked.py."""
+    v_head_dim = v.shape[-1]
+    q, k, v = _heads(q, k, v) if q.is_cuda else (q, k, v)
+    out = _causal(q, k, v, scale) if segments is None else _documents(q, k, v, scale, segments)
+    return out[..., :v_head_dim]
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
+    """FlashAttention over all documents at once (torch.nn.attention.varlen): CUDA, bf16 or fp16."""
+    # Imported here because the import takes a second.
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, sequence, v_head_dim = *q.shape[:2], v.shape[-1]
+    if segments is None:
+        longest = sequence
+        offsets = torch.arange(0, batch * sequence + 1, sequence, dtype=torch.int32, device=q.device)
+    else:
+        offsets, longest = segments.offsets, segments.longest
+    q, k, v = (x.flatten(0, 1) for x in _same_width(q, k, v))
+    # The window (any past, no future) is the causal mask.
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+    return cast(Tensor, out)[..., :v_head_dim].unflatten(0, (batch, sequence))  # type: ignore[no-any-return]
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
+    """flex_attention under a block mask: compiled on CUDA; on CPU forward only.
+
+    Not compiled it computes all scores, slowly and in full; on CPU that is left to compile=on.
+    """
+    whole_rows = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
+    mask = document_mask(whole_rows) if segments is None else segments.block_mask
+    attend = compiled_on_cuda(q.device.type)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return cast(Tensor, attend(q, k, v, block_mask=mask, scale=scale)).transpose(1, 2)
+
+
+def attend_to_prefix(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, segments: Segments | None
+) -> Tensor:
+    """Attend from a run of a row's queries, its first at position `start`, to the keys up to each.
+
+    q is [batch, queries, heads, qk_head_dim], k and v begin with their rows and reach at least as far as
+    the last query. With `segments` of the whole rows a query sees its own document alone.
+    """
+    end = start + q.shape[1]
+    if segments is None:
+        return _lower_right(q, k[:, :end], v[:, :end], scale)
+    return cast(Tensor, _prefix_documents(q, k, v, scale, start, segments))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _prefix_documents(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, segments: Segments
+) -> Tensor:
+    rows = []
+    for row, documents in enumerate(segments.of_rows(q.shape[0])):
+        parts = [
+            _lower_right(
+                q[row : row + 1, max(begin, start) - start : end - start],
+                k[row : row + 1, begin : min(end, start + q.shape[1])],
+                v[row : row + 1, begin : min(end, start + q.shape[1])],
+                scale,
+            )
+            for begin, end in documents
+            if begin < start + q.shape[1] and end > start
+        ]
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
+
+
+def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of queries that are the last tokens of the keys'."""
+    if not q.is_cuda:
+        return cast(Tensor, blocked_attention(q, k, v, scale)[0])
+    v_head_dim = v.shape[-1]
+    q, k, v = (x.transpose(1, 2) for x in _heads(q, k, v))
+    bias = causal_lower_right(q.shape[2], k.shape[2])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2)[..., :v_head_dim]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if not q.is_cuda:
+        return cast(Tensor, blocked_attention(q, k, v, scale)[0])
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+
+# Compiled, every new set of lengths would be compiled anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+    # Splitting costs one concatenation in the backward pass, slicing a tensor of zeros a document.
+    qs, ks, vs = (x.flatten(0, 1).unsqueeze(0).split(segments.lengths, dim=1) for x in (q, k, v))
+    out = [_causal(*heads, scale) for heads in zip(qs, ks, vs, strict=True)]
+    return torch.cat(out, dim=1).view(*q.shape[:-1], -1)
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads as the fastest backend of SDPA takes them: padded to one width unless it takes two.
+
+    FlashAttention takes one width alone. cuDNN on Hopper and Blackwell takes 192 and 128 as they are, but
+    no v that is a view of a wider tensor. In fp32 CUDA has only the memory-efficient kernel, which takes
+    both.
+    """
+    if q.shape[-1] == v.shape[-1]:
+        return q, k, v
+    v_head_dim = v.shape[-1]
+    if q.is_cuda and (q.dtype not in HALF or _cudnn_takes(q.device, q.dtype, q.shape[-1], v_head_dim)):
+        return q, k, v.contiguous()
+    return _same_width(q, k, v)
+
+
+def _same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros behind the narrower heads: they add nothing to q k^T, and columns of zeros to the result."""
+    width = max(q.shape[-1], v.shape[-1])
+    q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    return q, k, v
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cudnn_takes(device: torch.device, dtype: torch.dtype, qk_head_dim: int, v_head_dim: int) -> bool:
+    """Whether cuDNN attends with heads of two widths, backward too; PyTorch is asked with small tensors."""
+    q, v = (
+        torch.empty(1, 1, BLOCK, dim, device=device, dtype=dtype, requires_grad=True)
+        for dim in (qk_head_dim, v_head_dim)
+    )
+    return can_use_cudnn_attention(SDPAParams(q, q, v, None, 0.0, True, False))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _flash_takes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether FlashAttention runs on the CUDA `device`, which must be Ampere or newer."""
+    able = is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    return able and dtype in HALF and width <= FLASH_HEAD_DIM

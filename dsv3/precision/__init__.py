@@ -1,1 +1,0 @@
-"""Number formats of the compute and of the stored state."""

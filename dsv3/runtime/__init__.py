@@ -1,1 +1,0 @@
-"""Processes, signals, directories and errors around the work."""

@@ -1,0 +1,230 @@
+"""The user's mistakes on the command line: exit code 2, two lines at most, the words that put it right."""
+
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from dsv3.cli.error_messages import explain
+from tests.launch.commands import Commands
+from tests.launch.conftest import StoredRun
+
+MISTAKES: dict[str, list[str]] = {
+    # Keys and choices that are not there.
+    "modle=debug": ["unknown key 'modle'", "'model'"],
+    "model=debgu": ["model=debgu", "'debug'", "kimi_k2"],
+    "model=16": ["model=16 ", "'16b'"],
+    "model=null": ["model=null", "671b"],
+    "trian.steps=3": ["'trian'", "'train'"],
+    "model.dimm=64": ["'model.dimm'", "'dim'"],
+    "+model.dimm=64": ["'model.dimm'", "'dim'"],
+    "++model.moe.topk=2": ["'model.moe.topk'", "'top_k'"],
+    "+foo=1": ["unknown key 'foo'", "train"],
+    "++foo.bar=1": ["unknown key 'foo'"],
+    "+model=16b": ["+model=16b", "without the +"],
+    "hydra/launcher=jobib": ["hydra/launcher=jobib", "'joblib'"],
+    "hydra/sweeper=optun -m": ["hydra/sweeper=optun", "'optuna'"],
+    "hydra.foo=1": ["hydra.foo", "sweep"],
+    "experiments=nope": ["experiments=nope", "learning_rate"],
+    "parallel.fsdp.foo=1": ["parallel.fsdp.foo=1", "parallel.fsdp is null here", "parallel=fsdp or"],
+    "precision.fp8.gather=true": ["precision.fp8.gather=true", "precision.fp8 is null", "precision=fp8 has"],
+    "precision.fp8={gather:true}": ["precision.fp8={gather:true}", "null here; precision=fp8 has it"],
+    "precision.fp8={}": ["precision.fp8={}", "sets nothing", "precision.fp8.KEY=VALUE"],
+    "parallel=fsdp launch.nproc=2 parallel.fsdp.foo=1": ["unknown key 'parallel.fsdp.foo'"],
+    "--foo": ["--foo", "--help"],
+    # Values of the wrong type.
+    "train.steps=abc": ["train.steps=abc", "Integer"],
+    "train.steps=1.5": ["train.steps=1.5", "Integer"],
+    "train.steps=[1,2]": ["train.steps=[1,2]", "Integer"],
+    "train.steps=null": ["train.steps=null", "not Optional"],
+    "model.norm_eps=small": ["model.norm_eps=small", "Float"],
+    "train=3": ["train=3", "TrainConfig"],
+    "optimizer.betas=0.9": ["optimizer.betas=0.9", "list"],
+    "model.rope.scaling=yran": ["model.rope.scaling=yran", "[none, yarn]", "Did you mean 'yarn'"],
+    "precision.compute=bf61": ["precision.compute=bf61", "'bf16'"],
+    # What Hydra cannot read.
+    "train.steps=[1,2": ["'train.steps=[1,2'", "Quote"],
+    "train.steps='3": ["train.steps='3", "quote"],
+    "=3": ["=3", "key"],
+    "foo": ["'foo'", "KEY=VALUE"],
+    "train.steps=1,2": ["train.steps=1,2", "-m sweeps"],
+    "model.dim=${foo}": ["model.dim=${foo}", "'foo' not found"],
+    "~model": ["model", "taken out"],
+    "~train": ["train", "taken out"],
+    "~model.dim": ["~model.dim", "model.dim=..."],
+    # Values that cannot be right.
+    "model.moe.top_k=100": ["model.moe.top_k=100", "num_experts=16"],
+    "model.moe.num_groups=3": ["model.moe.num_groups=3", "1, 2, 4, 8, 16"],
+    "model.moe.top_k_groups=9": ["model.moe.top_k_groups=9", "num_groups=4"],
+    "model.attention.qk_rope_head_dim=3": ["model.attention.qk_rope_head_dim=3", "even"],
+    "model.num_dense_layers=9": ["model.num_dense_layers=9", "num_layers=4"],
+    "model.vocab_size=0": ["model.vocab_size=0", "above 0"],
+    "optimizer.lr=-1": ["optimizer.lr=-1", "0 or more"],
+    "optimizer.lr=inf": ["optimizer.lr=inf", "finite"],
+    "model.norm_eps=nan": ["model.norm_eps=nan", "finite"],
+    "optimizer.betas=[nan,0.9]": ["optimizer.betas=[nan, 0.9]", "finite"],
+    "train.seed=9223372036854775808": ["train.seed=9223372036854775808", "below"],
+    "launch.timeout=99999999": ["launch.timeout=99999999", "a week"],
+    "optimizer.betas=[0.9,2]": ["optimizer.betas=[0.9, 2.0]", "[0.9,0.95]"],
+    "precision.moments=bf16 optimizer.betas=[0.9,0.999]": ["optimizer.betas=[0.9, 0.999]", "0.99609375"],
+    "precision.moments=bf16 optimizer._target_=torch.optim.Adam": ["precision.moments=bf16", "only AdamW"],
+    "schedule=steps schedule.at=[0.9,0.8]": ["schedule.at=[0.9, 0.8]", "ascending"],
+    "schedule.final=2": ["schedule.final=2.0", "between 0 and 1"],
+    "train.steps=0": ["train.steps=0", "above 0"],
+    "train.checkpoint_every=-1": ["train.checkpoint_every=-1", "0 (never)"],
+    "train.mtp_loss.weight=-1": ["train.mtp_loss.weight=-1", "0 or more"],
+    "train.balance.bias_until=2": ["train.balance.bias_until=2", "between 0 and 1"],
+    "checkpoint.keep_last=0": ["checkpoint.keep_last=0", "at least 1"],
+    "data.held_out=0.5": ["data.held_out=0.5", "below 0.5"],
+    "tokenizer.vocab_size=100": ["tokenizer.vocab_size=100", "at least 264"],
+    "task=generate task.top_p=0": ["task.top_p=0", "at most 1"],
+    "logger=wandb logger.project=a/b": ["logger.project=a/b", "without any of"],
+    "profile=on profile.steps=0": ["profile.steps=0", "above 0"],
+    # Files that are missing or in the way.
+    "data=text": ["data.path=null", "data.path=FILE_OR_FOLDER"],
+    "data=tokens data.path=/nope.npy": ["data.path=/nope.npy", "does not exist"],
+    "task=plan data=tokens data.path=/nope.npy": ["data.path=/nope.npy", "does not exist"],
+    "tokenizer=local": ["tokenizer.path=null", "tokenizer.path=PATH"],
+    "checkpoint.load=/nope": ["checkpoint.load=/nope", "does not exist"],
+    "checkpoint.load=hf:/some/model": ["checkpoint.load=hf:/some/model", "no config.json"],
+    "checkpoint.load=.": ["checkpoint.load=.", "neither a run nor a checkpoint"],
+    "run.dir=/etc/passwd": ["run.dir=/etc/passwd", "is a file"],
+    "task=compare": ["task.runs=null", "task.runs=multirun/ID"],
+    "task=compare task.runs=x task.output=a.pdf": ["task.output=a.pdf", ".png"],
+    "resume=/nope": ["resume=/nope", "config.yaml"],
+    "resume=. -m": ["resume=", "without -m"],
+    "resume=. resume=..": ["resume=", "once"],
+    "resume=/x/y run.dir=/b": ["resume=/x/y", "leave run.dir=/b out"],
+    "resume=/x/y +run.dir=/b": ["resume=/x/y", "leave run.dir=/b out"],
+    "resume=/x/y task=evaluate": ["task=evaluate checkpoint.load=/x/y"],
+    "resume=/x/y task=generate": ["task=generate checkpoint.load=/x/y"],
+    "-m run.dir=/a,/b": ["run.dir='/a','/b'", "one directory"],
+    "run.resume=true": ["run.resume", "resume=RUN_DIR"],
+    # Launching.
+    "launch.nnodes=2 launch.nproc=1 parallel=fsdp": ["launch.nnodes=2", "launch.rendezvous=HOST:PORT"],
+    "launch.node_rank=1": ["launch.node_rank=1", "0 to 0"],
+    "launch.rendezvous=node0": ["launch.rendezvous=node0", "HOST:PORT"],
+    "launch=slrum": ["launch=slrum", "'slurm'"],
+    # Layouts.
+    "launch.nproc=2 launch.world_size=3": ["launch.world_size=3", "make 2"],
+    "launch.world_size=2": ["launch.world_size=2", "launch.nproc"],
+    "launch.nproc=2": ["world has 2", "dp_shard=2 works"],
+    "parallel=fsdp launch.nproc=2 parallel.degrees.tp=3": ["tp=3", "world of 2", "that work: 3"],
+    "parallel=fsdp launch.nproc=8 parallel.degrees.tp=8": ["tp=8", "heads=4", "nearest that work: 4"],
+    "parallel=fsdp launch.nproc=2 parallel.degrees.ep=3": ["ep=3", "nearest that work: 2"],
+    "parallel=fsdp launch.nproc=8 parallel.degrees.pp=8": ["pp=8", "num_layers=4"],
+    "parallel=fsdp launch.nproc=3": ["train.global_batch_size=8", "6, 12"],
+    "parallel.degrees.tp=2": ["tp=2 needs parallel.tensor", "parallel=tp_ep"],
+    "parallel=pp parallel.pipeline=null": ["pp=2 needs parallel.pipeline", "parallel=pp"],
+    "parallel=tp_ep parallel.degrees.tp=two": ["parallel.degrees.tp=two", "auto"],
+    "parallel=pp parallel.pipeline.split=[4]": ["parallel.pipeline.split=[4]", "1 to 3"],
+    "parallel=pp parallel.pipeline.stages_per_rank=2": ["stages_per_rank=2", "1F1B"],
+    "parallel=pp train.global_batch_size=1": ["1 microbatches", "global_batch_size=2"],
+    "parallel=pp parallel.schedule=DualPipeV parallel.reshard_after_forward=true": ["DualPipeV", "1F1B"],
+    "parallel=cp train.sequence_length=254": ["train.sequence_length=254", "252, 256"],
+    "layouts=debug-fsdp": ["layouts", "parallel.degrees"],
+    "parallel.degrees.dp_shard=2": ["2 data-parallel ranks", "parallel=fsdp"],
+    "parallel.degrees.dp_shard=0": ["parallel.degrees.dp_shard=0", "above 0"],
+    "hardware=h100 model=671b": ["do not fit", "GiB"],
+    "task=generate hardware=h100 model=671b": ["682,636,472,320 parameters", "2,543.02 GiB", "74.51"],
+    "task=evaluate hardware=h100 model=236b": ["weights alone", "parallel=fsdp"],
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_two_lines_and_nothing_is_written(commands: Commands, mistake: str) -> None:
+    outcome = commands.run("logger=none", *mistake.split(" "))
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert len(outcome.err.splitlines()) <= 2, outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    for words in MISTAKES[mistake]:
+        assert words in outcome.err
+    assert not outcome.jobs
+    assert not list(Path.cwd().iterdir())
+
+
+def test_the_last_choice_of_a_group_counts(commands: Commands) -> None:
+    job = commands.run("task=plan", "model=671b", "model=16b").job
+    assert job.config.model.num_layers == 27
+
+
+def test_a_run_is_not_started_over_another(commands: Commands, stored: StoredRun) -> None:
+    directory = stored.store()
+    outcome = commands.run(f"run.dir={directory}")
+    assert outcome.code == 2
+    assert f"resume={directory}" in outcome.err
+    assert commands.run("task=plan", f"run.dir={directory}").code == 0
+
+
+def test_flags_may_stand_anywhere_among_the_overrides(commands: Commands) -> None:
+    outcome = commands.run("task=plan", "-m", "model.dim=64,96")
+    assert [job.config.model.dim for job in outcome.jobs] == [64, 96]
+    shown = commands.run("task=plan", "--cfg", "job", "train.steps=7")
+    assert shown.code == 0
+    assert "steps: 7" in shown.out
+    assert not shown.jobs
+
+
+def test_a_sweep_with_an_unreadable_value_starts_no_job(commands: Commands) -> None:
+    outcome = commands.run("-m", "task=plan", "train.steps=2,abc")
+    assert outcome.code == 2
+    assert "abc" in outcome.err
+    assert not outcome.jobs
+
+
+def test_a_bad_job_of_a_sweep_does_not_stop_the_others(commands: Commands) -> None:
+    outcome = commands.run("-m", "task=plan", "train.steps=2,0,3")
+    assert outcome.code == 1
+    assert [job.config.train.steps for job in outcome.jobs] == [2, 3]
+    assert "job 1 failed: train.steps=0 is not possible" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_every_failed_job_of_a_sweep_is_named_at_its_end_and_in_no_words_of_hydras(
+    commands: Commands,
+) -> None:
+    outcome = commands.run("-m", "task=plan", "train.steps=0,2,-1,3")
+    assert outcome.code == 1
+    assert [job.config.train.steps for job in outcome.jobs] == [2, 3]
+    *told, summary, first, second = outcome.err.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["job 0 failed", "job 2 failed"]
+    assert summary.startswith("failed: jobs 0, 2 of ")
+    assert first.startswith("job 0: train.steps=0 is not possible")
+    assert second.startswith("job 2: train.steps=-1 is not possible")
+
+
+def test_a_sweep_under_torchrun_is_refused(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    outcome = commands.run("-m", "train.steps=2,3")
+    assert outcome.code == 2
+    assert "torchrun" in outcome.err
+
+
+def test_a_launcher_that_started_another_number_of_processes_is_told(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    outcome = commands.run("parallel=fsdp", "launch.nproc=2")
+    assert outcome.code == 2
+    assert "make 2" in outcome.err
+    assert "started 4" in outcome.err
+    assert commands.run("parallel=fsdp").job.plan.world_size == 4
+
+
+def test_help_is_told_without_composing(commands: Commands) -> None:
+    outcome = commands.run("modle=debug", "--help")
+    assert outcome.code == 0
+    assert "usage: python train.py" in outcome.out
+
+
+def test_a_whole_node_is_called_null_only_where_that_was_the_matter() -> None:
+    groups = {"precision": ["bf16", "fp8"]}
+    arguments = ["precision=bf16", "precision.fp8={gather: true}"]
+    null = ConfigCompositionException("'NoneType' object has no attribute 'get'\n    full_key: precision.fp8")
+    assert "precision.fp8 is null here; precision=fp8 has it" in explain(null, arguments, groups)
+    other = explain(ConfigCompositionException("something else"), arguments, groups)
+    assert "null" not in other
+    assert other.endswith("cannot be composed: something else")

@@ -1,0 +1,94 @@
+"""Runs that break or hang: how soon they end, what is told, and who is left."""
+
+import socket
+from pathlib import Path
+
+import psutil
+
+from dsv3.checkpoint.directory import complete_steps
+from tests.end_to_end.processes import KILL, STOP, CommandLine, gone, rows
+from tests.launch.test_launch import ENDLESS, TWO
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+
+
+def faulty(name: str) -> list[str]:
+    """The optimizer of faults.py that goes wrong in step 2."""
+    return [f"optimizer._target_=tests.launch.faults.{name}", "run.allow_targets=[tests.launch.faults]"]
+
+
+def test_a_rank_that_raises_ends_those_that_hang_and_is_told(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    process = command_line.start(
+        *command_line.training(
+            tmp_path / "run", ENDLESS, *TWO, *faulty("Raising"), "train.checkpoint_every=1"
+        )
+    )
+    process.wait_for_steps(tmp_path / "run", 0)
+    workers = process.workers()
+    ended = process.wait()
+    assert ended.code == 1
+    # The traceback of the rank that raised, then the message; nothing of the other before it.
+    assert ended.err.splitlines()[-1].startswith("failed: rank 1 failed: ValueError: rank 1 has had enough")
+    assert "oversleep" not in ended.err
+    assert gone(workers, 0)
+
+
+def test_a_rank_that_hangs_is_found_with_every_stack(command_line: CommandLine, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = command_line.training(run_dir, ENDLESS, *TWO, *faulty("Hanging"), "launch.timeout=6")
+    ended = command_line.run(*arguments)
+    assert ended.code == 1
+    first, *where = ended.err.splitlines()
+    assert first == "failed: no step for 6 s (launch.timeout)"
+    (hung,) = [line for line in where if line.startswith("rank 1 at ")]
+    assert hung.endswith("in oversleep")
+    assert "faults.py" in hung
+    assert len([line for line in where if line.startswith("rank 0 at ")]) == 1
+    assert f"{run_dir}/stacks/rank-N.txt" in where[-1]
+    assert {path.name for path in (run_dir / "stacks").iterdir()} == {"rank-0.txt", "rank-1.txt"}
+    assert "go_wrong" in (run_dir / "stacks" / "rank-1.txt").read_text()
+    assert "oversleep" not in (run_dir / "stacks" / "rank-0.txt").read_text()
+
+
+def test_ranks_do_not_outlive_a_killed_torchrun(command_line: CommandLine, tmp_path: Path) -> None:
+    process = command_line.start(
+        *command_line.training(tmp_path / "run", ENDLESS, "parallel=fsdp"), launcher=TORCHRUN
+    )
+    process.wait_for_steps(tmp_path / "run", 1)
+    ranks = psutil.Process(process.popen.pid).children()
+    assert len(ranks) == 2
+    process.send(KILL)
+    assert process.wait().code == -KILL
+    assert gone(ranks, 10)
+
+
+def test_ranks_of_torchrun_stop_as_one(command_line: CommandLine, tmp_path: Path) -> None:
+    arguments = command_line.training(tmp_path / "run", ENDLESS, "parallel=fsdp")
+    process = command_line.start(*arguments, launcher=TORCHRUN)
+    process.wait_for_steps(tmp_path / "run", 1)
+    process.send(STOP)
+    stopped = process.wait()
+    assert stopped.err.count("go on: python train.py resume=") == 1
+    (saved,) = complete_steps(tmp_path / "run")
+    assert saved.name == f"step-{len(rows(tmp_path / 'run'))}"
+
+
+def test_two_nodes_started_by_hand_make_one_run(command_line: CommandLine, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        rendezvous = f"localhost:{free.getsockname()[1]}"
+    layout = ["parallel=fsdp", "launch.nproc=1", "launch.nnodes=2", f"launch.rendezvous={rendezvous}"]
+    arguments = command_line.training(tmp_path / "run", "train.steps=2", *layout)
+    nodes = []
+    for rank in (1, 0):  # the second may come first
+        (tmp_path / str(rank)).mkdir()
+        node = CommandLine(tmp_path / str(rank), tmp_path, command_line.text)
+        node.environment = command_line.environment
+        nodes.append(node.start(*arguments, f"launch.node_rank={rank}"))
+    for ended in (node.wait() for node in nodes):
+        assert ended.code == 0, ended.err
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    assert '"world_size": 2' in (tmp_path / "run" / "environment.json").read_text()
+    assert [step.name for step in complete_steps(tmp_path / "run")] == ["step-2"]

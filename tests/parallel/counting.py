@@ -1,0 +1,152 @@
+"""Bytes that a rank sends in a training step, counted at its calls, by axis (benchmarks/traffic.py).
+
+Collectives count as the rings of planning/traffic.py; an exchange and what goes from stage to stage as
+the bytes that leave the rank. It runs in the workers of a pool.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsv3.data.batch import Batch
+from dsv3.launch.job import Job, plan_job
+from dsv3.model.router import Routing
+from dsv3.parallel.mesh import ParallelMesh
+from dsv3.parallel.parallel_model import Distributed, distribute
+from dsv3.planning.layout import Degrees
+from dsv3.planning.sharding import FP32
+from dsv3.planning.step_shape import StepShape
+from dsv3.planning.traffic import pipeline_traffic
+from dsv3.training.forward_backward import LossWeights
+from dsv3.training.loss import GlobalBatch
+from tests.config.test_choices import strict_config
+from tests.parallel.training import TINY, VOCAB, mesh_of
+
+OTHER = "other"
+"""What the plan leaves out: counts of rows, and sums of the balance loss."""
+BY_FSDP = {"_allgather_base_": "dp", "_reduce_scatter_base_": "dp", "allreduce_": "dp_replicate"}
+SILENT = ("recv_", "wait_tensor", "monitored_barrier_", "barrier")
+
+
+@dataclass
+class Step:
+    """A step of one rank: bytes sent and planned by axis, and the rows it has for experts on each ep rank."""
+
+    degrees: Degrees
+    sent: dict[str, int]
+    planned: dict[str, int]
+    rows: list[int]
+    row_bytes: int
+    """Of a row to its experts, with the weights of those behind the rank, and back."""
+
+
+class SentBytes(TorchDispatchMode):
+    """Adds up what this rank sends while it is entered."""
+
+    def __init__(self, mesh: ParallelMesh) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_axis: Counter[str] = Counter()
+        axes = {"tp": (mesh.dense, mesh.degrees.tp), "cp": (mesh.context, mesh.degrees.cp)}
+        self.ranks = {a: _ranks(cut.get_group(a)) for a, (cut, size) in axes.items() if cut and size > 1}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.split("::")[1]
+        if function.namespace in ("c10d", "_c10d_functional") and name not in SILENT:
+            names = [argument.name for argument in function._schema.arguments]
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            axis, count = (
+                self._by_torch(name, given) if function.namespace == "c10d" else self._ours(name, given)
+            )
+            self.by_axis[axis] += count
+        return function(*args, **(kwargs or {}))
+
+    def _by_torch(self, name: str, given: dict[str, Any]) -> tuple[str, int]:
+        """FSDP's collectives and the sends of a pipeline."""
+        if name == "send":
+            return "pp", sum(x.nbytes for x in given["tensors"])
+        ranks = dist.ProcessGroup.unbox(given["process_group"]).size()
+        whole = {
+            "_allgather_base_": lambda: given["output_tensor"].nbytes,
+            "_reduce_scatter_base_": lambda: given["input_tensor"].nbytes,
+            "allreduce_": lambda: 2 * sum(x.nbytes for x in given["tensors"]),
+        }[name]()
+        return BY_FSDP[name], whole * (ranks - 1) // ranks
+
+    def _ours(self, name: str, given: dict[str, Any]) -> tuple[str, int]:
+        """The collectives of parallel/collectives.py."""
+        x, group = given["input"], _resolve_process_group(given["group_name"])
+        if name == "all_to_all_single":
+            splits = given["input_split_sizes"]
+            leaving = sum(splits) - splits[group.rank()]
+            # How many rows go where is whole numbers; the rows are not.
+            return "ep" if x.is_floating_point() else OTHER, leaving * x[:1].nbytes
+        times = {"all_gather_into_tensor": group.size(), "reduce_scatter_tensor": 1, "all_reduce": 2}[name]
+        axis = next((axis for axis, ranks in self.ranks.items() if ranks == _ranks(group)), OTHER)
+        # The loss over a split vocabulary sums a number a token, the balance loss one an expert.
+        axis = OTHER if name == "all_reduce" and x.shape[-1] > 1 else axis
+        return axis, times * x.nbytes * (group.size() - 1) // group.size()
+
+
+def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def planned_job(overrides: list[str], world: int) -> Job:
+    """The job of the tiny model of training.py; composing takes half a second, and once is enough."""
+    chosen = ["task=plan", f"launch.world_size={world}", *TINY, *overrides]
+    return plan_job(strict_config(chosen), [])
+
+
+def count_step(job: Job) -> Step | None:
+    """A step of `job` on as many ranks as it has; None on the others."""
+    degrees, shape = job.plan.degrees, job.plan.shape
+    world, mesh = degrees.world_size, mesh_of(degrees)
+    if dist.get_rank() >= world:
+        return None
+    model = distribute(job.config, mesh, torch.device("cpu"))
+    if degrees.pp > 1:
+        # torch's stages greet their neighbours in the first step.
+        _train(model, shape, mesh.data_rank, degrees)
+    rows = Rows(degrees.ep, model)
+    with SentBytes(mesh) as counted:
+        _train(model, shape, mesh.data_rank, degrees)
+    stage = dist.get_rank() // (world // degrees.pp)
+    c = job.config.model
+    expected = pipeline_traffic(c, degrees, shape)[stage].to_json()
+    row_bytes = 2 * c.dim * shape.state.compute + 2 * FP32 * c.moe.num_experts // degrees.ep
+    return Step(degrees, dict(counted.by_axis), expected, rows.to.tolist(), row_bytes)
+
+
+def _train(model: Distributed, shape: StepShape, seed: int, degrees: Degrees) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(shape.microbatches):
+        size = (shape.microbatch_size, shape.sequence_length)
+        tokens = torch.randint(0, VOCAB, size, generator=generator)
+        batches.append(Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens)))
+    for part in model.parts:
+        part.train()
+    sequences = shape.microbatches * shape.microbatch_size * degrees.data_parallel
+    whole = GlobalBatch(torch.tensor(sequences * shape.sequence_length), sequences)
+    model.passes.train(batches, whole, LossWeights(0.3, 1e-4, 0.0))
+
+
+class Rows:
+    """Counts, at the routers, rows for each ep rank: one a token, however many of its experts are there."""
+
+    def __init__(self, ranks: int, model: Distributed) -> None:
+        self.to = torch.zeros(ranks, dtype=torch.int64)
+        for router in model.routers.values():
+            router.register_forward_hook(self._add)
+
+    def _add(self, router: nn.Module, _: Any, routing: Routing) -> None:
+        ranks = len(self.to)
+        behind = routing.stats.load.shape[0] // ranks
+        goes = torch.zeros(len(routing.experts), ranks, dtype=torch.bool)
+        self.to += goes.scatter(1, routing.experts // behind, True).sum(0)

@@ -1,0 +1,107 @@
+"""What the ranks of an exchange do with routings made to hurt; runs in the workers."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsv3.config.parallel import ExchangeBackend
+from dsv3.model.moe import Dispatcher
+from dsv3.model.router import RouterStats, Routing
+from dsv3.parallel.deepep import DeepEPDispatcher
+from dsv3.parallel.expert_parallel import ExchangeDispatcher
+from dsv3.parallel.mesh import ParallelMesh
+from dsv3.planning.layout import Degrees
+from tests.parallel import fake_deepep
+from tests.parallel.training import mesh_of
+
+EXPERTS, TOP_K, DIM = 16, 4, 8
+KINDS = [
+    "random",
+    "all to one",
+    "none to the first rank",
+    "one rank has no tokens",
+    "own rank only",
+    "no tokens",
+]
+
+
+def exchanged(
+    ep: int, ranks_per_node: int | None, backend: ExchangeBackend
+) -> dict[str, dict[str, Any]] | None:
+    """By kind this rank's tokens, their routing and what became of them; None on ranks left out."""
+    mesh = mesh_of(Degrees(dp_shard=ep, ep=ep), ranks_per_node)
+    if dist.get_rank() >= ep:
+        return None
+    with fake_deepep.installed():
+        return {kind: _exchange(kind, ep, mesh, backend) for kind in KINDS}
+
+
+def make_dispatcher(
+    mesh: ParallelMesh, backend: ExchangeBackend, dim: int, in_fp8: bool = False
+) -> Dispatcher:
+    """The dispatcher of a backend; DeepEP's over the stand-in, within `fake_deepep.installed`."""
+    dispatcher: ExchangeDispatcher | DeepEPDispatcher = ExchangeDispatcher(mesh.exchange)
+    if backend is ExchangeBackend.deepep:
+        dispatcher = DeepEPDispatcher.over(mesh, dim)
+    if in_fp8:
+        dispatcher.send_in_fp8(power_of_two=False)
+    return dispatcher
+
+
+def _exchange(kind: str, ep: int, mesh: ParallelMesh, backend: ExchangeBackend) -> dict[str, Any]:
+    rank = dist.get_rank()
+    x, routing = _tokens(kind, rank, ep, backend)
+    x.requires_grad_()
+    routing.weights.requires_grad_()
+    dispatcher = make_dispatcher(mesh, backend, DIM)
+    seen: list[Tensor] = []
+
+    def experts(rows: Tensor, counts: Tensor) -> Tensor:
+        """Expert e of the world multiplies by e + 1."""
+        seen.append(counts)
+        own = rank * (EXPERTS // ep) + torch.arange(EXPERTS // ep)
+        return rows * (own.repeat_interleave(counts) + 1).unsqueeze(1)
+
+    dispatched = dispatcher.dispatch(x, routing)
+    out = dispatcher.combine(dispatched, experts)
+    out.sum().backward()
+    deepep = backend is ExchangeBackend.deepep
+    return {
+        "x": x.detach().float(),
+        "experts": routing.experts,
+        "weights": routing.weights.detach(),
+        "out": out.detach().float(),
+        "x_grad": None if x.grad is None else x.grad.float(),
+        "weights_grad": routing.weights.grad,
+        "counts": seen[0],
+        # The stand-in's handle begins with the tokens that go to each rank.
+        "sent": dispatched.arrived.handle[0].sum(0).tolist() if deepep else dispatched[0].leg.exchange.sent,
+    }
+
+
+def _tokens(kind: str, rank: int, ep: int, backend: ExchangeBackend) -> tuple[Tensor, Routing]:
+    """Whole numbers and weights that are powers of two, so that nothing rounds in any order.
+
+    DeepEP's bf16 has 8 bits for them: a row's numbers are then one power of two, up to the sign.
+    """
+    narrow = backend is ExchangeBackend.deepep
+    generator = torch.Generator().manual_seed(rank)
+    count = 0 if kind == "no tokens" or (kind == "one rank has no tokens" and rank == 1) else 5 + 3 * rank
+    own = EXPERTS // ep
+    allowed = {
+        "all to one": torch.arange(TOP_K),
+        "none to the first rank": torch.arange(own, EXPERTS),
+        "own rank only": torch.arange(rank * own, rank * own + max(own, TOP_K)) % EXPERTS,
+    }.get(kind, torch.arange(EXPERTS))
+    chosen = [allowed[torch.randperm(len(allowed), generator=generator)[:TOP_K]] for _ in range(count)]
+    experts = torch.stack(chosen) if chosen else torch.empty(0, TOP_K, dtype=torch.long)
+    weights = 2.0 ** torch.randint(-1 if narrow else -3, 1, experts.shape, generator=generator)
+    x = torch.randint(-99, 99, (count, DIM), generator=generator).float()
+    if narrow:
+        scale = 2 ** torch.randint(0, 6, (count, 1), generator=generator)
+        x = (x.sign() * scale).bfloat16()
+    load = torch.bincount(experts.flatten(), minlength=EXPERTS)
+    zero = torch.zeros(())
+    return x, Routing(experts, weights, RouterStats(load, zero, zero, torch.tensor(True)))

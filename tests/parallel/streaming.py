@@ -1,0 +1,20 @@
+"""A model's weights streamed from every rank; runs in the workers."""
+
+import torch
+from torch import Tensor
+
+from dsv3.config.root import Config
+from dsv3.convert.live_export import stream
+from dsv3.planning.layout import Degrees
+from tests.parallel.training import prepared
+
+
+def streamed(config: Config, degrees: Degrees | None) -> dict[torch.dtype, list[tuple[str, Tensor]]] | None:
+    """What this rank gets in each dtype; None on ranks that the layout leaves out."""
+    setup = prepared(config, degrees, "sgd")
+    if setup is None:
+        return None
+    return {
+        dtype: [(name, tensor.clone()) for name, tensor in stream(setup[0], dtype)]
+        for dtype in (torch.bfloat16, torch.float32)
+    }

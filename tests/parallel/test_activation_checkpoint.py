@@ -1,0 +1,113 @@
+"""Recomputation changes memory and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3.config.parallel import CompileBackend, Kept, Recomputed
+from dsv3.model.attention import LatentAttention
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.activation_checkpoint import Recompute
+from dsv3.parallel.compile import Compile
+from tests.operators import Operators
+from tests.reference import MODEL, tiny_model, tokens
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, -1, -1, -1]])
+
+
+def passes(model: Transformer) -> list[str]:
+    """Filled with the name of each attention that runs, each time it runs."""
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, LatentAttention):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    return ran
+
+
+def train(model: Transformer, documents: Tensor | None) -> list[Tensor]:
+    """One pass forward and backward; logits, balance term and all gradients."""
+    output = model(tokens(2, 9), documents)
+    loss = output.logits.square().mean() + output.balance_loss
+    for logits in output.mtp_logits:
+        loss = loss + logits.square().mean()
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == len(list(model.parameters()))
+    return [output.logits, *output.mtp_logits, output.balance_loss, *gradients]
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_full_recomputation_gives_the_same_bits_and_counts_the_load_once(documents: Tensor | None) -> None:
+    config = replace(MODEL, mtp_depths=2)
+    plain, recomputed = tiny_model(config), tiny_model(config)
+    Recompute(Recomputed.full)(recomputed)
+    ran = passes(recomputed)
+    for mine, right in zip(train(recomputed, documents), train(plain, documents), strict=True):
+        assert torch.equal(mine, right)
+    for router, other in zip(recomputed.routers(), plain.routers(), strict=True):
+        assert other.load.sum() == 2 * 9 * 3
+        assert torch.equal(router.load, other.load)
+    # Each layer ran twice, the MTP depths' too.
+    names = [name for name, m in recomputed.named_modules() if isinstance(m, LatentAttention)]
+    assert sorted(ran) == sorted(2 * names)
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept", "repeated"),
+    [
+        ([Kept.attention], "blocked_attention", "_grouped_mm"),
+        ([Kept.experts], "_grouped_mm", "blocked_attention"),
+        ([Kept.matmuls], "mm", "blocked_attention"),
+    ],
+)
+def test_selective_recomputation_repeats_all_but_what_it_keeps(
+    keep: list[Kept], kept: str, repeated: str
+) -> None:
+    counts = {}
+    for mode in (Recomputed.none, Recomputed.selective, Recomputed.full):
+        model = tiny_model()
+        Recompute(mode, keep)(model)
+        with Operators() as calls:
+            results = train(model, DOCUMENTS)
+        counts[mode] = (calls.names, results)
+    none, selective, full = (counts[mode][0] for mode in counts)
+    assert none[kept] == selective[kept] < full[kept]
+    assert none[repeated] < selective[repeated] == full[repeated]
+    assert all(map(torch.equal, counts[Recomputed.none][1], counts[Recomputed.selective][1]))
+
+
+def test_without_recomputation_each_layer_runs_once() -> None:
+    model = tiny_model()
+    Recompute(Recomputed.none)(model)
+    ran = passes(model)
+    train(model, None)
+    assert len(ran) == len(set(ran)) == 3
+
+
+def test_names_of_parameters_stay_as_they_are() -> None:
+    model = tiny_model()
+    before = list(model.state_dict())
+    Recompute(Recomputed.full)(model)
+    assert list(model.state_dict()) == before
+
+
+def test_compiled_layers_run_compiled_and_what_is_kept_is_not_run_again() -> None:
+    counts, compiled = {}, torch._dynamo.utils.counters["frames"]
+    for mode in (Recomputed.none, Recomputed.selective, Recomputed.full):
+        model = tiny_model()
+        torch._dynamo.reset()
+        before = compiled["ok"]
+        Compile(True, CompileBackend.aot_eager)(model, torch.device("cpu"))
+        Recompute(mode, [Kept.attention])(model)
+        with Operators() as calls:
+            results = train(model, DOCUMENTS)
+        assert compiled["ok"] > before
+        counts[mode] = (calls.names["blocked_attention"], results)
+    once = counts[Recomputed.none][0]
+    assert once >= 3
+    assert [count for count, _ in counts.values()] == [once, once, 2 * once]
+    for mine, right in zip(counts[Recomputed.selective][1], train(tiny_model(), DOCUMENTS), strict=True):
+        assert torch.allclose(mine, right, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,31 @@
+"""Training that begins from a released fp8 checkpoint, each rank reading its own slices of it."""
+
+from pathlib import Path
+
+import pytest
+
+from dsv3.planning.layout import Degrees
+from tests.convert.releases import write_release
+from tests.parallel.comparing import assert_equal
+from tests.parallel.pool import Pool
+from tests.parallel.training import configured, train_config
+
+LAYOUTS = {
+    "fsdp x tp x ep": (Degrees(dp_shard=4, tp=2, ep=4), 1),
+    "pp x cp x tp, ep": (Degrees(pp=2, cp=2, tp=2, ep=2), 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_weights_are_those_of_one_process(pool: Pool, tmp_path: Path, layout: str) -> None:
+    degrees, microbatch = LAYOUTS[layout]
+    single_config = configured([], 2)
+    write_release(tmp_path, single_config.model, "fp8", block=(7, 10), scales_apart=True)
+    load = f"checkpoint.load=hf:{tmp_path}"
+    single = train_config(configured([load], 2), None, 2, 2, "sgd")
+    fresh = train_config(single_config, None, 1, 2, "sgd")
+    assert single is not None
+    assert fresh is not None
+    assert abs(single.figures[0]["loss"] - fresh.figures[0]["loss"]) > 1e-3
+    config = configured(["parallel=fsdp", load], microbatch)
+    assert_equal(pool.run(train_config, config, degrees, 2, microbatch, "sgd"), single)

@@ -1,0 +1,44 @@
+"""Every layout generates what one process does, all ranks together."""
+
+import pytest
+import torch
+
+from dsv3.config.root import Config
+from dsv3.parallel.parallel_model import distribute
+from dsv3.planning.layout import Degrees
+from tests.parallel.pool import Pool
+from tests.parallel.training import configured, mesh_of
+
+PROMPTS = [[5, 6, 7, 8, 9], [1, 2], [3]]
+LAYOUTS = {
+    "fsdp": Degrees(dp_shard=2),
+    "ep": Degrees(dp_shard=2, ep=2),
+    "tp": Degrees(tp=2),
+    "cp": Degrees(cp=2),
+    "pp": Degrees(pp=2),
+    "pp x cp x tp": Degrees(pp=2, cp=2, tp=2),
+}
+
+
+def texts(config: Config, degrees: Degrees | None) -> list[list[list[int]]] | None:
+    """What the tiny model says, the likeliest and at random; None on ranks that the layout leaves out."""
+    mesh = mesh_of(degrees) if degrees else None
+    if degrees and torch.distributed.get_rank() >= degrees.world_size:
+        return None
+    model = distribute(config, mesh, torch.device("cpu"))
+    return [model.generate(PROMPTS, 4, temperature, 0.9, 3, None) for temperature in (0.0, 0.8)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_draws_what_one_process_draws(pool: Pool, layout: str, precision: str) -> None:
+    chosen = [f"precision={precision}"]
+    expected = texts(configured(chosen, 2), None)
+    assert expected is not None
+    assert all(len({tuple(row) for row in rows}) == 3 for rows in expected)
+    found = pool.run(texts, configured(["parallel=fsdp", *chosen], 2), LAYOUTS[layout])
+    for rank in found[: LAYOUTS[layout].world_size]:
+        if precision == "fp32" or layout in ("fsdp", "ep"):
+            assert rank == expected
+        else:
+            assert rank == found[0]

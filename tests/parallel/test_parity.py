@@ -1,0 +1,118 @@
+"""Parallel equals single: every figure, gradient, parameter and the evaluation, for every pair of axes.
+
+With documents in rows, MTP, balance and z-loss, bias updates, several microbatches; on every rank.
+"""
+
+import pytest
+
+from dsv3.planning.layout import Degrees
+from tests.parallel.comparing import TOLERANCE, assert_equal, relative_error
+from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
+from tests.parallel.pool import Pool
+from tests.parallel.training import GLOBAL_BATCH, Trace, configured, train, train_config
+
+STEPS = 2
+LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
+FULL = TRIPLES["dp_shard x cp x tp, ep 4"]
+
+
+@pytest.fixture(scope="module")
+def singles() -> dict[str, Trace]:
+    """What one process does, by optimizer."""
+    traces = {name: train([], None, STEPS, 2, name) for name in ("sgd", "adamw")}
+    return {name: trace for name, trace in traces.items() if trace is not None}
+
+
+def compare(
+    pool: Pool, single: Trace, degrees: Degrees, *overrides: str, microbatch: int = 0, optimizer: str = "sgd"
+) -> None:
+    # Two microbatches a rank, unless a schedule asks for more.
+    microbatch = microbatch or GLOBAL_BATCH // degrees.data_parallel // 2
+    config = configured(["parallel=fsdp", *overrides], microbatch)
+    traces = pool.run(train_config, config, degrees, STEPS, microbatch, optimizer)
+    assert sum(trace is not None for trace in traces) == degrees.world_size
+    assert_equal(traces, single)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_as_one_process_does(pool: Pool, singles: dict[str, Trace], layout: str) -> None:
+    compare(pool, singles["sgd"], LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", ["dp_shard x ep", "tp x cp", "pp x ep", "dp_shard x cp x tp, ep 4"])
+def test_and_so_it_does_under_adamw(pool: Pool, singles: dict[str, Trace], layout: str) -> None:
+    compare(pool, singles["adamw"], LAYOUTS[layout], optimizer="adamw")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_gives_the_gradients_of_one_process(
+    pool: Pool, singles: dict[str, Trace], schedule: str
+) -> None:
+    compare(pool, singles["sgd"], Degrees(pp=2, dp_shard=2), f"parallel.schedule={schedule}", microbatch=1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [("tp x cp", "full"), ("pp x ep", "selective"), ("dp_shard x cp x tp, ep 4", "selective")],
+)
+def test_recomputation_changes_nothing(
+    pool: Pool, singles: dict[str, Trace], layout: str, recompute: str
+) -> None:
+    compare(pool, singles["sgd"], LAYOUTS[layout], f"recompute={recompute}")
+
+
+@pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])
+def test_schedules_that_split_the_backward_pass_recompute_too(
+    pool: Pool, singles: dict[str, Trace], schedule: str
+) -> None:
+    chosen = [f"parallel.schedule={schedule}", "recompute=full"]
+    compare(pool, singles["sgd"], Degrees(pp=2, cp=2), *chosen, microbatch=1)
+
+
+def test_kept_parameters_and_larger_microbatches_change_nothing(
+    pool: Pool, singles: dict[str, Trace]
+) -> None:
+    compare(pool, singles["sgd"], Degrees(dp_shard=2), "parallel.reshard_after_forward=false", microbatch=2)
+    compare(pool, singles["sgd"], Degrees(dp_shard=2), "parallel.fsdp.prefetch=false", microbatch=4)
+
+
+def test_experts_over_two_nodes_pass_two_exchanges(pool: Pool, singles: dict[str, Trace]) -> None:
+    compare(pool, singles["sgd"], Degrees(dp_shard=4, ep=4), "parallel.expert.ranks_per_node=2")
+
+
+def test_experts_are_cut_where_there_are_more_shards_than_experts(
+    pool: Pool, singles: dict[str, Trace]
+) -> None:
+    few = ["model.moe.num_experts=2", "model.moe.num_groups=1", "model.moe.top_k_groups=1"]
+    single = train(few, None, STEPS, 2)
+    assert single is not None
+    compare(pool, single, Degrees(dp_shard=4), *few)
+    compare(pool, single, Degrees(dp_shard=4, tp=2, ep=2), *few)
+
+
+@pytest.mark.parametrize("layout", ["dp_shard", "tp x cp", "pp x ep"])
+def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: str) -> None:
+    """Sums in another order round otherwise, and now and then a token goes to another expert."""
+    exact, single = train([], None, 1, 2), train(["precision=bf16"], None, 1, 2)
+    assert exact is not None
+    assert single is not None
+    degrees, config = LAYOUTS[layout], configured(["parallel=fsdp", "precision=bf16"], 2)
+    for trace in pool.run(train_config, config, degrees, 1, 2, "sgd")[: degrees.world_size]:
+        assert trace.figures[0]["loss"] == pytest.approx(exact.figures[0]["loss"], rel=5e-3)
+        assert _median_error(trace, exact) < 1.5 * _median_error(single, exact)
+
+
+def _median_error(trace: Trace, exact: Trace) -> float:
+    errors = [relative_error(g, exact.gradients[0][name]) for name, g in trace.gradients[0].items()]
+    return sorted(errors)[len(errors) // 2]
+
+
+def test_the_comparison_is_not_vacuous(singles: dict[str, Trace]) -> None:
+    """Each tensor moves by a hundred times what the comparison lets pass."""
+    for optimizer, trace in singles.items():
+        before = train([], None, 0, 2, optimizer)
+        assert before is not None
+        assert all(figures["moe_max_violation"] > 0 for figures in trace.figures)
+        for name, tensor in trace.state.items():
+            moved = relative_error(tensor, before.state[name])
+            assert moved > 100 * TOLERANCE, (optimizer, name, moved)

@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+import pytest
+
+from dsv3.planning.parameters import FlopsConvention, mfu, training_flops_per_token
+from tests.planning.presets import preset
+
+CAUSAL, SQUARE = FlopsConvention.causal, FlopsConvention.full_square
+
+
+@pytest.mark.parametrize(
+    ("name", "convention", "mtp", "expected"),
+    [
+        ("16b", CAUSAL, False, 16_406_544_384),
+        ("16b", SQUARE, False, 18_105_237_504),
+        ("671b", CAUSAL, False, 250_449_887_232),
+        ("671b", CAUSAL, True, 260_641_652_736),
+        ("671b", SQUARE, False, 281_152_192_512),
+    ],
+)
+def test_published_values_at_4096(name: str, convention: FlopsConvention, mtp: bool, expected: int) -> None:
+    assert training_flops_per_token(preset(name), 4096, convention, mtp) == expected
+
+
+def test_only_the_attention_square_grows_with_the_sequence() -> None:
+    config = preset("16b")
+    none, one, two = (training_flops_per_token(config, length) for length in (0, 1, 2))
+    assert two - one == one - none == 3 * 27 * 16 * (192 + 128)
+    assert training_flops_per_token(config, 2, SQUARE) - none == 2 * (two - none)
+
+
+def test_more_experts_cost_their_router_alone_and_more_chosen_ones_their_weights() -> None:
+    config = preset("debug")
+    base = training_flops_per_token(config, 512)
+    wider = replace(config, moe=replace(config.moe, num_experts=32))
+    assert training_flops_per_token(wider, 512) - base == 6 * 4 * 16 * 128
+    busier = replace(config, moe=replace(config.moe, top_k=5))
+    assert training_flops_per_token(busier, 512) - base == 6 * 4 * 3 * 128 * 128
+
+
+def test_mfu_is_a_share_of_all_devices_peak() -> None:
+    # DeepSeek-V3: 1,543 tokens/s/GPU on 2,048 H800.
+    share = mfu(1543.0 * 2048, 250_449_887_232, 989.5e12, 2048)
+    assert share == pytest.approx(1543 * 250_449_887_232 / 989.5e12)
+    assert mfu(1000.0, 1e9, None, 1) is None
