@@ -31,10 +31,10 @@ from safetensors.torch import load_file, save_file
 from dsv3.checkpoint.load import parameter_shapes
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import strict
-from dsv3.convert.output_file import BlockFile, row_slices
+from dsv3.convert.output_file import DirectWriter, row_slices
 from dsv3.fp8.quantize import dequantize_plain
 from dsv3.hf.config_json import config_json
-from dsv3.hf.names import SCALE, copies, is_quantized, released_layout
+from dsv3.hf.names import SCALE, is_quantized, mtp_duplicates, released_layout
 from dsv3.hf.safetensors_writer import Entry, ShardWriter, index_json, plan_shards
 from tests.composing import compose
 
@@ -86,7 +86,7 @@ def generate(directory: Path, model: ModelConfig) -> None:
             (tensor.name, torch.float8_e4m3fn, tensor.shape),
             (tensor.name + SCALE, torch.float32, grid),
         ]
-    assert not copies(model)
+    assert not mtp_duplicates(model)
     plans = plan_shards(entries, 10**9)
     random = torch.randint(0, 0x7E, (16 * 2**20,), dtype=torch.uint8)
     random |= torch.randint(0, 2, random.shape, dtype=torch.uint8) << 7
@@ -154,7 +154,7 @@ def write_past_cache(path: Path, size: int) -> float:
     """The same in the way that a conversion writes, past the page cache."""
     block = memoryview(os.urandom(16 * 2**20))
     started = time.monotonic()
-    file = BlockFile(path)
+    file = DirectWriter(path)
     for _ in range(-(-size // len(block))):
         file.write(block)
     file.sync()

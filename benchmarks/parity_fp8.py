@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.pages import fill
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.parallel.pool import Pool
 from tests.parallel.test_fp8 import FP8, FP32, GATHERED, WIDE, errors, one_process
@@ -29,32 +29,32 @@ LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
 DISPATCH = "precision.fp8.dispatch=true"
 
 
-def cases() -> Iterator[tuple[str, Degrees, list[str]]]:
+def cases() -> Iterator[tuple[str, ParallelDims, list[str]]]:
     """Name, layout and overrides of every row."""
     for name in ("dp_shard", "dp_replicate", "pp", "tp", "cp", "ep", "dp_shard x pp", "tp x cp", "pp x ep"):
         yield name, LAYOUTS[name], []
     yield "dp_shard x cp x tp, ep 4", TRIPLES["dp_shard x cp x tp, ep 4"], []
     for schedule in SCHEDULES:
-        yield f"pp x dp_shard, {schedule}", Degrees(pp=2, dp_shard=2), [f"parallel.schedule={schedule}"]
+        yield f"pp x dp_shard, {schedule}", ParallelDims(pp=2, dp_shard=2), [f"parallel.schedule={schedule}"]
     yield "dp_shard, recompute=full", LAYOUTS["dp_shard"], ["recompute=full"]
     yield "dp_shard, recompute=selective", LAYOUTS["dp_shard"], ["recompute=selective"]
     yield "dp_shard, compile=on", LAYOUTS["dp_shard"], ["compile=on"]
     split = ["parallel.schedule=ZBVZeroBubble", "compile=on"]
-    yield "pp x dp_shard, ZBVZeroBubble, compile=on", Degrees(pp=2, dp_shard=2), split
+    yield "pp x dp_shard, ZBVZeroBubble, compile=on", ParallelDims(pp=2, dp_shard=2), split
     yield "ep, rows travel in FP8", LAYOUTS["ep"], [DISPATCH]
-    yield "ep over two nodes, rows travel in FP8", Degrees(dp_shard=4, ep=4), [
+    yield "ep over two nodes, rows travel in FP8", ParallelDims(dp_shard=4, ep=4), [
         DISPATCH,
         "parallel.expert.ranks_per_node=2",
     ]  # fmt: skip
     yield "dp_shard, weights gathered in FP8", LAYOUTS["dp_shard"], [*WIDE, GATHERED]
-    yield "pp x dp_shard, ZBVZeroBubble, weights gathered in FP8", Degrees(pp=2, dp_shard=2), [
+    yield "pp x dp_shard, ZBVZeroBubble, weights gathered in FP8", ParallelDims(pp=2, dp_shard=2), [
         *WIDE,
         GATHERED,
         split[0],
     ]  # fmt: skip
 
 
-def compare(pool: Pool, degrees: Degrees, overrides: list[str]) -> dict[str, Any]:
+def compare(pool: Pool, degrees: ParallelDims, overrides: list[str]) -> dict[str, Any]:
     """Distances of one layout; the reference has the same model and precision, and no layout."""
     own = [override for override in overrides if override in WIDE]
     single, exact = one_process([*FP8, *own]), one_process([*FP32, *own])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.pages import fill
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel.comparing import relative_error
 from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.parallel.pool import Pool, WorkerError
@@ -28,17 +28,17 @@ from tests.parallel.training import GLOBAL_BATCH, Trace, configured, train, trai
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "benchmarks" / "results" / "parity_matrix.json"
 STEPS = 2
-FULL = Degrees(pp=2, dp_shard=2, cp=2, tp=2, ep=4)
-FULL_32 = Degrees(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4)
+FULL = ParallelDims(pp=2, dp_shard=2, cp=2, tp=2, ep=4)
+FULL_32 = ParallelDims(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4)
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 
 
-def cases() -> Iterator[tuple[str, Degrees, list[str]]]:
+def cases() -> Iterator[tuple[str, ParallelDims, list[str]]]:
     """Name, layout and overrides of every row of the matrix."""
     for name, degrees in {**SINGLES, **PAIRS, **TRIPLES}.items():
         yield name, degrees, []
     for schedule in SCHEDULES:
-        yield f"pp x dp_shard, {schedule}", Degrees(pp=2, dp_shard=2), [f"parallel.schedule={schedule}"]
+        yield f"pp x dp_shard, {schedule}", ParallelDims(pp=2, dp_shard=2), [f"parallel.schedule={schedule}"]
     for mode in ("full", "selective"):
         yield (
             f"dp_shard x cp x tp, ep 4, recompute={mode}",
@@ -51,7 +51,7 @@ def cases() -> Iterator[tuple[str, Degrees, list[str]]]:
     yield "full on 32 ranks, dp_replicate 2", FULL_32, []
 
 
-def compare(pool: Pool, single: Trace, degrees: Degrees, overrides: list[str]) -> dict[str, Any]:
+def compare(pool: Pool, single: Trace, degrees: ParallelDims, overrides: list[str]) -> dict[str, Any]:
     """The largest relative differences of one layout."""
     microbatch = 1 if degrees.pp > 1 else GLOBAL_BATCH // degrees.data_parallel // 2
     config = configured(["parallel=fsdp", *overrides], microbatch)

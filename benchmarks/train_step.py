@@ -32,10 +32,10 @@ from dsv3.config.root import CONF, Config, register
 from dsv3.config.strict import strict
 from dsv3.data.batch import collate
 from dsv3.data.packing import Row
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.parallel.parallelize import build_model
 from dsv3.planning.parameters import training_flops_per_token
-from dsv3.training.forward_backward import LocalPasses
+from dsv3.training.forward_backward import LocalForwardBackward
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.step import TrainStep, Weights
 
@@ -88,7 +88,9 @@ def our_step(precision: str, tokens: Tensor) -> Step:
     config = bench_config(precision)
     model = build_model(config, None, torch.device("cpu"))
     optimizer = build_optimizer(config.optimizer, [model])
-    step = TrainStep(LocalPasses(model, False), optimizer, Worker(0, 0, 1, torch.device("cpu")), 1.0)
+    step = TrainStep(
+        LocalForwardBackward(model, False), optimizer, RankContext(0, 0, 1, torch.device("cpu")), 1.0
+    )
     documents = torch.zeros(SEQUENCE + 1, dtype=torch.int32).numpy()
     batch = collate([Row(row.numpy(), documents) for row in tokens])
     weights = Weights(lr=LR, mtp=0.0, balance=1e-4, bias_speed=1e-3)

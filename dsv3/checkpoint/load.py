@@ -19,8 +19,8 @@ from dsv3.checkpoint.state import Parts, first, local, model_state
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import build
 from dsv3.errors import UserError
-from dsv3.hf.pread_file import ShardFile
-from dsv3.hf.storage_reader import ReleasedReader, ReleasedSource
+from dsv3.hf.pread_file import PreadFile
+from dsv3.hf.storage_reader import HFSource, HFStorageReader
 
 
 def require_weights(config: ModelConfig, directory: Path) -> None:
@@ -66,9 +66,9 @@ def load_weights(parts: Parts, directory: Path) -> None:
     fill(model_state(parts), lambda tensors: load_tensors(directory, tensors))
 
 
-def open_released(directory: Path, config: ModelConfig, kind: type[ShardFile] = ShardFile) -> ReleasedSource:
+def open_released(directory: Path, config: ModelConfig, kind: type[PreadFile] = PreadFile) -> HFSource:
     """The weights of a released checkpoint, checked by their headers against the model; to be closed."""
-    return ReleasedSource(directory, config, parameter_shapes(config), kind)
+    return HFSource(directory, config, parameter_shapes(config), kind)
 
 
 def fill(wanted: Iterable[tuple[str, Tensor]], read: Callable[[dict[str, Tensor]], None]) -> None:
@@ -81,11 +81,11 @@ def fill(wanted: Iterable[tuple[str, Tensor]], read: Callable[[dict[str, Tensor]
             local(tensor).copy_(local(once[name]))
 
 
-def _load_released(source: ReleasedSource, tensors: dict[str, Tensor]) -> None:
+def _load_released(source: HFSource, tensors: dict[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
-            load(dict(tensors), storage_reader=ReleasedReader(source))
+            load(dict(tensors), storage_reader=HFStorageReader(source))
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values() if isinstance(cause, UserError)]
         raise (causes[0] if causes else error) from None

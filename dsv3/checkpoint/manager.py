@@ -22,22 +22,22 @@ from dsv3.checkpoint.state import (
     random_state,
 )
 from dsv3.config.checkpoint import CheckpointConfig
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed, UserError
 
 
 class CheckpointManager:
     """The checkpoints of one run; every method is called by all ranks together."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, worker: Worker) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: RankContext) -> None:
         self.run_dir = run_dir
         self.config = config
-        self.worker = worker
+        self.ranks = ranks
         self.newest: Path | None = None
         """The checkpoint this process has restored, or begun to save, last."""
-        self.saver = Saver(run_dir, config, worker)
+        self.saver = Saver(run_dir, config, ranks)
         self.staging = Staging()
-        if worker.is_main:
+        if ranks.is_main:
             sweep_leftovers(run_dir)
             update_pointers(run_dir, config)  # a kill may have come between a commit and this
 
@@ -59,11 +59,11 @@ class CheckpointManager:
         if directory == self.newest:
             return directory  # nothing has been trained since
         tensors = first([*model_state(parts), *optimizer_state(parts, optimizer)])
-        tensors |= random_state(self.worker.rank)
+        tensors |= random_state(self.ranks.rank)
         self._require_finite(tensors, progress.step)
         later = self.config.async_save and not wait
-        copies = self.staging.copy(tensors) if later else None
-        snapshot = Snapshot(tensors, copies, parts[0].config, replace(progress))
+        host_copies = self.staging.copy(tensors) if later else None
+        snapshot = Snapshot(tensors, host_copies, parts[0].config, replace(progress))
         if later:
             self.saver.start(snapshot)
         else:
@@ -81,17 +81,17 @@ class CheckpointManager:
         UserError where it is damaged, with the way to go on from an older one.
         """
         steps = complete_steps(self.run_dir)
-        directory = self.worker.share(steps[-1] if steps else None)
+        directory = self.ranks.broadcast_object(steps[-1] if steps else None)
         if directory is None:
             return None
         try:
-            verify_together(directory, self.worker)
+            verify_together(directory, self.ranks)
         except UserError as error:
             raise with_way_out(error, directory) from None
         make_optimizer_state(optimizer)
         # A layout with more ranks than before has no stored random state for the new ones.
         stored = read_metadata(directory).state_dict_metadata
-        random = {name: state for name, state in random_state(self.worker.rank).items() if name in stored}
+        random = {name: state for name, state in random_state(self.ranks.rank).items() if name in stored}
         wanted = [*model_state(parts), *optimizer_state(parts, optimizer), *random.items()]
         fill(wanted, lambda tensors: load_tensors(directory, tensors))
         for state in random.values():
@@ -102,7 +102,7 @@ class CheckpointManager:
     def _require_finite(self, tensors: dict[str, Tensor], step: int) -> None:
         """RunFailed where a number to be saved is none: a loss tells of it only one step later."""
         bad = [name for name, tensor in tensors.items() if not bool(local(tensor).isfinite().all())]
-        if self.worker.any(bool(bad)):
+        if self.ranks.any(bool(bad)):
             where = bad[0] if bad else "a tensor of another rank"
             raise RunFailed(
                 f"after step {step} {where} is not finite, so it is not saved; the last checkpoint is from "

@@ -155,10 +155,10 @@ def _entry(stored: dict[str, object]) -> FileEntry:
 
 
 if TYPE_CHECKING:  # who only looks at a description needs no torch
-    from dsv3.distributed.process_group import Worker
+    from dsv3.distributed.process_group import RankContext
 
 
-def verify_together(directory: Path, worker: "Worker") -> None:
+def verify_together(directory: Path, ranks: "RankContext") -> None:
     """Compare a checkpoint with its manifest, if it has one: all sizes, and a rank's share of the content.
 
     The ranks call it together. UserError on all of them, with what the first rank to find damage found.
@@ -167,11 +167,11 @@ def verify_together(directory: Path, worker: "Worker") -> None:
     try:
         entries = read_manifest(directory) or {}
         check_sizes(directory, entries)  # by every rank: a node may see another disk
-        for name in shares(entries, worker.world)[worker.rank]:
+        for name in shares(entries, ranks.world)[ranks.rank]:
             check_digest(directory, name, entries[name])
     except UserError as error:
         problem = str(error)
-    for found in worker.gather(problem):
+    for found in ranks.all_gather_object(problem):
         if found is not None:
             raise UserError(found)
 

@@ -39,8 +39,8 @@ from dsv3.checkpoint.retention import prune
 from dsv3.checkpoint.state import local
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.model import ModelConfig
-from dsv3.config.strict import plain
-from dsv3.distributed.process_group import Worker
+from dsv3.config.strict import to_yaml
+from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed
 
 
@@ -51,7 +51,7 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self.copies: dict[str, Tensor] = {}
+        self.host_copies: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,30 +61,30 @@ class Staging:
             part = local(tensor)
             self._room(name, part).copy_(part, non_blocking=True)
             on_gpu |= part.is_cuda
-        for name in self.copies.keys() - tensors.keys():
-            del self.copies[name]
+        for name in self.host_copies.keys() - tensors.keys():
+            del self.host_copies[name]
         if on_gpu:  # the next step changes what is copied yet
             torch.cuda.current_stream().synchronize()
-        return dict(self.copies)
+        return dict(self.host_copies)
 
     def _room(self, name: str, part: Tensor) -> Tensor:
-        copy = self.copies.get(name)
+        copy = self.host_copies.get(name)
         if copy is None or copy.shape != part.shape or copy.dtype != part.dtype:
             copy = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
-            self.copies[name] = copy
+            self.host_copies[name] = copy
         return copy
 
 
 class StagedPlanner(DefaultSavePlanner):
     """Plans by the tensors that are saved, so that the layout is known, and writes the copies of them."""
 
-    def __init__(self, copies: dict[str, Tensor]) -> None:
+    def __init__(self, host_copies: dict[str, Tensor]) -> None:
         super().__init__()
-        self.copies = copies
+        self.host_copies = host_copies
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """The copy of what this rank holds of a tensor; it never holds more than one part of it."""
-        return self.copies[index.fqn]
+        return self.host_copies[index.fqn]
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Snapshot:
     """What a checkpoint will hold. Where there are `copies`, they are written and `tensors` may change."""
 
     tensors: dict[str, Tensor]
-    copies: dict[str, Tensor] | None
+    host_copies: dict[str, Tensor] | None
     model: ModelConfig
     progress: Progress
 
@@ -110,11 +110,11 @@ class _Writer(FileSystemWriter):
 
 def save_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
     """Write this rank's share of the tensors and, on rank 0, the `.metadata`; synced to the disk."""
-    if snapshot.copies is None:
+    if snapshot.host_copies is None:
         save(snapshot.tensors, storage_writer=_Writer(partial), process_group=group)
     else:
         # They are on the host already; copying ahead would wait for the training step's stream.
-        writer, planner = _Writer(partial, per_thread_copy_ahead=0), StagedPlanner(snapshot.copies)
+        writer, planner = _Writer(partial, per_thread_copy_ahead=0), StagedPlanner(snapshot.host_copies)
         save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group)
 
 
@@ -144,10 +144,10 @@ _PATIENCE = timedelta(hours=6)
 class Saver:
     """Writes the checkpoints of one run, at most one at a time; every method is called by all ranks."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, worker: Worker) -> None:
+    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: RankContext) -> None:
         self.run_dir = run_dir
         self.config = config
-        self.worker = _background(worker) if config.async_save else worker
+        self.ranks = _background(ranks) if config.async_save else ranks
         # DCP remarks that one process is no process group. For good: catch_warnings is not for threads.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         self._thread: threading.Thread | None = None
@@ -181,11 +181,11 @@ class Saver:
         partial = partial_directory(directory)
         try:
             self._main(lambda: prepare_partial(directory))
-            save_tensors(partial, snapshot, self.worker.group)
-            written = self._together(lambda: _entries(partial, f"__{self.worker.rank}_*"))
+            save_tensors(partial, snapshot, self.ranks.group)
+            written = self._together(lambda: _entries(partial, f"__{self.ranks.rank}_*"))
             self._main(lambda: self._complete(directory, snapshot, written))
         except (OSError, CheckpointException) as error:
-            if self.worker.is_main:  # on a full disk the rest of it would be in the way
+            if self.ranks.is_main:  # on a full disk the rest of it would be in the way
                 shutil.rmtree(partial, ignore_errors=True)
             raise RunFailed(
                 f"the checkpoint of step {snapshot.progress.step} cannot be saved: {reason(error, partial)}. "
@@ -201,7 +201,7 @@ class Saver:
     def _complete(self, directory: Path, snapshot: Snapshot, written: list[dict[str, FileEntry]]) -> None:
         """Describe what all ranks have written, list it, give it its name, and make room."""
         partial = partial_directory(directory)
-        write_text(partial / MODEL_FILE, yaml.safe_dump(plain(snapshot.model), sort_keys=False))
+        write_text(partial / MODEL_FILE, yaml.safe_dump(to_yaml(snapshot.model), sort_keys=False))
         snapshot.progress.write(partial)
         tokenizer = self.run_dir / TOKENIZER_DIR
         if tokenizer.exists():
@@ -213,7 +213,7 @@ class Saver:
 
     def _main(self, work: Callable[[], object]) -> None:
         """`work` on rank 0; the others wait for it and learn whether it failed."""
-        self._together(work if self.worker.is_main else lambda: None)
+        self._together(work if self.ranks.is_main else lambda: None)
 
     def _together(self, work: Callable[[], T]) -> list[T]:
         """What `work` gives on each rank; OSError on all of them where one had that."""
@@ -223,19 +223,19 @@ class Saver:
             result = [work()]
         except OSError as error:
             problem = OSError(error.errno, error.strerror or str(error), error.filename)
-        answers = self.worker.gather((result, problem))
+        answers = self.ranks.all_gather_object((result, problem))
         for _, problem in answers:
             if problem is not None:
                 raise problem
         return [value for values, _ in answers for value in values]
 
 
-def _background(worker: Worker) -> Worker:
+def _background(ranks: RankContext) -> RankContext:
     """The same ranks by a group of their own: what a thread sends never mixes with a step's."""
-    if worker.world == 1:
-        return worker
+    if ranks.world == 1:
+        return ranks
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return replace(worker, group=group, device=torch.device("cpu"), watchdog=None)
+    return replace(ranks, group=group, device=torch.device("cpu"), watchdog=None)
 
 
 def _entries(folder: Path, pattern: str, but: dict[str, FileEntry] | None = None) -> dict[str, FileEntry]:

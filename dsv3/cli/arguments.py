@@ -12,7 +12,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dsv3.config.overrides import identity, is_multirun, quote, quote_texts, split_override, typed_text
+from dsv3.config.overrides import is_multirun, override_key, quote, quote_texts, split_override, typed_text
 from dsv3.errors import UserError
 from dsv3.launch.job import under_launcher
 
@@ -24,10 +24,10 @@ def prepare(argv: Sequence[str]) -> list[str]:
         raise UserError(
             "-m sweeps start their own jobs: run them with plain python, not under torchrun or srun"
         )
-    if "run.resume" in map(identity, argv):
+    if "run.resume" in map(override_key, argv):
         raise UserError("run.resume is not for typing: resume=RUN_DIR goes on with a run")
     arguments = _expand_resume(argv, multirun)
-    if "hydra.sweep.dir" in map(identity, argv):
+    if "hydra.sweep.dir" in map(override_key, argv):
         raise UserError("hydra.sweep.dir is not for typing: run.dir=DIR says where a sweep's jobs go")
     arguments = quote_texts(arguments)
     if multirun:
@@ -64,11 +64,11 @@ def _expand_resume(argv: Sequence[str], multirun: bool) -> list[str]:
     directory = Path(typed_text(resumes[0])).absolute()
     typed = [argument for argument in argv if argument != resumes[0]]
     _refuse_beside_resume(directory, typed)
-    if "checkpoint.load" in map(identity, typed):
+    if "checkpoint.load" in map(override_key, typed):
         raise UserError(
             "resume= goes on from the run's own checkpoint, checkpoint.load= starts a new run: give one"
         )
-    merged = {identity(a): a for a in [*_stored_overrides(directory), *typed]}
+    merged = {override_key(a): a for a in [*_stored_overrides(directory), *typed]}
     if "schedule.total_steps" not in merged:
         merged["schedule.total_steps"] = f"schedule.total_steps={_stored_total_steps(directory)}"
     merged["run.dir"] = f"run.dir={quote(str(directory))}"
@@ -89,7 +89,7 @@ def _refuse_beside_resume(directory: Path, typed: Sequence[str]) -> None:
 def _refuse_several_directories(arguments: Sequence[str]) -> None:
     """UserError for a sweep over run.dir: its jobs go into numbered directories of one."""
     for argument in arguments:
-        if identity(argument) == "run.dir":
+        if override_key(argument) == "run.dir":
             parsed = OverridesParser.create().parse_override(argument)
             if parsed.is_sweep_override():
                 raise UserError(
@@ -135,7 +135,7 @@ def _stored_total_steps(directory: Path) -> int:
 
 def _machine_defaults(arguments: Sequence[str]) -> list[str]:
     """bf16 where there is a GPU; what the user chose stands."""
-    chosen = {identity(argument) for argument in arguments}
+    chosen = {override_key(argument) for argument in arguments}
     if "precision" in chosen or "experiments" in chosen or shutil.which("nvidia-smi") is None:
         return []
     return ["precision=bf16"]

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from dsv3.config.checkpoint import HF_PREFIX
-from dsv3.config.strict import literal
+from dsv3.config.strict import escape_interpolation
 
 TEXT_KEYS = frozenset(
     {"task.prompt", "task.runs", "task.output", "resume", "input", "output", "run.dir"}
@@ -43,7 +43,7 @@ def split_override(argument: str) -> tuple[str, str] | None:
     return (found["key"], found["value"]) if found else None
 
 
-def identity(argument: str) -> str:
+def override_key(argument: str) -> str:
     """What an argument sets: its key, or the argument itself."""
     pair = split_override(argument)
     return pair[0] if pair else argument
@@ -51,7 +51,7 @@ def identity(argument: str) -> str:
 
 def quote(value: str) -> str:
     """`value` so that Hydra's grammar and OmegaConf's interpolation give back exactly it."""
-    return str(QuotedString(literal(value), Quote.single).with_quotes())
+    return str(QuotedString(escape_interpolation(value), Quote.single).with_quotes())
 
 
 def absolute_paths(overrides: Sequence[str]) -> list[str]:

@@ -177,14 +177,14 @@ class ParallelConfig:
     """The degrees of the mesh and the wrappers, each of which does nothing where its degree is 1.
 
     `reshard_after_forward` true frees gathered parameters after the forward pass (ZeRO-3), false keeps
-    them until the backward pass; null is true wherever the schedule can (stages.py). `smallest_world` is
+    them until the backward pass; null is true wherever the schedule can (stages.py). `min_world_size` is
     what a plain start on CPU launches. Null leaves a wrapper out, and then its degree must be 1.
     """
 
     degrees: DegreesConfig = field(default_factory=DegreesConfig)
     reshard_after_forward: bool | None = None
     schedule: Schedule = Schedule["1F1B"]
-    smallest_world: int = 1
+    min_world_size: int = 1
     fsdp: FullyShardConfig | None = field(default_factory=FullyShardConfig)
     tensor: TensorParallelConfig | None = field(default_factory=TensorParallelConfig)
     expert: ExpertParallelConfig | None = field(default_factory=ExpertParallelConfig)
@@ -192,4 +192,4 @@ class ParallelConfig:
     pipeline: PipelineConfig | None = field(default_factory=PipelineConfig)
 
     def validate(self) -> None:
-        require_positive(self, "smallest_world")
+        require_positive(self, "min_world_size")

@@ -52,7 +52,7 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 """The config groups: beside the package in a checkout, inside of it in an installed wheel."""
 
 LAYOUTS = "layouts"
-"""Degrees by model and preset: the choice of the other two decides here, so it is no group of its own."""
+"""ParallelDims by model and preset: the choice of the other two decides here, so it is no group of its own."""
 
 
 @dataclass

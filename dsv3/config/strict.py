@@ -103,12 +103,12 @@ def build(node: Any, **runtime: Any) -> Any:
     """Instantiate the `_target_` of a checked config node, with `runtime` arguments beside its fields."""
     try:
         # instantiate() unescapes strings twice: once when it resolves the node, once when it reads it.
-        return instantiate(literal(literal(node)), **runtime)
+        return instantiate(escape_interpolation(escape_interpolation(node)), **runtime)
     except InstantiationException as error:
         raise error.__cause__ or error from None  # what the constructor raised, a UserError say
 
 
-def plain(node: Any) -> dict[str, Any]:
+def to_yaml(node: Any) -> dict[str, Any]:
     """A config dataclass as plain YAML values, enums by name."""
     container = OmegaConf.to_container(OmegaConf.structured(node), enum_to_str=True)
     assert isinstance(container, dict)
@@ -125,14 +125,14 @@ def _unknown_keys(node: DictConfig, path: str) -> Iterator[tuple[str, list[str]]
             yield from _unknown_keys(node[key], f"{path}{key}.")
 
 
-def literal(value: Any) -> Any:
+def escape_interpolation(value: Any) -> Any:
     """The same value with its strings taken as they are: OmegaConf would read `${...}` in them."""
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: literal(getattr(value, f.name)) for f in fields(value)})
+        return replace(value, **{f.name: escape_interpolation(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, dict):
-        return {key: literal(item) for key, item in value.items()}
+        return {key: escape_interpolation(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [literal(item) for item in value]
+        return [escape_interpolation(item) for item in value]
     if isinstance(value, str):
         # A run of backslashes before ${ is halved by OmegaConf, so it is doubled here.
         return re.sub(r"(\\*)\$\{", lambda found: str(found[1]) * 2 + r"\${", value)

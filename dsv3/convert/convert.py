@@ -31,7 +31,7 @@ from dsv3.checkpoint.load import open_released, parameter_shapes
 from dsv3.checkpoint.manifest import verify, verify_description
 from dsv3.config.convert import AUTO, ConvertConfig, Direction, StoredType
 from dsv3.config.model import ModelConfig
-from dsv3.config.strict import plain
+from dsv3.config.strict import to_yaml
 from dsv3.convert.dcp_source import DcpSource
 from dsv3.convert.dcp_target import to_dcp
 from dsv3.convert.destination import Destination
@@ -44,14 +44,14 @@ from dsv3.convert.output_file import Interrupted, row_slices
 from dsv3.convert.request import only_verifies
 from dsv3.distributed.signals import Stopped, stop_on_signal
 from dsv3.errors import RunFailed
-from dsv3.hf.names import SCALE, copies
-from dsv3.hf.pread_file import DirectFile, fault, quoted
-from dsv3.hf.storage_reader import ReleasedSource
+from dsv3.hf.names import SCALE, mtp_duplicates
+from dsv3.hf.pread_file import DirectReader, fault, quoted
+from dsv3.hf.storage_reader import HFSource
 
 
-def require_equal_copies(source: ReleasedSource, model: ModelConfig, workers: int) -> None:
+def require_equal_mtp_duplicates(source: HFSource, model: ModelConfig, workers: int) -> None:
     """UserError for a copy that differs from what it is a copy of: it would be lost without a word."""
-    pairs = [(copy, name) for copy, name in copies(model).items() if copy in source.stored]
+    pairs = [(copy, name) for copy, name in mtp_duplicates(model).items() if copy in source.stored]
     with ThreadPoolExecutor(workers) as pool:
         for (copy, name), equal in zip(
             pairs, pool.map(lambda pair: _equal(source, *pair), pairs), strict=True
@@ -63,7 +63,7 @@ def require_equal_copies(source: ReleasedSource, model: ModelConfig, workers: in
                 )
 
 
-def _equal(source: ReleasedSource, copy: str, name: str) -> bool:
+def _equal(source: HFSource, copy: str, name: str) -> bool:
     one, other = source.stored[copy], source.stored[name]
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
@@ -107,9 +107,9 @@ def convert(config: ConvertConfig) -> str:
     work = _work(config, source, model)
     if config.plan:
         return estimate(_size(_files(source)), work.nbytes, workers, config.speeds)
-    if isinstance(source, ReleasedSource):
+    if isinstance(source, HFSource):
         require_sound_scales(source, workers)
-        require_equal_copies(source, model, workers)
+        require_equal_mtp_duplicates(source, model, workers)
     started = time.monotonic()
     with Destination(output, _identity(config, source, model, work)) as destination:
         _carry_out(destination, work, workers)
@@ -121,18 +121,18 @@ def convert(config: ConvertConfig) -> str:
 
 def open_source(
     direction: Direction, directory: Path, model: ModelConfig, whole: bool
-) -> ReleasedSource | DcpSource:
+) -> HFSource | DcpSource:
     """What a conversion reads; a DCP is compared with its manifest, its tensors too where `whole` asks."""
     if direction is Direction.dcp_to_hf:
         checkpoint = find_checkpoint(str(directory))
         (verify if whole else verify_description)(checkpoint)
         return DcpSource(checkpoint, model, parameter_shapes(model))
-    return open_released(directory, model, DirectFile)
+    return open_released(directory, model, DirectReader)
 
 
-def _work(config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig) -> Work:
+def _work(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig) -> Work:
     if config.direction is Direction.hf_to_dcp:
-        assert isinstance(source, ReleasedSource)
+        assert isinstance(source, HFSource)
         return to_dcp(source, model, torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16)
     return to_hf(config, source, model)
 
@@ -158,9 +158,9 @@ def _carry_out(destination: Destination, work: Work, workers: int) -> None:
         raise RunFailed(f"{error.strerror or error}{where}: {destination.remains}") from None
 
 
-def _files(source: ReleasedSource | DcpSource) -> list[Path]:
+def _files(source: HFSource | DcpSource) -> list[Path]:
     """The files that are read."""
-    if isinstance(source, ReleasedSource):
+    if isinstance(source, HFSource):
         return sorted({entry.file for entry in source.stored.values()})
     beside = [source.directory / ".metadata", source.directory / HF_DIR / SCALES_FILE]
     return [*sorted(source.directory.glob("*.distcp")), *(path for path in beside if path.is_file())]
@@ -171,7 +171,7 @@ def _size(files: list[Path]) -> int:
 
 
 def _identity(
-    config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig, work: Work
+    config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig, work: Work
 ) -> dict[str, Any]:
     """What makes two conversions the same one: only then does the second go on with the first."""
     files = [
@@ -180,7 +180,7 @@ def _identity(
     ]
     keys = ("direction", "dtype", "scale_fmt", "max_shard_size")
     chosen = {key: value.value if isinstance(value := getattr(config, key), Enum) else value for key in keys}
-    stored = {"quantization_config": [source.block, source.quantization], "model": plain(model)}
+    stored = {"quantization_config": [source.block, source.quantization], "model": to_yaml(model)}
     layout = [[output.name, output.nbytes, len(output.pieces)] for output in work.outputs]
     return chosen | {"input": files} | stored | {"layout of files": layout}
 

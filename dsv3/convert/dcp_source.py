@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3.checkpoint.dcp_metadata import read_metadata
 from dsv3.config.model import ModelConfig
-from dsv3.convert.hf_assets import HF_DIR, SCALES_FILE, read_notes
+from dsv3.convert.hf_assets import HF_DIR, SCALES_FILE, read_import_metadata
 from dsv3.errors import UserError
 from dsv3.hf.config_json import BLOCK
-from dsv3.hf.names import Released, released_layout
-from dsv3.hf.pread_file import DirectFile, ShardFile, fault, quoted
+from dsv3.hf.names import HFTensor, released_layout
+from dsv3.hf.pread_file import DirectReader, PreadFile, fault, quoted
 from dsv3.hf.safetensors_header import StoredTensor, byte_view, read_header
 from dsv3.hf.safetensors_reader import ShardReader
 
@@ -74,22 +74,22 @@ class DcpSource:
     def __init__(self, directory: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
         self.directory = directory
         self.layout = released_layout(config, shapes)
-        notes = read_notes(directory)
-        self.block: tuple[int, int] = tuple(notes.get("block", (BLOCK, BLOCK)))
-        self.quantization: dict[str, Any] | None = notes.get("quantization_config")
+        import_metadata = read_import_metadata(directory)
+        self.block: tuple[int, int] = tuple(import_metadata.get("block", (BLOCK, BLOCK)))
+        self.quantization: dict[str, Any] | None = import_metadata.get("quantization_config")
         # A model trained here is released as DeepSeek's are: with the copies.
-        self.has_copies = bool(notes.get("copies", True))
+        self.has_mtp_duplicates = bool(import_metadata.get("copies", True))
         self._dtypes: dict[str, torch.dtype] = {}
         self._chunks = self._find(shapes)
         self._places: dict[tuple[str, int], int] = {}
-        self._files: OrderedDict[str, ShardFile] = OrderedDict()
+        self._files: OrderedDict[str, PreadFile] = OrderedDict()
         self._lock = threading.Lock()
         self._scratch = threading.local()
         self._check_sizes()
         self._reader = ShardReader()
         self._scales = _read_scales(directory / HF_DIR / SCALES_FILE, self.layout, self.block)
 
-    def numbers(self, tensor: Released) -> torch.dtype:
+    def numbers(self, tensor: HFTensor) -> torch.dtype:
         """What is stored, bf16 or else fp32."""
         return torch.bfloat16 if self._dtypes[tensor.parameter] is torch.bfloat16 else torch.float32
 
@@ -102,7 +102,7 @@ class DcpSource:
         """A DCP holds no codes."""
         return None
 
-    def rows(self, tensor: Released, first: int, count: int, out: Tensor) -> Tensor:
+    def rows(self, tensor: HFTensor, first: int, count: int, out: Tensor) -> Tensor:
         """Rows [first, first + count) as numbers, in `out`, put together from all shards that have any."""
         offset, sizes = tensor.box_of_rows(first, count)
         whole = out.view(sizes)
@@ -157,10 +157,10 @@ class DcpSource:
             buffer = self._scratch.buffer = torch.empty(max(nbytes, _WINDOW), dtype=torch.uint8)
         return buffer[:nbytes]
 
-    def _file(self, name: str) -> ShardFile:
+    def _file(self, name: str) -> PreadFile:
         with self._lock:
             if name not in self._files:
-                self._files[name] = DirectFile(self.directory / name)
+                self._files[name] = DirectReader(self.directory / name)
                 if len(self._files) > _OPEN:  # closed once no thread reads from it any more
                     self._files.popitem(last=False)
             self._files.move_to_end(name)
@@ -237,7 +237,7 @@ class DcpSource:
 class _View(io.RawIOBase):
     """A range of a file as a file of its own."""
 
-    def __init__(self, file: ShardFile, begin: int, length: int) -> None:
+    def __init__(self, file: PreadFile, begin: int, length: int) -> None:
         self._file, self._begin, self._length, self._position = file, begin, length, 0
 
     def seekable(self) -> bool:
@@ -263,11 +263,11 @@ class _View(io.RawIOBase):
         return count
 
 
-def _read_scales(path: Path, layout: list[Released], block: tuple[int, int]) -> dict[str, StoredTensor]:
+def _read_scales(path: Path, layout: list[HFTensor], block: tuple[int, int]) -> dict[str, StoredTensor]:
     """The grids that the weights were imported with, by the weights' names."""
     if not path.is_file():
         return {}
-    stored = {entry.name: entry for entry in read_header(ShardFile(path))}
+    stored = {entry.name: entry for entry in read_header(PreadFile(path))}
     for tensor in layout:
         entry = stored.get(tensor.name)
         grid = tuple(-(-length // side) for length, side in zip(tensor.shape, block, strict=False))

@@ -28,16 +28,16 @@ from torch.distributed.checkpoint.metadata import (
 
 from dsv3.checkpoint.directory import MODEL_FILE, TOKENIZER_DIR
 from dsv3.config.model import ModelConfig
-from dsv3.config.strict import plain
+from dsv3.config.strict import to_yaml
 from dsv3.convert.destination import Finished
 from dsv3.convert.engine import Work
-from dsv3.convert.hf_assets import HF_DIR, NOTES, SCALES_FILE, carry, write_json
+from dsv3.convert.hf_assets import HF_DIR, IMPORT_METADATA_FILE, SCALES_FILE, copy_assets, write_json
 from dsv3.convert.hf_target import ScaleGrid, Shard
 from dsv3.convert.output_file import Output, Sink, row_slices, shaped
 from dsv3.hf.config_values import read_config
-from dsv3.hf.names import SCALE, Released, copies, stored_dtype
+from dsv3.hf.names import SCALE, HFTensor, mtp_duplicates, stored_dtype
 from dsv3.hf.safetensors_writer import plan_shards
-from dsv3.hf.storage_reader import ReleasedSource
+from dsv3.hf.storage_reader import HFSource
 
 # About 64 files, so that little is lost by a kill, but neither tiny files nor ones that take long alone.
 _FILES, _SMALLEST, _LARGEST = 64, 64 * 2**20, 2 * 2**30
@@ -47,8 +47,8 @@ _FILES, _SMALLEST, _LARGEST = 64, 64 * 2**20, 2 * 2**30
 class Slice:
     """Rows [first, first + count) of a released tensor, to be stored as `dtype`."""
 
-    source: ReleasedSource
-    tensor: Released
+    source: HFSource
+    tensor: HFTensor
     first: int
     count: int
     dtype: torch.dtype
@@ -76,7 +76,7 @@ class Slice:
         return place | {"begin": begin, "length": sink.position - begin}
 
 
-def dcp_outputs(source: ReleasedSource, dtype: torch.dtype) -> list[Output]:
+def dcp_outputs(source: HFSource, dtype: torch.dtype) -> list[Output]:
     """The files of the weights; slices are in the order in which they lie in the input."""
     layout = sorted(
         source.layout, key=lambda t: (str(source.stored[t.name].file), source.stored[t.name].offset)
@@ -123,13 +123,13 @@ def write_metadata(
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _slices(source: ReleasedSource, tensor: Released, dtype: torch.dtype) -> Iterator[Slice]:
+def _slices(source: HFSource, tensor: HFTensor, dtype: torch.dtype) -> Iterator[Slice]:
     multiple = source.block[0] if source.is_quantized(tensor.name) else 1
     for first, count in row_slices(tensor.shape, dtype.itemsize, multiple):
         yield Slice(source, tensor, first, count, dtype)
 
 
-def to_dcp(source: ReleasedSource, model: ModelConfig, dtype: torch.dtype) -> Work:
+def to_dcp(source: HFSource, model: ModelConfig, dtype: torch.dtype) -> Work:
     """Weights as a DCP in `dtype`, model.yaml, the tokenizer, and hf/ with config, scales and notes."""
     outputs = dcp_outputs(source, dtype)
     weights = len(outputs)
@@ -138,9 +138,9 @@ def to_dcp(source: ReleasedSource, model: ModelConfig, dtype: torch.dtype) -> Wo
 
     def complete(directory: Path, finished: list[Finished]) -> None:
         write_metadata(directory, finished[:weights], source.shapes, dtypes)
-        (directory / MODEL_FILE).write_text(yaml.safe_dump(plain(model), sort_keys=False))
-        carry(source.directory, directory / HF_DIR)
-        write_json(directory / HF_DIR / NOTES, _notes(source, model))
+        (directory / MODEL_FILE).write_text(yaml.safe_dump(to_yaml(model), sort_keys=False))
+        copy_assets(source.directory, directory / HF_DIR)
+        write_json(directory / HF_DIR / IMPORT_METADATA_FILE, _notes(source, model))
         tokenizer = source.directory / "tokenizer.json"
         if tokenizer.is_file():
             (directory / TOKENIZER_DIR).mkdir(exist_ok=True)
@@ -149,14 +149,14 @@ def to_dcp(source: ReleasedSource, model: ModelConfig, dtype: torch.dtype) -> Wo
     return Work(outputs + scales, complete)
 
 
-def _notes(source: ReleasedSource, model: ModelConfig) -> dict[str, Any]:
+def _notes(source: HFSource, model: ModelConfig) -> dict[str, Any]:
     """How the weights were stored: what an export repeats."""
     quantization = read_config(source.directory).values.get("quantization_config")
-    stored_twice = all(name in source.stored for name in copies(model))
+    stored_twice = all(name in source.stored for name in mtp_duplicates(model))
     return {"block": list(source.block), "quantization_config": quantization, "copies": stored_twice}
 
 
-def _scales(source: ReleasedSource) -> list[Output]:
+def _scales(source: HFSource) -> list[Output]:
     """The scale grids of fp8 weights under the weights' names, in one file of the same format."""
     names = [tensor.name for tensor in source.layout if source.is_quantized(tensor.name)]
     if not names:

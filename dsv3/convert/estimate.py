@@ -8,7 +8,7 @@ from dsv3.config.model import ModelConfig
 from dsv3.convert.engine import LANES
 from dsv3.convert.output_file import PIECE
 from dsv3.hf.config_json import BLOCK
-from dsv3.hf.names import Released, copies, is_quantized, released_layout
+from dsv3.hf.names import HFTensor, is_quantized, mtp_duplicates, released_layout
 
 _PYTORCH = 300 * 2**20
 
@@ -26,7 +26,7 @@ def foreseen(
     """Bytes that are read and written where there is no input yet: a release is taken to be in fp8."""
     layout = released_layout(model, shapes)
     by_name = {tensor.name: tensor for tensor in layout}
-    released = layout + [by_name[name] for name in copies(model).values()]
+    released = layout + [by_name[name] for name in mtp_duplicates(model).values()]
     other = StoredType.bf16 if config.dtype is StoredType.fp8 else StoredType.fp8
     tensors, stored = {
         Direction.hf_to_dcp: (layout, StoredType.fp8),
@@ -37,7 +37,7 @@ def foreseen(
     return _nbytes(read, stored), _nbytes(tensors, config.dtype)
 
 
-def _nbytes(tensors: Sequence[Released], dtype: StoredType) -> int:
+def _nbytes(tensors: Sequence[HFTensor], dtype: StoredType) -> int:
     """Bytes of tensors with their scales, a number in fp32 for each block."""
     total = 0
     for tensor in tensors:

@@ -20,25 +20,25 @@ from dsv3.config.model import ModelConfig
 from dsv3.convert.dcp_source import DcpSource
 from dsv3.convert.destination import Finished
 from dsv3.convert.engine import Work
-from dsv3.convert.hf_assets import HF_DIR, carry, write_json
+from dsv3.convert.hf_assets import HF_DIR, copy_assets, write_json
 from dsv3.convert.live_export import copy_tokenizer
 from dsv3.convert.output_file import Output, Piece, Sink, row_slices, shaped
 from dsv3.fp8.quantize import quantize
 from dsv3.hf.config_json import config_json
 from dsv3.hf.config_values import read_config
-from dsv3.hf.names import SCALE, Released, copies, is_quantized, stored_dtype
+from dsv3.hf.names import SCALE, HFTensor, is_quantized, mtp_duplicates, stored_dtype
 from dsv3.hf.safetensors_reader import INDEX
 from dsv3.hf.safetensors_writer import Entry, ShardPlan, ShardWriter, index_json, plan_shards
-from dsv3.hf.storage_reader import ReleasedSource
+from dsv3.hf.storage_reader import HFSource
 
 
 class Source(Protocol):
     """What weights are read from: a released checkpoint or a DCP."""
 
-    layout: list[Released]
+    layout: list[HFTensor]
     block: tuple[int, int]
 
-    def rows(self, tensor: Released, first: int, count: int, out: Tensor) -> Tensor:
+    def rows(self, tensor: HFTensor, first: int, count: int, out: Tensor) -> Tensor:
         """Rows of a tensor as numbers in `out`."""
 
     def codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
@@ -47,7 +47,7 @@ class Source(Protocol):
     def scales(self, name: str) -> Tensor | None:
         """The grid of scales that the weights were released with, if they were in fp8."""
 
-    def numbers(self, tensor: Released) -> torch.dtype:
+    def numbers(self, tensor: HFTensor) -> torch.dtype:
         """The narrower of fp32 and bf16 that holds what is stored."""
 
 
@@ -71,7 +71,7 @@ class Writing:
 
     shard: Shard
     source: Source
-    tensor: Released
+    tensor: HFTensor
     name: str
     """What it is called there."""
     dtype: torch.dtype
@@ -141,7 +141,7 @@ class Style:
 
 
 def hf_outputs(
-    source: Source, tensors: Sequence[tuple[str, Released]], style: Style, max_shard_size: int
+    source: Source, tensors: Sequence[tuple[str, HFTensor]], style: Style, max_shard_size: int
 ) -> tuple[list[ShardPlan], list[Output]]:
     """The files of `tensors` (the name to write and what to read), and what makes each."""
     entries = [entry for name, tensor in tensors for entry in _entries(name, tensor, style, source.block)]
@@ -156,7 +156,7 @@ def hf_outputs(
     return plans, outputs
 
 
-def _entries(name: str, tensor: Released, style: Style, block: tuple[int, int]) -> Iterator[Entry]:
+def _entries(name: str, tensor: HFTensor, style: Style, block: tuple[int, int]) -> Iterator[Entry]:
     if not style.is_fp8(name):
         yield name, stored_dtype(tensor, style.dtype), tensor.shape
         return
@@ -165,7 +165,7 @@ def _entries(name: str, tensor: Released, style: Style, block: tuple[int, int]) 
     yield name + SCALE, torch.float32, (-(-rows // block[0]), -(-columns // block[1]))
 
 
-def _pieces(shard: Shard, source: Source, name: str, tensor: Released, style: Style) -> Iterator[Piece]:
+def _pieces(shard: Shard, source: Source, name: str, tensor: HFTensor, style: Style) -> Iterator[Piece]:
     quantized = style.is_fp8(name)
     dtype = source.numbers(tensor) if quantized else stored_dtype(tensor, style.dtype)
     what = Writing(shard, source, tensor, name, dtype, style.power_of_two)
@@ -174,7 +174,7 @@ def _pieces(shard: Shard, source: Source, name: str, tensor: Released, style: St
         yield QuantizedRows(rows) if quantized else rows
 
 
-def require_sound_scales(source: ReleasedSource, workers: int) -> None:
+def require_sound_scales(source: HFSource, workers: int) -> None:
     """UserError for a scale that is not above 0; read in the order of the files, a few MB of each."""
     stored = source.stored
     names = [tensor.name for tensor in source.layout if source.is_quantized(tensor.name)]
@@ -189,7 +189,7 @@ class ScaleGrid:
     """The scales of one weight, written under its name: a few KB to a few hundred."""
 
     shard: Shard
-    source: ReleasedSource
+    source: HFSource
     name: str
 
     def make(self, buffer: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ _NAMES = {StoredType.bf16: "bfloat16", StoredType.fp32: "float32", StoredType.fp
 """What config.json says of the tensors that are not in fp8."""
 
 
-def to_hf(config: ConvertConfig, source: ReleasedSource | DcpSource, model: ModelConfig) -> Work:
+def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig) -> Work:
     """Weights in safetensors files with their index, config.json and what came with the input."""
     known = _known_quantization(source)
     fmt = config.scale_fmt.value if config.scale_fmt else known.get("scale_fmt")
@@ -217,7 +217,7 @@ def to_hf(config: ConvertConfig, source: ReleasedSource | DcpSource, model: Mode
         power_of_two=fmt == ScaleFormat.ue8m0.value,
     )
     plans, outputs = hf_outputs(source, _tensors(source, model), style, parse_size(config.max_shard_size))
-    origin = source.directory if isinstance(source, ReleasedSource) else source.directory / HF_DIR
+    origin = source.directory if isinstance(source, HFSource) else source.directory / HF_DIR
     quantization = _quantization(known, source.block, fmt) if style.fp8 else None
     values = _config(origin, model, _NAMES[config.dtype], quantization)
 
@@ -225,23 +225,23 @@ def to_hf(config: ConvertConfig, source: ReleasedSource | DcpSource, model: Mode
         if len(plans) > 1:
             (directory / INDEX).write_text(index_json(plans))
         if origin.is_dir():
-            carry(origin, directory)
+            copy_assets(origin, directory)
         write_json(directory / "config.json", values)
         copy_tokenizer(source.directory / TOKENIZER_DIR, directory)
 
     return Work(outputs, complete)
 
 
-def _tensors(source: ReleasedSource | DcpSource, model: ModelConfig) -> list[tuple[str, Released]]:
+def _tensors(source: HFSource | DcpSource, model: ModelConfig) -> list[tuple[str, HFTensor]]:
     """Every tensor to write with what it is read as: all of the layout, and the copies behind their layer."""
     by_name = {tensor.name: tensor for tensor in source.layout}
     tensors = list(by_name.items())
-    if source.has_copies:
-        tensors += [(copy, by_name[name]) for copy, name in copies(model).items()]
+    if source.has_mtp_duplicates:
+        tensors += [(copy, by_name[name]) for copy, name in mtp_duplicates(model).items()]
     return tensors
 
 
-def _known_quantization(source: ReleasedSource | DcpSource) -> dict[str, Any]:
+def _known_quantization(source: HFSource | DcpSource) -> dict[str, Any]:
     """The quantization_config that the weights came with."""
     return dict(source.quantization or {})
 

@@ -21,13 +21,13 @@ from dsv3.checkpoint.load import open_released, parameter_shapes
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
 from dsv3.config.model import ModelConfig
 from dsv3.convert.dcp_source import inside, overlap
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.hf.config_json import config_json
-from dsv3.hf.names import Released, copies, released_layout, stored_dtype
+from dsv3.hf.names import HFTensor, mtp_duplicates, released_layout, stored_dtype
 from dsv3.hf.safetensors_header import byte_view
 from dsv3.hf.safetensors_reader import INDEX, open_shards
 from dsv3.hf.safetensors_writer import ShardPlan, ShardWriter, index_json, plan_shards
-from dsv3.parallel.parallel_model import Distributed
+from dsv3.parallel.parallel_model import ParallelModel
 
 _ROWS = 1024
 
@@ -40,7 +40,7 @@ def has_layer(directory: Path, number: int) -> bool:
 def released_norms(config: ModelConfig, directory: Path) -> dict[str, float]:
     """The norms of a checkpoint's weights by our names, read a few rows at a time.
 
-    UserError as of ReleasedSource; a tensor with numbers that are not finite has no finite norm.
+    UserError as of HFSource; a tensor with numbers that are not finite has no finite norm.
     """
     squares: dict[str, float] = {}
     with closing(open_released(directory, config)) as source:
@@ -53,14 +53,14 @@ def released_norms(config: ModelConfig, directory: Path) -> dict[str, float]:
     return {name: math.sqrt(square) for name, square in squares.items()}
 
 
-def streamed(config: ModelConfig) -> list[tuple[str, Released]]:
+def streamed(config: ModelConfig) -> list[tuple[str, HFTensor]]:
     """What `stream` yields, in its order: names, and which part of which parameter each is."""
     tensors = {tensor.name: tensor for tensor in released_layout(config, parameter_shapes(config))}
-    return [*tensors.items(), *((copy, tensors[name]) for copy, name in copies(config).items())]
+    return [*tensors.items(), *((copy, tensors[name]) for copy, name in mtp_duplicates(config).items())]
 
 
 @torch.no_grad()
-def stream(model: Distributed, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
+def stream(model: ParallelModel, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
     """Yield (released name, whole tensor in `dtype`) of a live model on any layout, layer by layer.
 
     All ranks iterate together, to the end, and all get the tensors, on the model's device. Memory is one
@@ -78,7 +78,7 @@ def stream(model: Distributed, dtype: torch.dtype = torch.bfloat16) -> Iterator[
         yield name, whole
 
 
-def _copy_here(parameter: Tensor, tensor: Released, whole: Tensor) -> None:
+def _copy_here(parameter: Tensor, tensor: HFTensor, whole: Tensor) -> None:
     """Copy what this rank's shard of a parameter has of a released tensor to its place."""
     offset = tuple(0 for _ in parameter.shape)
     local = parameter
@@ -99,14 +99,14 @@ _LARGEST_FILE = 5 * 10**9
 _TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
-def export_hf(model: Distributed, directory: Path, tokenizer: Path, worker: Worker) -> None:
+def export_hf(model: ParallelModel, directory: Path, tokenizer: Path, ranks: RankContext) -> None:
     """Write bf16 safetensors, config.json and the tokenizer to `directory`, which appears when whole.
 
     All ranks call it together; rank 0 writes. UserError for a model that no released class computes.
     """
     config = model.parts[0].config
     values = config_json(config, "bfloat16")
-    if not worker.is_main:
+    if not ranks.is_main:
         for _ in stream(model):
             pass
         return
@@ -132,7 +132,7 @@ def copy_tokenizer(stored: Path, directory: Path) -> None:
         (directory / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n")
 
 
-def _write(model: Distributed, plans: list[ShardPlan], directory: Path) -> None:
+def _write(model: ParallelModel, plans: list[ShardPlan], directory: Path) -> None:
     """Append what is streamed to one file after another."""
     waiting = iter(plans)
     with ExitStack() as stack:

@@ -32,7 +32,7 @@ Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
-class BlockFile:
+class DirectWriter:
     """A new file at `path`, or the old one emptied; OSError where it cannot be written."""
 
     def __init__(self, path: Path) -> None:
@@ -120,7 +120,7 @@ class Sink:
         self._digest = xxh3_128()
         self._report = report
         self._stop = stop
-        self._file = BlockFile(path)
+        self._file = DirectWriter(path)
 
     def write(self, data: bytes | memoryview) -> int:
         """Append all of `data`; Interrupted where the conversion is to stop, OSError of a full disk."""

@@ -38,11 +38,11 @@ _MARGIN = 60
 
 
 @dataclass(frozen=True)
-class Worker:
+class RankContext:
     """This process among `world` of them; without a process group it is alone.
 
     `data` is which share of a step's rows it reads, of how many (None: every rank another one).
-    `loss_copies` ranks compute the same loss. `group` null is all processes.
+    `loss_replicas` ranks compute the same loss. `group` null is all processes.
     """
 
     rank: int
@@ -50,7 +50,7 @@ class Worker:
     world: int
     device: torch.device
     data: tuple[int, int] | None = None
-    loss_copies: int = 1
+    loss_replicas: int = 1
     group: dist.ProcessGroup | None = None
     watchdog: Watchdog | None = None
 
@@ -65,7 +65,7 @@ class Worker:
         return self.data[1] if self.data else self.world
 
     @property
-    def row_copies(self) -> int:
+    def row_replicas(self) -> int:
         """Ranks that read the same rows."""
         return self.world // self.data_world
 
@@ -88,7 +88,7 @@ class Worker:
             return flag
         return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
 
-    def share(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         values = [value]
         if self.world > 1:
@@ -96,7 +96,7 @@ class Worker:
             self._beat()
         return values[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks, on every rank."""
         values = [value]
         if self.world > 1:
@@ -141,7 +141,7 @@ def _threads(local_world: int) -> int:
 
 
 @contextmanager
-def worker(timeout: int) -> Iterator[Worker]:
+def join_process_group(timeout: int) -> Iterator[RankContext]:
     """Join the process group that the environment describes, if any, and leave it when all went well.
 
     `timeout` is what a rank may wait, in seconds. On CPU the ranks of a node share its cores.
@@ -160,7 +160,7 @@ def worker(timeout: int) -> Iterator[Worker]:
         dist.init_process_group(backend, timeout=limit, device_id=device_id)
     watchdog = Watchdog(rank, world, timeout) if world > 1 else None
     try:
-        yield Worker(rank, local_rank, world, device, watchdog=watchdog)
+        yield RankContext(rank, local_rank, world, device, watchdog=watchdog)
     except Stopped:
         if dist.is_initialized():
             dist.barrier()  # rank 0 may be closing its logger yet, and a launcher ends all after the first

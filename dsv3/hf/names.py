@@ -104,7 +104,7 @@ def _block_parts(parameter: str, layer: str, rest: str, config: ModelConfig) -> 
 
 
 @dataclass(frozen=True)
-class Released:
+class HFTensor:
     """One tensor of a released checkpoint with its shape, and the box of our parameter that it fills."""
 
     name: str
@@ -125,15 +125,15 @@ class Released:
         return offset, sizes
 
 
-def released_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[Released]:
+def released_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[HFTensor]:
     """Every tensor of a released checkpoint in our order, for parameters of these `shapes` by name.
 
-    The copies that MTP layers have of the embedding and the head are not among them (see `copies`).
+    The copies that MTP layers have of the embedding and the head are not among them (see `mtp_duplicates`).
     """
     return [_released(part, shape) for name, shape in shapes.items() for part in released_parts(name, config)]
 
 
-def copies(config: ModelConfig) -> dict[str, str]:
+def mtp_duplicates(config: ModelConfig) -> dict[str, str]:
     """What a released checkpoint stores again with each MTP layer: the copy's name, and what it is of."""
     found = {}
     for depth in range(config.mtp_depths):
@@ -156,12 +156,12 @@ def is_derived(name: str, config: ModelConfig) -> bool:
     return left_out or (int(layer[1]) < last and layer[2] == "self_attn.rotary_emb.inv_freq")
 
 
-def _released(part: Part, whole: tuple[int, ...]) -> Released:
+def _released(part: Part, whole: tuple[int, ...]) -> HFTensor:
     if part.index is None:
-        return Released(part.source, whole, part.parameter, (0,) * len(whole), whole)
+        return HFTensor(part.source, whole, part.parameter, (0,) * len(whole), whole)
     first, end = part.rows or (0, whole[1])
     shape = (end - first, whole[2])
-    return Released(part.source, shape, part.parameter, (part.index, first, 0), (1, *shape))
+    return HFTensor(part.source, shape, part.parameter, (part.index, first, 0), (1, *shape))
 
 
 _QUANTIZED = re.compile(
@@ -179,6 +179,6 @@ def is_quantized(name: str) -> bool:
     return _QUANTIZED.fullmatch(name) is not None
 
 
-def stored_dtype(tensor: Released, dtype: torch.dtype) -> torch.dtype:
+def stored_dtype(tensor: HFTensor, dtype: torch.dtype) -> torch.dtype:
     """What a tensor is stored as: selection biases move by steps that only fp32 has room for."""
     return torch.float32 if tensor.parameter.endswith("selection_bias") else dtype

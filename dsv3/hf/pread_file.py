@@ -41,7 +41,7 @@ def fault(file: Path, text: str) -> UserError:
 _LONGEST_CALL = 2**30
 
 
-class ShardFile:
+class PreadFile:
     """A regular file, closed once nobody holds the object; every read names its own position.
 
     UserError where it cannot be opened or is a directory, pipe or device; links are followed.
@@ -104,8 +104,8 @@ _LONG = 2**18
 _scratch = threading.local()
 
 
-class DirectFile(ShardFile):
-    """A ShardFile that is read past the page cache where the disk allows it and a read is long."""
+class DirectReader(PreadFile):
+    """A PreadFile that is read past the page cache where the disk allows it and a read is long."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv3.errors import nearest
-from dsv3.hf.pread_file import ShardFile, fault, quoted
+from dsv3.hf.pread_file import PreadFile, fault, quoted
 
 DTYPES = {
     "F64": torch.float64,
@@ -90,7 +90,7 @@ _LARGEST = 2**63 - 1
 _AGAIN = "download or save it again"
 
 
-def read_header(file: ShardFile) -> list[StoredTensor]:
+def read_header(file: PreadFile) -> list[StoredTensor]:
     """The tensors of a file as they lie in it; UserError for everything that the format does not allow."""
     length = _header_length(file)
     header = bytearray(length)
@@ -134,7 +134,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _header_length(file: ShardFile) -> int:
+def _header_length(file: PreadFile) -> int:
     if file.size < 8:
         text = "is empty" if file.size == 0 else f"has only {file.size} bytes, too few for a safetensors file"
         raise fault(file.path, f"{text}: {_AGAIN}")
@@ -214,7 +214,7 @@ def _counts(path: Path, name: str, field: str, values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _check_layout(file: ShardFile, data: int, tensors: list[StoredTensor]) -> None:
+def _check_layout(file: PreadFile, data: int, tensors: list[StoredTensor]) -> None:
     """UserError unless the tensors, in the order of their offsets, fill the file behind the header."""
     end, before = data, "the header"
     for tensor in tensors:

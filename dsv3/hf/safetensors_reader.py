@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dsv3.hf.pread_file import ShardFile, fault, quoted
+from dsv3.hf.pread_file import PreadFile, fault, quoted
 from dsv3.hf.safetensors_header import LIMIT, StoredTensor, byte_view, json_object, read_header
 
 PIECE = 4 * 2**20
@@ -30,10 +30,10 @@ class ShardReader:
     fault: RuntimeError.
     """
 
-    def __init__(self, limit: int = 64, kind: type[ShardFile] = ShardFile) -> None:
+    def __init__(self, limit: int = 64, kind: type[PreadFile] = PreadFile) -> None:
         self._limit, self._kind = limit, kind
         self._lock = threading.Lock()
-        self._files: dict[Path, ShardFile] | None = {}
+        self._files: dict[Path, PreadFile] | None = {}
 
     def __enter__(self) -> "ShardReader":
         return self
@@ -103,7 +103,7 @@ class ShardReader:
         if target.numel():
             self._file(tensor.file).read(target.numpy().data, tensor.offset + begin, quoted(tensor.name))
 
-    def _file(self, path: Path) -> ShardFile:
+    def _file(self, path: Path) -> PreadFile:
         with self._lock:
             if self._files is None:
                 raise RuntimeError("the reader is closed")
@@ -170,7 +170,7 @@ def _listed(directory: Path) -> set[str]:
 def _collect(directory: Path, files: Iterable[str]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for tensor in read_header(ShardFile(directory / file)):
+        for tensor in read_header(PreadFile(directory / file)):
             if tensor.name in tensors:
                 other = quoted(tensors[tensor.name].file.name)
                 raise fault(tensor.file, f"has {quoted(tensor.name)}, which {other} has as well: remove one")
@@ -180,7 +180,7 @@ def _collect(directory: Path, files: Iterable[str]) -> dict[str, StoredTensor]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The files by tensor as an index names them."""
-    file = ShardFile(path)
+    file = PreadFile(path)
     if file.size > LIMIT:
         raise fault(path, f"has {file.size} bytes, an index may have {LIMIT}")
     raw = bytearray(file.size)

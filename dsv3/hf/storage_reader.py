@@ -29,8 +29,8 @@ from dsv3.config.model import ModelConfig
 from dsv3.fp8.quantize import dequantize
 from dsv3.hf.config_json import block_size
 from dsv3.hf.config_values import read_config
-from dsv3.hf.names import SCALE, Released, copies, is_derived, released_layout
-from dsv3.hf.pread_file import ShardFile, fault, quoted
+from dsv3.hf.names import SCALE, HFTensor, is_derived, mtp_duplicates, released_layout
+from dsv3.hf.pread_file import PreadFile, fault, quoted
 from dsv3.hf.safetensors_header import StoredTensor, byte_view
 from dsv3.hf.safetensors_reader import ShardReader, open_shards
 
@@ -40,7 +40,7 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _GRIDS = 64
 
 
-class ReleasedSource:
+class HFSource:
     """Reads slices of the tensors that make up a model; any number of threads may share one.
 
     Everything is checked at the start, by headers alone: UserError names what is missing, misshapen, of
@@ -52,7 +52,7 @@ class ReleasedSource:
         directory: Path,
         config: ModelConfig,
         shapes: dict[str, tuple[int, ...]],
-        kind: type[ShardFile] = ShardFile,
+        kind: type[PreadFile] = PreadFile,
     ) -> None:
         self.directory = directory
         self.stored = open_shards(directory)
@@ -61,7 +61,9 @@ class ReleasedSource:
         config_json = read_config(directory)
         self.block = block_size(config_json)
         self.quantization: dict[str, Any] | None = config_json.values.get("quantization_config")
-        self.has_copies = bool(copies(config)) and all(name in self.stored for name in copies(config))
+        self.has_mtp_duplicates = bool(mtp_duplicates(config)) and all(
+            name in self.stored for name in mtp_duplicates(config)
+        )
         self._reader = ShardReader(kind=kind)
         self._grids: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -95,11 +97,11 @@ class ReleasedSource:
                 self._grids.popitem(last=False)
         return grid
 
-    def numbers(self, tensor: Released) -> torch.dtype:
+    def numbers(self, tensor: HFTensor) -> torch.dtype:
         """The narrower of bf16 and fp32 that holds what is stored."""
         return torch.bfloat16 if self.stored[tensor.name].dtype is torch.bfloat16 else torch.float32
 
-    def rows(self, tensor: Released, first: int, count: int, out: Tensor) -> Tensor:
+    def rows(self, tensor: HFTensor, first: int, count: int, out: Tensor) -> Tensor:
         """Rows [first, first + count) as numbers, in `out` (fp32 or bf16), rounded where it is narrower."""
         entry = self.stored[tensor.name]
         if entry.dtype is out.dtype and out.is_contiguous():
@@ -108,7 +110,7 @@ class ReleasedSource:
         return self._numbers(tensor.name, read, (first, 0), out)
 
     def rectangle(
-        self, tensor: Released, rows: tuple[int, int], columns: tuple[int, int], out: Tensor
+        self, tensor: HFTensor, rows: tuple[int, int], columns: tuple[int, int], out: Tensor
     ) -> Tensor:
         """[rows, columns], from first to end, of a matrix, as `rows`; they may begin and end in a block."""
         read = self._reader.read_rectangle(self.stored[tensor.name], rows, columns)
@@ -142,7 +144,7 @@ class ReleasedSource:
         return buffer[:needed].view(entry.dtype).view(shape)
 
 
-def _check(source: ReleasedSource, config: ModelConfig) -> None:
+def _check(source: HFSource, config: ModelConfig) -> None:
     """UserError for tensors that are not what config.json says."""
     stored, wanted = source.stored, {tensor.name for tensor in source.layout}
     for depth in range(config.mtp_depths):
@@ -154,7 +156,7 @@ def _check(source: ReleasedSource, config: ModelConfig) -> None:
         if tensor.name not in stored:
             raise fault(source.directory, f"has no tensor '{tensor.name}', which its config.json asks for")
         _check_tensor(stored, tensor, source.block)
-    allowed = wanted | set(copies(config))
+    allowed = wanted | set(mtp_duplicates(config))
     for name, entry in stored.items():
         weight = name.removesuffix(SCALE)
         scales = weight in allowed and weight in stored and source.is_quantized(weight)
@@ -163,7 +165,7 @@ def _check(source: ReleasedSource, config: ModelConfig) -> None:
         raise fault(entry.file, f"has {quoted(name)}, for which the model of its config.json has no place")
 
 
-def _check_tensor(stored: dict[str, StoredTensor], tensor: Released, block: tuple[int, int]) -> None:
+def _check_tensor(stored: dict[str, StoredTensor], tensor: HFTensor, block: tuple[int, int]) -> None:
     entry, scales = stored[tensor.name], stored.get(tensor.name + SCALE)
     name = quoted(tensor.name)
     if entry.shape != tensor.shape:
@@ -193,13 +195,13 @@ _PREFIX = "model."
 _PIECE = 16 * 2**20
 
 
-class ReleasedReader(StorageReader):
+class HFStorageReader(StorageReader):
     """Reads model weights under the names of our checkpoints; nothing larger than a piece is copied."""
 
-    def __init__(self, source: ReleasedSource) -> None:
+    def __init__(self, source: HFSource) -> None:
         self.source = source
         self._load_id = ""
-        self._tensors: dict[tuple[str, torch.Size], Released] = {
+        self._tensors: dict[tuple[str, torch.Size], HFTensor] = {
             (_PREFIX + tensor.parameter, torch.Size(tensor.offset)): tensor for tensor in source.layout
         }
 
@@ -253,7 +255,7 @@ class ReleasedReader(StorageReader):
         done.set_result(None)
         return done
 
-    def _tensor(self, item: ReadItem) -> Released:
+    def _tensor(self, item: ReadItem) -> HFTensor:
         offset = item.storage_index.offset
         assert offset is not None
         return self._tensors[item.storage_index.fqn, offset]
@@ -262,7 +264,7 @@ class ReleasedReader(StorageReader):
         stored = self.source.stored[self._tensor(item).name]
         return stored.file, stored.offset
 
-    def _fill(self, tensor: Released, item: ReadItem, target: Tensor) -> None:
+    def _fill(self, tensor: HFTensor, item: ReadItem, target: Tensor) -> None:
         """Read a box of a tensor into `target` (any device and strides, fp32 or bf16) piece by piece."""
         if len(tensor.shape) < 2:
             first, count = (item.storage_offsets[0], item.lengths[0]) if tensor.shape else (0, 1)

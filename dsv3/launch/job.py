@@ -20,7 +20,14 @@ from dsv3.errors import UserError
 from dsv3.hf.config_json import config_json
 from dsv3.planning.checks import check_backend, check_fp8
 from dsv3.planning.hardware import detect, visible_gpus
-from dsv3.planning.layout import Degrees, check_batch, check_schedule, check_sequence, check_wrapped, resolve
+from dsv3.planning.layout import (
+    ParallelDims,
+    check_batch,
+    check_schedule,
+    check_sequence,
+    check_wrapped,
+    resolve,
+)
 from dsv3.planning.pipeline_stages import least_microbatches, stage_count, takes_microbatches
 from dsv3.planning.plan import Plan, make_plan
 
@@ -77,7 +84,7 @@ def ranks_per_node(config: Config, world: int) -> int:
 def _smallest(config: Config) -> int:
     """The smallest world that the layout is made for."""
     product = _product(config)
-    return -(-config.parallel.smallest_world // product) * product if _grows(config) else product
+    return -(-config.parallel.min_world_size // product) * product if _grows(config) else product
 
 
 def _product(config: Config) -> int:
@@ -153,7 +160,7 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     return Job(config, overrides, hardware, plan, run_dir, bool(sweep_dir or config.run.dir))
 
 
-def complete(config: Config, degrees: Degrees) -> Config:
+def complete(config: Config, degrees: ParallelDims) -> Config:
     """The config with what was left null filled in: lengths, batch sizes, the schedule's end."""
     train = config.train
     length, ranks = _sequence_length(config), degrees.data_parallel
@@ -176,7 +183,7 @@ def _sequence_length(config: Config) -> int:
     return given or typed or config.model.rope.original_sequence_length
 
 
-def _global_batch(config: Config, degrees: Degrees) -> int:
+def _global_batch(config: Config, degrees: ParallelDims) -> int:
     """Sequences of a step: the usual number where every rank gets what it needs, else as many as they do."""
     unit = degrees.data_parallel * (config.train.microbatch_size or 1)
     if degrees.pp == 1:
@@ -186,7 +193,7 @@ def _global_batch(config: Config, degrees: Degrees) -> int:
     return _GLOBAL_BATCH if unit * least <= _GLOBAL_BATCH else unit * degrees.pp * _PIPELINE_ROUNDS
 
 
-def _microbatch(config: Config, degrees: Degrees, sequences: int, length: int) -> int:
+def _microbatch(config: Config, degrees: ParallelDims, sequences: int, length: int) -> int:
     """The largest divisor of a rank's `sequences` that keeps a microbatch small and the pipeline running."""
     per_rank = stage_count(config.parallel, degrees.pp) // degrees.pp
 

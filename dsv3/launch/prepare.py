@@ -17,7 +17,7 @@ from dsv3.checkpoint.manifest import verify_description
 from dsv3.config.model import HFModelConfig, ModelConfig
 from dsv3.config.overrides import split_override
 from dsv3.config.root import LAYOUTS, Config
-from dsv3.config.strict import literal, strict
+from dsv3.config.strict import escape_interpolation, strict
 from dsv3.config.task import VerifyTaskConfig
 from dsv3.errors import UserError
 from dsv3.hf.config_json import model_from_hf
@@ -44,7 +44,7 @@ def stored_model(path: Path, inside: bool = False) -> DictConfig:
     try:
         content = yaml.safe_load(path.read_text())
         content = content["model"] if inside else content
-        stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), literal(content))
+        stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), escape_interpolation(content))
         assert isinstance(stored, DictConfig)
         return stored
     except Exception as error:
@@ -84,7 +84,7 @@ def resolve_model(composed: DictConfig, keys: Collection[str]) -> None:
         return
     path = composed.model.path if from_hf else None
     if OmegaConf.get_type(composed, "task") is VerifyTaskConfig and composed.task.path is None:
-        composed.task.path = literal(path)
+        composed.task.path = escape_interpolation(path)
     changed = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
     changed |= set_values(composed.model) if from_hf else set()
     if composed.run.resume:

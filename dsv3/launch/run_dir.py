@@ -18,7 +18,7 @@ from dsv3.checkpoint.directory import MODEL_FILE, complete_steps, step_number, w
 from dsv3.checkpoint.manifest import check_newest
 from dsv3.config.overrides import absolute_paths
 from dsv3.config.root import Config
-from dsv3.config.strict import check_target, plain
+from dsv3.config.strict import check_target, to_yaml
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
 from dsv3.planning.report import to_text
@@ -111,7 +111,7 @@ def describe_run(job: Job, data: dict[str, Any]) -> None:
     write_text(directory / ENVIRONMENT_FILE, json.dumps(environment(job, data), indent=1) + "\n")
     write_text(directory / "plan.txt", to_text(job.plan) + "\n")
     write_text(
-        directory / CONFIG_FILE, yaml.safe_dump(plain(job.config), sort_keys=False, allow_unicode=True)
+        directory / CONFIG_FILE, yaml.safe_dump(to_yaml(job.config), sort_keys=False, allow_unicode=True)
     )
 
 
@@ -120,7 +120,7 @@ def check_same_run(config: Config, directory: Path) -> None:
 
     Its weights belong to one model and tokenizer, its place in the data to one order of the rows.
     """
-    file, typed = directory / CONFIG_FILE, flat(plain(config))
+    file, typed = directory / CONFIG_FILE, flat(to_yaml(config))
     stored = stored_leaves(file)
     if "model.dim" not in stored:
         raise UserError(f"resume={directory}: {CONFIG_FILE} holds no model; is it a run's?")

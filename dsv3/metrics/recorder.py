@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed
 from dsv3.metrics.console import Console
 from dsv3.metrics.jsonl import JsonlWriter
@@ -38,21 +38,21 @@ class Recorder:
     def __init__(
         self,
         path: Path,
-        worker: Worker,
+        ranks: RankContext,
         every: int,
         console: Console | None,
         logger: Logger | None,
         layers: Sequence[str] = (),
     ) -> None:
         self.layers = layers
-        self.worker = worker
-        self.every = every if worker.device.type != "cpu" else 1
+        self.ranks = ranks
+        self.every = every if ranks.device.type != "cpu" else 1
         self.console = console
         self.logger = logger
         self.pending: list[Pending] = []
         self.latest: MetricsRow | None = None
-        self.memory = peak_memory_gib(worker)
-        self.writer = JsonlWriter(path) if worker.is_main else None
+        self.memory = peak_memory_gib(ranks)
+        self.writer = JsonlWriter(path) if ranks.is_main else None
 
     def add(self, row: MetricsRow, figures: dict[str, Tensor]) -> None:
         """Take a step's row, to be completed with its `figures`."""
@@ -87,7 +87,7 @@ class Recorder:
 
     def flush(self) -> None:
         """Complete and write everything so far; before a checkpoint, so that a resume leaves no gap."""
-        self.memory = peak_memory_gib(self.worker)
+        self.memory = peak_memory_gib(self.ranks)
         self.read()
         if self.writer is not None:
             self.writer.flush()
@@ -114,10 +114,10 @@ def _tiles(row: MetricsRow) -> str:
     return f", {count:.0f} broken FP8 tiles" if count > 0 else ""
 
 
-def peak_memory_gib(worker: Worker) -> float:
+def peak_memory_gib(ranks: RankContext) -> float:
     """Peak memory of the busiest rank: allocated on its GPU, or resident in RAM."""
-    if worker.device.type == "cuda":
+    if ranks.device.type == "cuda":
         peak = float(torch.cuda.max_memory_allocated())
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    return worker.max(torch.tensor(peak, device=worker.device)).item() / 2**30
+    return ranks.max(torch.tensor(peak, device=ranks.device)).item() / 2**30

@@ -78,13 +78,13 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-class WholeVocabulary:
+class LocalVocabularyShard:
     """Logits are there for every id; parallel/vocabulary.py has one for logits split over ranks."""
 
     def cross_entropy_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The function of that name."""
         return cross_entropy_sum(logits, targets)
 
-    def whole(self, logits: Tensor) -> Tensor:
+    def gather(self, logits: Tensor) -> Tensor:
         """The logits [..., vocab] of all ids."""
         return logits

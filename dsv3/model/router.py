@@ -28,7 +28,7 @@ class RouterStats(NamedTuple):
     """Whether every logit is a finite number; a scalar bool that nothing has waited for."""
 
 
-class WholeSequence:
+class LocalRouterReduction:
     """The router sees whole sequences; parallel/sequence.py has one for sequences split over ranks."""
 
     shards = 1
@@ -59,7 +59,7 @@ class Router(nn.Module):
         self.config = config
         self.z_loss = False
         """Whether the z-loss is computed, which keeps the logits; training/step.py says when."""
-        self.over_sequence = WholeSequence()
+        self.reduction = LocalRouterReduction()
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
         self.selection_bias: Tensor | None
@@ -76,11 +76,11 @@ class Router(nn.Module):
         sigmoid = self.config.score_function is ScoreFunction.sigmoid
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
         flat = scores.flatten(0, 1)
-        experts = self.take_turns(flat) if self.config.forced_balance else self.select(flat.detach())
+        experts = self.force_balance(flat) if self.config.forced_balance else self.select(flat.detach())
         load = torch.bincount(experts.flatten(), minlength=flat.shape[-1]).float()
         z_loss = logits.new_zeros(())
         if self.z_loss:
-            z_loss = logits.logsumexp(dim=-1).square().mean() / self.over_sequence.shards
+            z_loss = logits.logsumexp(dim=-1).square().mean() / self.reduction.shards
         stats = RouterStats(load, self.balance_loss(scores), z_loss, logits.detach().isfinite().all())
         return Routing(experts, self.weigh(flat, experts), stats)
 
@@ -98,7 +98,7 @@ class Router(nn.Module):
             choice = groups.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(-2)
         return choice.topk(c.top_k, dim=-1, sorted=False).indices
 
-    def take_turns(self, scores: Tensor) -> Tensor:
+    def force_balance(self, scores: Tensor) -> Tensor:
         """Expert numbers [tokens, top_k] that follow one another round and round (`forced_balance`)."""
         tokens, experts = scores.shape
         slots = torch.arange(tokens * self.config.top_k, device=scores.device)
@@ -123,7 +123,7 @@ class Router(nn.Module):
         counts = torch.zeros_like(scores[:, 0]).scatter_add(
             -1, raw.flatten(1), torch.ones_like(raw.flatten(1), dtype=scores.dtype)
         )
-        shards = self.over_sequence.shards
-        frequency = self.over_sequence.sum(counts) * num_experts / (top_k * scores.shape[1] * shards)
+        shards = self.reduction.shards
+        frequency = self.reduction.sum(counts) * num_experts / (top_k * scores.shape[1] * shards)
         share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(dim=1) / shards
         return (frequency * share).sum(-1).mean()

@@ -17,7 +17,7 @@ from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfi
 from dsv3.model.attention import LatentAttention
 from dsv3.model.attention_kernels import Segments, document_segments
 from dsv3.model.kv_cache import CacheStep, LayerCache
-from dsv3.model.layers import FeedForward, Linear, RMSNorm, WholeVocabulary
+from dsv3.model.layers import FeedForward, Linear, LocalVocabularyShard, RMSNorm
 from dsv3.model.moe import MoE
 from dsv3.model.rope import rotary_table, softmax_scale
 from dsv3.model.router import Router, RouterStats
@@ -99,7 +99,7 @@ class ModelOutput:
 
 
 @dataclass
-class Surroundings:
+class LayerInputs:
     """What every layer is told beside the hidden states."""
 
     rotary: Tensor
@@ -107,14 +107,14 @@ class Surroundings:
     segments: Segments | None
 
 
-class WholeRow:
+class LocalSequenceShard:
     """The model sees whole rows; parallel/context.py has one for rows split over ranks."""
 
-    def take(self, x: Tensor) -> Tensor:
+    def take_local(self, x: Tensor) -> Tensor:
         """This rank's positions of `x` [..., sequence]."""
         return x
 
-    def whole(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """The row again, from every rank's positions `x` [batch, sequence, ..]."""
         return x
 
@@ -151,8 +151,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(dim, norm_eps)
         self.head = Linear(dim, vocab_size)
         self.mtp = nn.ModuleList(MTPModule(self.config) for _ in range(mtp_depths))
-        self.part = WholeRow()
-        self.vocabulary = WholeVocabulary()
+        self.sequence_shard = LocalSequenceShard()
+        self.vocabulary_shard = LocalVocabularyShard()
 
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, cache: CacheStep | None = None
@@ -162,34 +162,34 @@ class Transformer(nn.Module):
         With a `cache` (generation, where a row is one document) the tokens follow those that it holds,
         and each row's last one alone gets logits.
         """
-        surroundings = self.surroundings(tokens, documents, cache)
-        x, stats = self.run_layers(self.embed(self.part.take(tokens)), surroundings, cache)
+        layer_inputs = self.layer_inputs(tokens, documents, cache)
+        x, stats = self.run_layers(self.embed(self.sequence_shard.take_local(tokens)), layer_inputs, cache)
         x = self.norm(x if cache is None else cache.last_token(x))
-        logits, mtp_logits, more = self.predict(x, tokens, surroundings)
+        logits, mtp_logits, more = self.predict(x, tokens, layer_inputs)
         return ModelOutput(logits, mtp_logits, *sum_stats(stats + more, x))
 
-    def surroundings(
+    def layer_inputs(
         self, tokens: Tensor, documents: Tensor | None, cache: CacheStep | None = None
-    ) -> Surroundings:
+    ) -> LayerInputs:
         """What every layer needs to know of `tokens` and `documents`, both [batch, sequence]."""
-        positions = self.part.take(torch.arange(tokens.shape[-1], device=tokens.device))
+        positions = self.sequence_shard.take_local(torch.arange(tokens.shape[-1], device=tokens.device))
         positions = positions if cache is None else cache.positions
         rotary = rotary_table(self.config.rope, self.config.attention.qk_rope_head_dim, positions)
-        return Surroundings(rotary, document_segments(documents))
+        return LayerInputs(rotary, document_segments(documents))
 
     def run_layers(
-        self, x: Tensor, surroundings: Surroundings, cache: CacheStep | None = None
+        self, x: Tensor, layer_inputs: LayerInputs, cache: CacheStep | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
         """Pass `x` [batch, sequence, dim] through the layers; also what their routers tell."""
         stats_of_layers: list[RouterStats] = []
         for name, block in self.layers.items():
             layer_cache = None if cache is None else cache.layer(int(name))
-            x, stats = block(x, surroundings.rotary, surroundings.segments, layer_cache)
+            x, stats = block(x, layer_inputs.rotary, layer_inputs.segments, layer_cache)
             stats_of_layers += self._counted(block, stats)
         return x, stats_of_layers
 
     def predict(
-        self, x: Tensor, tokens: Tensor, surroundings: Surroundings
+        self, x: Tensor, tokens: Tensor, layer_inputs: LayerInputs
     ) -> tuple[Tensor, list[Tensor], list[RouterStats]]:
         """Logits of the next token from the normed `x`, and in training those of every MTP depth.
 
@@ -200,8 +200,8 @@ class Transformer(nn.Module):
         # Evaluation and generation need the next token only.
         for depth, module in enumerate(self.mtp if self.training else (), start=1):
             assert isinstance(module, MTPModule)
-            ahead = self.embed(self.part.take(shift_tokens(tokens, depth)))
-            x, stats = module(x, ahead, surroundings.rotary, surroundings.segments)
+            ahead = self.embed(self.sequence_shard.take_local(shift_tokens(tokens, depth)))
+            x, stats = module(x, ahead, layer_inputs.rotary, layer_inputs.segments)
             stats_of_layers += self._counted(module.block, stats)
             mtp_logits.append(self.head(x).float())
         return logits, mtp_logits, stats_of_layers

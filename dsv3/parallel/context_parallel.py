@@ -15,13 +15,13 @@ from torch import Tensor
 
 from dsv3.model.attention import LatentAttention
 from dsv3.model.attention_kernels import Segments, attend_to_prefix
-from dsv3.model.router import Router, WholeSequence
-from dsv3.model.transformer import Transformer, WholeRow
+from dsv3.model.router import LocalRouterReduction, Router
+from dsv3.model.transformer import LocalSequenceShard, Transformer
 from dsv3.parallel.collectives import all_gather, all_reduce
 from dsv3.parallel.mesh import ParallelMesh
 
 
-class SplitSequence(WholeSequence):
+class RouterReduction(LocalRouterReduction):
     """A sequence whose parts lie on the ranks of `group`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -33,13 +33,13 @@ class SplitSequence(WholeSequence):
         return all_reduce(counts, self.group)
 
 
-def split_sequences(model: Transformer, mesh: ParallelMesh) -> None:
+def reduce_router_counts(model: Transformer, mesh: ParallelMesh) -> None:
     """Tell every router of `model` that the sequences it sees are parts."""
-    if mesh.rows is not None:
-        over = SplitSequence(mesh.rows.get_group("sequence"))
+    if mesh.sequence is not None:
+        over = RouterReduction(mesh.sequence.get_group("sequence"))
         for module in model.modules():
             if isinstance(module, Router):
-                module.over_sequence = over
+                module.reduction = over
 
 
 class ContextParallel:
@@ -47,15 +47,15 @@ class ContextParallel:
 
     def __call__(self, model: Transformer, mesh: ParallelMesh) -> None:
         """Wrap `model` in place where `cp` is above 1."""
-        if mesh.context is None:
+        if mesh.cp is None:
             return
-        model.part = row = Zigzag(mesh.context.get_group("cp"))
+        model.sequence_shard = row = SequenceShard(mesh.cp.get_group("cp"))
         for module in model.modules():
             if isinstance(module, LatentAttention):
                 module.attend = partial(_attend, row)
 
 
-class Zigzag(WholeRow):
+class SequenceShard(LocalSequenceShard):
     """The two chunks of a row that this rank of `group` has."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -63,12 +63,12 @@ class Zigzag(WholeRow):
         self.rank = group.rank()
         self.ranks = group.size()
 
-    def take(self, x: Tensor) -> Tensor:
+    def take_local(self, x: Tensor) -> Tensor:
         """This rank's positions of `x` [..., sequence]."""
         chunks = x.chunk(2 * self.ranks, dim=-1)
         return torch.cat([chunks[self.rank], chunks[-1 - self.rank]], dim=-1)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """The row again, from every rank's positions `x` [batch, sequence, ..]."""
         return in_row_order(all_gather(x, 1, self.group), self.ranks)
 
@@ -80,7 +80,7 @@ def in_row_order(parts: Tensor, ranks: int) -> Tensor:
 
 
 def _attend(
-    row: Zigzag,
+    row: SequenceShard,
     attention: LatentAttention,
     q: Tensor,
     latent: Tensor,
@@ -89,7 +89,7 @@ def _attend(
 ) -> Tensor:
     """Attend from the rank's `q` to all keys before each query, as attend_locally does to its own."""
     ranks, rank, chunk = row.ranks, row.rank, q.shape[1] // 2
-    gathered = row.whole(torch.cat([latent, k_rope], dim=-1))
+    gathered = row.gather(torch.cat([latent, k_rope], dim=-1))
     # Nothing behind the second chunk is seen, so it is not expanded either.
     seen = gathered[:, : chunk * (2 * ranks - rank)]
     k, v = attention.expand(*seen.split([latent.shape[-1], k_rope.shape[-1]], dim=-1))

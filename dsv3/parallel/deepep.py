@@ -130,7 +130,7 @@ class DeepEPDispatcher:
 
 def _buffer(kind: Any, mesh: ParallelMesh, dim: int) -> Any:
     """The mesh's deep_ep.Buffer (`kind`); all stages of a rank share it, for it takes hundreds of MiB."""
-    group = mesh.sparse.get_group("ep")
+    group = mesh.expert.get_group("ep")
     ranks, row = group.size(), 2 * dim
     configs = [kind.get_dispatch_config(ranks), kind.get_combine_config(ranks)]
     nvl = max(config.get_nvl_buffer_size_hint(row, ranks) for config in configs)

@@ -60,7 +60,7 @@ class ExpertParallel:
 
 def _place(experts: Experts, mesh: ParallelMesh) -> None:
     for name, weight in list(experts.named_parameters()):
-        split = distribute_tensor(weight, mesh.sparse["ep"], [Shard(0)], src_data_rank=None)
+        split = distribute_tensor(weight, mesh.expert["ep"], [Shard(0)], src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(split))
     experts.forward = partial(_apply_own, experts)  # type: ignore[method-assign]
 

@@ -65,7 +65,7 @@ class FullyShard:
             dim = _expert_dim(experts, mesh)
             shard(
                 experts,
-                mesh=mesh.shards(mesh.sparse),
+                mesh=mesh.shards(mesh.expert),
                 mp_policy=policy,
                 shard_placement_fn=partial(_along, dim),
             )
@@ -75,8 +75,8 @@ class FullyShard:
             shard(group, mesh=mesh.shards(mesh.dense), mp_policy=policy)
         in_fp32 = [m for m in inner if isinstance(m, RMSNorm | Router)]
         if dtype != torch.float32 and in_fp32:
-            shard(in_fp32, mesh=mesh.shards(mesh.whole), mp_policy=fp32)
-        shard(module, mesh=mesh.shards(mesh.whole), mp_policy=policy)
+            shard(in_fp32, mesh=mesh.shards(mesh.replicated), mp_policy=fp32)
+        shard(module, mesh=mesh.shards(mesh.replicated), mp_policy=policy)
 
     def _offload(self, mesh: DeviceMesh) -> OffloadPolicy:
         """Shards in host memory, where that is not the device's own."""
@@ -102,7 +102,7 @@ def _along(dim: int, parameter: nn.Parameter) -> Shard:
 def _expert_dim(experts: Experts, mesh: ParallelMesh) -> int:
     """Whole experts while there are enough of them, else a part of each."""
     own = experts.gate_up_proj.shape[0] // mesh.degrees.ep
-    return 0 if own >= mesh.degrees.expert_shards else 1
+    return 0 if own >= mesh.degrees.efsdp_size else 1
 
 
 def _prefetch(blocks: list[Block]) -> None:

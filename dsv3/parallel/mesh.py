@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dsv3.distributed.process_group import Worker
-from dsv3.planning.layout import Degrees
+from dsv3.distributed.process_group import RankContext
+from dsv3.planning.layout import ParallelDims
 
 
 class ParallelMesh:
@@ -20,20 +20,22 @@ class ParallelMesh:
     most lie closest together. Every view is cut from one root, as FSDP2 wants it of meshes it combines.
     """
 
-    def __init__(self, degrees: Degrees, device_type: str, ranks_per_node: int | None = None) -> None:
+    def __init__(self, degrees: ParallelDims, device_type: str, ranks_per_node: int | None = None) -> None:
         self.degrees = degrees
         d, ranks = degrees, torch.arange(degrees.world_size)
         self._root = DeviceMesh(device_type, ranks, mesh_dim_names=("world",))
-        self.dense = self.cut(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=d.dense_shards, tp=d.tp)
+        self.dense = self.cut(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=d.fsdp_size, tp=d.tp)
         """Parameters that tensor parallelism splits."""
-        stage = {"pp": d.pp, "dp_replicate": d.dp_replicate, "fsdp": d.whole_shards}
-        self.whole = self.dense if d.tp == 1 else self.cut(**stage)
+        stage = {"pp": d.pp, "dp_replicate": d.dp_replicate, "fsdp": d.replicated_fsdp_size}
+        self.replicated = self.dense if d.tp == 1 else self.cut(**stage)
         """Every other parameter: whole where it computes, on a part of the sequence."""
-        self.sparse = self.whole if d.ep == 1 else self.cut(**stage | {"fsdp": d.expert_shards, "ep": d.ep})
+        self.expert = self.replicated if d.ep == 1 else self.cut(**stage | {"fsdp": d.efsdp_size, "ep": d.ep})
         """Routed experts: ep borrows ranks of dp_shard, cp and tp."""
-        self.context = None if d.cp == 1 else self.cut(data=d.pp * d.data_parallel, cp=d.cp, tp=d.tp)
+        self.cp = None if d.cp == 1 else self.cut(data=d.pp * d.data_parallel, cp=d.cp, tp=d.tp)
         """Rows in as many parts as context ranks."""
-        self.rows = None if d.cp * d.tp == 1 else self.cut(data=d.pp * d.data_parallel, sequence=d.cp * d.tp)
+        self.sequence = (
+            None if d.cp * d.tp == 1 else self.cut(data=d.pp * d.data_parallel, sequence=d.cp * d.tp)
+        )
         """Rows in as many parts as ranks hold any of them."""
         node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         spans = 0 < node < d.ep and d.ep % node == 0
@@ -60,7 +62,7 @@ class ParallelMesh:
     def exchange(self) -> list[dist.ProcessGroup]:
         """The groups a token passes through to an expert: one, or between nodes and then within."""
         if self._nodes is None:
-            return [self.sparse.get_group("ep")]
+            return [self.expert.get_group("ep")]
         return [self._nodes.get_group("node"), self._nodes.get_group("local")]
 
     def cut(self, **axes: int) -> DeviceMesh:
@@ -72,16 +74,16 @@ class ParallelMesh:
         return self._root._unflatten(0, tuple(kept.values()), tuple(kept))
 
 
-def place(worker: Worker, mesh: ParallelMesh | None) -> Worker:
+def place(ranks: RankContext, mesh: ParallelMesh | None) -> RankContext:
     """`worker` with its share of the rows, as the layout has it."""
     if mesh is None:
-        return worker
+        return ranks
     degrees = mesh.degrees
     shares = (mesh.data_rank, degrees.data_parallel)
-    return replace(worker, data=shares, loss_copies=degrees.tp, group=mesh.world)
+    return replace(ranks, data=shares, loss_replicas=degrees.tp, group=mesh.world)
 
 
-def build_mesh(degrees: Degrees, device_type: str, ranks_per_node: int | None = None) -> ParallelMesh:
+def build_mesh(degrees: ParallelDims, device_type: str, ranks_per_node: int | None = None) -> ParallelMesh:
     """The mesh over the first `degrees.world_size` ranks; every rank of the process group calls it.
 
     `ranks_per_node` null asks the launcher (LOCAL_WORLD_SIZE).

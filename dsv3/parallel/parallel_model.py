@@ -17,14 +17,16 @@ from dsv3.model.router import Router
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.parallelize import build_model
-from dsv3.training.forward_backward import LocalPasses, Passes, placed_routers
+from dsv3.training.forward_backward import ForwardBackward, LocalForwardBackward, placed_routers
 
 
 class RecomputedLogits:
     """Every call passes the whole rows through the model again: exact on any layout, and slow."""
 
-    def __init__(self, passes: Passes, rows: int, multiple: int, device: torch.device) -> None:
-        self.passes = passes
+    def __init__(
+        self, forward_backward: ForwardBackward, rows: int, multiple: int, device: torch.device
+    ) -> None:
+        self.forward_backward = forward_backward
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.multiple = multiple
         self.device = device
@@ -38,23 +40,23 @@ class RecomputedLogits:
         tokens = torch.zeros(len(self.ids), longest, dtype=torch.int64)
         for row, ids in enumerate(self.ids):
             tokens[row, : len(ids)] = torch.tensor(ids)
-        logits = self.passes.logits(tokens.to(self.device))
+        logits = self.forward_backward.logits(tokens.to(self.device))
         last = torch.tensor([len(ids) - 1 for ids in self.ids], device=self.device)
         return logits[torch.arange(len(last), device=self.device), last]
 
 
 @dataclass
-class Distributed:
+class ParallelModel:
     """The parts of the model on this rank - one, or several stages of a pipeline - and their passes."""
 
-    passes: Passes
+    forward_backward: ForwardBackward
     mesh: ParallelMesh | None
     device: torch.device
 
     @property
     def parts(self) -> list[Transformer]:
         """What this rank has of the model."""
-        return self.passes.parts
+        return self.forward_backward.parts
 
     @cached_property
     def routers(self) -> dict[int, Router]:
@@ -78,7 +80,7 @@ class Distributed:
         logits = None
         if self.mesh is not None and self.mesh.degrees.splits_rows:
             multiple = 2 * self.mesh.degrees.cp * self.mesh.degrees.tp
-            logits = RecomputedLogits(self.passes, len(prompts), multiple, self.device)
+            logits = RecomputedLogits(self.forward_backward, len(prompts), multiple, self.device)
         with ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(inference(part))
@@ -89,9 +91,9 @@ class Distributed:
         return {name: tensor for part in self.parts for name, tensor in part.state_dict().items()}
 
 
-def distribute(config: Config, mesh: ParallelMesh | None, device: torch.device) -> Distributed:
+def build_parallel_model(config: Config, mesh: ParallelMesh | None, device: torch.device) -> ParallelModel:
     """Build the configured (and completed) model on this rank with its initial weights."""
     if mesh is not None and mesh.degrees.pp > 1:
-        return Distributed(build(config.parallel.pipeline)(config, mesh, device), mesh, device)
-    passes = LocalPasses(build_model(config, mesh, device), config.data.document_mask)
-    return Distributed(passes, mesh, device)
+        return ParallelModel(build(config.parallel.pipeline)(config, mesh, device), mesh, device)
+    forward_backward = LocalForwardBackward(build_model(config, mesh, device), config.data.document_mask)
+    return ParallelModel(forward_backward, mesh, device)

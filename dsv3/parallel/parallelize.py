@@ -11,7 +11,7 @@ from dsv3.fp8.convert_model import gather_weights
 from dsv3.model.attention_kernels import check_kernel
 from dsv3.model.initialization import initialize
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.context_parallel import split_sequences
+from dsv3.parallel.context_parallel import reduce_router_counts
 from dsv3.parallel.expert_parallel import send_in_fp8
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.planning.pipeline_stages import reshard_after_forward, splits_backward
@@ -52,7 +52,7 @@ def parallelize(
         for wrapper in (chosen.tensor, chosen.context, chosen.expert):
             if wrapper is not None:
                 build(wrapper)(model, mesh)
-        split_sequences(model, mesh)
+        reduce_router_counts(model, mesh)
     split = mesh is not None and mesh.degrees.pp > 1 and splits_backward(chosen.schedule)
     if config.precision.fp8 is not None:
         in_fp8 = build(config.precision.fp8)

@@ -20,7 +20,7 @@ from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.parallelize import build_on_meta, materialize, parallelize
 from dsv3.planning.pipeline_stages import split_layers, stages_of_rank, stages_per_rank
 from dsv3.training.forward_backward import LossWeights, placed_routers
-from dsv3.training.loss import GlobalBatch, losses
+from dsv3.training.loss import LossDenominators, losses
 from dsv3.training.optimizer import local
 
 
@@ -32,35 +32,35 @@ class Stage(nn.Module):
     tokens, targets and documents reach every stage whole: positions, masks and MTP need them.
     """
 
-    def __init__(self, part: Transformer, first: bool, last: bool, document_mask: bool) -> None:
+    def __init__(self, model: Transformer, first: bool, last: bool, document_mask: bool) -> None:
         super().__init__()
-        self.part = part
+        self.model = model
         self.first = first
         self.last = last
         self.document_mask = document_mask
-        self.places = list(placed_routers([part]))
-        self.whole: GlobalBatch | None = None
+        self.places = list(placed_routers([model]))
+        self.whole: LossDenominators | None = None
         self.weights: LossWeights | None = None
         self.figures = torch.zeros(0)
 
-    def begin(self, whole: GlobalBatch, weights: LossWeights) -> None:
+    def begin(self, whole: LossDenominators, weights: LossWeights) -> None:
         """What the next step's microbatches are measured with; figures start again from 0."""
         self.whole, self.weights = whole, weights
-        self.figures = torch.zeros(3 + self.part.config.num_moe_layers, device=whole.tokens.device)
+        self.figures = torch.zeros(3 + self.model.config.num_moe_layers, device=whole.tokens.device)
 
     def forward(
         self, x: Tensor, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
     ) -> Tensor:
         """See the class; `tokens`, `targets` and `documents` are [batch, sequence]."""
-        part = self.part
-        surroundings = part.surroundings(tokens, documents if self.document_mask else None)
-        x = part.embed(part.part.take(tokens)) if self.first else x
-        x, stats = part.run_layers(x, surroundings)
+        model = self.model
+        layer_inputs = model.layer_inputs(tokens, documents if self.document_mask else None)
+        x = model.embed(model.sequence_shard.take_local(tokens)) if self.first else x
+        x, stats = model.run_layers(x, layer_inputs)
         output = ModelOutput(x, [], *sum_stats(stats, x))
         if self.last:
-            logits, mtp_logits, more = part.predict(part.norm(x), tokens, surroundings)
+            logits, mtp_logits, more = model.predict(model.norm(x), tokens, layer_inputs)
             output = ModelOutput(logits, mtp_logits, *sum_stats(stats + more, x))
-        if not part.training:
+        if not model.training:
             return output.logits
         assert targets is not None
         assert documents is not None
@@ -76,7 +76,7 @@ class Stage(nn.Module):
         self.figures[[3 + place for place in self.places]] += output.broken.float()
         if not self.last:
             return _WithGradientOf.apply(output.logits, own)  # type: ignore[no-any-return, no-untyped-call]
-        terms = losses(output, batch, self.whole, self.part.vocabulary, self.part.part)
+        terms = losses(output, batch, self.whole, self.model.vocabulary_shard, self.model.sequence_shard)
         self.figures[:2] += torch.stack([terms.main, terms.mtp]).detach()
         return torch.stack([terms.main + self.weights.mtp * terms.mtp + own])
 
@@ -117,7 +117,7 @@ class Pipeline:
         self.split = split
         self.stages_per_rank = stages_per_rank
 
-    def __call__(self, config: Config, mesh: ParallelMesh, device: torch.device) -> "PipelinePasses":
+    def __call__(self, config: Config, mesh: ParallelMesh, device: torch.device) -> "PipelineForwardBackward":
         """Build this rank's stages of the configured model, wrapped and with their initial weights."""
         schedule, pp = config.parallel.schedule, mesh.degrees.pp
         group = mesh.dense.get_group("pp")
@@ -127,7 +127,7 @@ class Pipeline:
         layers = split_layers(config.model, pp * per_rank, self.split)
         numbers = stages_of_rank(schedule, group.rank(), pp, per_rank)
         stages = {n: _build(config, mesh, device, n, layers) for n in numbers}
-        return PipelinePasses(config, mesh, device, stages, len(layers))
+        return PipelineForwardBackward(config, mesh, device, stages, len(layers))
 
 
 def _build(
@@ -140,18 +140,18 @@ def _build(
     parallelize(part, stage, config, mesh, device)
     materialize(part, config.train.seed, device)
     if part.embedding is not None and not first:
-        part.embedding.weight.is_copy = True  # type: ignore[attr-defined]
+        part.embedding.weight.is_replica = True  # type: ignore[attr-defined]
     return stage
 
 
-class PipelinePasses:
-    """Passes of a model whose stages lie on the ranks of the `pp` axis."""
+class PipelineForwardBackward:
+    """ForwardBackward of a model whose stages lie on the ranks of the `pp` axis."""
 
     def __init__(
         self, config: Config, mesh: ParallelMesh, device: torch.device, stages: dict[int, Stage], count: int
     ) -> None:
         self.stages = stages
-        self.parts: list[Transformer] = [stage.part for stage in stages.values()]
+        self.parts: list[Transformer] = [stage.model for stage in stages.values()]
         self.count = count
         self.group = mesh.dense.get_group("pp")
         self.checked = False
@@ -185,8 +185,8 @@ class PipelinePasses:
         schedule = kind(given, microbatches, loss_fn=lambda out, _: out.sum(), scale_grads=False)
         return schedule, dict(pipeline_stages[0].stage_index_to_group_rank)
 
-    def train(self, microbatches: list[Batch], whole: GlobalBatch, weights: LossWeights) -> Tensor:
-        """See Passes; all gradients are this rank's sums, reduced over its replicas at the end."""
+    def train(self, microbatches: list[Batch], whole: LossDenominators, weights: LossWeights) -> Tensor:
+        """See ForwardBackward; all gradients are this rank's sums, reduced over its replicas at the end."""
         for stage in self.stages.values():
             stage.begin(whole, weights)
         tokens, targets, documents = (
@@ -208,20 +208,20 @@ class PipelinePasses:
         return torch.stack([stage.figures for stage in self.stages.values()]).sum(0)
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """See Passes."""
+        """See ForwardBackward."""
         x = self._forward(batch.tokens, batch.documents)
         if self.count - 1 not in self.stages:
             return torch.zeros((), device=x.device)
-        part = self.stages[self.count - 1].part
-        return part.vocabulary.cross_entropy_sum(x, part.part.take(batch.targets))
+        part = self.stages[self.count - 1].model
+        return part.vocabulary_shard.cross_entropy_sum(x, part.sequence_shard.take_local(batch.targets))
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """See Passes."""
+        """See ForwardBackward."""
         x = self._forward(tokens, None)
         config = self.parts[0].config
         if self.count - 1 in self.stages:
-            part = self.stages[self.count - 1].part
-            x = part.part.whole(part.vocabulary.whole(x)).contiguous()
+            part = self.stages[self.count - 1].model
+            x = part.sequence_shard.gather(part.vocabulary_shard.gather(x)).contiguous()
         else:
             x = torch.empty(*tokens.shape, config.vocab_size, device=tokens.device)
         dist.broadcast(x, group=self.group, group_src=self.rank_of[self.count - 1])
@@ -229,15 +229,15 @@ class PipelinePasses:
 
     def _forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """What this rank's last stage gives out, the stages in their order whatever the schedule."""
-        me = self.group.rank()
+        own_rank = self.group.rank()
         x = torch.empty(len(tokens), tokens.shape[1] // self.parts_of_a_row, self.parts[0].config.dim,
                         dtype=self.parts[0].compute_dtype, device=tokens.device)  # fmt: skip
         for number, stage in sorted(self.stages.items()):
-            if not stage.first and self.rank_of[number - 1] != me:
+            if not stage.first and self.rank_of[number - 1] != own_rank:
                 x = torch.empty_like(x)
                 dist.recv(x, group=self.group, group_src=self.rank_of[number - 1])
             x = stage(x, tokens=tokens, documents=documents)
-            if not stage.last and self.rank_of[number + 1] != me:
+            if not stage.last and self.rank_of[number + 1] != own_rank:
                 self._sent()
                 work = dist.isend(x, group=self.group, group_dst=self.rank_of[number + 1])
                 self.sending.append((work, x))
@@ -254,7 +254,7 @@ class PipelinePasses:
         """The gradient of the first stage's embedding and that of the last one's copy, both their sum."""
         if not self._copied:
             return
-        ours = {n: local(require_gradient(s.part.embedding.weight)) for n, s in self._ends().items()}
+        ours = {n: local(require_gradient(s.model.embedding.weight)) for n, s in self._ends().items()}
         if len(ours) == 2:
             total = ours[0] + ours[self.count - 1]
         elif ours:

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dsv3.model.attention import LatentAttention
-from dsv3.model.layers import IGNORE, FeedForward, WholeVocabulary
+from dsv3.model.layers import IGNORE, FeedForward, LocalVocabularyShard
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from dsv3.parallel.mesh import ParallelMesh
@@ -41,7 +41,7 @@ def embed_split(embedding: nn.Embedding, tokens: Tensor, group: dist.ProcessGrou
     return reduce_scatter(found.masked_fill(~mine.unsqueeze(-1), 0.0), 1, group)
 
 
-class SplitVocabulary(WholeVocabulary):
+class VocabularyShard(LocalVocabularyShard):
     """Logits [batch, sequence, vocab / ranks] on each of the ranks of `group`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -52,7 +52,7 @@ class SplitVocabulary(WholeVocabulary):
         flat = logits.float().flatten(0, -2)
         return _SplitCrossEntropy.apply(flat, targets.flatten(), self.group)  # type: ignore[no-any-return, no-untyped-call]
 
-    def whole(self, logits: Tensor) -> Tensor:
+    def gather(self, logits: Tensor) -> Tensor:
         """The logits [..., vocab] of all ids."""
         return all_gather(logits, logits.ndim - 1, self.group)
 
@@ -117,7 +117,7 @@ class TensorParallel:
             model.embedding.forward = partial(_embed, model.embedding, group)  # type: ignore[method-assign]
         if model.head is not None:
             model.head.register_forward_pre_hook(partial(_gather_input, group))
-            model.vocabulary = SplitVocabulary(group)
+            model.vocabulary_shard = VocabularyShard(group)
 
 
 def split_dim(name: str) -> int | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import Kept
 from dsv3.planning import expert_copies
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 
 FP32 = 4
 
@@ -44,7 +44,7 @@ class Activations:
     config: ModelConfig
     compute: int
     fused_kernels: bool = True
-    degrees: Degrees = field(default_factory=Degrees)
+    degrees: ParallelDims = field(default_factory=ParallelDims)
     ranks_per_node: int | None = None
 
     def block(self, dense: bool) -> TokenBytes:

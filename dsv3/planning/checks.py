@@ -17,7 +17,7 @@ from dsv3.config.precision import ComputeType, FP8Engine, Granularity
 from dsv3.config.root import Config
 from dsv3.errors import UserError, join, nearest_of
 from dsv3.planning import parameters
-from dsv3.planning.layout import Degrees, expert_degrees
+from dsv3.planning.layout import ParallelDims, expert_degrees
 from dsv3.planning.plan import Plan
 from dsv3.planning.sharding import BLOCK
 
@@ -129,7 +129,7 @@ BYTES = 4
 GIB = 2**30
 
 
-def require_room(model: ModelConfig, degrees: Degrees, hardware: HardwareConfig) -> None:
+def require_room(model: ModelConfig, degrees: ParallelDims, hardware: HardwareConfig) -> None:
     """UserError where a rank's share of the weights alone is more than its memory.
 
     A lower bound: it is even over all ranks but replicas, and leaves activations and caches out.

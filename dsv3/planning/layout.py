@@ -1,6 +1,6 @@
 """How many ranks each axis has: as typed, and resolved (docs/parallelism.md).
 
-Degrees that fit a world and a model, from those that are typed.
+ParallelDims that fit a world and a model, from those that are typed.
 
 What `auto` stands for, one axis after the other, each in what the typed degrees leave of the world:
 - pp: the fewest stages that leave at most 256 ranks to a stage; FSDP's exchanges grow slow beyond.
@@ -27,7 +27,7 @@ from dsv3.planning.pipeline_stages import check_microbatches, reshard_after_forw
 
 
 @dataclass(frozen=True)
-class Degrees:
+class ParallelDims:
     """Resolved degrees; experts borrow a pipeline stage's dense ranks, so `ep` is no factor of the world."""
 
     pp: int = 1
@@ -53,19 +53,19 @@ class Degrees:
         return self.dp_replicate * self.dp_shard
 
     @property
-    def dense_shards(self) -> int:
+    def fsdp_size(self) -> int:
         """Ranks that a tensor-parallel part is sharded over."""
         return self.dp_shard * self.cp
 
     @property
-    def whole_shards(self) -> int:
+    def replicated_fsdp_size(self) -> int:
         """Ranks that parameters which every rank uses whole are sharded over; ep divides them."""
         return self.dp_shard * self.cp * self.tp
 
     @property
-    def expert_shards(self) -> int:
+    def efsdp_size(self) -> int:
         """Ranks one expert-parallel rank's experts are sharded over: what ep leaves of its ranks."""
-        return self.whole_shards // self.ep
+        return self.replicated_fsdp_size // self.ep
 
     def to_json(self) -> dict[str, int]:
         """The degrees by name."""
@@ -79,12 +79,12 @@ NODE_RANKS = 8
 ROW_TOKENS = 8192
 
 
-def fill(config: DegreesConfig, world_size: int, model: ModelConfig, sequence_length: int) -> Degrees:
-    """Degrees whose product is `world_size`; `sequence_length` in tokens.
+def fill(config: DegreesConfig, world_size: int, model: ModelConfig, sequence_length: int) -> ParallelDims:
+    """ParallelDims whose product is `world_size`; `sequence_length` in tokens.
 
     Raises UserError where there are none.
     """
-    degrees = Degrees(**config.typed)
+    degrees = ParallelDims(**config.typed)
     if world_size % degrees.world_size:
         raise UserError(_product_message(config, degrees, world_size))
     for axis, choose in (("pp", _pp), ("tp", _tp), ("cp", _cp)):
@@ -103,15 +103,15 @@ def fill(config: DegreesConfig, world_size: int, model: ModelConfig, sequence_le
     return degrees
 
 
-def expert_degrees(degrees: Degrees, model: ModelConfig) -> list[int]:
+def expert_degrees(degrees: ParallelDims, model: ModelConfig) -> list[int]:
     """The values of ep that the ranks of a stage and the experts can have, in order."""
-    both = math.gcd(degrees.whole_shards, model.moe.num_experts)
+    both = math.gcd(degrees.replicated_fsdp_size, model.moe.num_experts)
     return [ep for ep in _divisors(both) if shards_experts_evenly(replace(degrees, ep=ep), model)]
 
 
-def shards_experts_evenly(degrees: Degrees, model: ModelConfig) -> bool:
+def shards_experts_evenly(degrees: ParallelDims, model: ModelConfig) -> bool:
     """Whether FSDP can cut an expert-parallel rank's experts: one by one, or each in equal runs of rows."""
-    shards, moe = degrees.expert_shards, model.moe
+    shards, moe = degrees.efsdp_size, model.moe
     if moe.num_experts // degrees.ep >= shards:
         return True
     return (2 * moe.hidden_dim) % shards == 0 and model.dim % shards == 0
@@ -123,17 +123,17 @@ def tensor_degrees(model: ModelConfig) -> list[int]:
     return list(_divisors(math.gcd(model.attention.heads, model.vocab_size, dense)))
 
 
-def _pp(free: int, degrees: Degrees, model: ModelConfig, sequence_length: int) -> int:
+def _pp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
     small = [n for n in _divisors(free) if degrees.world_size * (free // n) <= STAGE_RANKS]
     return next((n for n in small if n <= model.num_layers), 1)
 
 
-def _tp(free: int, degrees: Degrees, model: ModelConfig, sequence_length: int) -> int:
+def _tp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
     right = set(tensor_degrees(model)) & set(_divisors(free))
     return max(tp for tp in right if tp <= NODE_RANKS and sequence_length % (degrees.cp * tp) == 0)
 
 
-def _cp(free: int, degrees: Degrees, model: ModelConfig, sequence_length: int) -> int:
+def _cp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
     right = [1]
     while right[-1] * ROW_TOKENS < sequence_length:
         cp = 2 * right[-1]
@@ -147,7 +147,7 @@ def _divisors(number: int) -> Iterator[int]:
     return (n for n in range(1, number + 1) if number % n == 0)
 
 
-def _product_message(config: DegreesConfig, degrees: Degrees, world_size: int) -> str:
+def _product_message(config: DegreesConfig, degrees: ParallelDims, world_size: int) -> str:
     """Which degree to change, or which world to take, when the product law is broken."""
     shard_given = not config.is_auto("dp_shard")
     rest = degrees.world_size // degrees.dp_shard
@@ -173,7 +173,9 @@ _WRAPPERS = {
 """The wrapper that carries an axis out, and presets that have it."""
 
 
-def resolve(parallel: ParallelConfig, world_size: int, model: ModelConfig, sequence_length: int) -> Degrees:
+def resolve(
+    parallel: ParallelConfig, world_size: int, model: ModelConfig, sequence_length: int
+) -> ParallelDims:
     """The degrees on `world_size` ranks; UserError where they break a law, those of the batch left out."""
     degrees = fill(parallel.degrees, world_size, model, sequence_length)
     check_model(degrees, model)
@@ -181,7 +183,7 @@ def resolve(parallel: ParallelConfig, world_size: int, model: ModelConfig, seque
     return degrees
 
 
-def check_model(degrees: Degrees, model: ModelConfig) -> None:
+def check_model(degrees: ParallelDims, model: ModelConfig) -> None:
     """Raise UserError where heads, vocabulary, dense width or experts do not divide as `degrees` ask."""
     heads, vocab, experts = model.attention.heads, model.vocab_size, model.moe.num_experts
     dense = model.dense_hidden_dim if model.num_dense_layers else 0
@@ -191,17 +193,17 @@ def check_model(degrees: Degrees, model: ModelConfig) -> None:
     _require_divides("tp", degrees.tp, "model.vocab_size", vocab, works)
     _require_divides("tp", degrees.tp, "model.dense_hidden_dim", dense, works)
     works = expert_degrees(degrees, model)
-    _require_divides("ep", degrees.ep, "dp_shard x cp x tp", degrees.whole_shards, works)
+    _require_divides("ep", degrees.ep, "dp_shard x cp x tp", degrees.replicated_fsdp_size, works)
     _require_divides("ep", degrees.ep, "model.moe.num_experts", experts, works)
     if not shards_experts_evenly(degrees, model):
         raise UserError(
-            f"{KEY}.ep={degrees.ep} cuts {experts // degrees.ep} experts into {degrees.expert_shards} "
+            f"{KEY}.ep={degrees.ep} cuts {experts // degrees.ep} experts into {degrees.efsdp_size} "
             f"shards, which do not divide 2 x model.moe.hidden_dim={2 * model.moe.hidden_dim} and "
             f"model.dim={model.dim}\n{_near(nearest_of(works, degrees.ep))}; or raise dp_replicate"
         )
 
 
-def check_stages(parallel: ParallelConfig, degrees: Degrees, model: ModelConfig) -> None:
+def check_stages(parallel: ParallelConfig, degrees: ParallelDims, model: ModelConfig) -> None:
     """Raise UserError where the layers cannot be cut into stages as pipeline and schedule ask."""
     reshard_after_forward(parallel, degrees.pp)
     if degrees.pp > model.num_layers:
@@ -214,7 +216,7 @@ def check_stages(parallel: ParallelConfig, degrees: Degrees, model: ModelConfig)
         split_layers(model, stage_count(parallel, degrees.pp), pipeline.split)
 
 
-def check_wrapped(parallel: ParallelConfig, degrees: Degrees) -> None:
+def check_wrapped(parallel: ParallelConfig, degrees: ParallelDims) -> None:
     """Raise UserError for a degree that nothing in this config would carry out."""
     for axis, (wrapper, presets) in _WRAPPERS.items():
         degree = getattr(degrees, axis)
@@ -228,7 +230,7 @@ def check_wrapped(parallel: ParallelConfig, degrees: Degrees) -> None:
         raise UserError(f"{KEY}: {ranks} need parallel.fsdp, which is null here: take parallel=fsdp or hsdp")
 
 
-def check_sequence(degrees: Degrees, sequence_length: int) -> None:
+def check_sequence(degrees: ParallelDims, sequence_length: int) -> None:
     """Raise UserError where a row of `sequence_length` tokens cannot be cut as `degrees` ask."""
     cp, tp = degrees.cp, degrees.tp
     zigzag = 2 * cp if cp > 1 else 1
@@ -237,7 +239,9 @@ def check_sequence(degrees: Degrees, sequence_length: int) -> None:
     _require_multiple("train.sequence_length", sequence_length, cp * tp, f"cp={cp} x {KEY}.tp={tp}", works)
 
 
-def check_batch(degrees: Degrees, sequence_length: int, global_batch_size: int, microbatch_size: int) -> None:
+def check_batch(
+    degrees: ParallelDims, sequence_length: int, global_batch_size: int, microbatch_size: int
+) -> None:
     """Raise UserError where a sequence or the global batch cannot be cut as `degrees` ask."""
     check_sequence(degrees, sequence_length)
     unit = microbatch_size * degrees.data_parallel
@@ -249,7 +253,7 @@ def check_batch(degrees: Degrees, sequence_length: int, global_batch_size: int, 
 
 
 def check_schedule(
-    parallel: ParallelConfig, degrees: Degrees, global_batch_size: int, microbatch_size: int
+    parallel: ParallelConfig, degrees: ParallelDims, global_batch_size: int, microbatch_size: int
 ) -> None:
     """Raise UserError where the pipeline's schedule cannot run the microbatches of a step."""
     if degrees.pp > 1:

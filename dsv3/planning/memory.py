@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import Recomputed
 from dsv3.planning.activations import Activations, TokenBytes
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Weight
 from dsv3.planning.pipeline_schedules import order
 from dsv3.planning.pipeline_stages import Stage, stage_groups
@@ -60,19 +60,19 @@ class MemoryBytes:
         }
 
 
-def rank_memory(config: ModelConfig, degrees: Degrees, shape: StepShape) -> MemoryBytes:
+def rank_memory(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> MemoryBytes:
     """Bytes of the fullest rank."""
     return max(pipeline_memory(config, degrees, shape), key=lambda memory: memory.total)
 
 
-def pipeline_memory(config: ModelConfig, degrees: Degrees, shape: StepShape) -> list[MemoryBytes]:
+def pipeline_memory(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> list[MemoryBytes]:
     """Bytes of the fullest rank among those of each pipeline rank."""
     held = shape.stages_of_ranks(config, degrees)
     return [_memory(config, degrees, shape, rank, stages) for rank, stages in enumerate(held)]
 
 
 def _memory(
-    config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int, stages: list[Stage]
+    config: ModelConfig, degrees: ParallelDims, shape: StepShape, rank: int, stages: list[Stage]
 ) -> MemoryBytes:
     groups = [stage_groups(config, stage) for stage in stages]
     held = sum(stored(weight, degrees) for stage in groups for group in stage for weight in group)
@@ -90,7 +90,7 @@ def _memory(
     )
 
 
-def _weight_copies(stages: list[list[list[Weight]]], degrees: Degrees, shape: StepShape) -> int:
+def _weight_copies(stages: list[list[list[Weight]]], degrees: ParallelDims, shape: StepShape) -> int:
     """Bytes of gathered or cast weights, and of gradients before they are scattered.
 
     Under pipeline parallelism torch's stages keep gathered weights and unscattered fp32 gradients until
@@ -110,7 +110,7 @@ def _weight_copies(stages: list[list[list[Weight]]], degrees: Degrees, shape: St
     return copies + scattered + (sum(numbers) * FP32 if pipelined else 0)
 
 
-def _gathered(group: list[Weight], degrees: Degrees, shape: StepShape) -> int:
+def _gathered(group: list[Weight], degrees: ParallelDims, shape: StepShape) -> int:
     compute, in_fp8 = shape.state.compute, shape.gathers_in_fp8
     return sum(gathered_bytes(weight, degrees, compute, in_fp8) for weight in group)
 
@@ -131,7 +131,7 @@ def _cast(weight: Weight, shape: StepShape) -> int:
 
 
 def _activations(
-    config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int, held: list[Stage]
+    config: ModelConfig, degrees: ParallelDims, shape: StepShape, rank: int, held: list[Stage]
 ) -> int:
     """Saved activations of the microbatches that are under way together, at the worst moment of a step."""
     saved = Activations(config, shape.state.compute, shape.fused_kernels, degrees, shape.ranks_per_node)
@@ -150,7 +150,7 @@ def _activations(
     return _peak(degrees, shape, rank, each) + working + ends * boundary * shape.microbatches
 
 
-def _peak(degrees: Degrees, shape: StepShape, rank: int, each: dict[int, int]) -> int:
+def _peak(degrees: ParallelDims, shape: StepShape, rank: int, each: dict[int, int]) -> int:
     """The most bytes at once, where a forward pass keeps `each` stage's until its backward pass is over."""
     p, now, most = shape.pipelining, 0, 0
     for action in order(p.schedule, rank, degrees.pp, p.per_rank, shape.microbatches):

@@ -95,7 +95,7 @@ def main_model(config: ModelConfig) -> list[Weight]:
     return [*embedding(config), *(w for layer in layers(config) for w in layer), *output(config)]
 
 
-def met(of: Iterable[Weight], config: ModelConfig) -> int:
+def active_matmul_parameters(of: Iterable[Weight], config: ModelConfig) -> int:
     """Matmul weights that one token meets: of the routed experts its top_k, of the embedding none."""
     experts, chosen = config.moe.num_experts, config.moe.top_k
     return sum(
@@ -230,15 +230,17 @@ def training_flops_per_token(
     attention = 3 * config.attention.heads * (config.attention.qk_head_dim + config.attention.v_head_dim)
     if convention is FlopsConvention.full_square:
         attention *= 2
-    met = 6 * active_matmul_weights(config, depths)
-    return met + (config.num_layers + depths) * attention * sequence_length
+    active_matmul_parameters = 6 * active_matmul_weights(config, depths)
+    return active_matmul_parameters + (config.num_layers + depths) * attention * sequence_length
 
 
 def active_matmul_weights(config: ModelConfig, mtp_depths: int) -> int:
     """Matmul weights that one token meets, the shared head once a prediction."""
-    main = met(main_model(config), config)
+    main = active_matmul_parameters(main_model(config), config)
     head = config.vocab_size * config.dim
-    return main + sum(met(module, config) + head for module in mtp_modules(config)[:mtp_depths])
+    return main + sum(
+        active_matmul_parameters(module, config) + head for module in mtp_modules(config)[:mtp_depths]
+    )
 
 
 def mfu(

@@ -135,13 +135,15 @@ def split_layers(model: ModelConfig, stages: int, first_layers: list[int] | None
 
 def layer_costs(model: ModelConfig) -> list[int]:
     """Matmul weights that a token meets in each layer of the main model."""
-    return [parameters.met(layer, model) for layer in parameters.layers(model)]
+    return [parameters.active_matmul_parameters(layer, model) for layer in parameters.layers(model)]
 
 
 def extra_costs(model: ModelConfig) -> tuple[int, int]:
     """The same for what the first stage has besides layers (a lookup) and the last (head, MTP depths)."""
-    head = parameters.met(parameters.output(model), model)
-    depths = sum(parameters.met(module, model) + head for module in parameters.mtp_modules(model))
+    head = parameters.active_matmul_parameters(parameters.output(model), model)
+    depths = sum(
+        parameters.active_matmul_parameters(module, model) + head for module in parameters.mtp_modules(model)
+    )
     return model.dim, head + depths
 
 

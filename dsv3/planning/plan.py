@@ -8,7 +8,7 @@ from dsv3.config.parallel import ExchangeBackend, Kept, ParallelConfig, Pipeline
 from dsv3.config.precision import PrecisionConfig
 from dsv3.config.root import Config
 from dsv3.planning import parameters
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import MemoryBytes, rank_memory
 from dsv3.planning.parameters import FlopsConvention, training_flops_per_token
 from dsv3.planning.pipeline_schedules import bubble
@@ -29,7 +29,7 @@ class Plan:
     """
 
     model: ModelConfig
-    degrees: Degrees
+    degrees: ParallelDims
     hardware: HardwareConfig
     shape: StepShape
     memory: MemoryBytes
@@ -73,7 +73,7 @@ class Plan:
         }
 
 
-def make_plan(config: Config, degrees: Degrees, hardware: HardwareConfig) -> Plan:
+def make_plan(config: Config, degrees: ParallelDims, hardware: HardwareConfig) -> Plan:
     """The plan of a completed config on resolved `degrees` of detected `hardware`."""
     train, parallel, on_cpu = config.train, config.parallel, hardware.name == "cpu"
     shape = StepShape(
@@ -94,7 +94,7 @@ def make_plan(config: Config, degrees: Degrees, hardware: HardwareConfig) -> Pla
     return plan_shape(config.model, degrees, hardware, shape)
 
 
-def plan_shape(model: ModelConfig, degrees: Degrees, hardware: HardwareConfig, shape: StepShape) -> Plan:
+def plan_shape(model: ModelConfig, degrees: ParallelDims, hardware: HardwareConfig, shape: StepShape) -> Plan:
     """The plan of `model` in steps of `shape` on `degrees` of detected `hardware`."""
     memory, traffic = rank_memory(model, degrees, shape), rank_traffic(model, degrees, shape)
     return Plan(model, degrees, hardware, shape, memory, traffic)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from dsv3.config.parallel import Recomputed
 from dsv3.errors import UserError
 from dsv3.planning import parameters
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import rank_memory
 from dsv3.planning.parameters import FlopsConvention
 from dsv3.planning.plan import Plan
@@ -59,8 +59,8 @@ def advice(plan: Plan) -> str:
     )
 
 
-def smallest_dp_shard(plan: Plan) -> Degrees | None:
-    """Degrees with the smallest power-of-two multiple of dp_shard, the world growing with it, that fit.
+def smallest_dp_shard(plan: Plan) -> ParallelDims | None:
+    """ParallelDims with the smallest power-of-two multiple of dp_shard, the world growing with it, that fit.
 
     None where no number of ranks does, as when activations alone are too large.
     """
@@ -72,13 +72,13 @@ def smallest_dp_shard(plan: Plan) -> Degrees | None:
     return None
 
 
-def _with(plan: Plan, shape: StepShape, degrees: Degrees) -> Plan:
+def _with(plan: Plan, shape: StepShape, degrees: ParallelDims) -> Plan:
     """The same plan on other degrees or of another shape; what is sent is left as it was."""
     memory = rank_memory(plan.model, degrees, shape)
     return replace(plan, shape=shape, degrees=degrees, memory=memory)
 
 
-def shards_that_fit(degrees: Degrees) -> str:
+def shards_that_fit(degrees: ParallelDims) -> str:
     """That these degrees fit, and the ranks that they take."""
     world = f"launch.nproc x launch.nnodes = {degrees.world_size:,} ranks"
     return f"parallel.degrees.dp_shard={degrees.dp_shard} fits, with {world}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import Kept, Recomputed
 from dsv3.planning import parameters
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Weight, numel
 from dsv3.planning.pipeline_stages import Pipelining, Stage, stages, stages_of_rank
 from dsv3.planning.sharding import multiplies_in_fp8, travels_in_fp8
@@ -64,11 +64,11 @@ class StepShape:
         """Whether weights are gathered as codes and scales where that can be."""
         return self.fp8 is not None and self.fp8.gather
 
-    def tokens(self, degrees: Degrees) -> int:
+    def tokens(self, degrees: ParallelDims) -> int:
         """Tokens of a microbatch that the ranks of one tp group share."""
         return self.microbatch_size * self.sequence_length // degrees.cp
 
-    def stages_of_ranks(self, config: ModelConfig, degrees: Degrees) -> list[list[Stage]]:
+    def stages_of_ranks(self, config: ModelConfig, degrees: ParallelDims) -> list[list[Stage]]:
         """The stages of each pipeline rank; all of the model in one without pipeline parallelism."""
         if degrees.pp == 1:
             return [stages(config, 1)]
@@ -80,7 +80,7 @@ class StepShape:
         ]
 
 
-def fp8_rows(model: ModelConfig, degrees: Degrees, fp8: FP8Shape | None) -> list[tuple[str, str]]:
+def fp8_rows(model: ModelConfig, degrees: ParallelDims, fp8: FP8Shape | None) -> list[tuple[str, str]]:
     """The shares of the parameters that multiply in FP8 and are gathered in it; whether rows travel so."""
     if fp8 is None:
         return []

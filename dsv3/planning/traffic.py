@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import Kept, Recomputed
 from dsv3.planning import expert_copies, parameters
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Weight
 from dsv3.planning.pipeline_schedules import order
 from dsv3.planning.pipeline_stages import Stage, is_v_shaped, stage_groups
@@ -53,19 +53,19 @@ class TrafficBytes:
         return {**vars(self), "total": self.total}
 
 
-def rank_traffic(config: ModelConfig, degrees: Degrees, shape: StepShape) -> TrafficBytes:
+def rank_traffic(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> TrafficBytes:
     """What the rank that sends most sends."""
     return max(pipeline_traffic(config, degrees, shape), key=lambda traffic: traffic.total)
 
 
-def pipeline_traffic(config: ModelConfig, degrees: Degrees, shape: StepShape) -> list[TrafficBytes]:
+def pipeline_traffic(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> list[TrafficBytes]:
     """What each of the ranks of each pipeline rank sends."""
     held = shape.stages_of_ranks(config, degrees)
     return [_traffic(config, degrees, shape, rank, stages) for rank, stages in enumerate(held)]
 
 
 def _traffic(
-    config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int, held: list[Stage]
+    config: ModelConfig, degrees: ParallelDims, shape: StepShape, rank: int, held: list[Stage]
 ) -> TrafficBytes:
     gathers = _gathers(degrees, shape, rank)
     layers = [dense for stage in held for dense in stage.block_kinds]
@@ -88,7 +88,7 @@ def _ring(ranks: int, total: int) -> int:
     return total * (ranks - 1) // ranks
 
 
-def _gathers(degrees: Degrees, shape: StepShape, rank: int) -> dict[int, tuple[int, int]]:
+def _gathers(degrees: ParallelDims, shape: StepShape, rank: int) -> dict[int, tuple[int, int]]:
     """How often FSDP gathers the root and the blocks of each stage of a rank in a step.
 
     Under pipeline parallelism torch's stages keep what the backward pass has gathered until the last
@@ -109,7 +109,12 @@ def _gathers(degrees: Degrees, shape: StepShape, rank: int) -> dict[int, tuple[i
 
 
 def _sharding(
-    config: ModelConfig, degrees: Degrees, shape: StepShape, stage: Stage, gathers: tuple[int, int], sums: int
+    config: ModelConfig,
+    degrees: ParallelDims,
+    shape: StepShape,
+    stage: Stage,
+    gathers: tuple[int, int],
+    sums: int,
 ) -> int:
     """Parameters gathered in the dtype they are used in, gradients scattered in fp32."""
     root, *blocks = stage_groups(config, stage)
@@ -120,7 +125,7 @@ def _sharding(
     )
 
 
-def _head_again(config: ModelConfig, degrees: Degrees, shape: StepShape) -> int:
+def _head_again(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> int:
     """A split head is freed after each of its backward passes, of which MTP adds one a depth."""
     if degrees.tp == 1 or degrees.pp > 1:
         return 0
@@ -128,7 +133,7 @@ def _head_again(config: ModelConfig, degrees: Degrees, shape: StepShape) -> int:
     return _sharded(parameters.output(config)[-1], degrees, shape, again, sums=0)
 
 
-def _sharded(weight: Weight, degrees: Degrees, shape: StepShape, gathers: int, sums: int) -> int:
+def _sharded(weight: Weight, degrees: ParallelDims, shape: StepShape, gathers: int, sums: int) -> int:
     """One weight's part of _sharding; the shards of uneven ones travel at the length of the longest."""
     ranks, held = shard_count(weight, degrees), stored(weight, degrees)
     if shape.gathers_in_fp8 and travels_in_fp8(weight, degrees):
@@ -138,13 +143,13 @@ def _sharded(weight: Weight, degrees: Degrees, shape: StepShape, gathers: int, s
     return _ring(ranks, ranks * (gathers * gathered + sums * held * FP32))
 
 
-def _replicas(config: ModelConfig, degrees: Degrees, stage: Stage, sums: int) -> int:
+def _replicas(config: ModelConfig, degrees: ParallelDims, stage: Stage, sums: int) -> int:
     """The shards' gradients, summed over the replicas in fp32."""
     held = sum(stored(weight, degrees) for group in stage_groups(config, stage) for weight in group)
     return sums * 2 * _ring(degrees.dp_replicate, held * FP32)
 
 
-def _tensor_layer(config: ModelConfig, degrees: Degrees, shape: StepShape, dense: bool) -> int:
+def _tensor_layer(config: ModelConfig, degrees: ParallelDims, shape: StepShape, dense: bool) -> int:
     """Latents gathered, heads' sums scattered; in a dense layer hidden states gathered and scattered."""
     a, repeats = config.attention, _passes(shape)
     latents = (a.q_lora_rank or config.dim) + a.kv_lora_rank + a.qk_rope_head_dim
@@ -160,7 +165,7 @@ def _passes(shape: StepShape) -> int:
     return 2 if shape.recompute is Recomputed.none else 3
 
 
-def _tensor_ends(config: ModelConfig, degrees: Degrees, shape: StepShape, stage: Stage) -> int:
+def _tensor_ends(config: ModelConfig, degrees: ParallelDims, shape: StepShape, stage: Stage) -> int:
     """Embedded tokens scattered, hidden states gathered for the head, both ways; and the loss."""
     tokens = shape.tokens(degrees)
     hidden = 2 * (stage.embeds + stage.predictions) * config.dim * shape.state.compute
@@ -168,14 +173,14 @@ def _tensor_ends(config: ModelConfig, degrees: Degrees, shape: StepShape, stage:
     return _ring(degrees.tp, tokens * (hidden + loss))
 
 
-def _context_layer(config: ModelConfig, degrees: Degrees, shape: StepShape) -> int:
+def _context_layer(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> int:
     """Latents of keys and values gathered to whole rows."""
     a = config.attention
     row = shape.tokens(degrees) * degrees.cp * (a.kv_lora_rank + a.qk_rope_head_dim) * shape.state.compute
     return _passes(shape) * _ring(degrees.cp, row)
 
 
-def _exchange_layer(config: ModelConfig, degrees: Degrees, shape: StepShape) -> int:
+def _exchange_layer(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> int:
     """Rows to experts, with the weights of those behind each rank, and rows back; and so again backward."""
     tokens = shape.tokens(degrees) // degrees.tp
     row = config.dim * shape.state.compute
@@ -190,13 +195,13 @@ def _exchange_layer(config: ModelConfig, degrees: Degrees, shape: StepShape) -> 
     return round(tokens * total)
 
 
-def _boundaries(config: ModelConfig, degrees: Degrees, shape: StepShape, stage: Stage) -> int:
+def _boundaries(config: ModelConfig, degrees: ParallelDims, shape: StepShape, stage: Stage) -> int:
     """Hidden states to the next stage and their gradients to the one before, where those are elsewhere."""
     size = shape.tokens(degrees) // degrees.tp * config.dim * shape.state.compute
     return shape.microbatches * size * _neighbours_elsewhere(degrees, shape, stage)
 
 
-def _neighbours_elsewhere(degrees: Degrees, shape: StepShape, stage: Stage) -> int:
+def _neighbours_elsewhere(degrees: ParallelDims, shape: StepShape, stage: Stage) -> int:
     if degrees.pp == 1:
         return 0
     sent = int(not stage.is_first) + int(not stage.is_last)
@@ -205,7 +210,7 @@ def _neighbours_elsewhere(degrees: Degrees, shape: StepShape, stage: Stage) -> i
     return sent - int(foot)
 
 
-def _embedding_copy(config: ModelConfig, degrees: Degrees, shape: StepShape, rank: int) -> int:
+def _embedding_copy(config: ModelConfig, degrees: ParallelDims, shape: StepShape, rank: int) -> int:
     """The gradients of the first and the last stage's embedding, summed where MTP makes a copy of it."""
     apart = degrees.pp > 1 and not is_v_shaped(shape.pipelining.schedule)
     if not apart or not config.mtp_depths or rank not in (0, degrees.pp - 1):

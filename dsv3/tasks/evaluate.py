@@ -4,7 +4,7 @@ import json
 import math
 
 from dsv3.checkpoint.directory import find_checkpoint
-from dsv3.distributed.process_group import make_deterministic, worker
+from dsv3.distributed.process_group import join_process_group, make_deterministic
 from dsv3.errors import RunFailed
 from dsv3.launch.job import Job
 from dsv3.metrics.console import Console
@@ -21,15 +21,15 @@ class Evaluate:
         config = job.config
         directory = find_checkpoint(require_checkpoint(job))
         make_deterministic(config.train.deterministic, config.train.seed)
-        with worker(config.launch.timeout) as me:
+        with join_process_group(config.launch.timeout) as ranks:
             tokenizer = stored_tokenizer(config, directory, job.overrides)
-            data = prepare_data(config, me, tokenizer, evaluate=True)
-            model, me = load_model(job, me)
+            data = prepare_data(config, ranks, tokenizer, evaluate=True)
+            model, ranks = load_model(job, ranks)
             size, most = config.train.microbatch, config.train.evaluate_batches
-            found = evaluate(model.passes, data.held_out, size, me, most)
+            found = evaluate(model.forward_backward, data.held_out, size, ranks, most)
             if not math.isfinite(found.loss):
                 raise RunFailed(f"the held-out loss of {directory} is {found.loss}")
-            if me.is_main:
+            if ranks.is_main:
                 result = {
                     "loss": found.loss,
                     "perplexity": math.exp(min(found.loss, 700.0)),

@@ -5,10 +5,10 @@ from pathlib import Path
 from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.config.task import SamplingConfig
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.distributed.process_group import worker
+from dsv3.distributed.process_group import join_process_group
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
-from dsv3.parallel.parallel_model import Distributed
+from dsv3.parallel.parallel_model import ParallelModel
 from dsv3.tasks.setup import load_model, stored_tokenizer
 
 
@@ -21,17 +21,17 @@ class Generate:
 
     def run(self, job: Job) -> None:
         """Load, sample with train.seed, print."""
-        with worker(job.config.launch.timeout) as me:
+        with join_process_group(job.config.launch.timeout) as ranks:
             directory = find_checkpoint(require_checkpoint(job))
             tokenizer = _tokenizer(job, directory)
-            model, me = load_model(job, me)
+            model, ranks = load_model(job, ranks)
             text = sample_text(model, tokenizer, self.sampling, self.prompt, job.config.train.seed)
-            if me.is_main:
+            if ranks.is_main:
                 print(self.prompt + text)
 
 
 def sample_text(
-    model: Distributed, tokenizer: Tokenizer, sampling: SamplingConfig, prompt: str, seed: int
+    model: ParallelModel, tokenizer: Tokenizer, sampling: SamplingConfig, prompt: str, seed: int
 ) -> str:
     """Text that continues `prompt`, as a document's beginning; all ranks call it together."""
     begin = [] if tokenizer.bos is None else [tokenizer.bos]

@@ -12,14 +12,14 @@ from dsv3.config.root import Config
 from dsv3.config.strict import build
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.launch.job import Job
 from dsv3.parallel.mesh import ParallelMesh, build_mesh, place
-from dsv3.parallel.parallel_model import Distributed, distribute
+from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 
 
 def prepare_data(
-    config: Config, worker: Worker, tokenizer: Tokenizer | None = None, evaluate: bool = False
+    config: Config, ranks: RankContext, tokenizer: Tokenizer | None = None, evaluate: bool = False
 ) -> PreparedData:
     """The configured data and tokenizer (or the one given), checked against the model's vocabulary."""
     source = build(config.data)
@@ -30,8 +30,8 @@ def prepare_data(
         return data
 
     # One process does the work and the rest find it done. A failure of rank 0 ends the others too.
-    data = prepare() if worker.local_rank == 0 else None
-    worker.barrier()
+    data = prepare() if ranks.local_rank == 0 else None
+    ranks.barrier()
     data = data or prepare()
     data.check_vocabulary(config.model.vocab_size)
     return data
@@ -46,24 +46,24 @@ def stored_tokenizer(config: Config, checkpoint: Path, overrides: list[str]) -> 
     return Tokenizer.from_file(folder) if folder.is_dir() and not chosen else None
 
 
-def job_mesh(job: Job, me: Worker) -> ParallelMesh | None:
+def job_mesh(job: Job, ranks: RankContext) -> ParallelMesh | None:
     """The mesh of the job's layout; None where this process is alone."""
-    if me.world == 1:
+    if ranks.world == 1:
         return None
     expert = job.config.parallel.expert
     node = expert.ranks_per_node if expert is not None else None
-    return build_mesh(job.plan.degrees, me.device.type, node)
+    return build_mesh(job.plan.degrees, ranks.device.type, node)
 
 
-def load_model(job: Job, me: Worker) -> tuple[Distributed, Worker]:
+def load_model(job: Job, ranks: RankContext) -> tuple[ParallelModel, RankContext]:
     """The configured model on this rank, filled from the checkpoint, and the rank with its share of rows."""
     path = job.config.checkpoint.load
     checkpoint = None if path is None else find_checkpoint(path)
     if checkpoint is not None:
-        verify_together(checkpoint, me)
+        verify_together(checkpoint, ranks)
         require_weights(job.config.model, checkpoint)  # before memory is taken
-    mesh = job_mesh(job, me)
-    model = distribute(job.config, mesh, me.device)
+    mesh = job_mesh(job, ranks)
+    model = build_parallel_model(job.config, mesh, ranks.device)
     if checkpoint is not None:
         load_weights(model.parts, checkpoint)
-    return model, place(me, mesh)
+    return model, place(ranks, mesh)

@@ -15,13 +15,13 @@ from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.manifest import verify_together
 from dsv3.config.precision import FP8Engine
 from dsv3.config.root import Config
-from dsv3.config.strict import build, plain
+from dsv3.config.strict import build, to_yaml
 from dsv3.config.task import SamplingConfig
 from dsv3.convert.live_export import export_hf
 from dsv3.data.loader import Loader
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.distributed.process_group import Worker, make_deterministic, worker
+from dsv3.distributed.process_group import RankContext, join_process_group, make_deterministic
 from dsv3.distributed.signals import Stopped, StopRequest, stop_on_signal
 from dsv3.fp8.convert_model import engine_of
 from dsv3.launch.job import Job
@@ -33,7 +33,7 @@ from dsv3.metrics.plots import loss_curve
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 from dsv3.parallel.mesh import place
-from dsv3.parallel.parallel_model import Distributed, distribute
+from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.parameters import training_flops_per_token
 from dsv3.tasks.generate import sample_text
 from dsv3.tasks.setup import job_mesh, prepare_data, stored_tokenizer
@@ -87,48 +87,51 @@ class Train:
     def run(self, job: Job) -> float | None:
         """The last held-out loss, which is a sweep's objective; Stopped when a signal ended the run."""
         make_deterministic(job.config.train.deterministic, job.config.train.seed)
-        with worker(job.config.launch.timeout) as me, stop_on_signal(alone=me.world == 1) as stop:
-            return _Run(job, me, stop).run()
+        with (
+            join_process_group(job.config.launch.timeout) as ranks,
+            stop_on_signal(alone=ranks.world == 1) as stop,
+        ):
+            return _Run(job, ranks, stop).run()
 
 
 class _Run:
     """One training run on one rank: what Train.run puts together, in the order it is needed."""
 
-    def __init__(self, job: Job, me: Worker, stop: StopRequest) -> None:
+    def __init__(self, job: Job, ranks: RankContext, stop: StopRequest) -> None:
         self.job = job
         self.config: Config = job.config
-        self.me = me
+        self.ranks = ranks
         self.stop = stop
-        self.data: PreparedData = prepare_data(self.config, me, self._stored_tokenizer())
+        self.data: PreparedData = prepare_data(self.config, ranks, self._stored_tokenizer())
         if self.config.run.resume:
             check_same_data(self.data.fingerprint, job.run_dir)
-        mesh = job_mesh(job, me)
-        self.model: Distributed = distribute(self.config, mesh, me.device)
+        mesh = job_mesh(job, ranks)
+        self.model: ParallelModel = build_parallel_model(self.config, mesh, ranks.device)
         moments = self.config.precision.moments
         self.optimizer = build_optimizer(self.config.optimizer, self.model.parts, moments)
-        self.me = place(me, mesh)
-        self.directory: Path = me.share(make_run_dir(job) if me.is_main else job.run_dir)
+        self.ranks = place(ranks, mesh)
+        self.directory: Path = ranks.broadcast_object(make_run_dir(job) if ranks.is_main else job.run_dir)
         job.run_dir = self.directory
-        me.watch(self.directory)
-        self.manager = CheckpointManager(self.directory, self.config.checkpoint, me)
+        ranks.watch(self.directory)
+        self.manager = CheckpointManager(self.directory, self.config.checkpoint, ranks)
         self.progress = self._restore()
         self.logger: Logger | None = None
         self.console = Console(
-            self.config.train.log_every, log_path=self.directory / "log.txt", quiet=not me.is_main
+            self.config.train.log_every, log_path=self.directory / "log.txt", quiet=not ranks.is_main
         )
 
     def run(self) -> float | None:
         with ExitStack() as stack:
             stack.callback(self.console.close)
             stack.push(self._finish_save)
-            if self.me.is_main:
+            if self.ranks.is_main:
                 self._describe()
             logger = self.logger = self._open_logger(stack)
             path, every = self.directory / "metrics.jsonl", self.config.train.log_every
             layers = self.config.model.moe_layers()
-            recorder = Recorder(path, self.me, every, self.console, logger, layers)
+            recorder = Recorder(path, self.ranks, every, self.console, logger, layers)
             stack.callback(recorder.close)
-            profile = stack.enter_context(profiler(self.config.profile, self.directory, self.me))
+            profile = stack.enter_context(profiler(self.config.profile, self.directory, self.ranks))
             loop = self._loop(recorder, Hooks(self._evaluate, self._generate, self._export, profile))
             self.console.start(self.config.train.steps, self.progress.step)
             finished = loop.run()
@@ -136,13 +139,15 @@ class _Run:
             if not finished:
                 raise Stopped(f"stopped after step {self.progress.step} and saved; go on: {self._resume()}")
             self._generate(self.progress.step)
-            if self.me.is_main:
+            if self.ranks.is_main:
                 conclude(self.console, self.directory, self._following())
             return recorder.latest.evaluation_loss if recorder.latest else None
 
     def _export(self, step: int) -> None:
         """The weights as HuggingFace's, in hf/step-N of the run."""
-        export_hf(self.model, self.directory / "hf" / f"step-{step}", self.directory / TOKENIZER_DIR, self.me)
+        export_hf(
+            self.model, self.directory / "hf" / f"step-{step}", self.directory / TOKENIZER_DIR, self.ranks
+        )
 
     def _stored_tokenizer(self) -> Tokenizer | None:
         """The one whose ids the weights know: the run's own, or that of the checkpoint it begins with."""
@@ -160,10 +165,10 @@ class _Run:
         progress = self.manager.restore(self.model.parts, self.optimizer) if self.config.run.resume else None
         if progress is None and self.config.checkpoint.load:
             checkpoint = find_checkpoint(self.config.checkpoint.load)
-            verify_together(checkpoint, self.me)
+            verify_together(checkpoint, self.ranks)
             load_weights(self.model.parts, checkpoint)
         progress = progress or Progress()
-        if self.me.is_main and metrics.exists():
+        if self.ranks.is_main and metrics.exists():
             jsonl.cut_back(metrics, progress.step)
         return progress
 
@@ -173,18 +178,18 @@ class _Run:
         describe_run(self.job, {"fingerprint": self.data.fingerprint, **self.data.summary})
         if engine_of(self.model.parts) == FP8Engine.emulated.name:
             self.console.message(
-                f"FP8 products are emulated on {self.me.device.type}: the same numbers, slower"
+                f"FP8 products are emulated on {self.ranks.device.type}: the same numbers, slower"
             )
         if self.progress.step:
             self.console.message(f"going on after step {self.progress.step} of {self.directory}")
 
     def _open_logger(self, stack: ExitStack) -> Logger | None:
-        if not self.me.is_main:
+        if not self.ranks.is_main:
             return None
         logger: Logger = build(self.config.logger)
         stack.push(lambda kind, error, trace: logger.finish(0 if kind is None else 1))
         files = [self.directory / name for name in ("config.yaml", "plan.txt")]
-        logger.open(self.directory, plain(self.config), files, self.console.message)
+        logger.open(self.directory, to_yaml(self.config), files, self.console.message)
         return logger
 
     def _loop(self, recorder: Recorder, hooks: Hooks) -> Loop:
@@ -195,13 +200,15 @@ class _Run:
         fast = engine_of(self.model.parts) == FP8Engine.scaled_mm.name
         multiplies_in = "fp8" if fast else config.precision.compute.name
         peak = getattr(self.job.hardware, f"peak_flops_{multiplies_in}")
-        peak = peak and peak * self.me.world
+        peak = peak and peak * self.ranks.world
         rates = Rates(train.batch, train.batch * length, flops, peak)
-        step = TrainStep(self.model.passes, self.optimizer, self.me, train.clip_norm)
-        loader = Loader(self.data.train, train.batch, train.microbatch, self.me.data_rank, self.me.data_world)
+        step = TrainStep(self.model.forward_backward, self.optimizer, self.ranks, train.clip_norm)
+        loader = Loader(
+            self.data.train, train.batch, train.microbatch, self.ranks.data_rank, self.ranks.data_world
+        )
         return Loop(
             train, config.optimizer.lr, build(config.schedule), step, loader, recorder, self.manager,
-            rates, hooks, self.progress, self.stop, self.me,
+            rates, hooks, self.progress, self.stop, self.ranks,
         )  # fmt: skip
 
     def _finish_save(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -212,7 +219,9 @@ class _Run:
 
     def _evaluate(self) -> float:
         train, rows = self.config.train, self.data.held_out
-        return evaluate(self.model.passes, rows, train.microbatch, self.me, train.evaluate_batches).loss
+        return evaluate(
+            self.model.forward_backward, rows, train.microbatch, self.ranks, train.evaluate_batches
+        ).loss
 
     def _generate(self, step: int) -> None:
         """Show a sample, on all ranks together; data that is ids already has no text to show."""

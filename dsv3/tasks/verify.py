@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.checkpoint.load import load_weights
-from dsv3.config.overrides import identity
+from dsv3.config.overrides import override_key
 from dsv3.config.precision import ComputeType, PrecisionConfig
 from dsv3.config.root import Config
 from dsv3.convert.live_export import has_layer, released_norms
-from dsv3.distributed.process_group import worker
+from dsv3.distributed.process_group import join_process_group
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 from dsv3.metrics.console import Console
@@ -76,10 +76,10 @@ class Verify:
 
     def run(self, job: Job) -> None:
         """Load, compare, tell; the table goes to stderr, the verdict to stdout."""
-        with worker(job.config.launch.timeout) as me:
-            if me.world > 1:
-                raise UserError(f"task=verify compares in one process: launch.nproc=1, not {me.world}")
-            rows, reason = self._rows(job, me.device)
+        with join_process_group(job.config.launch.timeout) as ranks:
+            if ranks.world > 1:
+                raise UserError(f"task=verify compares in one process: launch.nproc=1, not {ranks.world}")
+            rows, reason = self._rows(job, ranks.device)
         _show(str(self.path), rows, reason)
         wrong = [row for row in rows if not row.error <= self.tolerance]
         if wrong and reason:
@@ -106,7 +106,7 @@ class Verify:
 
     def _config(self, job: Job) -> Config:
         """fp32, and without MTP layers that the files leave out: transformers counts but never saves them."""
-        model, typed = job.config.model, "model.mtp_depths" in map(identity, job.overrides)
+        model, typed = job.config.model, "model.mtp_depths" in map(override_key, job.overrides)
         if model.mtp_depths and not typed and not has_layer(self.path, model.num_layers):
             counted = f"{model.mtp_depths} MTP layer{'s' if model.mtp_depths > 1 else ''}"
             print(
@@ -114,7 +114,7 @@ class Verify:
                 file=sys.stderr,
             )
             model = replace(model, mtp_depths=0)
-        if any(key.partition(".")[0] == "precision" for key in map(identity, job.overrides)):
+        if any(key.partition(".")[0] == "precision" for key in map(override_key, job.overrides)):
             print("verified in fp32, as transformers computes: precision is not used", file=sys.stderr)
         return replace(job.config, model=model, precision=PrecisionConfig(compute=ComputeType.fp32))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dsv3.data.batch import Batch
 from dsv3.model.router import Router
 from dsv3.model.transformer import Transformer
-from dsv3.training.loss import GlobalBatch, losses
+from dsv3.training.loss import LossDenominators, losses
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class LossWeights:
     z: float = 0.0
 
 
-class Passes(Protocol):
+class ForwardBackward(Protocol):
     """How a step's microbatches go through the model; parallel/pipeline.py has one for stages."""
 
     parts: list[Transformer]
     """What this rank has of the model."""
 
-    def train(self, microbatches: list[Batch], whole: GlobalBatch, weights: LossWeights) -> Tensor:
+    def train(self, microbatches: list[Batch], whole: LossDenominators, weights: LossWeights) -> Tensor:
         """Add the gradients of this rank's `microbatches` up; [3 + MoE layers] figures that ranks add up.
 
         Next-token loss, MTP loss and balance term without its weight, and a count for every router of
@@ -41,30 +41,32 @@ class Passes(Protocol):
         """Logits [batch, sequence, vocab] of whole rows of `tokens` [batch, sequence], on every rank."""
 
 
-class LocalPasses:
-    """Passes of a model that is not cut into stages."""
+class LocalForwardBackward:
+    """ForwardBackward of a model that is not cut into stages."""
 
     def __init__(self, model: Transformer, document_mask: bool) -> None:
         self.model = model
         self.parts = [model]
         self.document_mask = document_mask
 
-    def train(self, microbatches: list[Batch], whole: GlobalBatch, weights: LossWeights) -> Tensor:
-        """See Passes."""
+    def train(self, microbatches: list[Batch], whole: LossDenominators, weights: LossWeights) -> Tensor:
+        """See ForwardBackward."""
         return torch.stack([self._pass(batch, whole, weights) for batch in microbatches]).sum(0)
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """See Passes."""
+        """See ForwardBackward."""
         logits = self.model(batch.tokens, batch.documents if self.document_mask else None).logits
-        return self.model.vocabulary.cross_entropy_sum(logits, self.model.part.take(batch.targets))
+        return self.model.vocabulary_shard.cross_entropy_sum(
+            logits, self.model.sequence_shard.take_local(batch.targets)
+        )
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """See Passes."""
-        return self.model.part.whole(self.model.vocabulary.whole(self.model(tokens).logits))
+        """See ForwardBackward."""
+        return self.model.sequence_shard.gather(self.model.vocabulary_shard.gather(self.model(tokens).logits))
 
-    def _pass(self, batch: Batch, whole: GlobalBatch, weights: LossWeights) -> Tensor:
+    def _pass(self, batch: Batch, whole: LossDenominators, weights: LossWeights) -> Tensor:
         output = self.model(batch.tokens, batch.documents if self.document_mask else None)
-        terms = losses(output, batch, whole, self.model.vocabulary, self.model.part)
+        terms = losses(output, batch, whole, self.model.vocabulary_shard, self.model.sequence_shard)
         total = terms.main + weights.mtp * terms.mtp + weights.balance * terms.balance
         if weights.z:
             total = total + weights.z * terms.z

@@ -9,7 +9,7 @@ from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.config.training import TrainConfig
 from dsv3.data.loader import Loader
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.signals import StopRequest
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
@@ -59,7 +59,7 @@ class Loop:
     hooks: Hooks
     progress: Progress
     stop: StopRequest
-    worker: Worker
+    ranks: RankContext
 
     def run(self) -> bool:
         """Train to the last step; False when a signal ended it early. Always leaves a checkpoint."""
@@ -70,7 +70,7 @@ class Loop:
             while self.progress.step < last:
                 self._advance()
                 # A failed save too is seen by all at once: the next one raises it on every rank.
-                if self.worker.any(self.stop.requested or self.manager.failed):
+                if self.ranks.any(self.stop.requested or self.manager.failed):
                     self._save(wait=True)
                     return False
             self._save(wait=True)
@@ -112,7 +112,7 @@ class Loop:
     def _save(self, wait: bool = False) -> None:
         # Rows first: a checkpoint must never be ahead of metrics.jsonl.
         self.recorder.flush()
-        self.manager.save(self.step.passes.parts, self.step.optimizer, self.progress, wait)
+        self.manager.save(self.step.forward_backward.parts, self.step.optimizer, self.progress, wait)
 
 
 def _due(step: int, every: int) -> bool:

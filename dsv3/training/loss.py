@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from dsv3.data.batch import Batch, mtp_targets
-from dsv3.model.layers import IGNORE, WholeVocabulary
-from dsv3.model.transformer import ModelOutput, WholeRow
+from dsv3.model.layers import IGNORE, LocalVocabularyShard
+from dsv3.model.transformer import LocalSequenceShard, ModelOutput
 
 
 @dataclass
-class GlobalBatch:
+class LossDenominators:
     """What the losses of one optimizer step are divided by, over all ranks and microbatches."""
 
     tokens: Tensor
@@ -41,16 +41,16 @@ def valid_tokens(batch: Batch) -> Tensor:
 def losses(
     output: ModelOutput,
     batch: Batch,
-    whole: GlobalBatch,
-    vocabulary: WholeVocabulary | None = None,
-    part: WholeRow | None = None,
+    whole: LossDenominators,
+    vocabulary_shard: LocalVocabularyShard | None = None,
+    sequence_shard: LocalSequenceShard | None = None,
 ) -> Losses:
     """This microbatch's part of the losses over the `whole` global batch.
 
-    `vocabulary` and `part` are those of a model whose logits are split over vocabulary or positions.
+    `vocabulary_shard` and `sequence_shard` are those of a model whose logits are split over vocabulary or positions.
     """
-    take = (part or WholeRow()).take
-    cross_entropy = (vocabulary or WholeVocabulary()).cross_entropy_sum
+    take = (sequence_shard or LocalSequenceShard()).take_local
+    cross_entropy = (vocabulary_shard or LocalVocabularyShard()).cross_entropy_sum
     main = cross_entropy(output.logits, take(batch.targets)) / whole.tokens
     mtp = torch.zeros_like(main)
     for depth, logits in enumerate(output.mtp_logits, start=1):

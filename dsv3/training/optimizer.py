@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 from dsv3.config.precision import MomentType
 from dsv3.config.strict import build
 from dsv3.config.training import OptimizerConfig, check_moments
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 
 PORTION = 2**22
 """Numbers that are updated together, whose moments take 32 MiB in fp32: enough to keep a GPU busy."""
@@ -166,15 +166,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parts: Sequence[nn.Module], max_norm: float, worker: Worker) -> Tensor:
+def clip_gradients(parts: Sequence[nn.Module], max_norm: float, ranks: RankContext) -> Tensor:
     """Scale all gradients to a norm of at most `max_norm`; the norm before, over the whole model, a scalar.
 
     Each rank adds the squares of what it holds, divided by the ranks that hold the same.
     """
-    gradients = [p.grad for part in parts for p in part.parameters() if p.grad is not None and not is_copy(p)]
+    gradients = [
+        p.grad for part in parts for p in part.parameters() if p.grad is not None and not is_replica(p)
+    ]
     norms = torch._foreach_norm([local(gradient) for gradient in gradients])
-    shares = torch.tensor([1.0 / copies(gradient) for gradient in gradients], device=worker.device)
-    norm = worker.sum((torch.stack(norms).square() * shares).sum()).sqrt()
+    shares = torch.tensor([1.0 / replicas(gradient) for gradient in gradients], device=ranks.device)
+    norm = ranks.sum((torch.stack(norms).square() * shares).sum()).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     held = [local(p.grad) for part in parts for p in part.parameters() if p.grad is not None]
     torch._foreach_mul_(held, scale)
@@ -186,7 +188,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def copies(tensor: Tensor) -> int:
+def replicas(tensor: Tensor) -> int:
     """Ranks that hold the same part of a tensor."""
     if not isinstance(tensor, DTensor):
         return 1
@@ -194,6 +196,6 @@ def copies(tensor: Tensor) -> int:
     return math.prod(mesh.size(axis) for axis, p in enumerate(tensor.placements) if p.is_replicate())
 
 
-def is_copy(parameter: nn.Parameter) -> bool:
+def is_replica(parameter: nn.Parameter) -> bool:
     """Whether another pipeline stage holds this parameter too and counts it."""
-    return getattr(parameter, "is_copy", False)
+    return getattr(parameter, "is_replica", False)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from dsv3.config.training import TrainConfig
 from dsv3.data.batch import Batch
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.fp8.convert_model import engine_of, take_broken_tiles
 from dsv3.metrics import expert_load
 from dsv3.training.expert_bias import selection_biases, take_load, update_biases
-from dsv3.training.forward_backward import LossWeights, Passes, placed_routers
-from dsv3.training.loss import GlobalBatch, valid_tokens
+from dsv3.training.forward_backward import ForwardBackward, LossWeights, placed_routers
+from dsv3.training.loss import LossDenominators, valid_tokens
 from dsv3.training.optimizer import clip_gradients, set_learning_rate
 
 
@@ -40,15 +40,19 @@ class TrainStep:
     """Carries out optimizer steps; all ranks call it together."""
 
     def __init__(
-        self, passes: Passes, optimizer: torch.optim.Optimizer, worker: Worker, clip_norm: float
+        self,
+        forward_backward: ForwardBackward,
+        optimizer: torch.optim.Optimizer,
+        ranks: RankContext,
+        clip_norm: float,
     ) -> None:
-        self.passes = passes
+        self.forward_backward = forward_backward
         self.optimizer = optimizer
-        self.worker = worker
+        self.ranks = ranks
         self.clip_norm = clip_norm
-        self.config = passes.parts[0].config
-        self.routers = placed_routers(passes.parts)
-        self.in_fp8 = engine_of(passes.parts) is not None
+        self.config = forward_backward.parts[0].config
+        self.routers = placed_routers(forward_backward.parts)
+        self.in_fp8 = engine_of(forward_backward.parts) is not None
 
     def __call__(self, microbatches: list[Batch], weights: Weights) -> dict[str, Tensor]:
         """Train on this rank's microbatches of one global batch.
@@ -56,18 +60,20 @@ class TrainStep:
         Returns the figures of metrics/row.py as tensors, still on the device: reading them is what
         would make the host wait.
         """
-        for part in self.passes.parts:
+        for part in self.forward_backward.parts:
             part.train()
         for router in self.routers.values():
             router.z_loss = weights.z > 0
-        microbatches = [batch.to(self.worker.device) for batch in microbatches]
+        microbatches = [batch.to(self.ranks.device) for batch in microbatches]
         terms = LossWeights(weights.mtp, weights.balance, weights.z)
-        parts = self.passes.train(microbatches, self._measure(microbatches), terms)
-        parts[:2] /= self.worker.loss_copies
+        parts = self.forward_backward.train(microbatches, self._measure(microbatches), terms)
+        parts[:2] /= self.ranks.loss_replicas
         if self.in_fp8:  # they travel with the losses: one reduction for all
-            parts = torch.cat([parts, take_broken_tiles(self.passes.parts, self.worker.device).view(1)])
-        main, mtp, balance, *broken = self.worker.sum(parts).unbind()
-        grad_norm = clip_gradients(self.passes.parts, self.clip_norm, self.worker)
+            parts = torch.cat(
+                [parts, take_broken_tiles(self.forward_backward.parts, self.ranks.device).view(1)]
+            )
+        main, mtp, balance, *broken = self.ranks.sum(parts).unbind()
+        grad_norm = clip_gradients(self.forward_backward.parts, self.clip_norm, self.ranks)
         set_learning_rate(self.optimizer, weights.lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -82,24 +88,22 @@ class TrainStep:
             figures["broken_router"] = _first(torch.stack(broken) > 0)
         return figures
 
-    def _measure(self, microbatches: list[Batch]) -> GlobalBatch:
+    def _measure(self, microbatches: list[Batch]) -> LossDenominators:
         local = torch.stack([valid_tokens(batch) for batch in microbatches]).sum()
-        sequences = sum(batch.tokens.shape[0] for batch in microbatches) * self.worker.data_world
-        tokens = self.worker.sum(local) // self.worker.row_copies
-        return GlobalBatch(tokens.clamp(min=1), sequences)
+        sequences = sum(batch.tokens.shape[0] for batch in microbatches) * self.ranks.data_world
+        tokens = self.ranks.sum(local) // self.ranks.row_replicas
+        return LossDenominators(tokens.clamp(min=1), sequences)
 
     def _balance(self, bias_speed: float) -> dict[str, Tensor]:
         shape = (self.config.num_moe_layers, self.config.moe.num_experts)
-        load = take_load(self.routers, shape, self.worker.sum, self.worker.device)
+        load = take_load(self.routers, shape, self.ranks.sum, self.ranks.device)
         update_biases(self.routers, load, bias_speed)
         figures = {
             "moe_max_violation": expert_load.max_violation(load),
             "moe_entropy": expert_load.entropy(load),
         }
         if self.config.moe.selection_bias:
-            figures["moe_bias_range"] = self.worker.max(
-                expert_load.bias_range(selection_biases(self.routers))
-            )
+            figures["moe_bias_range"] = self.ranks.max(expert_load.bias_range(selection_biases(self.routers)))
         return figures
 
 

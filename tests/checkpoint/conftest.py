@@ -15,11 +15,11 @@ from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig
 from dsv3.config.strict import build
 from dsv3.config.task import SamplingConfig
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.model.transformer import Transformer
 from tests.checkpoint.running import Commands
 
-ALONE = Worker(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
+ALONE = RankContext(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 
 
 class Trained:

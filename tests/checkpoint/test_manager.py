@@ -16,7 +16,7 @@ from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.model import ModelConfig
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.errors import UserError
 from dsv3.training.optimizer import BF16MomentAdamW
 from tests.checkpoint.conftest import ALONE, Trained
@@ -320,7 +320,7 @@ def test_a_crash_at_any_stage_leaves_the_newest_complete_checkpoint_usable(
 def test_only_the_main_rank_sweeps(run_dir: Path) -> None:
     leftover = run_dir / "checkpoints" / ".partial-step-3"
     leftover.mkdir(parents=True)
-    CheckpointManager(run_dir, CheckpointConfig(async_save=False), Worker(1, 1, 2, torch.device("cpu")))
+    CheckpointManager(run_dir, CheckpointConfig(async_save=False), RankContext(1, 1, 2, torch.device("cpu")))
     assert leftover.exists()
     CheckpointManager(run_dir, CheckpointConfig(), ALONE)
     assert not leftover.exists()

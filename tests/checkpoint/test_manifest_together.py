@@ -55,7 +55,7 @@ def test_damage_to_any_file_is_named(step: Path, name: str, damage: Callable[[Pa
 
 def test_every_rank_reads_its_share_alone(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _flip(step / "__0_0.distcp")
-    monkeypatch.setattr("dsv3.distributed.process_group.Worker.gather", lambda self, value: [value])
+    monkeypatch.setattr("dsv3.distributed.process_group.RankContext.gather", lambda self, value: [value])
     found = []
     for rank in range(3):
         try:

@@ -76,14 +76,14 @@ def test_one_save_at_a_time_and_each_in_the_same_memory(
     gate = Gate(monkeypatch)
     saving = manager(run_dir)
     first = begin(saving, trained)
-    memory = {name: copy.data_ptr() for name, copy in saving.staging.copies.items()}
+    memory = {name: copy.data_ptr() for name, copy in saving.staging.host_copies.items()}
     threading.Timer(0.2, gate.open.set).start()
     trained.step()
     second = begin(saving, trained)
     assert complete_steps(run_dir)[0] == first  # the second waited for it
     saving.wait()
     assert complete_steps(run_dir) == [first, second]
-    assert {name: copy.data_ptr() for name, copy in saving.staging.copies.items()} == memory
+    assert {name: copy.data_ptr() for name, copy in saving.staging.host_copies.items()} == memory
     assert tensors(first) != tensors(second)
 
 
@@ -91,7 +91,7 @@ def test_a_save_that_is_waited_for_takes_no_memory(run_dir: Path, trained: Train
     saving = manager(run_dir)
     saving.save([trained.model], trained.optimizer, trained.progress, wait=True)
     assert complete_steps(run_dir)
-    assert not saving.staging.copies
+    assert not saving.staging.host_copies
 
 
 def test_the_manifest_lists_every_file_and_is_true(run_dir: Path, trained: Trained) -> None:

@@ -1,4 +1,4 @@
-"""Degrees that fit the chosen model: what conf/layouts adds to a preset, and that it fits its world."""
+"""ParallelDims that fit the chosen model: what conf/layouts adds to a preset, and that it fits its world."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -56,11 +56,11 @@ def test_a_layout_fits_the_gpus_it_is_made_for(model: str, preset: str) -> None:
 def test_layouts_are_those_of_the_known_models_and_presets() -> None:
     assert {path.stem for path in FILES} == {f"{model}-{preset}" for model in MODELS for preset in PRESETS}
     for path in FILES:
-        # Degrees and the world they are made for: what else a run needs is not decided by its layout.
+        # ParallelDims and the world they are made for: what else a run needs is not decided by its layout.
         lines = path.read_text().splitlines()
         assert lines[0] == "# @package parallel"
         keys = {line.partition(":")[0] for line in lines if line[:1] not in ("", " ", "#")}
-        assert keys <= {"degrees", "smallest_world"}
+        assert keys <= {"degrees", "min_world_size"}
 
 
 def test_the_layout_of_the_model_wins_over_the_preset_and_the_command_line_over_both() -> None:

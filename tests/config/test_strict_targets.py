@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.strict import check_target, plain
+from dsv3.config.strict import check_target, to_yaml
 from dsv3.errors import UserError
 from tests.launch.commands import Commands
 from tests.launch.conftest import StoredRun
@@ -161,7 +161,7 @@ def checkpoint(tmp_path: Path, commands: Commands) -> Path:
 
 
 def write_model(step: Path, model: ModelConfig, **changes: str) -> None:
-    (step / "model.yaml").write_text(yaml.safe_dump({**plain(model), **changes}))
+    (step / "model.yaml").write_text(yaml.safe_dump({**to_yaml(model), **changes}))
 
 
 def test_a_checkpoint_supplies_the_model(commands: Commands, checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from dsv3.config.model import ModelConfig
 from dsv3.config.strict import strict
 from dsv3.fp8.quantize import quantize_plain
 from dsv3.hf.config_json import config_json
-from dsv3.hf.names import copies, is_quantized, released_layout
+from dsv3.hf.names import is_quantized, mtp_duplicates, released_layout
 from tests.composing import compose
 
 SMALL = [
@@ -42,13 +42,13 @@ def small_model(*overrides: str) -> ModelConfig:
 
 
 def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Released tensors by name in fp32, copies included; magnitudes differ by block."""
+    """HFTensor tensors by name in fp32, copies included; magnitudes differ by block."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for tensor in released_layout(model, parameter_shapes(model)):
         value = torch.randn(tensor.shape, generator=generator) * 0.1
         weights[tensor.name] = value + 1 if value.ndim == 1 and "bias" not in tensor.name else value
-    return weights | {copy: weights[name].clone() for copy, name in copies(model).items()}
+    return weights | {copy: weights[name].clone() for copy, name in mtp_duplicates(model).items()}
 
 
 def write_release(

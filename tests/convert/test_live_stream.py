@@ -1,4 +1,4 @@
-"""Released checkpoints: every tensor of a file goes to its place, fp8 blocks by their scales."""
+"""HFTensor checkpoints: every tensor of a file goes to its place, fp8 blocks by their scales."""
 
 from dataclasses import replace
 from pathlib import Path

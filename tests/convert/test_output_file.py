@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dsv3.convert import output_file
-from dsv3.convert.output_file import BlockFile
+from dsv3.convert.output_file import DirectWriter
 from dsv3.errors import UserError
 from dsv3.hf import pread_file
-from dsv3.hf.pread_file import DirectFile
+from dsv3.hf.pread_file import DirectReader
 
 PAGE = 4096
 LENGTHS = [0, 1, PAGE - 1, PAGE, 2 * PAGE, 2 * PAGE + 1, 5 * PAGE - 3, 100_000]
@@ -50,7 +50,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, name: str, when: object) -> None:
 
 
 def written(path: Path, content: bytes, cuts: list[int]) -> None:
-    file = BlockFile(path)
+    file = DirectWriter(path)
     for begin, end in zip([0, *cuts], [*cuts, len(content)], strict=True):
         file.write(memoryview(content)[begin:end])
     file.sync()
@@ -68,7 +68,7 @@ def test_bytes_come_out_as_they_went_in_however_they_were_cut(tmp_path: Path, le
         path.write_bytes(bytes(200_000))  # an older file of that name goes
         written(path, content, sorted(draw.randrange(length + 1) for _ in range(number)))
         assert path.read_bytes() == content
-        file = DirectFile(path)
+        file = DirectReader(path)
         for _ in range(20):
             begin, end = sorted(draw.randrange(length + 1) for _ in range(2))
             target = bytearray(end - begin)
@@ -82,7 +82,7 @@ def test_a_file_that_was_cut_off_is_told(tmp_path: Path) -> None:
     path.write_bytes(bytes(3 * PAGE + 10))
     for begin in (0, 2 * PAGE + 1, 3 * PAGE, 4 * PAGE):
         with pytest.raises(UserError, match="bytes before 'a' does: it was cut off"):
-            DirectFile(path).read(memoryview(bytearray(5 * PAGE)), begin, "'a'")
+            DirectReader(path).read(memoryview(bytearray(5 * PAGE)), begin, "'a'")
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
@@ -90,7 +90,7 @@ def test_what_the_disk_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.Mon
     def failing(descriptor: int, data: object) -> int:
         raise OSError(error, os.strerror(error))
 
-    file = BlockFile(tmp_path / "file")
+    file = DirectWriter(tmp_path / "file")
     file.write(memoryview(bytes(10)))
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", failing)

@@ -111,11 +111,11 @@ def test_two_processes_at_once_both_succeed(tmp_path: Path, locks: bool) -> None
     spawn = multiprocessing.get_context("spawn")
     barrier = spawn.Barrier(2)
     workers = [spawn.Process(target=_race, args=(tmp_path / "entry", barrier, locks)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(30)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    for ranks in workers:
+        ranks.start()
+    for ranks in workers:
+        ranks.join(30)
+    assert [ranks.exitcode for ranks in workers] == [0, 0]
     assert read(tmp_path / "entry") == "sound"
     assert len(list(tmp_path.glob("built-*"))) == (1 if locks else 2)
     assert not list(tmp_path.glob(".entry-*"))

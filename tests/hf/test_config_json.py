@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dsv3.config.model import RopeScaling
-from dsv3.config.strict import plain
+from dsv3.config.strict import to_yaml
 from dsv3.errors import UserError
 from dsv3.hf.config_json import model_from_hf
 from tests.composing import compose
@@ -143,13 +143,13 @@ RELEASED: dict[str, dict[str, Any]] = {
 def read(directory: Path, **changes: Any) -> dict[str, Any]:
     values = {key: value for key, value in {**RELEASED_V3, **changes}.items() if value is not ...}
     (directory / "config.json").write_text(json.dumps(values))
-    return plain(model_from_hf(directory))
+    return to_yaml(model_from_hf(directory))
 
 
 @pytest.mark.parametrize("preset", ["671b", *RELEASED])
 def test_a_released_config_is_the_preset_of_its_name(tmp_path: Path, preset: str) -> None:
     found = read(tmp_path, **RELEASED.get(preset, {}))
-    expected = plain(compose([f"model={preset}"]).model)
+    expected = to_yaml(compose([f"model={preset}"]).model)
     # The checkpoint says what HF initialises with; the preset, what the model was trained with.
     assert found.pop("init_std") == 0.02
     del expected["init_std"]

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from dsv3.checkpoint.load import parameter_shapes
 from dsv3.fp8.quantize import dequantize_plain
 from dsv3.hf.names import released_layout
-from dsv3.hf.storage_reader import ReleasedReader, ReleasedSource
+from dsv3.hf.storage_reader import HFSource, HFStorageReader
 from tests.convert.releases import small_model, write_release
 
 BLOCKS = [(32, 32), (128, 128), (16, 48), (7, 5)]
@@ -28,7 +28,7 @@ class Case:
         model = small_model()
         released = write_release(directory, model, "fp8", block=block, scales_apart=True)
         shapes = parameter_shapes(model)
-        self.source = ReleasedSource(directory, model, shapes)
+        self.source = HFSource(directory, model, shapes)
         self.whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
         for tensor in released_layout(model, shapes):
             value = released[tensor.name]
@@ -52,7 +52,7 @@ class Planner(LoadPlanner):
     def __init__(self, target: Tensor, offset: list[int]) -> None:
         self.target, self.offset = target, offset
 
-    def plan(self, name: str, reader: ReleasedReader) -> LoadPlan:
+    def plan(self, name: str, reader: HFStorageReader) -> LoadPlan:
         items = []
         sizes = list(self.target.shape)
         for chunk in reader.read_metadata().state_dict_metadata[f"model.{name}"].chunks:  # type: ignore[union-attr]
@@ -108,7 +108,7 @@ def test_any_box_of_any_parameter_is_exact(cases: list[Case], data: st.DataObjec
         offset.append(first)
         sizes.append(last - first)
     target = torch.full(sizes, torch.nan, dtype=dtype)
-    planner, reader = Planner(target, offset), ReleasedReader(case.source)
+    planner, reader = Planner(target, offset), HFStorageReader(case.source)
     plan = reader.prepare_local_plan(planner.plan(name, reader))
     reader.read_data(plan, planner).wait()
     expected = whole[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))].to(dtype)

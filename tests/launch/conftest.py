@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsv3.config.strict import plain, strict
+from dsv3.config.strict import strict, to_yaml
 from dsv3.launch.job import plan_job
 from dsv3.launch.run_dir import CONFIG_FILE, OVERRIDES_FILE
 from tests.composing import compose
@@ -39,7 +39,7 @@ class StoredRun:
             r"[+]*(run|hydra|checkpoint|experiments)|[-~]|\d|.*_target_"
         )  # not for a config of ours
         kept = [override for override in overrides if not foreign.match(str(override))]
-        config = plain(plan_job(strict(compose(kept)), kept).config)
+        config = to_yaml(plan_job(strict(compose(kept)), kept).config)
         config["schedule"]["total_steps"] = total_steps
         (self.directory / CONFIG_FILE).write_text(yaml.safe_dump(config))
         (self.directory / OVERRIDES_FILE).write_text(yaml.safe_dump(list(overrides)))

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 
-ALONE = Worker(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
+ALONE = RankContext(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

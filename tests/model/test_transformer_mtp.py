@@ -21,10 +21,10 @@ def test_projection_takes_the_normed_embedding_first_and_the_normed_hidden_state
     module = MTPModule(MODEL)
     reference.randomize(module)
     hidden, embedded = normal(1, 5, 32).detach(), 3 * normal(1, 5, 32, seed=4).detach()
-    identity, nothing = torch.eye(32), torch.zeros(32, 32)
+    override_key, nothing = torch.eye(32), torch.zeros(32, 32)
     for halves, part, norm in (
-        ([identity, nothing], embedded, module.embedding_norm),
-        ([nothing, identity], hidden, module.hidden_norm),
+        ([override_key, nothing], embedded, module.embedding_norm),
+        ([nothing, override_key], hidden, module.hidden_norm),
     ):
         module.projection.weight.data = torch.cat(halves, dim=1)
         expected = [reference.rms_norm(norm, vector, MODEL.norm_eps) for vector in part[0]]

@@ -8,7 +8,7 @@ from dsv3.config.parallel import ExchangeBackend
 from dsv3.config.root import Config
 from dsv3.model.moe import apply_experts, grouped_linear
 from dsv3.model.router import RouterStats, Routing
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel import fake_deepep
 from tests.parallel.routing import make_dispatcher
 from tests.parallel.training import Trace, mesh_of, train_config
@@ -21,7 +21,7 @@ def both(ep: int, in_fp8: bool) -> list[tuple[Tensor, ...]] | None:
 
     `in_fp8`: rows go to experts in FP8.
     """
-    mesh = mesh_of(Degrees(dp_shard=ep, ep=ep))
+    mesh = mesh_of(ParallelDims(dp_shard=ep, ep=ep))
     if dist.get_rank() >= ep:
         return None
     found = []
@@ -57,7 +57,7 @@ def _numbers(ep: int) -> list[Tensor]:
     return [x.requires_grad_(), choice, weights.requires_grad_(), *(s.requires_grad_() for s in stacks)]
 
 
-def train_over_deepep(config: Config, degrees: Degrees, microbatch: int) -> tuple[Trace | None, int]:
+def train_over_deepep(config: Config, degrees: ParallelDims, microbatch: int) -> tuple[Trace | None, int]:
     """A step over the stand-in, and how many buffers were made for it."""
     before = len(fake_deepep.made)
     with fake_deepep.installed():

@@ -18,13 +18,13 @@ from dsv3.data.batch import Batch
 from dsv3.launch.job import Job, plan_job
 from dsv3.model.router import Routing
 from dsv3.parallel.mesh import ParallelMesh
-from dsv3.parallel.parallel_model import Distributed, distribute
-from dsv3.planning.layout import Degrees
+from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.sharding import FP32
 from dsv3.planning.step_shape import StepShape
 from dsv3.planning.traffic import pipeline_traffic
 from dsv3.training.forward_backward import LossWeights
-from dsv3.training.loss import GlobalBatch
+from dsv3.training.loss import LossDenominators
 from tests.config.test_choices import strict_config
 from tests.parallel.training import TINY, VOCAB, mesh_of
 
@@ -38,7 +38,7 @@ SILENT = ("recv_", "wait_tensor", "monitored_barrier_", "barrier")
 class Step:
     """A step of one rank: bytes sent and planned by axis, and the rows it has for experts on each ep rank."""
 
-    degrees: Degrees
+    degrees: ParallelDims
     sent: dict[str, int]
     planned: dict[str, int]
     rows: list[int]
@@ -52,7 +52,7 @@ class SentBytes(TorchDispatchMode):
     def __init__(self, mesh: ParallelMesh) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_axis: Counter[str] = Counter()
-        axes = {"tp": (mesh.dense, mesh.degrees.tp), "cp": (mesh.context, mesh.degrees.cp)}
+        axes = {"tp": (mesh.dense, mesh.degrees.tp), "cp": (mesh.cp, mesh.degrees.cp)}
         self.ranks = {a: _ranks(cut.get_group(a)) for a, (cut, size) in axes.items() if cut and size > 1}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,7 +109,7 @@ def count_step(job: Job) -> Step | None:
     world, mesh = degrees.world_size, mesh_of(degrees)
     if dist.get_rank() >= world:
         return None
-    model = distribute(job.config, mesh, torch.device("cpu"))
+    model = build_parallel_model(job.config, mesh, torch.device("cpu"))
     if degrees.pp > 1:
         # torch's stages greet their neighbours in the first step.
         _train(model, shape, mesh.data_rank, degrees)
@@ -123,7 +123,7 @@ def count_step(job: Job) -> Step | None:
     return Step(degrees, dict(counted.by_axis), expected, rows.to.tolist(), row_bytes)
 
 
-def _train(model: Distributed, shape: StepShape, seed: int, degrees: Degrees) -> None:
+def _train(model: ParallelModel, shape: StepShape, seed: int, degrees: ParallelDims) -> None:
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(shape.microbatches):
@@ -133,14 +133,14 @@ def _train(model: Distributed, shape: StepShape, seed: int, degrees: Degrees) ->
     for part in model.parts:
         part.train()
     sequences = shape.microbatches * shape.microbatch_size * degrees.data_parallel
-    whole = GlobalBatch(torch.tensor(sequences * shape.sequence_length), sequences)
-    model.passes.train(batches, whole, LossWeights(0.3, 1e-4, 0.0))
+    whole = LossDenominators(torch.tensor(sequences * shape.sequence_length), sequences)
+    model.forward_backward.train(batches, whole, LossWeights(0.3, 1e-4, 0.0))
 
 
 class Rows:
     """Counts, at the routers, rows for each ep rank: one a token, however many of its experts are there."""
 
-    def __init__(self, ranks: int, model: Distributed) -> None:
+    def __init__(self, ranks: int, model: ParallelModel) -> None:
         self.to = torch.zeros(ranks, dtype=torch.int64)
         for router in model.routers.values():
             router.register_forward_hook(self._add)

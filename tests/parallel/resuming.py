@@ -8,7 +8,7 @@ from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.root import Config
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.training.step import TrainStep
 from tests.parallel.training import full, prepared, take_step
 
@@ -16,13 +16,17 @@ State = dict[str, Tensor]
 
 
 def go_on(
-    config: Config, degrees: Degrees | None, microbatch: int, run_dir: Path, optimizer_name: str = "adamw"
+    config: Config,
+    degrees: ParallelDims | None,
+    microbatch: int,
+    run_dir: Path,
+    optimizer_name: str = "adamw",
 ) -> tuple[int, State, State]:
     """Restore, take a step, save: the step restored from, and the whole tensors here before and after."""
     setup = prepared(config, degrees, optimizer_name)
     assert setup is not None
-    model, optimizer, me = setup
-    manager = CheckpointManager(run_dir, CheckpointConfig(keep_last=1, async_save=False), me)
+    model, optimizer, ranks = setup
+    manager = CheckpointManager(run_dir, CheckpointConfig(keep_last=1, async_save=False), ranks)
     progress = manager.restore(model.parts, optimizer) or Progress()
 
     def state() -> State:
@@ -33,7 +37,7 @@ def go_on(
         return tensors
 
     before = state()
-    step = TrainStep(model.passes, optimizer, me, clip_norm=1e9)
+    step = TrainStep(model.forward_backward, optimizer, ranks, clip_norm=1e9)
     take_step(step, progress.step, microbatch, optimizer_name)
     manager.save(model.parts, optimizer, Progress(progress.step + 1))
     return progress.step, before, state()

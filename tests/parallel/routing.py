@@ -12,7 +12,7 @@ from dsv3.model.router import RouterStats, Routing
 from dsv3.parallel.deepep import DeepEPDispatcher
 from dsv3.parallel.expert_parallel import ExchangeDispatcher
 from dsv3.parallel.mesh import ParallelMesh
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel import fake_deepep
 from tests.parallel.training import mesh_of
 
@@ -31,7 +31,7 @@ def exchanged(
     ep: int, ranks_per_node: int | None, backend: ExchangeBackend
 ) -> dict[str, dict[str, Any]] | None:
     """By kind this rank's tokens, their routing and what became of them; None on ranks left out."""
-    mesh = mesh_of(Degrees(dp_shard=ep, ep=ep), ranks_per_node)
+    mesh = mesh_of(ParallelDims(dp_shard=ep, ep=ep), ranks_per_node)
     if dist.get_rank() >= ep:
         return None
     with fake_deepep.installed():

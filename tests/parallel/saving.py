@@ -13,24 +13,26 @@ from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.manifest import verify_together
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.root import Config
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed, UserError
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.training.step import TrainStep
 from tests.parallel.training import prepared, take_step
 
 
-def save_while_training(config: Config, degrees: Degrees, microbatch: int, folder: Path) -> tuple[bool, str]:
+def save_while_training(
+    config: Config, degrees: ParallelDims, microbatch: int, folder: Path
+) -> tuple[bool, str]:
     """A checkpoint at once and one aside of the same step, with steps taken before the second is written.
 
     Then a save that fails on rank 3 alone: whether steps went on meanwhile, and what this rank is told.
     """
     setup = prepared(config, degrees, "adamw")
     assert setup is not None
-    model, optimizer, me = setup
-    step = TrainStep(model.passes, optimizer, me, clip_norm=1e9)
+    model, optimizer, ranks = setup
+    step = TrainStep(model.forward_backward, optimizer, ranks, clip_norm=1e9)
     managers = [
-        CheckpointManager(folder / name, CheckpointConfig(async_save=name == "aside"), me)
+        CheckpointManager(folder / name, CheckpointConfig(async_save=name == "aside"), ranks)
         for name in ("once", "aside")
     ]
     take_step(step, 0, microbatch, "adamw")
@@ -47,11 +49,11 @@ def save_while_training(config: Config, degrees: Degrees, microbatch: int, folde
         for number in (1, 2):
             take_step(step, number, microbatch, "adamw")
         free = not went_on
-        me.barrier()
+        ranks.barrier()
         store.set(f"{folder}/go", "")
         take_step(step, 3, microbatch, "adamw")  # while it is written: collectives of both at once
         managers[1].wait()
-    return free, _fail_on_one(managers[1], model.parts, optimizer, me.rank)
+    return free, _fail_on_one(managers[1], model.parts, optimizer, ranks.rank)
 
 
 def _fail_on_one(manager: CheckpointManager, parts: Any, optimizer: Any, rank: int) -> str:
@@ -75,7 +77,7 @@ def verify_here(directory: Path, world: int) -> str:
     """What this rank is told of a checkpoint's files."""
     rank = dist.get_rank()
     try:
-        verify_together(directory, Worker(rank, rank, world, torch.device("cpu")))
+        verify_together(directory, RankContext(rank, rank, world, torch.device("cpu")))
     except UserError as error:
         return str(error)
     return ""

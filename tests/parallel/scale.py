@@ -14,8 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dsv3.fp8.convert_model import gather_weights
 from dsv3.launch.job import Job, plan_job
 from dsv3.parallel.mesh import ParallelMesh, build_mesh
-from dsv3.parallel.parallel_model import distribute
-from dsv3.planning.layout import Degrees
+from dsv3.parallel.parallel_model import build_parallel_model
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Component, Weight
 from dsv3.planning.pipeline_stages import stage_groups
 from dsv3.planning.sharding import local_shape, shard_count, stored, travels_in_fp8
@@ -32,7 +32,7 @@ def plan_world(model: str, layout: str, world: int, *overrides: str) -> Job:
 
 
 @contextmanager
-def mesh_as(rank: int, degrees: Degrees) -> Iterator[ParallelMesh]:
+def mesh_as(rank: int, degrees: ParallelDims) -> Iterator[ParallelMesh]:
     """The mesh as `rank` of the whole world sees it; no process group is left behind."""
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world_size)
     try:
@@ -44,7 +44,7 @@ def mesh_as(rank: int, degrees: Degrees) -> Iterator[ParallelMesh]:
 def build_shards(job: Job, mesh: ParallelMesh) -> list[Tensor]:
     """This rank's part of each parameter of the wrapped model, on meta: all of the build but the memory."""
     with patch(BUILDERS[0]), patch(BUILDERS[1]):
-        model = distribute(job.config, mesh, torch.device("cpu"))
+        model = build_parallel_model(job.config, mesh, torch.device("cpu"))
     for part in model.parts:
         gather_weights(part)
     parameters = [p for part in model.parts for p in part.parameters()]
@@ -76,7 +76,7 @@ def planned_shapes(job: Job, rank: int, in_fp8: bool = False) -> Shapes:
     return Counter(shape for shape in found if math.prod(shape))
 
 
-def _shard_shape(weight: Weight, degrees: Degrees, rank: int) -> tuple[int, ...]:
+def _shard_shape(weight: Weight, degrees: ParallelDims, rank: int) -> tuple[int, ...]:
     """The last rank has the last shard on every axis; experts fewer than shards are cut by their rows."""
     assert rank in (0, degrees.world_size - 1)
     whole, shards = local_shape(weight, degrees), shard_count(weight, degrees)

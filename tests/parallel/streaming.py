@@ -5,11 +5,13 @@ from torch import Tensor
 
 from dsv3.config.root import Config
 from dsv3.convert.live_export import stream
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel.training import prepared
 
 
-def streamed(config: Config, degrees: Degrees | None) -> dict[torch.dtype, list[tuple[str, Tensor]]] | None:
+def streamed(
+    config: Config, degrees: ParallelDims | None
+) -> dict[torch.dtype, list[tuple[str, Tensor]]] | None:
     """What this rank gets in each dtype; None on ranks that the layout leaves out."""
     setup = prepared(config, degrees, "sgd")
     if setup is None:

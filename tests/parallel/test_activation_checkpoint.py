@@ -17,7 +17,7 @@ from tests.reference import MODEL, tiny_model, tokens
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, -1, -1, -1]])
 
 
-def passes(model: Transformer) -> list[str]:
+def forward_backward(model: Transformer) -> list[str]:
     """Filled with the name of each attention that runs, each time it runs."""
     ran: list[str] = []
     for name, module in model.named_modules():
@@ -43,7 +43,7 @@ def test_full_recomputation_gives_the_same_bits_and_counts_the_load_once(documen
     config = replace(MODEL, mtp_depths=2)
     plain, recomputed = tiny_model(config), tiny_model(config)
     Recompute(Recomputed.full)(recomputed)
-    ran = passes(recomputed)
+    ran = forward_backward(recomputed)
     for mine, right in zip(train(recomputed, documents), train(plain, documents), strict=True):
         assert torch.equal(mine, right)
     for router, other in zip(recomputed.routers(), plain.routers(), strict=True):
@@ -82,7 +82,7 @@ def test_selective_recomputation_repeats_all_but_what_it_keeps(
 def test_without_recomputation_each_layer_runs_once() -> None:
     model = tiny_model()
     Recompute(Recomputed.none)(model)
-    ran = passes(model)
+    ran = forward_backward(model)
     train(model, None)
     assert len(ran) == len(set(ran)) == 3
 

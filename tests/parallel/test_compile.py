@@ -9,7 +9,7 @@ import math
 import pytest
 
 from dsv3.parallel.compile import has_compiler
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel.comparing import assert_close, assert_equal
 from tests.parallel.layouts import SINGLES
 from tests.parallel.pool import Pool
@@ -34,7 +34,7 @@ def single() -> Trace:
 def test_traced_layers_train_alike_under_every_wrapper(
     pool: Pool, single: Trace, layout: str, recompute: str
 ) -> None:
-    degrees: Degrees = SINGLES[layout]
+    degrees: ParallelDims = SINGLES[layout]
     microbatch = GLOBAL_BATCH // degrees.data_parallel // 2
     config = configured(["parallel=fsdp", f"recompute={recompute}", *FEW, *TRACED], microbatch)
     assert_equal(pool.run(train_config, config, degrees, 2, microbatch, "sgd"), single)

@@ -11,7 +11,7 @@ import torch
 from dsv3.errors import UserError
 from dsv3.parallel.deepep import DeepEPDispatcher
 from dsv3.parallel.mesh import ParallelMesh
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel.carrying import both, train_over_deepep
 from tests.parallel.pool import Pool
 from tests.parallel.training import GLOBAL_BATCH, configured, train_config
@@ -30,15 +30,15 @@ def test_results_and_gradients_are_the_same_bits(pool: Pool, ep: int, in_fp8: bo
 @pytest.mark.parametrize(
     ("degrees", "overrides"),
     [
-        (Degrees(dp_shard=2, tp=2, ep=4), [*IN_FP8, "recompute=selective"]),
+        (ParallelDims(dp_shard=2, tp=2, ep=4), [*IN_FP8, "recompute=selective"]),
         (
-            Degrees(pp=2, dp_shard=2, ep=2),
+            ParallelDims(pp=2, dp_shard=2, ep=2),
             ["precision=bf16", "parallel.schedule=ZBVZeroBubble", "recompute=full"],
         ),
     ],
     ids=["fp8, tp, selective", "zero bubble, full"],
 )
-def test_training_is_the_same(pool: Pool, degrees: Degrees, overrides: list[str]) -> None:
+def test_training_is_the_same(pool: Pool, degrees: ParallelDims, overrides: list[str]) -> None:
     microbatch = GLOBAL_BATCH // degrees.data_parallel // 2
     chosen = ["parallel=fsdp", *overrides]
     plain = pool.run(train_config, configured(chosen, microbatch), degrees, 1, microbatch, "sgd")

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.convert.releases import write_release
 from tests.parallel.pool import Pool
 from tests.parallel.streaming import streamed
 from tests.parallel.training import configured
 
 LAYOUTS = {
-    "hsdp x tp, ep": Degrees(dp_replicate=2, dp_shard=2, tp=2, ep=4),
-    "pp x cp x tp": Degrees(pp=2, cp=2, tp=2),
-    "dp_shard": Degrees(dp_shard=3),
+    "hsdp x tp, ep": ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4),
+    "pp x cp x tp": ParallelDims(pp=2, cp=2, tp=2),
+    "dp_shard": ParallelDims(dp_shard=3),
 }
 
 

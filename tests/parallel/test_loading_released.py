@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.convert.releases import write_release
 from tests.parallel.comparing import assert_equal
 from tests.parallel.pool import Pool
 from tests.parallel.training import configured, train_config
 
 LAYOUTS = {
-    "fsdp x tp x ep": (Degrees(dp_shard=4, tp=2, ep=4), 1),
-    "pp x cp x tp, ep": (Degrees(pp=2, cp=2, tp=2, ep=2), 2),
+    "fsdp x tp x ep": (ParallelDims(dp_shard=4, tp=2, ep=4), 1),
+    "pp x cp x tp, ep": (ParallelDims(pp=2, cp=2, tp=2, ep=2), 2),
 }
 
 

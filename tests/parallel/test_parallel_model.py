@@ -4,28 +4,28 @@ import pytest
 import torch
 
 from dsv3.config.root import Config
-from dsv3.parallel.parallel_model import distribute
-from dsv3.planning.layout import Degrees
+from dsv3.parallel.parallel_model import build_parallel_model
+from dsv3.planning.layout import ParallelDims
 from tests.parallel.pool import Pool
 from tests.parallel.training import configured, mesh_of
 
 PROMPTS = [[5, 6, 7, 8, 9], [1, 2], [3]]
 LAYOUTS = {
-    "fsdp": Degrees(dp_shard=2),
-    "ep": Degrees(dp_shard=2, ep=2),
-    "tp": Degrees(tp=2),
-    "cp": Degrees(cp=2),
-    "pp": Degrees(pp=2),
-    "pp x cp x tp": Degrees(pp=2, cp=2, tp=2),
+    "fsdp": ParallelDims(dp_shard=2),
+    "ep": ParallelDims(dp_shard=2, ep=2),
+    "tp": ParallelDims(tp=2),
+    "cp": ParallelDims(cp=2),
+    "pp": ParallelDims(pp=2),
+    "pp x cp x tp": ParallelDims(pp=2, cp=2, tp=2),
 }
 
 
-def texts(config: Config, degrees: Degrees | None) -> list[list[list[int]]] | None:
+def texts(config: Config, degrees: ParallelDims | None) -> list[list[list[int]]] | None:
     """What the tiny model says, the likeliest and at random; None on ranks that the layout leaves out."""
     mesh = mesh_of(degrees) if degrees else None
     if degrees and torch.distributed.get_rank() >= degrees.world_size:
         return None
-    model = distribute(config, mesh, torch.device("cpu"))
+    model = build_parallel_model(config, mesh, torch.device("cpu"))
     return [model.generate(PROMPTS, 4, temperature, 0.9, 3, None) for temperature in (0.0, 0.8)]
 
 

@@ -5,7 +5,7 @@ With documents in rows, MTP, balance and z-loss, bias updates, several microbatc
 
 import pytest
 
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel.comparing import TOLERANCE, assert_equal, relative_error
 from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.parallel.pool import Pool
@@ -24,7 +24,12 @@ def singles() -> dict[str, Trace]:
 
 
 def compare(
-    pool: Pool, single: Trace, degrees: Degrees, *overrides: str, microbatch: int = 0, optimizer: str = "sgd"
+    pool: Pool,
+    single: Trace,
+    degrees: ParallelDims,
+    *overrides: str,
+    microbatch: int = 0,
+    optimizer: str = "sgd",
 ) -> None:
     # Two microbatches a rank, unless a schedule asks for more.
     microbatch = microbatch or GLOBAL_BATCH // degrees.data_parallel // 2
@@ -48,7 +53,9 @@ def test_and_so_it_does_under_adamw(pool: Pool, singles: dict[str, Trace], layou
 def test_every_schedule_gives_the_gradients_of_one_process(
     pool: Pool, singles: dict[str, Trace], schedule: str
 ) -> None:
-    compare(pool, singles["sgd"], Degrees(pp=2, dp_shard=2), f"parallel.schedule={schedule}", microbatch=1)
+    compare(
+        pool, singles["sgd"], ParallelDims(pp=2, dp_shard=2), f"parallel.schedule={schedule}", microbatch=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,18 +73,20 @@ def test_schedules_that_split_the_backward_pass_recompute_too(
     pool: Pool, singles: dict[str, Trace], schedule: str
 ) -> None:
     chosen = [f"parallel.schedule={schedule}", "recompute=full"]
-    compare(pool, singles["sgd"], Degrees(pp=2, cp=2), *chosen, microbatch=1)
+    compare(pool, singles["sgd"], ParallelDims(pp=2, cp=2), *chosen, microbatch=1)
 
 
 def test_kept_parameters_and_larger_microbatches_change_nothing(
     pool: Pool, singles: dict[str, Trace]
 ) -> None:
-    compare(pool, singles["sgd"], Degrees(dp_shard=2), "parallel.reshard_after_forward=false", microbatch=2)
-    compare(pool, singles["sgd"], Degrees(dp_shard=2), "parallel.fsdp.prefetch=false", microbatch=4)
+    compare(
+        pool, singles["sgd"], ParallelDims(dp_shard=2), "parallel.reshard_after_forward=false", microbatch=2
+    )
+    compare(pool, singles["sgd"], ParallelDims(dp_shard=2), "parallel.fsdp.prefetch=false", microbatch=4)
 
 
 def test_experts_over_two_nodes_pass_two_exchanges(pool: Pool, singles: dict[str, Trace]) -> None:
-    compare(pool, singles["sgd"], Degrees(dp_shard=4, ep=4), "parallel.expert.ranks_per_node=2")
+    compare(pool, singles["sgd"], ParallelDims(dp_shard=4, ep=4), "parallel.expert.ranks_per_node=2")
 
 
 def test_experts_are_cut_where_there_are_more_shards_than_experts(
@@ -86,8 +95,8 @@ def test_experts_are_cut_where_there_are_more_shards_than_experts(
     few = ["model.moe.num_experts=2", "model.moe.num_groups=1", "model.moe.top_k_groups=1"]
     single = train(few, None, STEPS, 2)
     assert single is not None
-    compare(pool, single, Degrees(dp_shard=4), *few)
-    compare(pool, single, Degrees(dp_shard=4, tp=2, ep=2), *few)
+    compare(pool, single, ParallelDims(dp_shard=4), *few)
+    compare(pool, single, ParallelDims(dp_shard=4, tp=2, ep=2), *few)
 
 
 @pytest.mark.parametrize("layout", ["dp_shard", "tp x cp", "pp x ep"])

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dsv3.data.batch import Batch
-from dsv3.parallel.pipeline_parallel import PipelinePasses
+from dsv3.parallel.pipeline_parallel import PipelineForwardBackward
 from dsv3.training.forward_backward import LossWeights
-from dsv3.training.loss import GlobalBatch
+from dsv3.training.loss import LossDenominators
 
 
 @pytest.mark.parametrize("cause", [ValueError("what went wrong"), None])
@@ -17,9 +17,13 @@ def test_what_went_wrong_in_a_stage_is_told_not_the_shapes_of_its_inputs(cause: 
     def step(**inputs: object) -> None:
         raise RuntimeError("failed to run forward: args [...]") from cause
 
-    passes = PipelinePasses.__new__(PipelinePasses)
-    passes.stages, passes.count, passes.schedule = {}, 2, SimpleNamespace(step=step)
+    forward_backward = PipelineForwardBackward.__new__(PipelineForwardBackward)
+    forward_backward.stages, forward_backward.count, forward_backward.schedule = (
+        {},
+        2,
+        SimpleNamespace(step=step),
+    )
     batch = Batch(*(torch.zeros(1, 4, dtype=torch.int64) for _ in range(3)))
     expected = ValueError if cause else RuntimeError
     with pytest.raises(expected, match="what went wrong" if cause else "failed to run forward"):
-        passes.train([batch], cast(GlobalBatch, None), cast(LossWeights, None))
+        forward_backward.train([batch], cast(LossDenominators, None), cast(LossWeights, None))

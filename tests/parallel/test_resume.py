@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.parallel.comparing import assert_close
 from tests.parallel.pool import Pool
 from tests.parallel.resuming import State, go_on
@@ -13,12 +13,12 @@ from tests.parallel.training import configured, train
 
 BF16 = "bf16 moments"
 # A save is by all ranks of the process group, so that every layout has the pool's 8.
-LAYOUTS: list[tuple[Degrees, int, list[str]]] = [
-    (Degrees(dp_shard=8), 1, []),
-    (Degrees(pp=2, dp_shard=2, cp=2), 1, ["parallel.schedule=DualPipeV"]),
-    (Degrees(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, []),
-    (Degrees(pp=2, cp=2, tp=2, ep=2), 2, ["parallel.schedule=Interleaved1F1B"]),
-    (Degrees(pp=4, dp_shard=2), 1, ["parallel.schedule=1F1B"]),
+LAYOUTS: list[tuple[ParallelDims, int, list[str]]] = [
+    (ParallelDims(dp_shard=8), 1, []),
+    (ParallelDims(pp=2, dp_shard=2, cp=2), 1, ["parallel.schedule=DualPipeV"]),
+    (ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, []),
+    (ParallelDims(pp=2, cp=2, tp=2, ep=2), 2, ["parallel.schedule=Interleaved1F1B"]),
+    (ParallelDims(pp=4, dp_shard=2), 1, ["parallel.schedule=1F1B"]),
 ]
 
 

@@ -6,21 +6,21 @@ import pytest
 
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.checkpoint.manifest import read_manifest, verify
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from tests.checkpoint.running import tensors
 from tests.parallel.pool import Pool
 from tests.parallel.saving import save_while_training, verify_here
 from tests.parallel.training import configured
 
-LAYOUTS: list[tuple[Degrees, int, list[str]]] = [
-    (Degrees(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, []),
-    (Degrees(pp=2, dp_shard=2, cp=2), 1, ["parallel.schedule=DualPipeV"]),
+LAYOUTS: list[tuple[ParallelDims, int, list[str]]] = [
+    (ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, []),
+    (ParallelDims(pp=2, dp_shard=2, cp=2), 1, ["parallel.schedule=DualPipeV"]),
 ]
 
 
 @pytest.mark.parametrize(("degrees", "microbatch", "overrides"), LAYOUTS, ids=str)
 def test_a_save_aside_holds_the_state_at_its_call_and_fails_on_all_ranks_or_none(
-    pool: Pool, tmp_path: Path, degrees: Degrees, microbatch: int, overrides: list[str]
+    pool: Pool, tmp_path: Path, degrees: ParallelDims, microbatch: int, overrides: list[str]
 ) -> None:
     config = configured(["parallel=fsdp", *overrides], microbatch)
     ranks = pool.run(save_while_training, config, degrees, microbatch, tmp_path)

@@ -19,9 +19,9 @@ def counted(pool: Pool, world: int, *overrides: str) -> list[Step]:
 
 @pytest.mark.parametrize(("cp", "recompute"), [(4, "none"), (2, "full")])
 def test_cp_sends_latents_forward_and_their_gradients_back(pool: Pool, cp: int, recompute: str) -> None:
-    passes = 3 if recompute == "full" else 2
+    forward_backward = 3 if recompute == "full" else 2
     row = LATENT * SEQUENCE * FP32
-    expected = LAYERS * passes * GLOBAL_BATCH * row * (cp - 1) // cp
+    expected = LAYERS * forward_backward * GLOBAL_BATCH * row * (cp - 1) // cp
     steps = counted(pool, cp, f"parallel.degrees.cp={cp}", f"recompute={recompute}")
     assert [step.sent["cp"] for step in steps] == [expected] * cp
     assert [step.planned["cp"] for step in steps] == [expected] * cp

@@ -12,10 +12,10 @@ from dsv3.config.root import Config
 from dsv3.config.strict import strict
 from dsv3.data.loader import Loader
 from dsv3.data.packing import Row
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from dsv3.parallel.mesh import ParallelMesh, build_mesh, place
-from dsv3.parallel.parallel_model import Distributed, distribute
-from dsv3.planning.layout import Degrees
+from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
+from dsv3.planning.layout import ParallelDims
 from dsv3.training.evaluation import evaluate
 from dsv3.training.optimizer import BF16MomentAdamW
 from dsv3.training.step import TrainStep, Weights
@@ -72,13 +72,13 @@ class StepRows:
 
 
 @functools.cache
-def mesh_of(degrees: Degrees, ranks_per_node: int | None = None) -> ParallelMesh:
+def mesh_of(degrees: ParallelDims, ranks_per_node: int | None = None) -> ParallelMesh:
     """One mesh a layout for the life of the process: DTensor remembers meshes, and groups are costly."""
     return build_mesh(degrees, "cpu", ranks_per_node)
 
 
 def train(
-    overrides: list[str], degrees: Degrees | None, steps: int, microbatch: int, optimizer: str = "sgd"
+    overrides: list[str], degrees: ParallelDims | None, steps: int, microbatch: int, optimizer: str = "sgd"
 ) -> Trace | None:
     """Train `steps` on data that depends on the step alone; None on ranks that the layout leaves out."""
     return train_config(configured(overrides, microbatch), degrees, steps, microbatch, optimizer)
@@ -91,37 +91,37 @@ def configured(overrides: list[str], microbatch: int) -> Config:
 
 
 def train_config(
-    config: Config, degrees: Degrees | None, steps: int, microbatch: int, optimizer: str
+    config: Config, degrees: ParallelDims | None, steps: int, microbatch: int, optimizer: str
 ) -> Trace | None:
     """What `train` does with a composed config."""
     setup = prepared(config, degrees, optimizer)
     if setup is None:
         return None
-    model, chosen, me = setup
+    model, chosen, ranks = setup
     trace = Trace([], [], {})
     keep = chosen.register_step_pre_hook(lambda *_: trace.gradients.append(_gradients(model)))
-    step = TrainStep(model.passes, chosen, me, clip_norm=1e9)
+    step = TrainStep(model.forward_backward, chosen, ranks, clip_norm=1e9)
     for number in range(steps):
         figures = take_step(step, number, microbatch, optimizer)
         trace.figures.append({name: value.item() for name, value in figures.items()})
     keep.remove()
-    trace.evaluation = evaluate(model.passes, StepRows(), microbatch, me).loss
+    trace.evaluation = evaluate(model.forward_backward, StepRows(), microbatch, ranks).loss
     trace.state = {name: full(value).clone() for name, value in model.named_tensors().items()}
     return trace
 
 
 def prepared(
-    config: Config, degrees: Degrees | None, optimizer: str
-) -> tuple[Distributed, torch.optim.Optimizer, Worker] | None:
+    config: Config, degrees: ParallelDims | None, optimizer: str
+) -> tuple[ParallelModel, torch.optim.Optimizer, RankContext] | None:
     """The model on this rank with biases that are not zero, its optimizer and the rank; None if left out."""
     rank = torch.distributed.get_rank() if degrees else 0
     expert = config.parallel.expert
     mesh = mesh_of(degrees, expert and expert.ranks_per_node) if degrees else None
     if degrees and rank >= degrees.world_size:
         return None
-    me = Worker(rank, rank, degrees.world_size if degrees else 1, torch.device("cpu"))
-    me = place(me, mesh)
-    model = distribute(config, mesh, me.device)
+    ranks = RankContext(rank, rank, degrees.world_size if degrees else 1, torch.device("cpu"))
+    ranks = place(ranks, mesh)
+    model = build_parallel_model(config, mesh, ranks.device)
     for place_, router in sorted(model.routers.items()):
         if router.selection_bias is not None:
             generator = torch.Generator().manual_seed(place_)
@@ -129,12 +129,12 @@ def prepared(
     if config.checkpoint.load:
         load_weights(model.parts, find_checkpoint(config.checkpoint.load))
     parameters = [p for part in model.parts for p in part.parameters()]
-    return model, _optimizer(optimizer, parameters), me
+    return model, _optimizer(optimizer, parameters), ranks
 
 
 def take_step(step: TrainStep, number: int, microbatch: int, optimizer: str) -> dict[str, Tensor]:
     """The optimizer step of this number, from 0; its figures."""
-    loader = Loader(StepRows(), GLOBAL_BATCH, microbatch, step.worker.data_rank, step.worker.data_world)
+    loader = Loader(StepRows(), GLOBAL_BATCH, microbatch, step.ranks.data_rank, step.ranks.data_world)
     weights = replace(WEIGHTS, lr=RATES[optimizer])
     return step(loader.microbatches(number * GLOBAL_BATCH), weights)
 
@@ -155,6 +155,6 @@ def full(tensor: Tensor) -> Tensor:
     return whole.detach()
 
 
-def _gradients(model: Distributed) -> dict[str, Tensor]:
+def _gradients(model: ParallelModel) -> dict[str, Tensor]:
     found = {name: parameter.grad for name, parameter in model.named_parameters().items()}
     return {name: full(gradient).clone() for name, gradient in found.items() if gradient is not None}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 from dsv3.config.hardware import HardwareConfig
 from dsv3.config.parallel import ParallelConfig, RecomputeConfig, Recomputed
 from dsv3.config.precision import ComputeType, MomentType, PrecisionConfig
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.plan import Plan, plan_shape
 from dsv3.planning.step_shape import StateBytes, StepShape
 from tests.planning.presets import preset
@@ -19,7 +19,7 @@ SHAPE = StepShape(1, 4096, recompute=Recomputed.full, state=StateBytes(compute=2
 
 
 def plan_16b(dp_shard: int = 8, hardware: HardwareConfig = H800, shape: StepShape = SHAPE) -> Plan:
-    return plan_shape(preset("16b"), Degrees(dp_shard=dp_shard), hardware, shape)
+    return plan_shape(preset("16b"), ParallelDims(dp_shard=dp_shard), hardware, shape)
 
 
 def config_of(

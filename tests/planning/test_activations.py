@@ -13,12 +13,12 @@ from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import Kept
 from dsv3.model.initialization import initialize
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.context_parallel import ContextParallel, split_sequences
+from dsv3.parallel.context_parallel import ContextParallel, reduce_router_counts
 from dsv3.parallel.mesh import build_mesh
 from dsv3.parallel.tensor_parallel import TensorParallel
 from dsv3.planning import expert_copies, parameters
 from dsv3.planning.activations import Activations, TokenBytes
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Component
 from dsv3.planning.sharding import local_numel
 from tests.planning.presets import preset
@@ -28,7 +28,13 @@ TOKENS = ROWS * LENGTH
 DEBUG = preset("debug")
 
 
-LAYOUTS = [Degrees(), Degrees(tp=2), Degrees(cp=2), Degrees(cp=2, tp=2), Degrees(cp=4)]
+LAYOUTS = [
+    ParallelDims(),
+    ParallelDims(tp=2),
+    ParallelDims(cp=2),
+    ParallelDims(cp=2, tp=2),
+    ParallelDims(cp=4),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +49,7 @@ def _ranks(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def saved_bytes(config: ModelConfig, dtype: torch.dtype, degrees: Degrees) -> int:
+def saved_bytes(config: ModelConfig, dtype: torch.dtype, degrees: ParallelDims) -> int:
     """Bytes of the distinct storages that a forward pass of rank 0 saves, parameters left out."""
     known = {f.name: getattr(config, f.name) for f in fields(config) if not f.name.startswith("_")}
     model = Transformer(**known, compute_dtype=dtype)
@@ -52,7 +58,7 @@ def saved_bytes(config: ModelConfig, dtype: torch.dtype, degrees: Degrees) -> in
         mesh = build_mesh(degrees, "cpu")
         TensorParallel()(model, mesh)
         ContextParallel()(model, mesh)
-        split_sequences(model, mesh)
+        reduce_router_counts(model, mesh)
     local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     own = {p.untyped_storage().data_ptr() for p in local}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -69,7 +75,7 @@ def saved_bytes(config: ModelConfig, dtype: torch.dtype, degrees: Degrees) -> in
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def saved_by_a_block(dtype: torch.dtype, dense: bool, degrees: Degrees) -> int:
+def saved_by_a_block(dtype: torch.dtype, dense: bool, degrees: ParallelDims) -> int:
     """Bytes that one more layer saves, without its weights' casts."""
     layers = [replace(DEBUG, num_layers=n, num_dense_layers=n if dense else 0, mtp_depths=0) for n in (1, 2)]
     one, two = (saved_bytes(config, dtype, degrees) for config in layers)
@@ -81,7 +87,7 @@ def saved_by_a_block(dtype: torch.dtype, dense: bool, degrees: Degrees) -> int:
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "moe"])
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_block_saves_what_is_counted(dtype: torch.dtype, degrees: Degrees, dense: bool) -> None:
+def test_a_block_saves_what_is_counted(dtype: torch.dtype, degrees: ParallelDims, dense: bool) -> None:
     # In fp32 casts are no copies, so that a few tensors are kept which bf16 frees.
     tolerance = 0.06 if dtype is torch.float32 else 0.002
     counted = Activations(DEBUG, dtype.itemsize, fused_kernels=False, degrees=degrees).block(dense)
@@ -98,25 +104,25 @@ def test_logits_are_fp32_whatever_the_compute_dtype() -> None:
 BLOCK = {"dense": True, "moe": False}
 
 
-def bytes_a_token(degrees: Degrees, name: str = "671b", dense: bool = False) -> TokenBytes:
+def bytes_a_token(degrees: ParallelDims, name: str = "671b", dense: bool = False) -> TokenBytes:
     return Activations(preset(name), 2, degrees=degrees).block(dense)
 
 
 def test_tp_ranks_share_a_part_and_gather_latents_or_hidden_states() -> None:
-    moe, one = bytes_a_token(Degrees(tp=2)), bytes_a_token(Degrees())
+    moe, one = bytes_a_token(ParallelDims(tp=2)), bytes_a_token(ParallelDims())
     # Latents of queries (1536) and of keys and values (512 + 64): gathered, no longer saved on their own.
     assert (moe.whole, one.split - moe.split) == (2 * (1536 + 512 + 64), 2 * (1536 + 512))
     assert one.whole == 0
     # Without a latent of the queries the hidden states are gathered in its place.
-    assert bytes_a_token(Degrees(tp=2), "16b").whole == 2 * (2048 + 512 + 64)
-    dense = bytes_a_token(Degrees(tp=2), dense=True)
+    assert bytes_a_token(ParallelDims(tp=2), "16b").whole == 2 * (2048 + 512 + 64)
+    dense = bytes_a_token(ParallelDims(tp=2), dense=True)
     assert dense.whole - moe.whole == 2 * 7168
     assert TokenBytes(7, 3).on_rank(5, 4) == 9 + 15
     assert TokenBytes(1, 2) + TokenBytes(3, 4) == TokenBytes(4, 6)
 
 
 def test_cp_expands_the_keys_of_the_whole_row_from_gathered_latents() -> None:
-    one, four = bytes_a_token(Degrees()), bytes_a_token(Degrees(cp=4))
+    one, four = bytes_a_token(ParallelDims()), bytes_a_token(ParallelDims(cp=4))
     keys_values = 2 * 128 * (192 + 128 + 128)
     outputs_again, own_latent = 2 * 128 * 128, 2 * 512
     assert four.split - one.split == 3 * keys_values + outputs_again - own_latent
@@ -126,7 +132,7 @@ def test_cp_expands_the_keys_of_the_whole_row_from_gathered_latents() -> None:
 @pytest.mark.parametrize("dense", BLOCK.values(), ids=BLOCK)
 def test_selective_recomputation_keeps_what_is_named(dense: bool) -> None:
     config = preset("671b")
-    saved = Activations(config, 2, degrees=Degrees(ep=4, dp_shard=4))
+    saved = Activations(config, 2, degrees=ParallelDims(ep=4, dp_shard=4))
 
     def more(*keep: Kept) -> int:
         kept, none = saved.kept(dense, keep), saved.block_input()

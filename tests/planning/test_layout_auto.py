@@ -5,7 +5,7 @@ import pytest
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import DegreesConfig
 from dsv3.errors import UserError
-from dsv3.planning.layout import Degrees, fill
+from dsv3.planning.layout import ParallelDims, fill
 from tests.planning.presets import preset
 
 MODEL = preset("16b")
@@ -13,19 +13,19 @@ V3 = preset("671b")
 AUTO = DegreesConfig(pp="auto", dp_replicate="auto", dp_shard="auto", cp="auto", tp="auto", ep="auto")
 
 
-def filled(config: DegreesConfig, world: int, model: ModelConfig = MODEL, length: int = 4096) -> Degrees:
+def filled(config: DegreesConfig, world: int, model: ModelConfig = MODEL, length: int = 4096) -> ParallelDims:
     return fill(config, world, model, length)
 
 
 def test_dp_shard_takes_what_is_left_and_the_others_are_one() -> None:
     degrees = filled(DegreesConfig(tp=2, pp=3, ep=8), 48)
-    assert degrees == Degrees(pp=3, dp_replicate=1, dp_shard=8, cp=1, tp=2, ep=8)
+    assert degrees == ParallelDims(pp=3, dp_replicate=1, dp_shard=8, cp=1, tp=2, ep=8)
     assert filled(DegreesConfig(tp=2, dp_shard="auto"), 8).dp_shard == 4
 
 
 def test_dp_replicate_takes_what_is_left_where_dp_shard_is_typed() -> None:
     assert filled(DegreesConfig(dp_replicate="auto", dp_shard=2, tp=2), 16).dp_replicate == 4
-    assert filled(DegreesConfig(dp_replicate="auto", tp=2), 16) == Degrees(dp_shard=8, tp=2)
+    assert filled(DegreesConfig(dp_replicate="auto", tp=2), 16) == ParallelDims(dp_shard=8, tp=2)
 
 
 def test_a_world_that_the_given_degrees_do_not_divide() -> None:
@@ -61,8 +61,8 @@ def test_ep_is_the_largest_that_divides_ranks_and_experts() -> None:
 
 
 def test_tp_is_the_largest_within_a_node_that_divides_every_width() -> None:
-    assert filled(DegreesConfig(tp="auto"), 64) == Degrees(dp_shard=8, tp=8)
-    assert filled(DegreesConfig(tp="auto", cp=2), 12) == Degrees(dp_shard=3, tp=2, cp=2)
+    assert filled(DegreesConfig(tp="auto"), 64) == ParallelDims(dp_shard=8, tp=8)
+    assert filled(DegreesConfig(tp="auto", cp=2), 12) == ParallelDims(dp_shard=3, tp=2, cp=2)
     # 10,944 = 8 x 1,368, but 12 heads have no 8.
     heads = replace(MODEL, attention=replace(MODEL.attention, heads=12))
     assert filled(DegreesConfig(tp="auto"), 8, heads).tp == 4
@@ -79,9 +79,9 @@ def test_cp_leaves_a_rank_at_most_8192_tokens_where_it_can() -> None:
 def test_pp_leaves_a_stage_at_most_256_ranks() -> None:
     worlds = {8: 1, 256: 1, 512: 2, 2048: 8, 768: 3}
     assert {world: filled(DegreesConfig(pp="auto"), world, V3).pp for world in worlds} == worlds
-    assert filled(DegreesConfig(pp="auto", tp=8), 512, V3) == Degrees(pp=2, dp_shard=32, tp=8)
+    assert filled(DegreesConfig(pp="auto", tp=8), 512, V3) == ParallelDims(pp=2, dp_shard=32, tp=8)
 
 
 def test_all_at_once() -> None:
-    assert filled(AUTO, 1024, V3, 32768) == Degrees(pp=4, dp_shard=8, cp=4, tp=8, ep=256)
-    assert filled(AUTO, 1, V3) == Degrees()
+    assert filled(AUTO, 1024, V3, 32768) == ParallelDims(pp=4, dp_shard=8, cp=4, tp=8, ep=256)
+    assert filled(AUTO, 1, V3) == ParallelDims()

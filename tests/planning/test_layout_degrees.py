@@ -2,14 +2,14 @@ import pytest
 
 from dsv3.config.parallel import DegreesConfig
 from dsv3.errors import InvalidValue
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 
 
 def test_the_ranks_that_parameters_are_sharded_over() -> None:
-    degrees = Degrees(pp=3, dp_replicate=2, dp_shard=8, cp=2, tp=4, ep=16)
+    degrees = ParallelDims(pp=3, dp_replicate=2, dp_shard=8, cp=2, tp=4, ep=16)
     assert degrees.world_size == 3 * 2 * 8 * 2 * 4
     assert degrees.data_parallel == 16
-    assert (degrees.dense_shards, degrees.whole_shards, degrees.expert_shards) == (16, 64, 4)
+    assert (degrees.fsdp_size, degrees.replicated_fsdp_size, degrees.efsdp_size) == (16, 64, 4)
     assert list(degrees.to_json()) == ["pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"]
 
 

@@ -5,7 +5,7 @@ import pytest
 from dsv3.config.parallel import Kept, Recomputed, Schedule
 from dsv3.planning import parameters
 from dsv3.planning.activations import Activations
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import pipeline_memory, rank_memory
 from dsv3.planning.parameters import Component, Weight
 from dsv3.planning.pipeline_stages import Pipelining, stage_groups, stages
@@ -19,7 +19,7 @@ BF16 = replace(STEP, state=StateBytes(compute=2))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_process_holds_sixteen_bytes_a_parameter_and_no_copies(name: str) -> None:
-    memory = rank_memory(preset(name), Degrees(), STEP)
+    memory = rank_memory(preset(name), ParallelDims(), STEP)
     count = parameters.total(preset(name))
     assert (memory.parameters, memory.gradients, memory.optimizer) == (4 * count, 4 * count, 8 * count)
     assert memory.weight_copies == 0
@@ -29,14 +29,14 @@ def test_one_process_holds_sixteen_bytes_a_parameter_and_no_copies(name: str) ->
 @pytest.mark.parametrize(
     "degrees",
     [
-        Degrees(dp_shard=2048, ep=64),
-        Degrees(dp_shard=256, tp=8, ep=256),
-        Degrees(dp_shard=100, cp=3, tp=2, ep=2),
-        Degrees(dp_shard=6, ep=4, tp=4),
+        ParallelDims(dp_shard=2048, ep=64),
+        ParallelDims(dp_shard=256, tp=8, ep=256),
+        ParallelDims(dp_shard=100, cp=3, tp=2, ep=2),
+        ParallelDims(dp_shard=6, ep=4, tp=4),
     ],
     ids=str,
 )
-def test_the_shards_of_every_weight_add_up_to_the_whole(degrees: Degrees) -> None:
+def test_the_shards_of_every_weight_add_up_to_the_whole(degrees: ParallelDims) -> None:
     config = preset("671b")
     for weight in {*parameters.main_model(config), *parameters.mtp_modules(config)[0]}:
         shards = shard_count(weight, degrees)
@@ -51,7 +51,7 @@ def _split(weight: Weight) -> bool:
 
 
 def test_671b_over_2048_ranks_is_the_whole_but_for_rounding_up() -> None:
-    config, degrees = preset("671b"), Degrees(dp_shard=2048, ep=64)
+    config, degrees = preset("671b"), ParallelDims(dp_shard=2048, ep=64)
     whole = 16 * parameters.total(config)
     memory = rank_memory(config, degrees, BF16)
     held = 2048 * (memory.parameters + memory.gradients + memory.optimizer)
@@ -59,32 +59,32 @@ def test_671b_over_2048_ranks_is_the_whole_but_for_rounding_up() -> None:
 
 
 def test_an_even_layout_loses_nothing() -> None:
-    config, degrees = preset("671b"), Degrees(dp_replicate=32, dp_shard=64, ep=64)
+    config, degrees = preset("671b"), ParallelDims(dp_replicate=32, dp_shard=64, ep=64)
     memory = rank_memory(config, degrees, BF16)
     assert 64 * memory.parameters == 4 * parameters.total(config)
 
 
 def test_uneven_shards_round_up_by_whole_rows() -> None:
     weight = Weight(Component.attention, (10, 7))
-    assert [stored(weight, Degrees(dp_shard=4), shard) for shard in range(4)] == [21, 21, 21, 7]
-    assert [stored(weight, Degrees(dp_shard=16), shard) for shard in (0, 9, 10)] == [7, 7, 0]
+    assert [stored(weight, ParallelDims(dp_shard=4), shard) for shard in range(4)] == [21, 21, 21, 7]
+    assert [stored(weight, ParallelDims(dp_shard=16), shard) for shard in (0, 9, 10)] == [7, 7, 0]
 
 
 def test_experts_are_cut_by_expert_and_beyond_that_by_row() -> None:
     stack = Weight(Component.experts, (8, 6, 5))
-    assert stored(stack, Degrees(dp_shard=4, tp=2)) == 6 * 5
-    assert stored(stack, Degrees(dp_shard=16, ep=8)) == 3 * 5
-    assert stored(stack, Degrees(dp_replicate=2, dp_shard=4, ep=4)) == 2 * 6 * 5
+    assert stored(stack, ParallelDims(dp_shard=4, tp=2)) == 6 * 5
+    assert stored(stack, ParallelDims(dp_shard=16, ep=8)) == 3 * 5
+    assert stored(stack, ParallelDims(dp_replicate=2, dp_shard=4, ep=4)) == 2 * 6 * 5
 
 
 def test_tensor_parallelism_splits_the_matrices_with_heads_and_leaves_the_norms() -> None:
-    assert local_shape(Weight(Component.attention, (12, 5), 0), Degrees(tp=4)) == (3, 5)
-    assert local_shape(Weight(Component.attention, (5, 12), 1), Degrees(tp=4)) == (5, 3)
-    assert local_shape(Weight(Component.norms, (12,)), Degrees(tp=4)) == (12,)
+    assert local_shape(Weight(Component.attention, (12, 5), 0), ParallelDims(tp=4)) == (3, 5)
+    assert local_shape(Weight(Component.attention, (5, 12), 1), ParallelDims(tp=4)) == (5, 3)
+    assert local_shape(Weight(Component.norms, (12,)), ParallelDims(tp=4)) == (12,)
 
 
 def test_tp_splits_what_has_heads_and_shards_the_rest_over_its_ranks_too() -> None:
-    config, two = preset("671b"), Degrees(tp=2, dp_shard=4)
+    config, two = preset("671b"), ParallelDims(tp=2, dp_shard=4)
     every = [*parameters.embedding(config), *parameters.output(config), *parameters.block(config, dense=True)]
     assert sum(stored(w, two) for w in every) == sum(w.numel for w in every) // 8
     assert {shard_count(w, two) for w in every if _split(w)} == {4}
@@ -110,7 +110,7 @@ def test_stages_hold_embedding_first_and_head_and_mtp_last() -> None:
 
 
 def test_a_v_holds_both_ends_and_the_copy_of_the_embedding() -> None:
-    config, degrees = preset("debug"), Degrees(pp=2)
+    config, degrees = preset("debug"), ParallelDims(pp=2)
     v = replace(STEP, microbatches=4, pipelining=Pipelining(Schedule.DualPipeV, 2))
     ends, middle = (memory.parameters for memory in pipeline_memory(config, degrees, v))
     counts = parameters.count(config)
@@ -119,7 +119,7 @@ def test_a_v_holds_both_ends_and_the_copy_of_the_embedding() -> None:
 
 
 def test_the_worst_rank_is_reported() -> None:
-    config, degrees = preset("671b"), Degrees(pp=16, dp_shard=128, ep=64)
+    config, degrees = preset("671b"), ParallelDims(pp=16, dp_shard=128, ep=64)
     shape = replace(BF16, microbatches=16)
     every = [memory.total for memory in pipeline_memory(config, degrees, shape)]
     assert rank_memory(config, degrees, shape).total == max(every) > min(every)
@@ -128,7 +128,7 @@ def test_the_worst_rank_is_reported() -> None:
 def kept_microbatches(schedule: Schedule, per_rank: int, microbatches: int, pp: int = 4) -> list[float]:
     """How many microbatches' activations each rank holds of one of its stages, at the most."""
     config = replace(preset("236b"), num_layers=pp * per_rank, num_dense_layers=0)
-    degrees, pipelining = Degrees(pp=pp), Pipelining(schedule, per_rank, tuple(range(1, pp * per_rank)))
+    degrees, pipelining = ParallelDims(pp=pp), Pipelining(schedule, per_rank, tuple(range(1, pp * per_rank)))
     shape = replace(BF16, microbatches=microbatches, pipelining=pipelining)
     block = Activations(config, 2).block(dense=False).on_rank(4096, 1)
     buffers = Activations(config, 2).block_input().on_rank(4096, 1) * microbatches
@@ -161,8 +161,8 @@ def test_full_recomputation_keeps_block_inputs_and_the_block_at_work() -> None:
     largest = max(saved.block(dense).on_rank(4096, 1) for dense in (True, False))
     rest = sum(part.on_rank(4096, 1) for part in (saved.logits(), saved.logits(), saved.mtp_join()))
     inputs = 28 * 4096 * 2 * 2048
-    assert rank_memory(config, Degrees(), shape).activations == inputs + largest + rest
-    assert rank_memory(config, Degrees(), BF16).activations > 3 * (inputs + largest)
+    assert rank_memory(config, ParallelDims(), shape).activations == inputs + largest + rest
+    assert rank_memory(config, ParallelDims(), BF16).activations > 3 * (inputs + largest)
 
 
 def test_selective_recomputation_lies_between_none_and_full() -> None:
@@ -170,7 +170,7 @@ def test_selective_recomputation_lies_between_none_and_full() -> None:
 
     def activations(recompute: Recomputed, *keep: Kept) -> int:
         shape = replace(BF16, recompute=recompute, keep=keep)
-        return rank_memory(config, Degrees(dp_shard=8, ep=8), shape).activations
+        return rank_memory(config, ParallelDims(dp_shard=8, ep=8), shape).activations
 
     full, none = activations(Recomputed.full, *Kept), activations(Recomputed.none)
     assert activations(Recomputed.selective) == full
@@ -181,15 +181,15 @@ def test_selective_recomputation_lies_between_none_and_full() -> None:
 
 def test_activations_shrink_with_the_ranks_of_a_row_and_grow_with_the_microbatch() -> None:
     config = preset("16b")
-    one = rank_memory(config, Degrees(), BF16).activations
-    assert rank_memory(config, Degrees(), replace(BF16, microbatch_size=3)).activations == 3 * one
-    assert one / 2 < rank_memory(config, Degrees(cp=2), BF16).activations < 0.7 * one
-    assert one / 2 < rank_memory(config, Degrees(tp=2), BF16).activations < 0.6 * one
-    assert rank_memory(config, Degrees(dp_replicate=2), BF16).activations == one
+    one = rank_memory(config, ParallelDims(), BF16).activations
+    assert rank_memory(config, ParallelDims(), replace(BF16, microbatch_size=3)).activations == 3 * one
+    assert one / 2 < rank_memory(config, ParallelDims(cp=2), BF16).activations < 0.7 * one
+    assert one / 2 < rank_memory(config, ParallelDims(tp=2), BF16).activations < 0.6 * one
+    assert rank_memory(config, ParallelDims(dp_replicate=2), BF16).activations == one
 
 
 def test_gathered_weights_count_two_blocks_or_all_and_one_groups_gradients() -> None:
-    config, degrees = preset("16b"), Degrees(dp_shard=8)
+    config, degrees = preset("16b"), ParallelDims(dp_shard=8)
 
     def sizes(of: list[Weight]) -> tuple[int, int]:
         in_fp32 = sum(w.numel for w in of if w.component in (Component.norms, Component.router))
@@ -214,7 +214,7 @@ def test_gathered_weights_count_two_blocks_or_all_and_one_groups_gradients() -> 
 
 
 def test_a_pipeline_keeps_gathered_weights_and_whole_gradients_until_its_last_microbatch() -> None:
-    config, degrees = preset("16b"), Degrees(pp=27, dp_shard=8, tp=2, ep=4)
+    config, degrees = preset("16b"), ParallelDims(pp=27, dp_shard=8, tp=2, ep=4)
     for reshard in (True, False):
         shape = replace(BF16, microbatches=27, reshard_after_forward=reshard)
         copies = pipeline_memory(config, degrees, shape)[5].weight_copies
@@ -225,7 +225,7 @@ def test_a_pipeline_keeps_gathered_weights_and_whole_gradients_until_its_last_mi
 
 
 def test_weights_gathered_in_fp8_are_kept_as_codes_and_scales() -> None:
-    config, degrees = preset("16b"), Degrees(dp_shard=8)
+    config, degrees = preset("16b"), ParallelDims(dp_shard=8)
     shape = replace(BF16, reshard_after_forward=False)
     plain, gathered = (
         rank_memory(config, degrees, replace(shape, fp8=fp8)).weight_copies
@@ -245,13 +245,13 @@ def test_weights_gathered_in_fp8_are_kept_as_codes_and_scales() -> None:
 
 def test_replicas_of_one_shard_copy_as_fsdp_does() -> None:
     config = preset("16b")
-    replicas = rank_memory(config, Degrees(dp_replicate=8), BF16)
-    assert replicas.weight_copies == rank_memory(config, Degrees(dp_shard=8), BF16).weight_copies
+    replicas = rank_memory(config, ParallelDims(dp_replicate=8), BF16)
+    assert replicas.weight_copies == rank_memory(config, ParallelDims(dp_shard=8), BF16).weight_copies
     assert replicas.parameters == 4 * parameters.total(config)
 
 
 def test_offloaded_state_is_not_on_the_device() -> None:
-    config, degrees = preset("16b"), Degrees(dp_shard=8)
+    config, degrees = preset("16b"), ParallelDims(dp_shard=8)
     kept, offloaded = (
         rank_memory(config, degrees, replace(BF16, cpu_offload=there)) for there in (False, True)
     )
@@ -264,19 +264,19 @@ def test_one_process_in_bf16_keeps_the_casts_of_its_matrices() -> None:
     config = preset("16b")
     counts = parameters.count(config)
     cast = counts.total - counts.embedding - counts.norms - counts.router
-    assert rank_memory(config, Degrees(), BF16).weight_copies == 2 * cast
+    assert rank_memory(config, ParallelDims(), BF16).weight_copies == 2 * cast
     recomputing = replace(BF16, recompute=Recomputed.full)
-    assert rank_memory(config, Degrees(), recomputing).weight_copies < 2 * cast / 10
+    assert rank_memory(config, ParallelDims(), recomputing).weight_copies < 2 * cast / 10
 
 
 def test_one_process_in_fp8_keeps_the_cast_of_the_head_alone() -> None:
     config = preset("16b")
     shape = replace(BF16, fp8=FP8Shape())
-    assert rank_memory(config, Degrees(), shape).weight_copies == 2 * parameters.count(config).head
+    assert rank_memory(config, ParallelDims(), shape).weight_copies == 2 * parameters.count(config).head
 
 
 def test_json_counts_the_copies_as_activations() -> None:
-    memory = rank_memory(preset("16b"), Degrees(dp_shard=8), BF16)
+    memory = rank_memory(preset("16b"), ParallelDims(dp_shard=8), BF16)
     told = memory.to_json()
     assert list(told) == ["parameters", "gradients", "optimizer", "activations", "total"]
     assert told.pop("total") == sum(told.values()) == memory.total

@@ -15,7 +15,7 @@ from dsv3.config.parallel import (
     Schedule,
 )
 from dsv3.config.precision import ComputeType, MomentType
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.pipeline_stages import Pipelining
 from dsv3.planning.plan import COMPUTE_BYTES, MOMENTS_BYTES, make_plan, plan_shape
 from dsv3.planning.report import advice, to_text
@@ -30,7 +30,7 @@ tokens_per_second_per_gpu mfu
 
 
 def test_json_is_the_contract() -> None:
-    told = json.loads(json.dumps(plan_shape(preset("671b"), Degrees(dp_shard=2), H800, SHAPE).to_json()))
+    told = json.loads(json.dumps(plan_shape(preset("671b"), ParallelDims(dp_shard=2), H800, SHAPE).to_json()))
     assert list(told) == KEYS.split()
     assert told["degrees"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1, "ep": 1}
     assert (told["world_size"], told["parameters"]) == (2, 682_636_472_320)
@@ -51,34 +51,34 @@ def test_a_plan_fits_up_to_the_last_byte() -> None:
 def test_a_save_in_the_background_needs_its_copies_where_there_is_one_memory() -> None:
     """On CPU a run that only just fits would die at its first checkpoint."""
     cpu = HardwareConfig(name="cpu")
-    waiting = make_plan(config_of(ParallelConfig(), async_save=False), Degrees(), cpu)
-    aside = make_plan(config_of(ParallelConfig()), Degrees(), cpu)
+    waiting = make_plan(config_of(ParallelConfig(), async_save=False), ParallelDims(), cpu)
+    aside = make_plan(config_of(ParallelConfig()), ParallelDims(), cpu)
     copies = waiting.memory.parameters + waiting.memory.optimizer
     assert aside.memory.save_copies == copies == aside.memory.total - waiting.memory.total
-    assert make_plan(config_of(ParallelConfig()), Degrees(), H800).memory.save_copies == 0
+    assert make_plan(config_of(ParallelConfig()), ParallelDims(), H800).memory.save_copies == 0
     tight = replace(cpu, memory_bytes=waiting.memory.total)
-    plan = make_plan(config_of(ParallelConfig()), Degrees(), tight)
+    plan = make_plan(config_of(ParallelConfig()), ParallelDims(), tight)
     assert not plan.fits
     assert advice(plan) == "checkpoint.async_save=false fits on the same ranks"
 
 
 def test_a_config_is_read_into_the_shape_of_a_step() -> None:
     config = config_of(ParallelConfig(reshard_after_forward=False))
-    plan = make_plan(config, Degrees(dp_replicate=2, dp_shard=2), H800)
+    plan = make_plan(config, ParallelDims(dp_replicate=2, dp_shard=2), H800)
     keep = (Kept.attention, Kept.experts, Kept.exchange)
     expected = StepShape(2, 512, 3, Recomputed.full, False, StateBytes(compute=2), True, keep=keep)
     assert plan.shape == expected
     assert plan.world_size == 4
-    assert not make_plan(config, Degrees(), HardwareConfig(name="cpu")).shape.fused_kernels
+    assert not make_plan(config, ParallelDims(), HardwareConfig(name="cpu")).shape.fused_kernels
 
 
 def test_a_pipeline_is_read_with_what_its_schedule_forces() -> None:
     pipeline = PipelineConfig(split=[1, 2, 3])
     config = config_of(ParallelConfig(schedule=Schedule.ZBVZeroBubble, pipeline=pipeline))
-    shape = make_plan(config, Degrees(pp=2, dp_shard=2), H800).shape
+    shape = make_plan(config, ParallelDims(pp=2, dp_shard=2), H800).shape
     assert shape.pipelining == Pipelining(Schedule.ZBVZeroBubble, 2, (1, 2, 3))
     assert not shape.reshard_after_forward
-    alone = make_plan(config, Degrees(dp_shard=2), H800).shape
+    alone = make_plan(config, ParallelDims(dp_shard=2), H800).shape
     assert (alone.pipelining, alone.reshard_after_forward) == (Pipelining(), True)
 
 
@@ -86,21 +86,23 @@ def test_nodes_are_as_typed_as_launched_or_as_the_hardware_has_them() -> None:
     eight = replace(H800, devices_per_node=8)
     typed = ParallelConfig(expert=ExpertParallelConfig(ranks_per_node=2))
     found = [
-        make_plan(config, Degrees(), eight).shape.ranks_per_node
+        make_plan(config, ParallelDims(), eight).shape.ranks_per_node
         for config in (config_of(typed, 4), config_of(ParallelConfig(), 4), config_of(ParallelConfig()))
     ]
     assert found == [2, 4, 8]
-    assert make_plan(config_of(ParallelConfig()), Degrees(), H800).shape.ranks_per_node is None
+    assert make_plan(config_of(ParallelConfig()), ParallelDims(), H800).shape.ranks_per_node is None
 
 
 def test_offloaded_state_is_the_hosts_but_on_cpu_there_is_one_memory() -> None:
     config = config_of(ParallelConfig(fsdp=FullyShardConfig(cpu_offload=True)))
-    kept, offloaded = (make_plan(c, Degrees(dp_shard=2), H800) for c in (config_of(ParallelConfig()), config))
+    kept, offloaded = (
+        make_plan(c, ParallelDims(dp_shard=2), H800) for c in (config_of(ParallelConfig()), config)
+    )
     state = kept.memory.parameters + kept.memory.gradients + kept.memory.optimizer
     assert offloaded.memory.offloaded == state == kept.memory.total - offloaded.memory.total
     assert "on the host" in to_text(offloaded)
     assert "on the host" not in to_text(kept)
-    assert make_plan(config, Degrees(dp_shard=2), HardwareConfig(name="cpu")).memory.offloaded == 0
+    assert make_plan(config, ParallelDims(dp_shard=2), HardwareConfig(name="cpu")).memory.offloaded == 0
 
 
 def test_every_compute_and_moment_type_has_its_bytes() -> None:
@@ -109,7 +111,7 @@ def test_every_compute_and_moment_type_has_its_bytes() -> None:
 
 
 def test_bf16_moments_are_half_the_optimizer_state_and_nothing_else() -> None:
-    cpu, degrees = HardwareConfig(name="cpu"), Degrees(dp_shard=2)
+    cpu, degrees = HardwareConfig(name="cpu"), ParallelDims(dp_shard=2)
     for hardware in (H800, cpu):
         full, half = (
             make_plan(config_of(ParallelConfig(), moments=moments), degrees, hardware)

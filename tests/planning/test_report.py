@@ -4,7 +4,7 @@ import pytest
 
 from dsv3.config.parallel import ParallelConfig, Recomputed, Schedule
 from dsv3.config.precision import MomentType
-from dsv3.planning.layout import Degrees
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.pipeline_stages import Pipelining
 from dsv3.planning.plan import make_plan, plan_shape
 from dsv3.planning.report import GIB, to_text
@@ -30,7 +30,7 @@ def test_text_tells_both_conventions_every_part_and_the_verdict() -> None:
 def test_a_pipelined_plan_tells_schedule_bubble_and_what_is_sent() -> None:
     pipelining = Pipelining(Schedule.Interleaved1F1B, 3)
     shape = replace(SHAPE, microbatches=8, pipelining=pipelining, recompute=Recomputed.selective)
-    plan = plan_shape(preset("16b"), Degrees(pp=4, dp_shard=2, tp=2, ep=4), H800, shape)
+    plan = plan_shape(preset("16b"), ParallelDims(pp=4, dp_shard=2, tp=2, ep=4), H800, shape)
     lines = [line.split() for line in to_text(plan).splitlines()]
     assert ["schedule", "Interleaved1F1B,", "4", "ranks", "x", "3", "stages"] in lines
     assert ["bubble", "11.1%"] in lines
@@ -42,6 +42,6 @@ def test_a_pipelined_plan_tells_schedule_bubble_and_what_is_sent() -> None:
 
 @pytest.mark.parametrize(("moments", "bytes_"), [(MomentType.fp32, 8), (MomentType.bf16, 4)])
 def test_the_policy_is_one_line_of_the_table(moments: MomentType, bytes_: int) -> None:
-    text = to_text(make_plan(config_of(ParallelConfig(), moments=moments), Degrees(), H800))
+    text = to_text(make_plan(config_of(ParallelConfig(), moments=moments), ParallelDims(), H800))
     line = f"bytes a parameter  master 4, gradient 4, moments {bytes_}, compute copy 2"
     assert [row for row in text.splitlines() if row.startswith("bytes")] == [line]

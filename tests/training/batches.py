@@ -5,10 +5,10 @@ import torch
 
 from dsv3.data.batch import Batch, collate
 from dsv3.data.packing import PADDING, Row
-from dsv3.distributed.process_group import Worker
+from dsv3.distributed.process_group import RankContext
 from tests.reference import MODEL
 
-ALONE = Worker(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
+ALONE = RankContext(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 
 
 def row(*lengths: int, padding: int = 0, seed: int = 0) -> Row:

@@ -7,7 +7,7 @@ import torch
 
 from dsv3.data.packing import Row
 from dsv3.training.evaluation import evaluate
-from dsv3.training.forward_backward import LocalPasses
+from dsv3.training.forward_backward import LocalForwardBackward
 from tests.reference import tiny_model
 from tests.training.batches import ALONE, ROWS, batch
 
@@ -39,22 +39,22 @@ def by_hand(rows: list[int]) -> tuple[float, int]:
 
 @pytest.mark.parametrize("microbatch", [1, 2, 3, 4, 6, 7])
 def test_loss_is_the_mean_over_all_targets_whatever_the_microbatch_size(microbatch: int) -> None:
-    found = evaluate(LocalPasses(tiny_model(), True), Held(), microbatch, ALONE)
+    found = evaluate(LocalForwardBackward(tiny_model(), True), Held(), microbatch, ALONE)
     loss, tokens = by_hand([0, 1, 2, 3, 4, 5])
     assert found.tokens == tokens == 41
     assert found.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_the_first_batches_may_be_enough() -> None:
-    found = evaluate(LocalPasses(tiny_model(), True), Held(), 2, ALONE, batches=2)
+    found = evaluate(LocalForwardBackward(tiny_model(), True), Held(), 2, ALONE, batches=2)
     loss, tokens = by_hand([0, 1, 2, 3])
     assert found.tokens == tokens == 27
     assert found.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_without_the_document_mask_documents_see_those_before_them() -> None:
-    masked = evaluate(LocalPasses(tiny_model(), True), Held(), 3, ALONE)
-    open_ = evaluate(LocalPasses(tiny_model(), False), Held(), 3, ALONE)
+    masked = evaluate(LocalForwardBackward(tiny_model(), True), Held(), 3, ALONE)
+    open_ = evaluate(LocalForwardBackward(tiny_model(), False), Held(), 3, ALONE)
     assert open_.tokens == masked.tokens
     assert abs(open_.loss - masked.loss) > 1e-3
 
@@ -67,7 +67,7 @@ def test_evaluation_leaves_the_model_as_it_was(training: bool) -> None:
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     loads = [router.load.clone() for router in model.routers()]
-    evaluate(LocalPasses(model, True), Held(), 2, ALONE)
+    evaluate(LocalForwardBackward(model, True), Held(), 2, ALONE)
     assert model.training == training
     assert all(module.training == training for module in model.modules())
     for name, parameter in model.named_parameters():

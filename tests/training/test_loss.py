@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv3.data.batch import Batch
 from dsv3.model.layers import IGNORE, cross_entropy_sum
 from dsv3.model.transformer import ModelOutput
-from dsv3.training.loss import GlobalBatch, Losses, losses, valid_tokens
+from dsv3.training.loss import LossDenominators, Losses, losses, valid_tokens
 from tests.reference import normal
 from tests.training.batches import ROWS, batch
 
@@ -48,8 +48,8 @@ def by_hand(logits: Tensor, ahead: int, rows: list[int]) -> tuple[float, int]:
     return total, count
 
 
-def whole_of(batch: Batch) -> GlobalBatch:
-    return GlobalBatch(valid_tokens(batch), batch.tokens.shape[0])
+def whole_of(batch: Batch) -> LossDenominators:
+    return LossDenominators(valid_tokens(batch), batch.tokens.shape[0])
 
 
 def test_valid_tokens_are_those_with_a_successor_in_their_document() -> None:
@@ -119,7 +119,7 @@ def test_shares_of_the_microbatches_add_up_to_the_losses_of_the_batch() -> None:
 
 def test_balance_is_a_mean_over_the_sequences_of_the_whole_batch() -> None:
     data = batch(0, 1)
-    found = losses(output(2, 0, balance=6.0), data, GlobalBatch(torch.tensor(99), 12))
+    found = losses(output(2, 0, balance=6.0), data, LossDenominators(torch.tensor(99), 12))
     assert found.balance.item() == pytest.approx(1.0)
     assert found.z.item() == pytest.approx(2.0)
 

@@ -18,7 +18,7 @@ from dsv3.metrics.row import MetricsRow
 from dsv3.model.generation import inference
 from dsv3.model.layers import IGNORE
 from dsv3.model.transformer import Transformer
-from dsv3.training.forward_backward import LocalPasses
+from dsv3.training.forward_backward import LocalForwardBackward
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.step import TrainStep, Weights
 from tests import reference
@@ -33,7 +33,7 @@ WEIGHTS = Weights(lr=LR, mtp=0.3, balance=0.05, bias_speed=0.01)
 def step_of(model: Transformer, clip_norm: float = 1e9, document_mask: bool = True) -> TrainStep:
     # SGD: AdamW's division would turn rounding into updates of the size of lr.
     optimizer = torch.optim.SGD(model.parameters(), lr=99.0)
-    return TrainStep(LocalPasses(model, document_mask), optimizer, ALONE, clip_norm)
+    return TrainStep(LocalForwardBackward(model, document_mask), optimizer, ALONE, clip_norm)
 
 
 def trained(
@@ -212,7 +212,7 @@ def test_weights_switch_where_the_report_says() -> None:
 
 def test_a_tiny_model_learns_a_repeated_batch_by_heart() -> None:
     model = tiny_model(replace(MODEL, norm_eps=1e-6, latent_norm_eps=1e-6))
-    step = TrainStep(LocalPasses(model, True), build_optimizer(AdamWConfig(), [model]), ALONE, 1.0)
+    step = TrainStep(LocalForwardBackward(model, True), build_optimizer(AdamWConfig(), [model]), ALONE, 1.0)
     data = batch(0, 1, 2, 5)
     for _ in range(60):
         figures = step([data], replace(WEIGHTS, lr=0.01))
