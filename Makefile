@@ -1,4 +1,5 @@
-# make train: the main job on this machine. make test: the tests. Both set up .venv first, once.
+# make train: the main job on this machine. make test: all tests. make test-quick: those that take two minutes
+# together. make lint: the linters. Each sets up .venv first, once.
 #
 # PYTHON=python3.12   another interpreter (3.11 or newer)
 # TORCH_INDEX=URL     where torch comes from: PyTorch's "Get Started" page lists one for CPU and one per CUDA
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 ARGS ?=
 
-.PHONY: train test lint setup clean
+.PHONY: train test test-quick lint setup clean
 .DEFAULT_GOAL := train
 
 train: setup
@@ -23,6 +24,10 @@ ALONE := $(addprefix tests/launch/test_, faults.py launch.py workers_stragglers.
 test: setup
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ALONE:%=--ignore=%)
 	@$(VENV)/bin/python -m pytest $(ALONE)
+
+# For use while working: no worker pool, no processes of their own, nothing that takes seconds (tests/conftest.py).
+test-quick: setup
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: setup
 	@$(VENV)/bin/ruff check .

@@ -101,7 +101,7 @@ def sliced(segments: Segments) -> Variant:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(v)
-        places = zip(segments.offsets.tolist(), segments.lengths, strict=False)
+        places = zip(segments.cu_seqlens.tolist(), segments.lengths, strict=False)
         for begin, length in places:
             row, start = divmod(begin, q.shape[1])
             part = (slice(row, row + 1), slice(start, start + length))

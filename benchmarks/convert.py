@@ -28,15 +28,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.pages import fill
 from dsv3.checkpoint.load import parameter_shapes
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import strict
 from dsv3.convert.output_file import DirectWriter, row_slices
-from dsv3.fp8.quantize import dequantize_plain
 from dsv3.hf.config_json import config_json
-from dsv3.hf.names import SCALE, is_quantized, mtp_duplicates, released_layout
-from dsv3.hf.safetensors_writer import Entry, ShardWriter, index_json, plan_shards
-from tests.composing import compose
+from dsv3.hf.names import SCALE_SUFFIX, hf_layout, is_fp8_weight, mtp_duplicates
+from dsv3.hf.safetensors_writer import Entry, SafetensorsWriter, index_json, plan_files
+from tests.fp8.plain import dequantize_reference
+from tests.harness.composing import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).resolve().parent / "results" / "convert.json"
@@ -76,22 +77,22 @@ def generate(directory: Path, model: ModelConfig) -> None:
     config["quantization_config"] = style | {"weight_block_size": [128, 128]}
     (directory / "config.json").write_text(json.dumps(config))
     entries: list[Entry] = []
-    for tensor in released_layout(model, parameter_shapes(model)):
-        if not is_quantized(tensor.name):
+    for tensor in hf_layout(model, parameter_shapes(model)):
+        if not is_fp8_weight(tensor.name):
             kind = torch.float32 if tensor.name.endswith("bias") else torch.bfloat16
             entries.append((tensor.name, kind, tensor.shape))
             continue
         grid = tuple(-(-length // 128) for length in tensor.shape)
         entries += [
             (tensor.name, torch.float8_e4m3fn, tensor.shape),
-            (tensor.name + SCALE, torch.float32, grid),
+            (tensor.name + SCALE_SUFFIX, torch.float32, grid),
         ]
     assert not mtp_duplicates(model)
-    plans = plan_shards(entries, 10**9)
+    plans = plan_files(entries, 10**9)
     random = torch.randint(0, 0x7E, (16 * 2**20,), dtype=torch.uint8)
     random |= torch.randint(0, 2, random.shape, dtype=torch.uint8) << 7
     for plan in plans:
-        with (directory / plan.name).open("wb") as file, ShardWriter(plan, file) as writer:
+        with (directory / plan.name).open("wb") as file, SafetensorsWriter(plan, file) as writer:
             for stored in plan.tensors:
                 for _, count in row_slices(stored.shape, stored.dtype.itemsize):
                     shape = (count, *stored.shape[1:])
@@ -115,10 +116,10 @@ def plain_loop(source: Path, target: Path) -> None:
         tensors = load_file(file)
         out = {}
         for name, value in tensors.items():
-            if name.endswith(SCALE):
+            if name.endswith(SCALE_SUFFIX):
                 continue
-            scales = tensors.get(name + SCALE)
-            out[name] = value if scales is None else dequantize_plain(value, scales, dtype=torch.bfloat16)
+            scales = tensors.get(name + SCALE_SUFFIX)
+            out[name] = value if scales is None else dequantize_reference(value, scales, dtype=torch.bfloat16)
         save_file(out, target / file.name)
         with (target / file.name).open("rb") as written:
             os.fsync(written.fileno())
@@ -292,7 +293,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, print the table, store the figures."""
+    """Measure, print the table, store the figures, write the table into docs/checkpoints.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -310,6 +311,7 @@ def main() -> None:
             results[str(gigabytes)] = measure(gigabytes, Path(folder), chosen.repeats)
         print(table(results), flush=True)
     RESULT.write_text(json.dumps(results, indent=1) + "\n")
+    fill("checkpoints.md", "conversion figures", [table(results)])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.e4m3 import error_at
-from dsv3.fp8.operands import Recipe
-from dsv3.metrics.plots import HELD_OUT, INCHES, INK, QUIET, TRAINING, plain_axes, write_png
+from dsv3.fp8.operands import FP8Recipe
+from dsv3.metrics.plots import HELD_OUT, INCHES, INK, QUIET, TRAINING, style_axes, write_png
 
 COLORS = {"1 x 128": TRAINING, "128 x 1": "#38a169", "128 x 128": "#805ad5", "tensor": HELD_OUT}
 _TITLE: dict[str, Any] = {"x": 0.075, "parse_math": False, "va": "baseline"}
@@ -46,7 +46,7 @@ def _measured(level: float) -> float:
     """Of 127 numbers that are uniform over an octave, in a tile with the number 1."""
     x = level * (1 + torch.rand(64, 128, generator=torch.Generator().manual_seed(0)))
     x[:, 0] = 1.0
-    operand = Recipe().activations(x)
+    operand = FP8Recipe().quantize_activations(x)
     found = (operand.codes.float() * operand.scales)[:, 1:]
     return float((found - x[:, 1:]).norm() / x[:, 1:].norm())
 
@@ -71,7 +71,7 @@ def draw_outliers(lines: list[dict[str, Any]], path: Path) -> None:
             panel.plot(
                 [line["size"] for line in own], [line[name] for line in own], color=color, lw=2, label=scheme
             )
-        plain_axes(panel, label)
+        style_axes(panel, label)
         panel.set_xscale("log")
         panel.minorticks_off()
         panel.set_xlabel("times as large as the others", color=QUIET, size=10.5)
@@ -89,5 +89,5 @@ def new_figure(title: str, subtitle: str, panels: int) -> tuple[Figure, list[Axe
     figure.text(y=0.94, s=title, color=INK, size=15, weight="bold", **_TITLE)
     figure.text(y=0.89, s=subtitle, color=QUIET, size=10.5, **_TITLE)
     for panel in axes:
-        plain_axes(panel, "relative error" if panels == 1 else "")
+        style_axes(panel, "relative error" if panels == 1 else "")
     return figure, axes

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.config.precision import FP8Engine
-from dsv3.fp8.convert_model import FP8Grouped, choose_engine
-from dsv3.fp8.matmul import ENGINES
-from dsv3.fp8.operands import SQUARE, BlockWeight, Recipe
+from dsv3.fp8.convert_model import FP8GroupedLinear, choose_engine
+from dsv3.fp8.matmul import MATMUL_ENGINES
+from dsv3.fp8.operands import WEIGHT_BLOCK, FP8Recipe, QuantizedWeight
 from dsv3.fp8.quantize import quantize
 from dsv3.model.moe import grouped_linear
 
@@ -62,7 +62,7 @@ def measure(rows: int, depth: int, out: int, experts: int, device: torch.device)
     ends = torch.arange(1, experts + 1, device=device).mul(rows // experts).int()
     engine = choose_engine(FP8Engine.auto, device)
     probe = torch.zeros((), device=device, requires_grad=True)
-    in_fp8 = FP8Grouped(probe, engine.name, 128, False)
+    in_fp8 = FP8GroupedLinear(probe, engine.name, 128, False)
     gradient = torch.randn(rows, out, device=device, dtype=torch.bfloat16)
     products = {
         "bf16": (grouped_linear, weight),
@@ -81,17 +81,17 @@ def measure(rows: int, depth: int, out: int, experts: int, device: torch.device)
 
 def _gathered(weight: Tensor) -> nn.Parameter:
     """The weight as FSDP hands it out with precision.fp8.gather=true."""
-    codes, scales = quantize(weight.detach().flatten(0, 1), SQUARE)
-    return nn.Parameter(BlockWeight(codes.view_as(weight), scales, weight.dtype))
+    codes, scales = quantize(weight.detach().flatten(0, 1), WEIGHT_BLOCK)
+    return nn.Parameter(QuantizedWeight(codes.view_as(weight), scales, weight.dtype))
 
 
 def _alone(x: Tensor, weight: Tensor, engine: FP8Engine) -> Callable[[], object]:
     """One expert's product at a time on operands that are quantised already."""
-    recipe, rows = Recipe(), x.shape[0] // weight.shape[0]
+    recipe, rows = FP8Recipe(), x.shape[0] // weight.shape[0]
     with torch.no_grad():
-        operands = [recipe.activations(part) for part in x.split(rows)]
-        blocks = [recipe.weight(part) for part in weight]
-    multiply = ENGINES[engine.name].multiply
+        operands = [recipe.quantize_activations(part) for part in x.split(rows)]
+        blocks = [recipe.quantize_weight(part) for part in weight]
+    multiply = MATMUL_ENGINES[engine.name].matmul
     return lambda: [multiply(a, b, torch.bfloat16) for a, b in zip(operands, blocks, strict=True)]
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from benchmarks.distributions import DISTRIBUTIONS
 from benchmarks.e4m3 import expected
-from dsv3.fp8.convert_model import FP8Grouped, FP8Linear
-from dsv3.fp8.operands import Recipe
+from dsv3.fp8.convert_model import FP8GroupedLinear, FP8Linear
+from dsv3.fp8.operands import FP8Recipe
 from dsv3.model.layers import linear
 from dsv3.model.moe import grouped_linear
 
-RECIPES = {"tiles": Recipe(), "tiles, 2^n": Recipe(power_of_two=True), "tensor": Recipe(tile=0)}
+RECIPES = {"tiles": FP8Recipe(), "tiles, 2^n": FP8Recipe(power_of_two=True), "tensor": FP8Recipe(tile=0)}
 PRODUCTS = ("forward", "input gradient", "weight gradient")
 DATA = {
     "normal": (1.0, 1.0),
@@ -76,12 +76,12 @@ class Inputs:
         out = linear(x, weight[0]) if one else grouped_linear(x, weight, self.ends)
         return [out.detach(), *torch.autograd.grad(out, [x, weight], self.gradient.bfloat16())]
 
-    def fp8(self, recipe: Recipe) -> list[Tensor]:
+    def fp8(self, recipe: FP8Recipe) -> list[Tensor]:
         """The three products in FP8 of numbers that are bf16 before."""
         x, weight = self._leaves(torch.bfloat16)
         options = (torch.zeros(()), "emulated", *recipe)
         one = len(self.shape.rows) == 1
-        out = FP8Linear(*options)(x, weight[0]) if one else FP8Grouped(*options)(x, weight, self.ends)
+        out = FP8Linear(*options)(x, weight[0]) if one else FP8GroupedLinear(*options)(x, weight, self.ends)
         return [out.detach(), *torch.autograd.grad(out, [x, weight], self.gradient.bfloat16())]
 
     def _passed(self, product: Any, dtype: torch.dtype) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from dsv3.distributed.torch_private import gather_under_a_short_name
+from dsv3.distributed.torch_private import shorten_gather_name
 
 RANKS, GATHERS = 2, 16
 
@@ -26,7 +26,7 @@ def work(rank: int, collectives: int, around: bool, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
     if around:
-        gather_under_a_short_name()
+        shorten_gather_name()
     dist.init_process_group("gloo")
     operators, group = torch.ops._c10d_functional, dist.group.WORLD
     assert group is not None

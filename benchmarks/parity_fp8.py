@@ -16,17 +16,33 @@ from typing import Any
 
 import torch
 
-from benchmarks.pages import fill
+from benchmarks.pages import fill, largest
 from dsv3.planning.layout import ParallelDims
-from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
-from tests.parallel.pool import Pool
+from tests.harness.pool import Pool
+from tests.parallel.parity_layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.parallel.test_fp8 import FP8, FP32, GATHERED, WIDE, errors, one_process
-from tests.parallel.training import GLOBAL_BATCH, configured, train_config
+from tests.parallel.tiny_training import GLOBAL_BATCH, configured, train_config
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "benchmarks" / "results" / "parity_fp8.json"
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
 DISPATCH = "precision.fp8.dispatch=true"
+
+
+def group(name: str) -> str:
+    """Return the line of docs/parity.md that a layout belongs to."""
+    if "travel" in name:
+        return "ep, rows dispatched in FP8"
+    if "gathered" in name:
+        return "weights gathered in FP8"
+    if ", recompute=" in name or ", compile=on" in name:
+        return "activation checkpointing; torch.compile"
+    if name.rpartition(", ")[2] in SCHEDULES:
+        return "pp x dp_shard under every schedule"
+    axes = set(name.partition(",")[0].split(" x "))
+    if axes & {"tp", "cp"}:
+        return "other tiles: tp, cp and with them"
+    return "ep, and with pp" if "ep" in axes else "the same tiles: dp_shard, dp_replicate, pp"
 
 
 def cases() -> Iterator[tuple[str, ParallelDims, list[str]]]:
@@ -64,10 +80,10 @@ def compare(pool: Pool, degrees: ParallelDims, overrides: list[str]) -> dict[str
     config = configured(["parallel=fsdp", *FP8, *overrides], microbatch)
     traces = [t for t in pool.run(train_config, config, degrees, 1, microbatch, "sgd") if t is not None]
     between = [e for trace in traces for e in errors(trace, single).values()]
-    loss = single.figures[0]["loss"]
+    loss = single.metrics[0]["loss"]
     return {
         "ranks": degrees.world_size,
-        "loss": max(abs(trace.figures[0]["loss"] - loss) / loss for trace in traces),
+        "loss": max(abs(trace.metrics[0]["loss"] - loss) / loss for trace in traces),
         "largest": max(between),
         "median": median(between),
         "from_fp32": median(e for trace in traces for e in errors(trace, exact).values()),
@@ -76,21 +92,23 @@ def compare(pool: Pool, degrees: ParallelDims, overrides: list[str]) -> dict[str
 
 
 def row(name: str, found: dict[str, Any]) -> str:
-    """A row of the table in docs/parity.md."""
+    """Return one row of the printed table."""
     parts = (f"{found[key]:.1e}" for key in ("loss", "median", "largest", "from_fp32", "one_from_fp32"))
     return f"| {name} | {found['ranks']} | {' | '.join(parts)} |"
 
 
 def write(results: dict[str, dict[str, Any]]) -> None:
-    """Put results into the JSON and the table of docs/parity.md; rows that did not run stay."""
+    """Merge results into the JSON, and write the largest of each group into docs/parity.md."""
     known = (json.loads(JSON.read_text())["rows"] if JSON.exists() else {}) | results
     ordered = {name: known[name] for name, _, _ in cases() if name in known}
     JSON.write_text(json.dumps({"torch": torch.__version__, "rows": ordered}, indent=1) + "\n")
     head = (
-        "| layout | ranks | loss | gradients, median | gradients, largest | from fp32, median "
-        "| one process from fp32, median |\n|---|---|---|---|---|---|---|"
+        "| layouts | number | ranks | loss | gradients, median | gradients, largest "
+        "| from fp32, median | one process from fp32, median |"
     )
-    fill("parity.md", "fp8", [head, *(row(name, found) for name, found in ordered.items())])
+    groups = {name: group(name) for name in ordered}
+    lines = largest(ordered, groups, ("loss", "median", "largest", "from_fp32", "one_from_fp32"))
+    fill("parity.md", "fp8", [head, "|---|---|---|---|---|---|---|---|", *lines])
 
 
 def main() -> None:

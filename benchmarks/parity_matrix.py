@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.pages import fill
+from benchmarks.pages import fill, largest
 from dsv3.planning.layout import ParallelDims
-from tests.parallel.comparing import relative_error
-from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
-from tests.parallel.pool import Pool, WorkerError
-from tests.parallel.training import GLOBAL_BATCH, Trace, configured, train, train_config
+from tests.harness.pool import Pool, WorkerError
+from tests.parallel.parity_layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
+from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train, train_config
+from tests.parallel.trace_comparison import relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "benchmarks" / "results" / "parity_matrix.json"
@@ -31,6 +31,19 @@ STEPS = 2
 FULL = ParallelDims(pp=2, dp_shard=2, cp=2, tp=2, ep=4)
 FULL_32 = ParallelDims(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4)
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
+
+
+def group(name: str) -> str:
+    """Return the line of docs/parity.md that a row of the matrix belongs to."""
+    if name.startswith("full on"):
+        return "all axes at once"
+    if ", recompute=" in name:
+        return "activation checkpointing, full and selective"
+    if ", compile=on" in name:
+        return "torch.compile"
+    if name.rpartition(", ")[2] in SCHEDULES:
+        return "pp x dp_shard under every schedule"
+    return "one axis" if name in SINGLES else "two axes" if name in PAIRS else "three axes and more"
 
 
 def cases() -> Iterator[tuple[str, ParallelDims, list[str]]]:
@@ -61,7 +74,7 @@ def compare(pool: Pool, single: Trace, degrees: ParallelDims, overrides: list[st
     figures = [
         abs(mine[name] - theirs[name]) / max(abs(theirs[name]), 1e-12)
         for trace in traces
-        for mine, theirs in zip(trace.figures, single.figures, strict=True)
+        for mine, theirs in zip(trace.metrics, single.metrics, strict=True)
         for name in theirs
     ]
     gradients = [
@@ -108,7 +121,7 @@ def run(only: str) -> None:
 
 
 def row(name: str, found: dict[str, Any]) -> str:
-    """A row of the table in docs/parity.md."""
+    """Return one row of the printed table."""
     if "error" in found:
         return f"| {name} | {found['ranks']} | failed: {found['error']} | | | |"
     parts = (f"{found[key]:.1e}" for key in ("figures", "gradients", "weights", "evaluation"))
@@ -116,15 +129,17 @@ def row(name: str, found: dict[str, Any]) -> str:
 
 
 def write(results: dict[str, dict[str, Any]]) -> None:
-    """Put results into the JSON and the table of docs/parity.md; rows that did not run stay."""
+    """Merge results into the JSON, and write the largest of each group into docs/parity.md."""
     known = json.loads(JSON.read_text())["rows"] if JSON.exists() else {}
     known |= results
     ordered = {name: known[name] for name, _, _ in cases() if name in known}
     JSON.write_text(
         json.dumps({"torch": torch.__version__, "steps": STEPS, "rows": ordered}, indent=1) + "\n"
     )
-    head = "| layout | ranks | figures | gradients | weights | held-out loss |\n|---|---|---|---|---|---|"
-    fill("parity.md", "parity matrix", [head, *(row(name, found) for name, found in ordered.items())])
+    head = "| layouts | number | ranks | figures | gradients | weights | held-out loss |"
+    groups = {name: group(name) for name in ordered}
+    lines = largest(ordered, groups, ("figures", "gradients", "weights", "evaluation"))
+    fill("parity.md", "parity matrix", [head, "|---|---|---|---|---|---|---|", *lines])
 
 
 def main() -> None:

@@ -28,17 +28,20 @@ from benchmarks.distributions import DISTRIBUTIONS, Distribution
 from benchmarks.e4m3 import binade, decibels, expected
 from benchmarks.fp8_figures import draw_levels, draw_outliers
 from benchmarks.fp8_products import levels, products, summary
-from dsv3.fp8.operands import Recipe, Tiles
+from dsv3.fp8.operands import FP8Recipe, QuantizedOperand
 
 RESULT = Path(__file__).resolve().parent / "results" / "precision.json"
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 SIDE = 1024
-Scheme = Callable[[Tensor, bool], Tiles]
+Scheme = Callable[[Tensor, bool], QuantizedOperand]
 SCHEMES: dict[str, tuple[int, Scheme]] = {
-    "1 x 128": (128, lambda x, power_of_two: Recipe(128, power_of_two).activations(x)),
-    "128 x 1": (128, lambda x, power_of_two: Recipe(128, power_of_two).along_tokens(x).turned()),
-    "128 x 128": (128 * 128, lambda x, power_of_two: Recipe(128, power_of_two).weight(x)),
-    "tensor": (SIDE * SIDE, lambda x, power_of_two: Recipe(0, power_of_two).activations(x)),
+    "1 x 128": (128, lambda x, power_of_two: FP8Recipe(128, power_of_two).quantize_activations(x)),
+    "128 x 1": (
+        128,
+        lambda x, power_of_two: FP8Recipe(128, power_of_two).quantize_along_tokens(x).transpose(),
+    ),
+    "128 x 128": (128 * 128, lambda x, power_of_two: FP8Recipe(128, power_of_two).quantize_weight(x)),
+    "tensor": (SIDE * SIDE, lambda x, power_of_two: FP8Recipe(0, power_of_two).quantize_activations(x)),
 }
 """Numbers that share a scale, and the operand."""
 OUTLIERS = [2.0**n for n in range(23)]
@@ -81,7 +84,7 @@ def _numbers(distribution: Distribution, x: Tensor, scheme: str, power_of_two: b
     }
 
 
-def numbers_of(operand: Tiles) -> Tensor:
+def numbers_of(operand: QuantizedOperand) -> Tensor:
     """What an operand stands for, fp64."""
     scales = operand.scales.double().repeat_interleave(operand.block[0], 0)
     scales = scales.repeat_interleave(operand.block[1], 1)
@@ -94,7 +97,7 @@ def relative(found: Tensor, right: Tensor) -> float:
     return float((found.double() - right.double()).norm() / right.double().norm())
 
 
-def zeros(operand: Tiles) -> float:
+def zeros(operand: QuantizedOperand) -> float:
     """The share of codes that are 0."""
     return float((operand.codes.float() == 0).double().mean())
 
@@ -113,7 +116,7 @@ def outliers() -> Iterator[dict[str, Any]]:
         larger = x.index_copy(1, channels, x[:, channels] * size)
         for scheme, (_, quantize) in SCHEMES.items():
             found = quantize(larger, False)
-            rest = Tiles(found.codes[:, others], found.scales, found.block)
+            rest = QuantizedOperand(found.codes[:, others], found.scales, found.block)
             yield {
                 "size": size,
                 "scheme": scheme,

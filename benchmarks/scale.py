@@ -37,7 +37,7 @@ def _ends(layout: str) -> list[str]:
 
 def measure(model: str, layout: str, world: int, end: str, overrides: list[str]) -> dict[str, Any]:
     """Build one rank in this process; times in seconds, sizes in bytes."""
-    from tests.parallel.scale import build_shards, mesh_as, plan_world, planned_shapes, shapes
+    from tests.parallel.fake_world import build_shards, mesh_as, plan_world, planned_shapes, shapes
 
     job = plan_world(model, layout, world, *overrides)
     rank = world - 1 if end == "last" else 0
@@ -76,7 +76,7 @@ def run(case: list[str]) -> dict[str, Any]:
 
 
 def row(result: dict[str, Any]) -> str:
-    """One line of the table in docs/parallelism.md."""
+    """Return one row of the printed table; docs/parallelism.md has one row per preset."""
     cells = [result[name] for name in ("model", "layout", "world")]
     cells.append(" ".join(f"{axis} {ranks}" for axis, ranks in result["degrees"].items() if ranks > 1))
     cells += [result["rank"], f"{result['parameters'] / MIB:,.0f}", "yes" if result["as_planned"] else "NO"]

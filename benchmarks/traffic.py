@@ -1,6 +1,6 @@
 """What each rank sends in a training step, counted at its calls on gloo, against the plan's closed forms.
 
-A tiny model (tests/parallel/training.py, with every mechanism on) takes a step in each layout. The
+A tiny model (tests/parallel/tiny_training.py, with every mechanism on) takes a step in each layout. The
 bytes of every call are added up by axis as docs/parallelism.md counts them: collectives as rings,
 exchanges and what goes from stage to stage as it leaves the rank. Every rank is compared with its plan.
 
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.parallel.counting import OTHER, Step, count_step, planned_job
-from tests.parallel.pool import Pool
+from tests.harness.pool import Pool
+from tests.parallel.traffic_counter import OTHER, StepTraffic, count_step, planned_job
 
 RESULT = Path(__file__).resolve().parent / "results" / "traffic.json"
 RANKS = 4
@@ -57,7 +57,7 @@ def measure(pool: Pool, case: str) -> list[dict[str, Any]]:
     return found
 
 
-def routed(steps: list[Step]) -> list[int]:
+def routed(steps: list[StepTraffic]) -> list[int]:
     """What the ranks of one ep group send for the rows their routers chose, and for those they receive."""
     found = []
     for rank, step in enumerate(steps):
@@ -67,7 +67,7 @@ def routed(steps: list[Step]) -> list[int]:
     return found
 
 
-def _compare(case: str, axis: str, step: Step, sent: list[int], planned: list[int]) -> dict[str, Any]:
+def _compare(case: str, axis: str, step: StepTraffic, sent: list[int], planned: list[int]) -> dict[str, Any]:
     most = sent.index(max(sent))
     apart = [abs(a - b) / max(b, 1) for a, b in zip(sent, planned, strict=True)]
     return {
@@ -82,7 +82,7 @@ def _compare(case: str, axis: str, step: Step, sent: list[int], planned: list[in
 
 
 def row(line: dict[str, Any]) -> str:
-    """One line of the table in docs/parallelism.md."""
+    """Return one row of the printed table; docs/parallelism.md has one layout per axis."""
     world, _, *overrides = line["case"].split()
     words = [f"{axis} {ranks}" for axis, ranks in line["degrees"].items() if ranks > 1]
     layout = " ".join(words + [word for word in overrides if ".degrees." not in word])

@@ -28,16 +28,17 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.root import CONF, Config, register
+from dsv3.config.registry import CONF, register
+from dsv3.config.root import Config
 from dsv3.config.strict import strict
 from dsv3.data.batch import collate
-from dsv3.data.packing import Row
+from dsv3.data.packing import PackedRow
 from dsv3.distributed.process_group import RankContext
 from dsv3.parallel.parallelize import build_model
 from dsv3.planning.parameters import training_flops_per_token
-from dsv3.training.forward_backward import LocalForwardBackward
 from dsv3.training.optimizer import build_optimizer
-from dsv3.training.step import TrainStep, Weights
+from dsv3.training.schedule import StepHyperparameters
+from dsv3.training.step import LocalForwardBackward, TrainStep
 
 RESULT = Path(__file__).resolve().parent / "results" / "train_step.json"
 BATCH, SEQUENCE, LR = 2, 512, 1e-4
@@ -92,11 +93,11 @@ def our_step(precision: str, tokens: Tensor) -> Step:
         LocalForwardBackward(model, False), optimizer, RankContext(0, 0, 1, torch.device("cpu")), 1.0
     )
     documents = torch.zeros(SEQUENCE + 1, dtype=torch.int32).numpy()
-    batch = collate([Row(row.numpy(), documents) for row in tokens])
-    weights = Weights(lr=LR, mtp=0.0, balance=1e-4, bias_speed=1e-3)
+    batch = collate([PackedRow(row.numpy(), documents) for row in tokens])
+    weights = StepHyperparameters(lr=LR, mtp_weight=0.0, balance_weight=1e-4, bias_speed=1e-3)
 
     def take() -> None:
-        step([batch], weights)["loss"].item()
+        step([batch], weights).loss.item()
 
     return take
 

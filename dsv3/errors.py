@@ -1,21 +1,19 @@
-"""The user's mistakes: what they are called and how they are told.
-
-The nearest values that would have worked, for the messages of broken laws.
-"""
+"""Errors that a command reports in its own words, and the suggestions that their messages carry."""
 
 import difflib
 from collections.abc import Iterable
+from reprlib import Repr
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the commands print its one or two lines and exit with code 2."""
+    """A mistake that the user can fix: the commands print one or two lines and exit with code 2."""
 
 
 class InvalidValue(UserError):
-    """A config value that cannot be right: names the key, the value and what is allowed.
+    """A config value that is not possible: the message names the key, the value and what is allowed.
 
-    `key` is relative to the dataclass that raises it; the strict check of dsv3/config/strict.py puts the
-    path of the node in front.
+    `key` is relative to the dataclass that raises the error. The strict check of dsv3/config/strict.py puts
+    the path of the node in front.
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
@@ -25,11 +23,13 @@ class InvalidValue(UserError):
         self.allowed = allowed
 
     def __str__(self) -> str:
-        return f"{self.key}={_show(self.value)} is not possible: {self.allowed}"
+        value = "null" if self.value is None else str(self.value)
+        shown = value if len(value) <= 120 else value[:117] + "..."
+        return f"{self.key}={shown} is not possible: {self.allowed}"
 
 
 class RunFailed(Exception):
-    """The run itself went wrong (a non-finite loss, a dead worker): one message and exit code 1."""
+    """The run itself failed (a nonfinite loss, a dead worker): one message, and exit code 1."""
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -39,35 +39,40 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
 
 
 def require_positive(config: object, *keys: str) -> None:
-    """Raise InvalidValue for the first of the named attributes that is not above 0 (None passes)."""
+    """Raise InvalidValue for the first of the attributes `keys` that is not above 0; None passes."""
     for key in keys:
         value = getattr(config, key)
         require(value is None or value > 0, key, value, "must be above 0")
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """The choice closest to a mistyped word as ` Did you mean 'x'?`, or an empty string."""
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` with the choice closest to a mistyped word, or an empty string."""
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" Did you mean '{found[0]}'?" if found else ""
 
 
-def _show(value: object) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def nearest_of(works: Iterable[int], value: int) -> list[int]:
-    """The largest of `works` below `value` and the smallest above it, where there are such."""
+def closest_values(works: Iterable[int], value: int) -> list[int]:
+    """Return the largest of `works` below `value` and the smallest above it, where they exist."""
     works = sorted(works)
     return [n for n in works if n < value][-1:] + [n for n in works if n > value][:1]
 
 
-def nearest_multiples(unit: int, value: int) -> list[int]:
-    """The multiples of `unit` next to `value`, without 0."""
+def closest_multiples(unit: int, value: int) -> list[int]:
+    """Return the multiples of `unit` on both sides of `value`, without 0."""
     below = value // unit * unit
     return [n for n in (below, below + unit) if n > 0]
 
 
-def join(numbers: Iterable[int]) -> str:
-    """`numbers` as they stand in a message."""
+def comma_separated(numbers: Iterable[int]) -> str:
+    """Return `numbers` as a message lists them: `1, 2, 4`."""
     return ", ".join(map(str, numbers))
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlist = 8
+
+
+def quoted(value: object) -> str:
+    """Return a name or value out of a file for a message: short, quoted, unprintables escaped."""
+    return _SHORT.repr(value)

@@ -318,7 +318,7 @@ def transformer(
         x, load, term = block(module.block, joined @ module.projection.weight.T, config, documents)
         balance = balance + term
         loads += [] if load is None else [load]
-        # HFTensor weights: what the next depth receives has passed this depth's own last norm.
+        # Released weights: what the next depth receives has passed this depth's own last norm.
         hidden = _norm(module.norm, x, config)
         predicted.append(hidden @ model.head.weight.T)
     return logits, predicted, balance, loads

@@ -1,7 +1,7 @@
-"""Reading a checkpoint that somebody else may have made: as data, never as code.
+"""Read a DCP checkpoint that somebody else may have made: as data, never as code.
 
 torch.distributed.checkpoint unpickles its `.metadata` file, and a pickle can run anything. Here the
-pickle makes nothing but inert records, from which the metadata is built field by field, and only
+pickle creates nothing but inert records, from which the metadata is built field by field, and only
 tensors are read (torch loads those with `weights_only=True`); everything else of ours is JSON or
 YAML. A file may be a link to elsewhere, as in a hub's cache: it is read as a tensor all the same.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
@@ -27,13 +27,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dsv3.distributed.torch_private import chunk_location
 from dsv3.errors import UserError
 
 
 class _Record:
-    """Stands in for an object of a `.metadata`: keeps what the pickle says of it.
+    """Stands in for an object of a `.metadata` and keeps its state from the pickle.
 
-    A pickle can set attributes on all it names. It reaches no class of ours or Python's, and because
+    A pickle can set attributes on every class it names. It reaches no class of ours or of Python, and because
     of `__setstate__` it cannot change these stand-ins either.
     """
 
@@ -91,7 +92,7 @@ _STAND_INS: dict[tuple[str, str], type] = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Resolves the names DCP's metadata is made of and refuses every other."""
+    """Resolves the class names that DCP's metadata consists of and refuses every other."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _STAND_INS:
@@ -102,20 +103,23 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """FileSystemReader that takes its metadata as read by `read_metadata`."""
+    """FileSystemReader with the metadata that `read_metadata` returned."""
 
     def __init__(self, directory: Path, metadata: Metadata) -> None:
         super().__init__(directory)
         self.metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata, marked as DCP wants it."""
+        """Return the metadata, marked as DCP wants it."""
         self.metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return self.metadata
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """The `.metadata` of a DCP directory; UserError where it is missing, broken or not plain metadata."""
+    """Return the `.metadata` of a DCP directory.
+
+    UserError where it is missing, broken or not plain metadata.
+    """
     try:
         with (directory / ".metadata").open("rb") as file:
             return _metadata(_MetadataUnpickler(file).load())
@@ -128,7 +132,7 @@ def read_metadata(directory: Path) -> Metadata:
 def load_tensors(directory: Path, targets: dict[str, Tensor]) -> None:
     """Fill `targets` in place from a checkpoint, resharding as needed; all ranks call it together.
 
-    A missing name or another shape is a UserError that names the tensor.
+    UserError that names the tensor for one that is missing or of another shape.
     """
     metadata = read_metadata(directory)
     require_tensors(directory, metadata, targets)
@@ -141,7 +145,7 @@ def load_tensors(directory: Path, targets: dict[str, Tensor]) -> None:
 
 
 def require_tensors(directory: Path, metadata: Metadata, targets: dict[str, Tensor]) -> None:
-    """UserError that names the first of `targets` (of any device) that is missing or of another shape."""
+    """Raise UserError with the first of `targets` (on any device) that is missing or of another shape."""
     for name, tensor in targets.items():
         entry = metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
@@ -152,7 +156,7 @@ def require_tensors(directory: Path, metadata: Metadata, targets: dict[str, Tens
 
 
 def _metadata(record: Any) -> Metadata:
-    """DCP's metadata from the record of it; ValueError for what DCP would not have written."""
+    """Return DCP's metadata from the record of it; ValueError for content that DCP would not have written."""
     fields = _fields(record, _Metadata)
     entries, storage = (_typed(fields.get(key), dict) for key in ("state_dict_metadata", "storage_data"))
     return Metadata(
@@ -167,7 +171,7 @@ def _entry(name: str, record: Any) -> STORAGE_TYPES:
     fields = _fields(record, _Tensor)
     size = _size(fields.get("size"))
     chunks = [_chunk(chunk, size) for chunk in _typed(fields.get("chunks"), list)]
-    # DCP would leave what no part covers as it was, without a word.
+    # DCP would silently leave elements unread that no part covers.
     if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
         raise ValueError(f"the parts of '{name}' do not make up the whole")
     dtype = _typed(fields.get("properties"), _Record).state[0]
@@ -189,12 +193,12 @@ def _index(record: Any) -> MetadataIndex:
     return MetadataIndex(_typed(fields.get("fqn"), str), None if offset is None else _size(offset))
 
 
-def _info(record: Any) -> _StorageInfo:
+def _info(record: Any) -> Any:
     fields = _fields(record, _Info)
     path = PurePath(_typed(fields.get("relative_path"), str))
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"it points outside the directory, to {path}")
-    return _StorageInfo(str(path), *_size((fields.get("offset"), fields.get("length"))))
+    return chunk_location(str(path), *_size((fields.get("offset"), fields.get("length"))))
 
 
 def _size(value: Any) -> torch.Size:
@@ -216,7 +220,7 @@ def _typed(value: Any, kind: type) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """One line; DCP wraps what went wrong on a rank into traceback text."""
+    """Return one line on an error; DCP wraps the error of a rank into the text of a traceback."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, pickle.UnpicklingError):

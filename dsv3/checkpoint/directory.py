@@ -1,6 +1,7 @@
-"""Where checkpoints lie in a run directory, and how one appears and disappears whole."""
+"""The checkpoints in a run directory: their names, and how one appears and disappears as a whole."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -13,43 +14,44 @@ from pathlib import Path
 from dsv3.config.checkpoint import HF_PREFIX
 from dsv3.errors import UserError
 
-"""What `checkpoint.load` begins with where the path behind it is a HuggingFace checkpoint."""
-
 MODEL_FILE, STATE_FILE, TOKENIZER_DIR = "model.yaml", "state.json", "tokenizer"
 
 MANIFEST_FILE = "manifest.json"
 
 LATEST, BEST = "latest", "best"
-"""What stands beside the steps of a run and points to one of them."""
+"""Links beside the steps of a run, each to one of them."""
+
+# What file systems without symbolic links answer.
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _STEP = re.compile(r"step-(\d+)")
 
-_PROMISE = "manifest"
+_MANIFEST_KEY = "manifest"
 
 
 @dataclass
 class Progress:
-    """How far a run had come; everything of its state that is not a tensor, kept as JSON."""
+    """The progress of a run: all of its state that is not a tensor, stored as JSON."""
 
     step: int = 0
     samples: int = 0
-    """Sequences taken from the data: the position of the loader."""
+    """Sequences taken from the data: the position of the data loader."""
     tokens: int = 0
     """Training tokens seen."""
     evaluation_loss: float | None = None
-    """The held-out loss after this very step; None where it was not evaluated."""
+    """Held-out loss after this step; None where it was not evaluated."""
 
     def write(self, directory: Path) -> None:
-        """Store as state.json, which tells too that a manifest belongs to it: its loss is then noticed."""
-        stored = {**asdict(self), _PROMISE: MANIFEST_FILE}
+        """Write state.json, which also says that a manifest was written: a lost one is then noticed."""
+        stored = {**asdict(self), _MANIFEST_KEY: MANIFEST_FILE}
         write_text(directory / STATE_FILE, json.dumps(stored, indent=1) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> "Progress":
-        """The progress stored with a checkpoint; UserError where it is missing or damaged."""
+        """Return the progress stored with a checkpoint; UserError where it is missing or damaged."""
         try:
             stored = json.loads((directory / STATE_FILE).read_text())
-            stored.pop(_PROMISE, None)
+            stored.pop(_MANIFEST_KEY, None)
             loss = stored.pop("evaluation_loss", None)
             if not all(type(count) is int and count >= 0 for count in stored.values()):
                 raise ValueError("it holds something else than counts")
@@ -61,44 +63,47 @@ class Progress:
 
 
 def promises_manifest(directory: Path) -> bool:
-    """Whether state.json says that a manifest was written; older checkpoints have none."""
+    """Return whether state.json says that a manifest was written; older checkpoints have none."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         stored = json.loads((directory / STATE_FILE).read_text())
-        return isinstance(stored, dict) and _PROMISE in stored
+        return isinstance(stored, dict) and _MANIFEST_KEY in stored
     return False
 
 
 def step_directory(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies once it is complete."""
+    """Return the directory of the checkpoint of `step`; it exists once that is complete."""
     return run_dir / "checkpoints" / f"step-{step}"
 
 
 def partial_directory(directory: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
+    """Return the directory in which a checkpoint is written before it gets its name."""
     return directory.with_name(f".partial-{directory.name}")
 
 
 def step_number(checkpoint: Path) -> int:
-    """The step after which a run's checkpoint was saved, from its name."""
+    """Return the step after which a run's checkpoint was saved, from its name."""
     found = _STEP.fullmatch(checkpoint.name)
     assert found is not None
     return int(found[1])
 
 
 def complete_steps(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first: a directory has its name only when whole."""
+    """Return the complete checkpoints of a run, oldest first.
+
+    A directory gets its name only when it is complete.
+    """
     found = [path for path in (run_dir / "checkpoints").glob("*") if _STEP.fullmatch(path.name)]
     return sorted(found, key=step_number)
 
 
 def find_checkpoint(path: str) -> Path:
-    """The checkpoint directory that `checkpoint.load=PATH` means: a run's newest, or the one given.
+    """Return the checkpoint directory that `checkpoint.load=PATH` means: a run's newest, or the one given.
 
     RUN/checkpoints/latest and best are the steps that they point to now.
     """
     if path.startswith(HF_PREFIX):
         released = Path(path.removeprefix(HF_PREFIX))
-        if not is_released(released):
+        if not is_hf_checkpoint(released):
             raise UserError(f"checkpoint.load={path} is no HuggingFace checkpoint: it has no config.json")
         return released
     directory = _pointed(Path(path))
@@ -116,15 +121,15 @@ def find_checkpoint(path: str) -> Path:
     raise UserError(f"checkpoint.load={path} holds {what}: give a run, step or DCP directory")
 
 
-def is_released(directory: Path) -> bool:
-    """Whether a directory is a HuggingFace checkpoint and none of ours."""
+def is_hf_checkpoint(directory: Path) -> bool:
+    """Return whether a directory is a HuggingFace checkpoint and none of ours."""
     return (directory / "config.json").is_file() and not (directory / ".metadata").is_file()
 
 
 def point(run_dir: Path, name: str, step: Path | None) -> None:
-    """Let LATEST or BEST be a link to a step beside it, and never none in between; None takes it away.
+    """Make LATEST or BEST a link to a step beside it, without a moment of no link; None removes it.
 
-    Where the file system has no links it is a text file with the name of the step.
+    A file system without symbolic links gets no pointers: the names of the steps say which is the newest.
     """
     pointer = run_dir / "checkpoints" / name
     if step is None:
@@ -136,25 +141,25 @@ def point(run_dir: Path, name: str, step: Path | None) -> None:
     partial.unlink(missing_ok=True)
     try:
         partial.symlink_to(step.name)
-    except OSError:
-        write_text(pointer, step.name + "\n")
-        return
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return
+        raise
     partial.replace(pointer)
     sync(pointer.parent)
 
 
 def _pointed(path: Path) -> Path:
-    """The step that a pointer of a run means; any other path as it is."""
-    if path.name not in (LATEST, BEST):
-        return path
-    target = ""
-    with contextlib.suppress(OSError, ValueError):
-        target = str(path.readlink()) if path.is_symlink() else path.read_text().strip()
-    return path.with_name(target) if _STEP.fullmatch(target) else path
+    """Return the step that a pointer of a run links to; any other path as it is."""
+    if path.name in (LATEST, BEST) and path.is_symlink():
+        target = str(path.readlink())
+        if _STEP.fullmatch(target):
+            return path.with_name(target)
+    return path
 
 
 def prepare_partial(directory: Path) -> Path:
-    """An empty directory beside `directory` to write into before `commit`."""
+    """Make an empty directory beside `directory`, to write into before `commit`."""
     partial = partial_directory(directory)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -162,7 +167,7 @@ def prepare_partial(directory: Path) -> Path:
 
 
 def commit(partial: Path, directory: Path) -> None:
-    """Give a completely written directory its name; what stood there goes."""
+    """Give a completely written directory its name; a directory of that name is removed."""
     for path in (*partial.rglob("*"), partial):
         sync(path)
     remove(directory)
@@ -171,17 +176,17 @@ def commit(partial: Path, directory: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Take a checkpoint away such that a crash half-way leaves nothing that looks complete."""
+    """Remove a checkpoint; a crash half-way leaves nothing that looks complete."""
     if directory.exists():
         doomed = directory.with_name(f".removed-{directory.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         directory.rename(doomed)
-        # What cannot be deleted now (an open file on NFS, say) is swept later: no reason to end a run.
+        # Files that cannot be deleted now (open ones on NFS, say) are swept later: they must not end a run.
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep_leftovers(run_dir: Path) -> None:
-    """Clear what a crash left half-written or half-removed."""
+    """Remove what a crash left half-written or half-removed."""
     for pattern in (".partial-*", ".removed-*"):
         for path in (run_dir / "checkpoints").glob(pattern):
             if path.is_dir() and not path.is_symlink():
@@ -191,7 +196,7 @@ def sweep_leftovers(run_dir: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file that appears complete or not at all."""
     partial = path.with_name(f".partial-{path.name}")
     with partial.open("w") as file:
         file.write(text)
@@ -201,7 +206,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a directory's entries, last through a power cut."""
+    """Wait until a file's content, or a directory's entries, are on the disk and survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""Whether a checkpoint holds the weights of a model, by its metadata and without memory for either.
+"""Load the weights alone, from a step of a run, a converted checkpoint or an HF checkpoint, on any layout.
 
-The weights alone, from a step of a run, a converted checkpoint or a released one, on any layout.
+Checks whether a checkpoint holds the weights of a model need its metadata alone, and no memory for weights.
 """
 
 import warnings
@@ -14,74 +14,77 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata, require_tensors
-from dsv3.checkpoint.directory import is_released
-from dsv3.checkpoint.state import Parts, first, local, model_state
+from dsv3.checkpoint.directory import is_hf_checkpoint
+from dsv3.checkpoint.state import ModelParts, local_tensor, model_state, unique_by_name
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import build
 from dsv3.errors import UserError
+from dsv3.hf.names import MODEL_PREFIX
 from dsv3.hf.pread_file import PreadFile
 from dsv3.hf.storage_reader import HFSource, HFStorageReader
 
 
 def require_weights(config: ModelConfig, directory: Path) -> None:
-    """UserError that names the first of the model's tensors that `directory` has not, or in another shape."""
-    if is_released(directory):
+    """Raise UserError with the first of the model's tensors that is missing or of another shape."""
+    if is_hf_checkpoint(directory):
         return  # the reader compares all headers with the model before it reads
     require_tensors(directory, read_metadata(directory), expected_tensors(config))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """What a checkpoint of the whole model holds, by name, on the meta device."""
+    """Return the tensors that a checkpoint of the whole model holds, by name, on the meta device."""
     with torch.device("meta"):
         model = build(config)
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    return {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the whole model's parameters and biases, by the model's own names."""
+    """Return the shapes of the whole model's parameters and expert biases, by the model's own names."""
     return {
-        name.removeprefix("model."): tuple(tensor.shape) for name, tensor in expected_tensors(config).items()
+        name.removeprefix(MODEL_PREFIX): tuple(tensor.shape)
+        for name, tensor in expected_tensors(config).items()
     }
 
 
-_PREFIX = "model."
+def load_weights(model_parts: ModelParts, directory: Path) -> None:
+    """Load the weights of a model whose parts are spread over the ranks, which call this together.
 
-
-def load_weights(parts: Parts, directory: Path) -> None:
-    """Load the weights of a model whose parts are on all ranks; the ranks call it together.
-
-    UserError where the checkpoint holds weights that this model has no place for, or lacks some; its MTP
-    layers may be left out.
+    UserError where the checkpoint lacks weights of this model or holds others; only the MTP layers may be
+    left out of the model.
     """
-    config = parts[0].config
-    if is_released(directory):
-        with closing(open_released(directory, config)) as source:
-            fill(model_state(parts), lambda tensors: _load_released(source, tensors))
+    config = model_parts[0].config
+    if is_hf_checkpoint(directory):
+        with closing(open_hf_checkpoint(directory, config)) as source:
+            fill(model_state(model_parts), lambda tensors: _load_hf_tensors(source, tensors))
         return
     known = expected_tensors(config)
-    left_out = f"{_PREFIX}mtp." if not config.mtp_depths else ()
+    left_out = f"{MODEL_PREFIX}mtp." if not config.mtp_depths else ()
     for name in read_metadata(directory).state_dict_metadata:
-        if name.startswith(_PREFIX) and name not in known and not name.startswith(left_out):
+        if name.startswith(MODEL_PREFIX) and name not in known and not name.startswith(left_out):
             raise UserError(f"{directory} has '{name}', the model does not: it was saved from another model")
-    fill(model_state(parts), lambda tensors: load_tensors(directory, tensors))
+    fill(model_state(model_parts), lambda tensors: load_tensors(directory, tensors))
 
 
-def open_released(directory: Path, config: ModelConfig, kind: type[PreadFile] = PreadFile) -> HFSource:
-    """The weights of a released checkpoint, checked by their headers against the model; to be closed."""
+def open_hf_checkpoint(directory: Path, config: ModelConfig, kind: type[PreadFile] = PreadFile) -> HFSource:
+    """Open the weights of an HF checkpoint, their headers checked against the model; the caller closes it."""
     return HFSource(directory, config, parameter_shapes(config), kind)
 
 
 def fill(wanted: Iterable[tuple[str, Tensor]], read: Callable[[dict[str, Tensor]], None]) -> None:
-    """Fill tensors in place by name; of one that is here twice, as an embedding in two stages, both."""
+    """Fill tensors in place by name; of a name wanted twice (an embedding in two stages) both."""
     wanted = list(wanted)
-    once = first(wanted)
+    once = unique_by_name(wanted)
     read(once)
     for name, tensor in wanted:
         if tensor is not once[name]:
-            local(tensor).copy_(local(once[name]))
+            local_tensor(tensor).copy_(local_tensor(once[name]))
 
 
-def _load_released(source: HFSource, tensors: dict[str, Tensor]) -> None:
+def _load_hf_tensors(source: HFSource, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors in place through DCP.
+
+    Raises the UserError of a rank that failed, not DCP's wrapper of it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group

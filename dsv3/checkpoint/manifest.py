@@ -1,11 +1,8 @@
-"""What the files of a checkpoint must be: their sizes and digests, in manifest.json beside them.
+"""Sizes and digests of a checkpoint's files, in manifest.json beside them, and checks against them.
 
-The manifest is written last, so that a directory that has one was finished; it carries a digest of its
-own list, so that damage to itself is not blamed on a file. It finds accidents (a copy that broke off, a
-disk that flips bits); it is no signature: whoever can write the files can write it as well.
-
-
-Checks a checkpoint's files by all ranks, and tells how to go on where a run's newest is damaged.
+The manifest is written last, so that a directory that has one was finished. It carries a digest of its own
+list, so that damage to itself is not blamed on a file. It finds accidents (a copy that broke off, a disk
+that flips bits); it is no signature, because whoever can write the files can write it as well.
 """
 
 import heapq
@@ -19,33 +16,37 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from dsv3.checkpoint.directory import MANIFEST_FILE, STATE_FILE, complete_steps, promises_manifest, write_text
+from dsv3.config.registry import command
 from dsv3.errors import UserError
 
-_TENSORS = (".distcp", ".safetensors")
+_TENSOR_FILES = (".distcp", ".safetensors")
 
-_BUFFER = 16 * 2**20
+_BUFFER_BYTES = 16 * 2**20
 
-_HEX = 32
+_DIGEST_LENGTH = 32
 
 _ALGORITHM = "xxh3_128"
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file is: its size in bytes and the XXH3-128 of its content, in hexadecimal digits."""
+    """A file's size in bytes and the XXH3-128 of its content, in hexadecimal digits."""
 
     size: int
     digest: str
 
     @classmethod
     def of(cls, path: Path) -> "FileEntry":
-        """The entry of a file as it is now."""
+        """Return the entry of a file as it is now."""
         return cls(path.stat().st_size, digest(path))
 
 
 def digest(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """The XXH3-128 of a file's content, 32 hexadecimal digits; `progress` gets the bytes of each read."""
-    state, buffer = xxhash.xxh3_128(), bytearray(_BUFFER)
+    """Return the XXH3-128 of a file's content, 32 hexadecimal digits.
+
+    `progress` gets the bytes of each read.
+    """
+    state, buffer = xxhash.xxh3_128(), bytearray(_BUFFER_BYTES)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -56,14 +57,14 @@ def digest(path: Path, progress: Callable[[int], None] | None = None) -> str:
 
 
 def write_manifest(directory: Path, entries: dict[str, FileEntry]) -> None:
-    """Store the entries, by paths relative to `directory`, as manifest.json: whole or not at all."""
+    """Write the entries, by paths relative to `directory`, as manifest.json: complete or not at all."""
     files = {name: asdict(entry) for name, entry in sorted(entries.items())}
     content = {"algorithm": _ALGORITHM, "digest": _digest_of(files), "files": files}
     write_text(directory / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> dict[str, FileEntry] | None:
-    """The entries by relative path; None where a checkpoint is older than manifests or of another tool.
+    """Return the entries by relative path; None for a checkpoint older than manifests or of another tool.
 
     UserError for a damaged one, and where state.json says that there was one.
     """
@@ -90,8 +91,8 @@ def verify(
 ) -> bool:
     """Compare `files` of a directory (None: all) with its manifest, all the sizes first.
 
-    False where there is no manifest to compare with; names that the manifest does not list are passed
-    over. UserError that names the first file that is missing, truncated or altered.
+    Return False where there is no manifest to compare with; names that the manifest does not list are
+    skipped. UserError that names the first file that is missing, truncated or altered.
     """
     entries = read_manifest(directory)
     if entries is None:
@@ -104,14 +105,14 @@ def verify(
 
 
 def verify_description(directory: Path) -> bool:
-    """Compare all sizes, and the content of all but the tensors: what is quick, before workers start."""
+    """Compare all sizes, and the content of all files but the tensors: a quick check before workers start."""
     entries = read_manifest(directory) or {}
     check_sizes(directory, entries)
-    return verify(directory, [name for name in entries if not name.endswith(_TENSORS)])
+    return verify(directory, [name for name in entries if not name.endswith(_TENSOR_FILES)])
 
 
 def check_sizes(directory: Path, entries: dict[str, FileEntry]) -> None:
-    """UserError for the first file that is missing or of another size."""
+    """Raise UserError for the first file that is missing or of another size."""
     for name, entry in entries.items():
         path = directory / name
         if not path.is_file():
@@ -125,7 +126,7 @@ def check_sizes(directory: Path, entries: dict[str, FileEntry]) -> None:
 def check_digest(
     directory: Path, name: str, entry: FileEntry, progress: Callable[[int], None] | None = None
 ) -> None:
-    """UserError unless the file's content has the digest that the manifest says."""
+    """Raise UserError unless the file's content has the digest that the manifest says."""
     path = directory / name
     try:
         found = digest(path, progress)
@@ -149,19 +150,19 @@ def _name(name: str) -> str:
 
 def _entry(stored: dict[str, object]) -> FileEntry:
     size, text = stored["size"], stored["digest"]
-    if type(size) is not int or size < 0 or not isinstance(text, str) or len(text) != _HEX:
+    if type(size) is not int or size < 0 or not isinstance(text, str) or len(text) != _DIGEST_LENGTH:
         raise ValueError(f"it holds no size and digest but {size!r} and {text!r}")
     return FileEntry(size, text)
 
 
-if TYPE_CHECKING:  # who only looks at a description needs no torch
+if TYPE_CHECKING:  # a check of the description alone needs no torch
     from dsv3.distributed.process_group import RankContext
 
 
 def verify_together(directory: Path, ranks: "RankContext") -> None:
-    """Compare a checkpoint with its manifest, if it has one: all sizes, and a rank's share of the content.
+    """Compare a checkpoint with its manifest, if it has one: all sizes, and a share of the content.
 
-    The ranks call it together. UserError on all of them, with what the first rank to find damage found.
+    The ranks call it together. UserError on all of them, with the damage that the first rank found.
     """
     problem = None
     try:
@@ -177,7 +178,10 @@ def verify_together(directory: Path, ranks: "RankContext") -> None:
 
 
 def shares(entries: dict[str, FileEntry], world: int) -> list[list[str]]:
-    """The files that each rank reads, about as many bytes each: the largest go first, to who has least."""
+    """Return the files that each rank reads, about as many bytes per rank.
+
+    The largest files go first, each to the rank with least.
+    """
     result: list[list[str]] = [[] for _ in range(world)]
     loads = [(0, rank) for rank in range(world)]
     for name in sorted(entries, key=lambda name: (-entries[name].size, name)):
@@ -196,27 +200,22 @@ def check_newest(newest: Path) -> None:
 
 
 def with_way_out(error: UserError, newest: Path) -> UserError:
-    """`error`, found in a run's newest checkpoint, with the command that goes on from an older one.
+    """Return `error`, found in a run's newest checkpoint, with the command that goes on from an older one.
 
-    Nothing is put aside without being asked: it may be the disk or the copy that can be mended.
+    The user decides whether to move the damaged ones away: perhaps the disk or the copy can be repaired.
     """
     run_dir = newest.parent.parent
     aside, older = [newest], None
     for step in reversed(complete_steps(run_dir)[:-1]):
-        if _has_its_sizes(step):
+        try:
+            check_sizes(step, read_manifest(step) or {})
+        except UserError:
+            aside.append(step)
+        else:
             older = step
             break
-        aside.append(step)
     where = f"from {older.name}" if older is not None else "from step 0, as no older checkpoint is whole,"
     damaged = run_dir / "damaged"
     move = f"mkdir -p {shlex.quote(str(damaged))} && {shlex.join(['mv', *map(str, aside), f'{damaged}/'])}"
-    resume = shlex.join(["python", "train.py", f"resume={run_dir}"])
+    resume = shlex.join([*command("train"), f"resume={run_dir}"])
     return UserError(f"{error}\nto go on {where} instead: {move} && {resume}")
-
-
-def _has_its_sizes(step: Path) -> bool:
-    try:
-        check_sizes(step, read_manifest(step) or {})
-    except UserError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and which of them `latest` and `best` point to."""
+"""Choose the checkpoints of a run that stay, and the steps that `latest` and `best` point to."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from dsv3.errors import UserError
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
-    """Remove what need not stay, once the pointers lead to what does: none of them ever leads nowhere."""
+    """Remove the checkpoints that need not stay, after the pointers: none of them ever leads nowhere."""
     update_pointers(run_dir, config)
     steps = complete_steps(run_dir)
     stay = kept(steps, config)
@@ -28,30 +28,23 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
 
 
 def update_pointers(run_dir: Path, config: CheckpointConfig) -> None:
-    """Let `latest` and, with keep_best, `best` lead to where they should, or be gone."""
+    """Point `latest` and, with keep_best, `best` to their steps; remove a pointer without a step."""
     for name in (LATEST, BEST):
-        _reclaim(run_dir, name)
+        pointer = run_dir / "checkpoints" / name
+        if pointer.is_dir() and not pointer.is_symlink():
+            # A copy of the run followed the link and made a directory of it: give it the name of its step.
+            step = step_directory(run_dir, Progress.read(pointer).step)
+            if step.exists():
+                remove(pointer)
+            else:
+                pointer.rename(step)
     steps = complete_steps(run_dir)
     point(run_dir, LATEST, steps[-1] if steps else None)
     point(run_dir, BEST, best_step(steps) if config.keep_best else None)
 
 
-def _reclaim(run_dir: Path, name: str) -> None:
-    """Where a copy of the run followed a pointer's link, give what it made of it the name of its step.
-
-    It is one too many if that step is there as well.
-    """
-    pointer = run_dir / "checkpoints" / name
-    if pointer.is_dir() and not pointer.is_symlink():
-        step = step_directory(run_dir, Progress.read(pointer).step)
-        if step.exists():
-            remove(pointer)
-        else:
-            pointer.rename(step)
-
-
 def kept(steps: Sequence[Path], config: CheckpointConfig) -> set[Path]:
-    """Those of `steps`, oldest first, that stay: the last, every Mth and the best, as the config says."""
+    """Return those of `steps`, oldest first, that stay: the last, every Mth and the best."""
     stay = set(steps[-config.keep_last :])
     if config.keep_every is not None:
         stay |= {step for step in steps if step_number(step) % config.keep_every == 0}
@@ -61,7 +54,7 @@ def kept(steps: Sequence[Path], config: CheckpointConfig) -> set[Path]:
 
 
 def best_step(steps: Sequence[Path]) -> Path | None:
-    """The one with the lowest held-out loss, the earlier of equals; None where none was evaluated.
+    """Return the step with the lowest held-out loss, the earlier of equals; None where none was evaluated.
 
     A checkpoint carries the loss of its own step only, so one between two evaluations is never the best.
     """
@@ -70,7 +63,8 @@ def best_step(steps: Sequence[Path]) -> Path | None:
 
 
 def _loss(step: Path) -> float | None:
+    """Return the held-out loss of a checkpoint; None where it was not evaluated or is damaged."""
     try:
         return Progress.read(step).evaluation_loss
-    except UserError:  # an old checkpoint that is damaged is no reason to end a run
+    except UserError:  # a damaged old checkpoint must not end a run
         return None

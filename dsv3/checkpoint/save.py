@@ -1,8 +1,6 @@
-"""Copies of a run's tensors on the host, from which a checkpoint is written while training goes on.
+"""Write checkpoints: by all ranks together, at once or in a thread while training goes on.
 
-Writes the tensors of a checkpoint, and says in plain words why it could not.
-
-Writes checkpoints: by all ranks together, at once or in a thread while training goes on.
+A save in a thread writes copies of the tensors on the host. An error names what the disk complained of.
 """
 
 import shutil
@@ -36,7 +34,7 @@ from dsv3.checkpoint.directory import (
 )
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
 from dsv3.checkpoint.retention import prune
-from dsv3.checkpoint.state import local
+from dsv3.checkpoint.state import local_tensor
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import to_yaml
@@ -45,9 +43,9 @@ from dsv3.errors import RunFailed
 
 
 class Staging:
-    """Host memory for a rank's part of every tensor, taken once and used for every save.
+    """Host memory for a rank's shard of every tensor, allocated once and used for every save.
 
-    For tensors of a GPU it is pinned, so that the copies run at the full rate of the bus, all at once.
+    For tensors on a GPU it is pinned, so that the copies run at the full rate of the bus, all at once.
     """
 
     def __init__(self) -> None:
@@ -55,41 +53,38 @@ class Staging:
 
     @torch.no_grad()
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of each tensor as it is now, by name; valid until the next call."""
+        """Return a copy of this rank's shard of each tensor, by name; valid until the next call."""
         on_gpu = False
         for name, tensor in tensors.items():
-            part = local(tensor)
-            self._room(name, part).copy_(part, non_blocking=True)
-            on_gpu |= part.is_cuda
+            shard = local_tensor(tensor)
+            copy = self.host_copies.get(name)
+            if copy is None or copy.shape != shard.shape or copy.dtype != shard.dtype:
+                copy = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda)
+                self.host_copies[name] = copy
+            copy.copy_(shard, non_blocking=True)
+            on_gpu |= shard.is_cuda
         for name in self.host_copies.keys() - tensors.keys():
             del self.host_copies[name]
-        if on_gpu:  # the next step changes what is copied yet
+        if on_gpu:  # the next step overwrites the tensors while they are still being copied
             torch.cuda.current_stream().synchronize()
         return dict(self.host_copies)
 
-    def _room(self, name: str, part: Tensor) -> Tensor:
-        copy = self.host_copies.get(name)
-        if copy is None or copy.shape != part.shape or copy.dtype != part.dtype:
-            copy = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
-            self.host_copies[name] = copy
-        return copy
-
 
 class StagedPlanner(DefaultSavePlanner):
-    """Plans by the tensors that are saved, so that the layout is known, and writes the copies of them."""
+    """Plans with the tensors themselves, which know the layout, and writes their copies on the host."""
 
     def __init__(self, host_copies: dict[str, Tensor]) -> None:
         super().__init__()
         self.host_copies = host_copies
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The copy of what this rank holds of a tensor; it never holds more than one part of it."""
+        """Return the copy of this rank's shard of a tensor; a rank never holds more than one."""
         return self.host_copies[index.fqn]
 
 
 @dataclass
 class Snapshot:
-    """What a checkpoint will hold. Where there are `copies`, they are written and `tensors` may change."""
+    """The content of a checkpoint. If there are `host_copies`, those are written and `tensors` may change."""
 
     tensors: dict[str, Tensor]
     host_copies: dict[str, Tensor] | None
@@ -98,14 +93,17 @@ class Snapshot:
 
 
 class _Writer(FileSystemWriter):
-    """FileSystemWriter that tells of a disk's complaint as such: torch.save makes a riddle of it."""
+    """FileSystemWriter that raises the disk's own OSError, where torch.save raises one without the reason."""
 
     def write_data(self, *arguments: Any) -> Any:
         """Write this rank's files."""
         try:
             return super().write_data(*arguments)
         except Exception as error:
-            raise _root(error) from None
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from None
 
 
 def save_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
@@ -119,7 +117,7 @@ def save_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | N
 
 
 def reason(error: BaseException, partial: Path) -> str:
-    """One line that says what the disk, or whatever else, complained of."""
+    """Return one line on the cause of an error, the disk's own words if it was the disk."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
@@ -127,18 +125,10 @@ def reason(error: BaseException, partial: Path) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _root(error: BaseException) -> BaseException:
-    """The OSError from which another error came, if any."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
-        found = found.__cause__ or found.__context__
-    return found or error
-
-
 T = TypeVar("T")
 
-# A rank waits for the others' disks without holding up a step: launch.timeout is no measure for that.
-_PATIENCE = timedelta(hours=6)
+# A rank waits for the others' disks without holding up a step, so launch.timeout does not apply.
+_BACKGROUND_TIMEOUT = timedelta(hours=6)
 
 
 class Saver:
@@ -148,24 +138,24 @@ class Saver:
         self.run_dir = run_dir
         self.config = config
         self.ranks = _background(ranks) if config.async_save else ranks
-        # DCP remarks that one process is no process group. For good: catch_warnings is not for threads.
+        # DCP warns that one process has no process group. For good, as catch_warnings is not for threads.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether the save in the background has failed, as far as this rank knows by now."""
+        """Return whether the save in the background has failed, as far as this rank knows by now."""
         return self._error is not None
 
     def start(self, snapshot: Snapshot) -> None:
-        """Begin to write in the background; there must be `copies`, and no other save in flight."""
+        """Begin to write in the background; there must be `host_copies`, and no other save in flight."""
         assert self._thread is None
         self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until nothing is in flight; what went wrong in the background is raised here."""
+        """Wait until nothing is in flight; raise the error of the save in the background."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -185,7 +175,7 @@ class Saver:
             written = self._together(lambda: _entries(partial, f"__{self.ranks.rank}_*"))
             self._main(lambda: self._complete(directory, snapshot, written))
         except (OSError, CheckpointException) as error:
-            if self.ranks.is_main:  # on a full disk the rest of it would be in the way
+            if self.ranks.is_main:  # on a full disk half a checkpoint would be in the way
                 shutil.rmtree(partial, ignore_errors=True)
             raise RunFailed(
                 f"the checkpoint of step {snapshot.progress.step} cannot be saved: {reason(error, partial)}. "
@@ -199,7 +189,7 @@ class Saver:
             self._error = error
 
     def _complete(self, directory: Path, snapshot: Snapshot, written: list[dict[str, FileEntry]]) -> None:
-        """Describe what all ranks have written, list it, give it its name, and make room."""
+        """Add the description and the manifest, give the checkpoint its name, and remove old ones."""
         partial = partial_directory(directory)
         write_text(partial / MODEL_FILE, yaml.safe_dump(to_yaml(snapshot.model), sort_keys=False))
         snapshot.progress.write(partial)
@@ -212,11 +202,11 @@ class Saver:
         prune(self.run_dir, self.config)
 
     def _main(self, work: Callable[[], object]) -> None:
-        """`work` on rank 0; the others wait for it and learn whether it failed."""
+        """Do `work` on rank 0; the others wait for it and learn whether it failed."""
         self._together(work if self.ranks.is_main else lambda: None)
 
     def _together(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives on each rank; OSError on all of them where one had that."""
+        """Do `work` on each rank and return the results by rank; OSError on all of them where one had it."""
         result: list[T] = []
         problem = None
         try:
@@ -231,14 +221,17 @@ class Saver:
 
 
 def _background(ranks: RankContext) -> RankContext:
-    """The same ranks by a group of their own: what a thread sends never mixes with a step's."""
+    """Return the same ranks with a process group of their own.
+
+    A thread's messages then never mix with a step's.
+    """
     if ranks.world == 1:
         return ranks
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_BACKGROUND_TIMEOUT)
     return replace(ranks, group=group, device=torch.device("cpu"), watchdog=None)
 
 
 def _entries(folder: Path, pattern: str, but: dict[str, FileEntry] | None = None) -> dict[str, FileEntry]:
-    """The files below `folder` that match and are not listed yet, by relative path."""
+    """Return the files below `folder` that match and are not in `but`, by relative path."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob(pattern) if path.is_file()}
     return {name: FileEntry.of(path) for name, path in paths.items() if name not in (but or {})}

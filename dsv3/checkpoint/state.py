@@ -1,4 +1,4 @@
-"""What of a training run is tensors, by the names that a checkpoint gives them."""
+"""The tensors of a training run (model, optimizer, random state) by their names in a checkpoint."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,20 +6,23 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dsv3.hf.names import MODEL_PREFIX
 from dsv3.model.transformer import Transformer
 
-Parts = Sequence[Transformer]
-"""What a rank has of the model: all of it, or some stages of a pipeline."""
+ModelParts = Sequence[Transformer]
+"""The model of a rank: all of it, or some stages of a pipeline."""
 
 
-def model_state(parts: Parts) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers by name; what two stages both have, as the embedding, is there twice."""
-    return [(f"model.{name}", tensor) for part in parts for name, tensor in part.state_dict().items()]
+def model_state(model_parts: ModelParts) -> list[tuple[str, Tensor]]:
+    """Return parameters and buffers by name; a tensor of two stages, such as the embedding, comes twice."""
+    return [
+        (MODEL_PREFIX + name, tensor) for part in model_parts for name, tensor in part.state_dict().items()
+    ]
 
 
-def optimizer_state(parts: Parts, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    """The optimizer's tensors by name; its hyperparameters come from the config, not from a file."""
-    named = [(name, parameter) for part in parts for name, parameter in part.named_parameters()]
+def optimizer_state(model_parts: ModelParts, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """Return the optimizer's tensors by name; its hyperparameters come from the config, not from a file."""
+    named = [(name, parameter) for part in model_parts for name, parameter in part.named_parameters()]
     return [
         (f"optimizer.state.{name}.{key}", value)
         for name, parameter in named
@@ -29,12 +32,15 @@ def optimizer_state(parts: Parts, optimizer: torch.optim.Optimizer) -> list[tupl
 
 
 def random_state(rank: int) -> dict[str, Tensor]:
-    """This rank's random state."""
+    """Return the state of this rank's random number generator, by name."""
     return {f"random.{rank}": torch.get_rng_state()}
 
 
 def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer make its tensors, by a step that moves nothing; they are overwritten then."""
+    """Make the optimizer create its tensors, by a step with a learning rate of 0.
+
+    A load then overwrites them.
+    """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -46,14 +52,14 @@ def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def first(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors by name, of those with the same name the first."""
+def unique_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors by name; of several with the same name the first."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in named:
         tensors.setdefault(name, tensor)
     return tensors
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,7 @@
 """A command from its arguments to its exit code: prepare, compose, check, plan, launch."""
 
 import contextlib
+import importlib
 import math
 import os
 import signal
@@ -9,53 +10,56 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dsv3.cli.arguments import flags_first
-from dsv3.cli.error_messages import explain
-from dsv3.cli.help import config_groups
+from dsv3.cli.arguments import flags_first, import_user_modules
+from dsv3.cli.error_messages import explain_error
 from dsv3.config.overrides import is_multirun
-from dsv3.config.root import CONF, register
+from dsv3.config.registry import CONF, ROOT, command, config_groups, register
 from dsv3.distributed.signals import KILLED, Stopped
 from dsv3.errors import RunFailed, UserError
-from dsv3.launch.job import is_first_here
+from dsv3.launch.job import is_first_on_node
 from dsv3.launch.slurm import srun_variables
-from dsv3.launch.sweep import Sweep, end_with_sweep, mark_failed, same_code
+from dsv3.launch.sweep import Sweep, die_with_sweep, mark_failed, share_source_with_jobs
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 
-# What a silent rank waits for the one that speaks, in seconds.
+# Seconds that the other ranks of a node wait for the first one to report a mistake.
 PATIENCE = 3.0
-
-T = TypeVar("T")
 
 
 class Application:
-    """Runs one command; `job` is what its @hydra.main function calls for every job.
+    """One program: composes its config with Hydra and executes every job.
 
-    `carry_out` does what a composed config says, `prepare` makes Hydra's arguments of the user's.
+    `program` is train or convert, and `root` its file in conf/. `prepare` turns the user's arguments into
+    Hydra's, `execute` runs a composed config.
     """
 
     def __init__(
         self,
         program: str,
-        help_text: Callable[[str], str],
+        root: str,
+        help_text: Callable[[str, Sequence[str]], str],
         prepare: Callable[[Sequence[str]], list[str]],
-        carry_out: Callable[[DictConfig], float | None],
+        execute: Callable[[DictConfig], float | None],
     ) -> None:
         self.program = program
+        self.root = root
         self.help_text = help_text
         self.prepare = prepare
-        self.carry_out = carry_out
+        self.execute = execute
+        self.user_modules: list[str] = []
+        """Modules of run.allow_targets, whose schemas may be choices."""
         self.composed = False
         self.untouched = True
-        """Whether a stop now would leave nothing behind: no training has taken over the signals."""
+        """A stop now leaves nothing behind: no training has taken over the signals."""
         self.failure: BaseException | None = None
         self.sweep = Sweep()
 
@@ -63,27 +67,36 @@ class Application:
         """Begin in the process of a sweep's job, which joblib or submitit has started elsewhere."""
         self.__dict__.update(state)
         os.environ.update(srun_variables(os.environ))
+        for module in self.user_modules:
+            importlib.import_module(module)
         register_resolvers(self.sweep)
-        end_with_sweep()
+        die_with_sweep()
 
-    def run(self, main: Callable[[], T], argv: list[str]) -> int:
-        """Carry out the command; the exit code of the contract."""
+    def run(self, argv: list[str]) -> int:
+        """Execute the command and return the exit code of the contract."""
         if {"-h", "--help"} & set(argv):
-            print(self.help_text(self.program))
+            try:
+                import_user_modules(argv)
+                print(self.help_text(" ".join(command(self.program)), argv), flush=True)
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                return report(error, argv)
+            except BrokenPipeError:  # `--help | head` has read enough; stdout is flushed once more at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
         verbose = "HYDRA_FULL_ERROR" in os.environ
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print errors itself and exit with 1
         os.environ.update(srun_variables(os.environ))
-        register()
         register_resolvers(self.sweep)
-        # Before training listens itself there is nothing to save: a stop ends the command as Ctrl-C does.
+        # Until training handles signals there is nothing to save: SIGTERM ends the command as Ctrl-C does.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            arguments = flags_first(self.prepare(argv))
-            sys.argv = [self.program, *arguments]
+            self.user_modules = import_user_modules(argv)
+            register()
+            sys.argv = [f"{self.program}.py", *flags_first(self.prepare(argv))]
             if is_multirun(argv):
-                same_code(CONF.parent)
-            main()
+                share_source_with_jobs(ROOT)
+            # Hydra looks for a relative config_path beside the file of the function, which is not train.py.
+            hydra.main(version_base=None, config_path=str(CONF), config_name=self.root)(self.job)()
             if self.failure is not None:
                 raise self.failure
             if failed := self.sweep.failure():
@@ -92,12 +105,12 @@ class Application:
             if verbose:
                 traceback.print_exc()
             if isinstance(error, Exception) and (failed := self.sweep.failure()):
-                error = failed  # Hydra and its sweepers raise the first, or what they made of it
-            stumbled = isinstance(error, AttributeError) and "full_key: " in str(error)  # OmegaConf's own
-            if (stumbled or isinstance(error, AssertionError | ValueError)) and not self.composed:
-                # Overrides that Hydra stumbles over while it composes: no job of ours has begun.
+                error = failed  # Hydra and its sweepers raise the first failure, or an error of their own
+            of_omegaconf = isinstance(error, AttributeError) and "full_key: " in str(error)
+            if (of_omegaconf or isinstance(error, AssertionError | ValueError)) and not self.composed:
+                # Hydra crashed on an override while it composed: no job of ours has begun.
                 error = ConfigCompositionException(str(error))
-            if isinstance(error, KeyboardInterrupt) and self.untouched and is_first_here():
+            if isinstance(error, KeyboardInterrupt) and self.untouched and is_first_on_node():
                 print("stopped before the first step; nothing was saved", file=sys.stderr)
             return report(error, argv)
         finally:
@@ -105,49 +118,44 @@ class Application:
         return DONE
 
     def job(self, config: DictConfig) -> float | None:
-        """Carry out one composed config; in a sweep a failure is told at once and marked."""
+        """Execute one composed config; in a sweep report a failure at once and mark its directory."""
         self.composed = True
-        hydra = HydraConfig.get()
+        runtime = HydraConfig.get()
         task: Any = OmegaConf.get_type(config, "task") if "task" in config else None
-        self.untouched = hydra.mode is RunMode.RUN and getattr(task, "writes_run", False)
+        self.untouched = runtime.mode is RunMode.RUN and getattr(task, "writes_run", False)
         try:
-            result = self.carry_out(config)
-            if hydra.mode is RunMode.MULTIRUN and _searches(hydra.sweeper):
-                _require_objective(result)
+            result = self.execute(config)
+            searches = runtime.mode is RunMode.MULTIRUN and _searches(runtime.sweeper)
+            if searches and (result is None or not math.isfinite(result)):
+                raise RunFailed(f"its result is {result}, not a held-out loss that the sweeper could compare")
             return result
         except Exception as error:
-            if hydra.mode is RunMode.MULTIRUN:
-                reason = _one_line(error)
-                print(f"job {hydra.job.num} failed: {reason}", file=sys.stderr, flush=True)
-                mark_failed(Path(hydra.runtime.output_dir), reason, list(hydra.overrides.task))
-                if _searches(hydra.sweeper):
-                    raise RunFailed(f"job {hydra.job.num} failed") from None
-                return None  # the mark says it: of an exception Hydra would print a line of its own
-            # Hydra would announce an exception in words of its own: hand it to run() instead.
+            if runtime.mode is RunMode.MULTIRUN:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                print(f"job {runtime.job.num} failed: {reason}", file=sys.stderr, flush=True)
+                mark_failed(Path(runtime.runtime.output_dir), reason, list(runtime.overrides.task))
+                if _searches(runtime.sweeper):
+                    raise RunFailed(f"job {runtime.job.num} failed") from None
+                return None  # the failure mark reports it; for an exception Hydra prints a line of its own
+            # Hydra reports an exception in its own words: hand it to run() instead.
             self.failure = error
             return None
 
 
 def _searches(sweeper: Any) -> bool:
-    """Whether a sweeper judges jobs by their results, and so must be told that one has none."""
+    """Return True for a sweeper that judges jobs by their results, and so must be told that one has none."""
     return not sweeper._target_.endswith("BasicSweeper")
 
 
-def _require_objective(result: float | None) -> None:
-    """RunFailed where a sweeper that searches gets nothing to judge the job by."""
-    if result is None or not math.isfinite(result):
-        raise RunFailed(f"its result is {result}, not a held-out loss that the sweeper could compare")
-
-
 def register_resolvers(sweep: Sweep) -> None:
-    """`sweep_dir`: where a sweep's jobs go unless run.dir says so; one answer for the whole sweep."""
+    """Register `sweep_dir`: a sweep's directory where run.dir names none, the same for the whole sweep."""
     OmegaConf.register_new_resolver("sweep_dir", sweep.choose, use_cache=True, replace=True)
 
 
 def report(error: BaseException, argv: list[str]) -> int:
-    """Tell the user what went wrong, in one or two lines where it is theirs to mend; the exit code.
+    """Print what went wrong, in one or two lines where the user can fix it, and return the exit code.
 
-    A mistake that all ranks of torchrun or srun meet is told once a node.
+    A mistake that all ranks of torchrun or srun meet is printed once per node.
     """
     if isinstance(error, Stopped):
         if error.message and os.environ.get("RANK", "0") == "0":  # under torchrun all ranks stop as one
@@ -156,11 +164,15 @@ def report(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, KeyboardInterrupt):
         return KILLED
     if isinstance(error, UserError | HydraException | OmegaConfBaseException):
-        if is_first_here():
+        if is_first_on_node():
             known = isinstance(error, UserError)
-            print(f"error: {error if known else explain(error, argv, config_groups())}", file=sys.stderr)
+            print(
+                f"error: {error if known else explain_error(error, argv, config_groups())}", file=sys.stderr
+            )
         else:
-            _wait_for_first()
+            # torchrun ends all ranks as soon as one is gone: let the node's first rank report first.
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(PATIENCE)
         return MISTAKE
     if isinstance(error, RunFailed):
         print(f"failed: {error}", file=sys.stderr)
@@ -169,13 +181,3 @@ def report(error: BaseException, argv: list[str]) -> int:
         return error.code if isinstance(error.code, int) else FAILED
     traceback.print_exception(error)
     return FAILED
-
-
-def _wait_for_first() -> None:
-    """Let the node's first rank say what is wrong: torchrun ends all ranks as soon as one is gone."""
-    with contextlib.suppress(KeyboardInterrupt):
-        time.sleep(PATIENCE)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

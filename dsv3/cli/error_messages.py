@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's complaints in one or two lines: key, value, what is allowed, nearest choice."""
+"""Translate the errors of Hydra and OmegaConf: key, value, what is allowed and the nearest choice."""
 
 import re
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from hydra.errors import (
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from dsv3.config.overrides import split_override
-from dsv3.config.root import CONF, SCHEMAS
-from dsv3.errors import nearest
+from dsv3.config.registry import CONF, SCHEMAS
+from dsv3.errors import did_you_mean
 
 _EXTRAS = {
     "hydra/launcher": {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"},
@@ -25,8 +25,8 @@ _EXTRAS = {
 """Choices that a plugin of Hydra's adds, with the extra of setup.cfg that installs it."""
 
 
-def explain(error: Exception, arguments: Sequence[str], groups: dict[str, list[str]]) -> str:
-    """What the user should read instead of `error`; `groups` are the config groups' choices."""
+def explain_error(error: Exception, arguments: Sequence[str], groups: dict[str, list[str]]) -> str:
+    """Return the text to print instead of `error`; `groups` are the config groups' choices."""
     if isinstance(error, OverrideParseException):
         return _bad_grammar(error)
     if isinstance(error, MissingConfigException):
@@ -35,7 +35,9 @@ def explain(error: Exception, arguments: Sequence[str], groups: dict[str, list[s
     if isinstance(cause, OmegaConfBaseException):
         return _bad_value(cause, arguments, groups)
     if "Ambiguous value" in str(error):
-        return _several_values(str(error))
+        found = re.search(r"argument '(.*)'", str(error))
+        argument = found[1] if found else "it"
+        return f"{argument} are several values: -m sweeps over them, [...] makes a list, quotes make a text"
     if isinstance(error, ConfigCompositionException):
         return _bad_composition(error, arguments, groups)
     return _first_lines(str(error))
@@ -59,12 +61,12 @@ def _missing_choice(error: MissingConfigException, groups: dict[str, list[str]])
         return f"{group}={choice} is not installed: pip install 'dsv3[{extras[choice]}]'"
     choices = sorted({*choices, *extras})
     if not choices:
-        return f"there is no config group '{group}'.{nearest(group, groups)} Groups: {', '.join(groups)}"
+        return f"there is no config group '{group}'.{did_you_mean(group, groups)} Groups: {', '.join(groups)}"
     return _no_choice(group, choice, choices)
 
 
 def _no_choice(group: str, choice: str, choices: Sequence[str]) -> str:
-    return f"{group}={choice} is not a choice.{nearest(choice, choices)} Choices: {', '.join(choices)}"
+    return f"{group}={choice} is not a choice.{did_you_mean(choice, choices)} Choices: {', '.join(choices)}"
 
 
 def _bad_value(cause: OmegaConfBaseException, arguments: Sequence[str], groups: dict[str, list[str]]) -> str:
@@ -78,24 +80,26 @@ def _bad_value(cause: OmegaConfBaseException, arguments: Sequence[str], groups: 
         typed = [pair[1] for pair in map(split_override, arguments) if pair and pair[0] == key]
         if not typed:
             return f"{key}: {reason}"
-        return f"{key}={typed[-1]} is not possible: {reason}{_nearest_member(reason, typed[-1])}"
+        members = re.search(r"expected one of \[(.*)\]", reason)
+        hint = did_you_mean(typed[-1], members[1].split(", ")) if members else ""
+        return f"{key}={typed[-1]} is not possible: {reason}{hint}"
     if "not in" in reason and key:
         last = key.rpartition(".")[2]
         known = list(groups) if cause.parent_node is None else _known_keys(cause.parent_node)
-        return f"unknown key '{key}'.{nearest(last, known)} Known here: {', '.join(known) or 'nothing'}"
+        return f"unknown key '{key}'.{did_you_mean(last, known)} Known here: {', '.join(known) or 'nothing'}"
     if "does not support deletion" in reason:
-        return f"~{key}: a key cannot be taken out; give it a value, {key}=..."
+        return f"~{key}: a key cannot be removed; give it a value, {key}=..."
     return f"{key}: {reason}" if key else reason
 
 
 def _bad_composition(error: Exception, arguments: Sequence[str], groups: dict[str, list[str]]) -> str:
-    """Complaints about a group's choice that do not say which argument is meant, or how it is put right."""
+    """Explain errors about a group's choice that do not say which argument is meant, or how to fix it."""
     for argument in arguments:
         if argument.startswith("="):
             return f"{argument!r}: the key before the = is missing"
         key, value = split_override(argument) or ("", "")
         if argument.startswith("~") and argument[1:].partition("=")[0] in groups:
-            return f"{argument}: a group cannot be taken out; choose, {argument[1:].partition('=')[0]}=CHOICE"
+            return f"{argument}: a group cannot be removed; choose, {argument[1:].partition('=')[0]}=CHOICE"
         if key in groups and argument.startswith("+"):
             return f"{argument}: {key} is chosen already; without the +: {key}={value}"
         if key in groups and value not in groups[key] and "must be a string" in str(error):
@@ -109,28 +113,18 @@ def _bad_composition(error: Exception, arguments: Sequence[str], groups: dict[st
 
 
 def _null_node(key: str, groups: dict[str, list[str]]) -> str:
-    """That the node of a group which `key` is in, or is, has nothing in it; and which choice has."""
+    """Return the message for a key whose node is null in the chosen file of its group."""
     group, name = (*key.split("."), "")[:2]
     having = [f"{group}={choice}" for choice in groups.get(group, []) if _fills(group, choice, name)]
     return f"{group}.{name} is null here; {' or '.join(having) or 'another choice of its group'} has it"
 
 
 def _fills(group: str, choice: str, name: str) -> bool:
-    """Whether a choice's file, or else the group's schema, gives a node its keys."""
-    stored = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text()) or {}
+    """Return True where a choice's file, or else the group's schema, gives a node its keys."""
+    file = CONF / group / f"{choice}.yaml"
+    stored = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
     known = {f.name: f.default is not None for f in fields(SCHEMAS[group])} if group in SCHEMAS else {}
     return stored[name] is not None if name in stored else known.get(name, False)
-
-
-def _several_values(text: str) -> str:
-    found = re.search(r"argument '(.*)'", text)
-    argument = found[1] if found else "it"
-    return f"{argument} are several values: -m sweeps over them, [...] makes a list, quotes make a text"
-
-
-def _nearest_member(reason: str, value: str) -> str:
-    expected = re.search(r"expected one of \[(.*)\]", reason)
-    return nearest(value, expected[1].split(", ")) if expected else ""
 
 
 def _known_keys(parent: Any) -> list[str]:

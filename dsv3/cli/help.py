@@ -1,25 +1,37 @@
-"""The config groups as they lie in conf/, and the text of --help."""
+"""The text of --help, made from conf/ and from the descriptions in the schemas."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
 
-from dsv3.config.root import CONF, LAYOUTS
+from dsv3.config.keys import descriptions, schema_keys, summary, value_text
+from dsv3.config.overrides import quote, quote_texts, split_override
+from dsv3.config.registry import CONF, config_groups, register
+from dsv3.config.root import EXPERIMENTS, Config
 
 _TRY = """\
 Try:
-  python {program}                                          the debug model on the embedded corpus
-  python {program} train.steps=1000 optimizer.lr=1e-3       change any number
-  python {program} parallel=fsdp launch.nproc=2             two workers on this machine
-  python {program} -m optimizer.lr=1e-3,3e-3                a sweep
-  python {program} task=plan model=671b parallel=fsdp launch.world_size=2048
-  python {program} task=generate checkpoint.load=RUN_DIR task.prompt="import "
-  python {program} resume=RUN_DIR                           go on where a run stopped
-  python {program} --cfg job                                print the composed config
+  {program}                                          the debug model on the embedded corpus
+  {program} train.steps=1000 optimizer.lr=1e-3       change any number
+  {program} parallel=fsdp launch.nproc=2             two workers on this machine
+  {program} -m optimizer.lr=1e-3,3e-3                a sweep
+  {program} task=plan model=671b parallel=fsdp launch.world_size=2048
+  {program} task=generate checkpoint.load=RUN_DIR task.prompt="import "
+  {program} resume=RUN_DIR                           continue where a run stopped
+  {program} --cfg job                                print the composed config
+  {program} task=generate --help                     what a choice is, and its keys with their values
 """
 
+_WIDTH = 110
+
 _CONVERT = """\
-usage: python {program} direction=DIRECTION [KEY=VALUE ...]
+usage: {program} direction=DIRECTION [KEY=VALUE ...]
 
   direction=hf_to_dcp input=HF_DIR output=DCP_DIR [dtype=bf16|fp32]
       A HuggingFace checkpoint (bf16, fp16, fp32 or block-fp8) becomes one that training starts from.
@@ -43,44 +55,96 @@ Keys (* is the default):
   model.path      where config.json is read instead of the input
 
 The output appears once it is complete. What is unfinished waits in .NAME.partial beside it: the same
-command goes on with it, after a kill too. An output that holds anything is refused.
+command continues it, after a kill too. An output that holds anything is refused.
 
 Exit codes: 0 done, 1 failed (a full disk), 2 a mistake in the command or its files, 75 stopped by Ctrl-C
-or SIGTERM, where the same command goes on; a second one: 130.
+or SIGTERM, where the same command continues; a second one: 130.
 
 Try:
-  python {program} direction=hf_to_dcp input=DeepSeek-V3.1-Base output=dcp verify=true
-  python {program} direction=dcp_to_hf input=outputs/RUN output=release
-  python {program} direction=hf_to_dcp model=671b plan=true
+  {program} direction=hf_to_dcp input=DeepSeek-V3.1-Base output=dcp verify=true
+  {program} direction=dcp_to_hf input=outputs/RUN output=release
+  {program} direction=hf_to_dcp model=671b plan=true
 """
 
 
-def config_groups(conf: Path = CONF) -> dict[str, list[str]]:
-    """The choices of every config group, by the files of conf/."""
-    groups = {}
-    for folder in sorted(path for path in conf.iterdir() if path.is_dir() and path.name != LAYOUTS):
-        groups[folder.name] = sorted(path.stem for path in folder.glob("*.yaml"))
-    return groups
+def train_help(program: str, argv: Sequence[str] = ()) -> str:
+    """Return the text of train.py --help: usage, groups with their choices and defaults, a few commands.
 
-
-def train_help(program: str) -> str:
-    """What train.py --help prints: usage, groups with their choices and defaults, a few commands."""
+    With GROUP=CHOICE among `argv` the text explains these choices and their keys instead.
+    """
+    groups = config_groups()
+    chosen = {pair[0]: pair[1] for pair in map(split_override, argv) if pair and pair[0] in groups}
+    if chosen:
+        return _choice_help(chosen, argv)
     root = yaml.safe_load((CONF / "config.yaml").read_text())
     defaults = {
         key: value for entry in root["defaults"] if isinstance(entry, dict) for key, value in entry.items()
     }
     lines = [
-        f"usage: python {program} [-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",
+        f"usage: {program} [-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",
         "",
         "Trains models of the DeepSeek-V3 family. Groups and their choices (* is the default):",
     ]
-    for group, choices in config_groups().items():
+    told = {**descriptions(Config), "experiments": EXPERIMENTS}
+    for group, choices in groups.items():
         marked = [f"{choice}*" if choice == defaults.get(group) else choice for choice in choices]
-        lines.append(f"  {group:<12} {' '.join(marked) or '(none yet)'}")
+        lines += [f"  {group:<12} {told[group]}", f"  {'':<12} {' '.join(marked)}"]
+    lines += ["", "Nodes without choices:"]
+    lines += [f"  {node:<12} {text}" for node, text in told.items() if node not in groups]
     return "\n".join([*lines, "", _TRY.format(program=program), "Every key: docs/configuration.md"])
 
 
-def convert_help(program: str) -> str:
-    """What convert.py --help prints."""
+def _choice_help(chosen: dict[str, str], argv: Sequence[str]) -> str:
+    """Return what each choice is, and its keys with the values that it gives them."""
+    register()
+    overrides = [argument for argument in quote_texts(argv) if split_override(argument)]
+    own = get_args_parser().parse_known_args(list(argv))[0].config_dir
+    folders = [CONF, *([Path(own).absolute()] if own else [])]
+    with initialize_config_dir(str(CONF), version_base=None):
+        search = [f"hydra.searchpath=[{quote(f'file://{folder}')}]" for folder in folders[1:]]
+        composed = compose("config", [*overrides, *search])
+    lines = []
+    for group, choice in chosen.items():
+        files = [folder / group / f"{choice}.yaml" for folder in folders]
+        text = next((file.read_text() for file in files if file.is_file()), "")
+        comment = " ".join(
+            line[2:] for line in text.splitlines() if line.startswith("# ") and "@" not in line
+        )
+        if group not in composed:  # experiments are no node: they set values of the other groups
+            lines += [f"{group}={choice}: {comment}", "", textwrap.indent(text, "  ")]
+            continue
+        schema: Any = OmegaConf.get_type(composed, group)
+        lines += [*textwrap.wrap(f"{group}={choice}: {comment or summary(schema)}", _WIDTH), ""]
+        values = _values(OmegaConf.to_container(composed[group], enum_to_str=True), group)
+        keys = [key for key in schema_keys(schema, group) if key.name in values]
+        name_width = max((len(key.name) for key in keys), default=0)
+        value_width = max((len(values[key.name]) for key in keys if len(values[key.name]) <= 16), default=0)
+        for key in keys:
+            choices = f" ({key.kind})" if " or " in key.kind and "null" not in key.kind else ""
+            start = f"  {key.name:<{name_width}}  {values[key.name]:<{value_width}}  "
+            lines += textwrap.wrap(
+                f"{start}{key.description}{choices}",
+                _WIDTH,
+                subsequent_indent=" " * (name_width + value_width + 6),
+            )
+        lines += [] if keys else ["  no keys"]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _values(node: Any, path: str) -> dict[str, str]:
+    """Return a composed node's values by dotted key: `on` for a nested node, `required` if it is missing."""
+    values = {}
+    for key, value in node.items():
+        name = f"{path}.{key}"
+        values[name] = (
+            "required" if value == "???" else "on" if isinstance(value, dict) else value_text(value)
+        )
+        values |= _values(value, name) if isinstance(value, dict) else {}
+    return values
+
+
+def convert_help(program: str, argv: Sequence[str] = ()) -> str:
+    """Return the text of convert.py --help."""
     models = " ".join(choice for choice in config_groups()["model"] if choice != "hf")
     return _CONVERT.format(program=program, models=models)

@@ -1,4 +1,4 @@
-"""Which checkpoint a command reads and which ones a run keeps."""
+"""Schema of the `checkpoint` node: the checkpoint that a command reads and the ones that a run keeps."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,21 @@ HF_PREFIX = "hf:"
 
 @dataclass
 class CheckpointConfig:
-    """`load` is a run, step or DCP directory, of which a training run takes the weights only.
+    """The checkpoint to read, and the ones that a run keeps.
 
-    The `keep_last` newest complete checkpoints stay, those of steps that are multiples of `keep_every`
-    and, with `keep_best`, that with the lowest held-out loss; others go once a newer one is committed.
-    With `async_save` they are written while the training goes on, from copies in the host's memory.
+    Other complete checkpoints are deleted once a newer one is committed.
     """
 
     load: str | None = None
+    """Run, step or DCP directory, or hf:DIR; a training run takes the weights only."""
     keep_last: int = 2
+    """Newest complete checkpoints that stay."""
     keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this number stay too; null keeps no others."""
     keep_best: bool = False
+    """The checkpoint with the lowest held-out loss stays too."""
     async_save: bool = True
+    """Write checkpoints while the training goes on, from copies in the host's memory."""
 
     def validate(self) -> None:
         require(self.keep_last >= 1, "keep_last", self.keep_last, "must be at least 1")

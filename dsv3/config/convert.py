@@ -1,6 +1,7 @@
-"""Sizes of files as people write them.
+"""Schema of convert.py, and file sizes as people write them.
 
-What convert.py can be told.
+`max_shard_size` is read by our own `parse_size`: huggingface_hub keeps its parser private, and that parser
+knows no GiB and no plain numbers.
 """
 
 import re
@@ -10,27 +11,34 @@ from fractions import Fraction
 from typing import Any
 
 from dsv3.config.model import ModelConfig
-from dsv3.errors import InvalidValue, nearest, require
+from dsv3.config.registry import schema
+from dsv3.errors import InvalidValue, did_you_mean, require
+
+AUTO = "auto"
+
+_MOST = 1024
+"""Largest number of workers; each has buffers."""
 
 UNITS = {"B": 1} | {
     f"{prefix}{'i' * binary}B": (1024 if binary else 1000) ** power
     for power, prefix in enumerate("KMGT", start=1)
     for binary in (False, True)
 }
-"""Bytes by unit: 1 GB is 1000^3 and 1 GiB is 1024^3, as on the hub."""
+"""Bytes per unit: 1 GB is 1000^3 and 1 GiB is 1024^3, as on the hub."""
 
 _SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
 def parse_size(value: str | int, key: str = "max_shard_size") -> int:
-    """Bytes of `5GB`, `2.5 GiB` or a plain number; InvalidValue for `key` where it is no size above 0.
-
-    huggingface_hub keeps its own to itself, and that one knows no GiB and no plain numbers.
-    """
+    """Return the bytes of `5GB`, `2.5 GiB` or a plain number; raise InvalidValue for `key` otherwise."""
     found = _SIZE.fullmatch(str(value))
     factors = {unit.lower(): factor for unit, factor in UNITS.items()} | {"": 1}
     if found is None or found[2].lower() not in factors:
-        hint = _hint(found[1], found[2]) if found else ""
+        hint = ""
+        if found is not None:
+            number, unit = found[1], found[2]
+            close = did_you_mean(unit, UNITS) or did_you_mean(f"{unit.upper()}B", UNITS)
+            hint = close.replace("'", f"'{number}", 1)
         raise InvalidValue(key, value, f"must be bytes, or a number with one of {', '.join(UNITS)}.{hint}")
     size = Fraction(found[1]) * factors[found[2].lower()]
     if size < 1 or size.denominator > 1:
@@ -38,19 +46,8 @@ def parse_size(value: str | int, key: str = "max_shard_size") -> int:
     return int(size)
 
 
-def _hint(number: str, unit: str) -> str:
-    close = nearest(unit, UNITS) or nearest(f"{unit.upper()}B", UNITS)
-    return close.replace("'", f"'{number}", 1)
-
-
-AUTO = "auto"
-
-_MOST = 1024
-"""Workers; each has buffers."""
-
-
 class Direction(Enum):
-    """What convert.py does."""
+    """The conversions of convert.py."""
 
     download = "download"
     hf_to_dcp = "hf_to_dcp"
@@ -59,7 +56,7 @@ class Direction(Enum):
 
 
 class Assets(Enum):
-    """Which files of a repository are fetched."""
+    """The files of a repository that direction=download fetches."""
 
     tokenizer = "tokenizer"
     config = "config"
@@ -67,7 +64,7 @@ class Assets(Enum):
 
 
 class StoredType(Enum):
-    """What weights are stored as; fp8 is E4M3 in blocks with a scale each, as DeepSeek released them."""
+    """The stored type of weights; fp8 is E4M3 in blocks with a scale each, as DeepSeek released them."""
 
     bf16 = "bf16"
     fp32 = "fp32"
@@ -75,37 +72,48 @@ class StoredType(Enum):
 
 
 class ScaleFormat(Enum):
-    """What new fp8 scales are: any fp32 number, or powers of two, as in DeepSeek-V3.1."""
+    """The format of new fp8 scales: any fp32 number, or powers of two as in DeepSeek-V3.1."""
 
     float32 = "float32"
     ue8m0 = "ue8m0"
 
 
+@schema("convert")
 @dataclass
 class ConvertConfig:
-    """What convert.py is told.
+    """One conversion of convert.py.
 
-    `input` and `output` are directories. `workers` threads compute (`auto`: one a core). `verify` reads the
-    finished output again and compares its digests; one that is finished already is not written anew.
-    `scale_fmt` null is that of the input's scales. `plan` only tells time and memory, at `speeds` of the
-    disk in GB/s; without an `input` those of a release of `model`. `repo`, `revision` and `assets` are
-    for direction=download.
+    `repo`, `revision` and `assets` are for direction=download.
     """
 
     direction: Direction
+    """The conversion."""
     input: str | None = None
+    """Directory to read; with plan=true null stands for a release of `model`."""
     output: str | None = None
+    """Directory to write; must be empty, missing or an unfinished output of the same command."""
     dtype: StoredType = StoredType.bf16
+    """Stored type of the output's weights; a DCP takes bf16 or fp32."""
     scale_fmt: ScaleFormat | None = None
+    """Format of new fp8 scales; null is that of the input's scales."""
     max_shard_size: str = "5GB"
+    """Largest safetensors file: 5GB, 500MiB, or a number of bytes."""
     workers: Any = AUTO
+    """Threads that compute; auto is one per core."""
     verify: bool = False
+    """Read the finished output again and compare its digests; a complete one is not written anew."""
     plan: bool = False
+    """Print bytes, time and memory only."""
     speeds: list[float] = field(default_factory=lambda: [0.5, 1.0, 3.0, 7.0])
+    """Disk speeds that `plan` assumes, in GB/s."""
     repo: str | None = None
+    """Repository of the HuggingFace hub, OWNER/NAME."""
     revision: str | None = None
+    """Branch, tag or commit of the repository; null is its default branch."""
     assets: Assets = Assets.config
+    """Files to fetch."""
     model: ModelConfig | None = None
+    """The model; model=hf takes it from the input's config.json."""
 
     def validate(self) -> None:
         downloads = self.direction is Direction.download

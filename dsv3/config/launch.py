@@ -1,30 +1,37 @@
-"""How a command is started, where it writes, and whether it is profiled."""
+"""Schemas of the `launch` and `profile` groups and of the `run` node."""
 
 import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from dsv3.config.registry import schema
 from dsv3.errors import require, require_positive
 
 WEEK = 7 * 24 * 3600
 
 
+@schema("launch/local")
 @dataclass
 class LaunchConfig:
-    """Processes: `nproc` a node on `nnodes` nodes; null means the smallest world the layout needs.
+    """Processes on this machine, or on several nodes where the command is typed on each.
 
-    On several nodes the command is typed on each, with its `node_rank` and one `rendezvous`, HOST:PORT
-    of node 0. `world_size` alone is for planning a world that is not here. `timeout` is how many seconds
-    a run of several ranks may go without a step before it counts as hung.
+    On several nodes every node gets its `node_rank` and the same `rendezvous`.
     """
 
     submits: ClassVar[bool] = False
+    """True where the command hands itself to a scheduler instead of starting processes."""
     nproc: int | None = None
+    """Processes per node; null is all GPUs here, or on CPU the smallest world that the layout needs."""
     nnodes: int = 1
+    """Nodes."""
     node_rank: int = 0
+    """Number of this node, from 0."""
     rendezvous: str | None = None
+    """HOST:PORT of node 0, the same on every node; null is one node."""
     world_size: int | None = None
+    """Ranks of a world to plan with task=plan; processes are started by nproc and nnodes."""
     timeout: int = 600
+    """Seconds that a run of several ranks may go without a step before it counts as hung."""
 
     def validate(self) -> None:
         allowed = f"must be 0 to {self.nnodes - 1}: launch.nnodes={self.nnodes}"
@@ -43,32 +50,40 @@ class LaunchConfig:
             require(self.world_size == world, "world_size", self.world_size, allowed)
 
 
+@schema("launch/slurm")
 @dataclass
 class SlurmLaunchConfig(LaunchConfig):
-    """`python train.py launch=slurm` submits itself with sbatch; srun then starts one process a rank.
-
-    `sbatch` are further options as one would type them, such as "--mem=0 --qos=high".
-    """
+    """`python train.py launch=slurm` submits itself with sbatch; srun then starts one process per rank."""
 
     submits: ClassVar[bool] = True
+    """True: the command hands itself to sbatch."""
     partition: str | None = None
+    """Slurm partition; null is the cluster's default."""
     account: str | None = None
+    """Slurm account; null is the user's default."""
     time: str | None = None
+    """Time limit as Slurm reads it, such as 1-12:00:00; null is the partition's."""
     cpus_per_task: int | None = None
+    """CPU cores per rank; null is the cluster's default."""
     sbatch: str | None = None
+    """Further options of sbatch as one types them, such as "--mem=0 --qos=high"."""
 
     def validate(self) -> None:
         super().validate()
         require_positive(self, "cpus_per_task")
 
 
+@schema("profile", choice="off")
 @dataclass
 class ProfileConfig:
-    """torch.profiler over `steps` steps after `wait` unprofiled ones."""
+    """torch.profiler over a few steps."""
 
     enabled: bool = False
+    """Profile the run."""
     wait: int = 2
+    """Steps that run unprofiled first."""
     steps: int = 3
+    """Steps that are profiled."""
 
     def validate(self) -> None:
         require(self.wait >= 0, "wait", self.wait, "must be 0 or more")
@@ -77,13 +92,11 @@ class ProfileConfig:
 
 @dataclass
 class RunConfig:
-    """`dir` is the run directory (default outputs/ID, multirun/ID/N in a sweep).
-
-    `resume` is set by resume=DIR. `allow_targets` names modules, beside dsv3 and torch.optim, whose
-    classes a `_target_` may name. It counts only when typed on the command line: a stored config
-    cannot widen what it may run.
-    """
+    """The run directory, and the modules that a command may build classes from."""
 
     dir: str | None = None
+    """Run directory; null is outputs/ID, in a sweep multirun/ID/N."""
     resume: bool = False
+    """Set by resume=DIR, never directly: continue the run in `dir`."""
     allow_targets: list[str] = field(default_factory=list)
+    """Modules beside dsv3 and torch.optim that a `_target_` may name; counts only when typed."""

@@ -1,4 +1,4 @@
-"""Paths and prompts through Hydra's grammar unchanged, and back from what a run has stored."""
+"""Pass paths and prompts through Hydra's grammar unchanged, and read stored overrides."""
 
 import os
 import re
@@ -27,35 +27,35 @@ _QUOTED = r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
 
 
 def quote_texts(argv: Sequence[str]) -> list[str]:
-    """The arguments with paths and prompts quoted, so that Hydra reads them as they were typed."""
+    """Return the arguments with paths and prompts quoted, so that Hydra reads them as they were typed."""
     multirun = is_multirun(argv)
     return [_quote_argument(argument, multirun) for argument in argv]
 
 
 def is_multirun(argv: Sequence[str]) -> bool:
-    """Whether this is a Hydra sweep."""
+    """Return True for a Hydra sweep."""
     return "-m" in argv or "--multirun" in argv
 
 
 def split_override(argument: str) -> tuple[str, str] | None:
-    """Key (without + or ~) and value of `key=value`; None for flags and anything else."""
+    """Return key (without + or ~) and value of `key=value`; None for flags and anything else."""
     found = _OVERRIDE.fullmatch(argument)
     return (found["key"], found["value"]) if found else None
 
 
 def override_key(argument: str) -> str:
-    """What an argument sets: its key, or the argument itself."""
+    """Return the key that an argument sets, or the argument itself."""
     pair = split_override(argument)
     return pair[0] if pair else argument
 
 
 def quote(value: str) -> str:
-    """`value` so that Hydra's grammar and OmegaConf's interpolation give back exactly it."""
+    """Return `value` quoted so that Hydra's grammar and OmegaConf's interpolation give back exactly it."""
     return str(QuotedString(escape_interpolation(value), Quote.single).with_quotes())
 
 
 def absolute_paths(overrides: Sequence[str]) -> list[str]:
-    """Overrides as a run stores them: with absolute paths, which a resume from elsewhere finds."""
+    """Return overrides as a run stores them: with absolute paths, which a resume from elsewhere finds."""
     return [_absolute(override) for override in overrides]
 
 
@@ -70,12 +70,12 @@ def _absolute(override: str) -> str:
 
 
 def typed_text(argument: str) -> str:
-    """The value of an argument of TEXT_KEYS as the user means it."""
+    """Return the value of an argument of TEXT_KEYS as the user means it."""
     return _read_text(_quote_argument(argument, multirun=False))
 
 
 def _read_text(override: str) -> str:
-    """The text that Hydra and OmegaConf make of a quoted override."""
+    """Return the text that Hydra and OmegaConf make of a quoted override."""
     value = OverridesParser.create().parse_override(override).value()
     # The parser keeps the escapes that OmegaConf takes away when it reads the value.
     return str(OmegaConf.create({"text": str(value)}).text)
@@ -86,14 +86,12 @@ def _quote_argument(argument: str, multirun: bool) -> str:
     if not found or found["key"] not in TEXT_KEYS or found["value"] in ("", "null"):
         return argument
     parts = [found["value"]]
-    if multirun:  # each part of a sweep may be quoted, and then its commas are its own
+    if multirun:  # a quoted part of a sweep keeps its commas
         parts = re.findall(rf"{_QUOTED}(?=,|\Z)|[^,]+", found["value"], re.DOTALL)
     if found["key"] != "task.prompt":  # the shell leaves the ~ of key=~/path alone
         parts = [os.path.expanduser(part) for part in parts]  # noqa: PTH111  # Path's fails without a home
-    quoted = ",".join(part if _is_quoted(part) or part == "null" else quote(part) for part in parts)
-    return f"{found['prefix']}{found['key']}={quoted}"
-
-
-def _is_quoted(value: str) -> bool:
-    """Whether the user has quoted the whole value for Hydra already."""
-    return re.fullmatch(_QUOTED, value, re.DOTALL) is not None
+    # A part that the user has quoted as a whole for Hydra stays.
+    quoted = (
+        part if part == "null" or re.fullmatch(_QUOTED, part, re.DOTALL) else quote(part) for part in parts
+    )
+    return f"{found['prefix']}{found['key']}={','.join(quoted)}"

@@ -1,56 +1,70 @@
-"""How many ranks each axis has: as typed, and resolved (docs/parallelism.md).
+"""Schemas of the `parallel`, `recompute` and `compile` groups: degrees, and the wrappers around the model."""
 
-Which wrappers a run puts around the model: each one an object that conf/ instantiates.
-"""
-
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 
+from dsv3.config.registry import schema
 from dsv3.errors import require, require_positive
 
 KEY = "parallel.degrees"
 
 AUTO = "auto"
 
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+"""The axes of the mesh, outermost first, by the names of their degrees."""
+
+WORLD_AXES = AXES[:-1]
+"""The axes whose degrees multiply to the world size; `ep` borrows ranks of dp_shard, cp and tp."""
+
 
 @dataclass
 class DegreesConfig:
-    """Ranks an axis; `auto` fits world and model (filling.py), null is 1, for `dp_shard` what is left."""
+    """Ranks per mesh axis (docs/parallelism.md).
+
+    `auto` fits the world and the model (planning/layout.py).
+    """
 
     pp: int | str | None = None
+    """Pipeline ranks; null is 1, auto fits world and model."""
     dp_replicate: int | str | None = None
+    """Data-parallel replicas of the shards (HSDP); null is 1, auto fits world and model."""
     dp_shard: int | str | None = None
+    """Data-parallel ranks over which FSDP shards; null is what the world leaves."""
     cp: int | str | None = None
+    """Context-parallel ranks of a sequence; null is 1, auto fits world and model."""
     tp: int | str | None = None
+    """Tensor-parallel ranks of a layer; null is 1, auto fits world and model."""
     ep: int | str | None = None
+    """Expert-parallel ranks, out of dp_shard x cp x tp; null is 1, auto fits world and model."""
 
     def validate(self) -> None:
-        """Refuse degrees below 1 and words other than auto."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            right = value in (None, AUTO) or (isinstance(value, int) and value > 0)
-            require(right, f.name, value, f"must be a number above 0, {AUTO} or null")
+        """Raise InvalidValue for degrees below 1 and for words other than auto."""
+        for axis in AXES:
+            degree = getattr(self, axis)
+            valid = degree in (None, AUTO) or (isinstance(degree, int) and degree > 0)
+            require(valid, axis, degree, f"must be a number above 0, {AUTO} or null")
 
     @property
     def typed(self) -> dict[str, int]:
-        """The degrees that are given as numbers, by axis."""
-        return {axis: value for axis, value in vars(self).items() if isinstance(value, int)}
+        """Return the degrees that are given as numbers, by axis."""
+        degrees = {axis: getattr(self, axis) for axis in AXES}
+        return {axis: degree for axis, degree in degrees.items() if isinstance(degree, int)}
 
     def is_auto(self, axis: str) -> bool:
-        """Whether `axis` is to fit world and model; `dp_shard` is also without a word."""
+        """Return True where `axis` is to fit world and model; `dp_shard` also when it is left out."""
         return getattr(self, axis) == AUTO or (axis == "dp_shard" and self.dp_shard is None)
 
 
-class Recomputed(Enum):
-    """Which activations are computed again in the backward pass instead of being kept."""
+class RecomputeMode(Enum):
+    """Activation checkpointing: the activations that the backward pass computes again instead of keeping."""
 
     none = "none"
     selective = "selective"
     full = "full"
 
 
-class Kept(Enum):
-    """Results that selective recomputation keeps: costly to compute, or to exchange, for what they weigh."""
+class SavedOp(Enum):
+    """Results that selective activation checkpointing keeps: costly to compute or exchange for their size."""
 
     attention = "attention"
     experts = "experts"
@@ -72,54 +86,61 @@ Schedule = Enum(
 """The pipeline schedules of torch.distributed.pipelining, by its names."""
 
 
-class ExchangeBackend(Enum):
-    """What carries tokens to their experts."""
+class DispatchBackend(Enum):
+    """The implementation of token dispatch: what carries tokens to their experts."""
 
     all_to_all = "all_to_all"
     deepep = "deepep"
 
 
+@schema("recompute", choice="none")
 @dataclass
 class RecomputeConfig:
-    """Activation recomputation, a layer at a time; `keep` says what `selective` does not repeat."""
+    """Activation checkpointing, layer by layer."""
 
-    _target_: str = "dsv3.parallel.activation_checkpoint.Recompute"
+    _target_: str = "dsv3.parallel.activation_checkpoint.ActivationCheckpointing"
     _recursive_: bool = False
     _convert_: str = "object"
-    mode: Recomputed = Recomputed.none
-    keep: list[Kept] = field(default_factory=lambda: [Kept.attention, Kept.experts, Kept.exchange])
+    mode: RecomputeMode = RecomputeMode.none
+    """Activations to compute again: none, all but some operators' (selective), or whole layers (full)."""
+    keep: list[SavedOp] = field(
+        default_factory=lambda: [SavedOp.attention, SavedOp.experts, SavedOp.exchange]
+    )
+    """Results that `selective` does not compute again."""
 
 
 class CompileBackend(Enum):
-    """What torch.compile makes of a layer: code, or the traced operators one by one (to find a fault)."""
+    """The backend of torch.compile: code, or the traced operators one by one (to find a fault)."""
 
     inductor = "inductor"
     aot_eager = "aot_eager"
 
 
+@schema("compile", choice="off")
 @dataclass
 class CompileConfig:
-    """torch.compile, a layer at a time."""
+    """torch.compile, layer by layer."""
 
     _target_: str = "dsv3.parallel.compile.Compile"
     _recursive_: bool = False
     _convert_: str = "object"
     enabled: bool = False
+    """Compile the layers."""
     backend: CompileBackend = CompileBackend.inductor
+    """inductor generates code; aot_eager runs the traced operators one by one, to find a fault."""
 
 
 @dataclass
 class FullyShardConfig:
-    """FSDP2: parameters, gradients and optimizer state sharded over the ranks that see other tokens.
-
-    `prefetch` gathers the next layer while this one computes; `cpu_offload` keeps the shards in host memory.
-    """
+    """FSDP2: parameters, gradients and optimizer state sharded over the ranks that see other tokens."""
 
     _target_: str = "dsv3.parallel.fsdp.FullyShard"
     _recursive_: bool = False
     _convert_: str = "object"
     prefetch: bool = True
+    """All-gather the next layer while this one computes."""
     cpu_offload: bool = False
+    """Keep the shards in host memory."""
 
 
 @dataclass
@@ -133,13 +154,15 @@ class TensorParallelConfig:
 
 @dataclass
 class ExpertParallelConfig:
-    """Experts over `ep`, in two levels where it spans nodes; `ranks_per_node` null asks the launch."""
+    """Experts over `ep`, in two levels where it spans nodes."""
 
     _target_: str = "dsv3.parallel.expert_parallel.ExpertParallel"
     _recursive_: bool = False
     _convert_: str = "object"
-    backend: ExchangeBackend = ExchangeBackend.all_to_all
+    backend: DispatchBackend = DispatchBackend.all_to_all
+    """Implementation of token dispatch: all_to_all, or deepep on GPUs."""
     ranks_per_node: int | None = None
+    """Ranks per node, for the exchange in two levels; null asks the launch."""
 
     def validate(self) -> None:
         require_positive(self, "ranks_per_node")
@@ -156,14 +179,15 @@ class ContextParallelConfig:
 
 @dataclass
 class PipelineConfig:
-    """Layers over `pp`; `split` names the first layer of every stage but the first, null balances by cost."""
+    """Layers over `pp`."""
 
-    _target_: str = "dsv3.parallel.pipeline_parallel.Pipeline"
+    _target_: str = "dsv3.parallel.pipeline_parallel.PipelineParallel"
     _recursive_: bool = False
     _convert_: str = "object"
     split: list[int] | None = None
+    """First layer of every stage but the first; null balances the stages by cost."""
     stages_per_rank: int | None = None
-    """Virtual stages a rank; null is the schedule's own number (1 or 2)."""
+    """Virtual stages per rank; null is the schedule's own number (1 or 2)."""
 
     def validate(self) -> None:
         require_positive(self, "stages_per_rank")
@@ -172,24 +196,32 @@ class PipelineConfig:
         require(split == sorted({n for n in split if n > 0}), "split", split, allowed)
 
 
+@schema("parallel")
 @dataclass
 class ParallelConfig:
-    """The degrees of the mesh and the wrappers, each of which does nothing where its degree is 1.
+    """Degrees of the mesh and the wrappers, each of which does nothing where its degree is 1.
 
-    `reshard_after_forward` true frees gathered parameters after the forward pass (ZeRO-3), false keeps
-    them until the backward pass; null is true wherever the schedule can (stages.py). `min_world_size` is
-    what a plain start on CPU launches. Null leaves a wrapper out, and then its degree must be 1.
+    A wrapper that is null is left out, and then its degree must be 1.
     """
 
     degrees: DegreesConfig = field(default_factory=DegreesConfig)
+    """Ranks per mesh axis."""
     reshard_after_forward: bool | None = None
+    """Free gathered parameters after the forward pass (ZeRO-3); null does where the schedule can."""
     schedule: Schedule = Schedule["1F1B"]
+    """Pipeline schedule."""
     min_world_size: int = 1
+    """Ranks that a plain start on CPU launches at least."""
     fsdp: FullyShardConfig | None = field(default_factory=FullyShardConfig)
+    """FSDP2; null leaves it out."""
     tensor: TensorParallelConfig | None = field(default_factory=TensorParallelConfig)
+    """Tensor parallelism; null leaves it out."""
     expert: ExpertParallelConfig | None = field(default_factory=ExpertParallelConfig)
+    """Expert parallelism; null leaves it out."""
     context: ContextParallelConfig | None = field(default_factory=ContextParallelConfig)
+    """Context parallelism; null leaves it out."""
     pipeline: PipelineConfig | None = field(default_factory=PipelineConfig)
+    """Pipeline parallelism; null leaves it out."""
 
     def validate(self) -> None:
         require_positive(self, "min_world_size")

@@ -1,11 +1,13 @@
-"""Number formats of matrix products and of AdamW's moments; master weights and gradients are fp32."""
+"""Schema of the `precision` group: the number formats of matmuls and of AdamW's moments."""
 
 from dataclasses import dataclass
 from enum import Enum
 
+from dsv3.config.registry import schema
+
 
 class ComputeType(Enum):
-    """The dtype of activations and of the weights' working copies."""
+    """The dtype of activations and of the weights' working copies; the value is torch's name."""
 
     fp32 = "float32"
     bf16 = "bfloat16"
@@ -19,14 +21,14 @@ class MomentType(Enum):
 
 
 class Granularity(Enum):
-    """What shares a scale: tiles of 128 and blocks of 128 x 128 (the report's), or a whole tensor."""
+    """The elements that share a scale: tiles of 128 and blocks of 128 x 128 (the report's), or a tensor."""
 
     tile = "tile"
     tensor = "tensor"
 
 
 class FP8Engine(Enum):
-    """What multiplies: PyTorch's block-wise scaled_mm on Hopper, the same arithmetic in fp32 elsewhere."""
+    """The FP8 matmul: PyTorch's block-wise scaled_mm on Hopper, the same arithmetic in fp32 elsewhere."""
 
     auto = "auto"
     scaled_mm = "scaled_mm"
@@ -35,31 +37,31 @@ class FP8Engine(Enum):
 
 @dataclass
 class BlockFP8Config:
-    """Linear layers and experts in FP8 (E4M3), forward and backward; DeepSeek-V3's report, section 3.3.
-
-    `power_of_two` rounds scales up to powers of two (ue8m0, V3.1). `dispatch` lets rows travel to their
-    experts, and gradients of results back to them, in FP8; results and gradients of rows stay bf16.
-    `gather` lets FSDP gather and keep weights in FP8 where a shard holds whole blocks. `granularity=tensor`
-    is there to show what goes wrong without tiles.
-    """
+    """Linear layers and experts in FP8 (E4M3), forward and backward; DeepSeek-V3's report, section 3.3."""
 
     _target_: str = "dsv3.fp8.convert_model.BlockFP8"
     _recursive_: bool = False
     _convert_: str = "object"
     granularity: Granularity = Granularity.tile
+    """Elements that share a scale; `tensor` is there to show what goes wrong without tiles."""
     power_of_two: bool = False
+    """Round scales up to powers of two (ue8m0, V3.1)."""
     engine: FP8Engine = FP8Engine.auto
+    """FP8 matmul; auto is scaled_mm on a GPU, and its emulation in fp32 on CPU."""
     dispatch: bool = False
+    """Send rows to experts, and gradients of results back, in FP8; results and rows' gradients stay bf16."""
     gather: bool = False
+    """Let FSDP gather and keep weights in FP8 where a shard holds whole blocks."""
 
 
+@schema("precision", choice="fp32")
 @dataclass
 class PrecisionConfig:
-    """A type's `.value` is the torch dtype's name; master weights and gradients are fp32.
-
-    `fp8` takes the linear layers' matrix products from `compute`, which everything else keeps.
-    """
+    """Number formats; master weights and gradients are fp32."""
 
     compute: ComputeType = ComputeType.fp32
+    """Dtype of activations and of the weights' working copies."""
     moments: MomentType = MomentType.fp32
+    """Dtype of AdamW's two moments."""
     fp8: BlockFP8Config | None = None
+    """FP8 for the linear layers' matmuls; everything else keeps `compute`. Null is off."""

@@ -1,125 +1,71 @@
-"""Define the root of the configuration and register every schema with Hydra."""
+"""The root schema of train.py's configuration; importing it registers every schema."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from dsv3.config.checkpoint import CheckpointConfig
-from dsv3.config.convert import ConvertConfig
+from dsv3.config.convert import ConvertConfig  # noqa: F401  # registers itself
 from dsv3.config.data import (
     DataConfig,
-    LocalTokenizerConfig,
-    StdlibDataConfig,
-    TextDataConfig,
     TokenizerConfig,
-    TokensDataConfig,
-    TrainedTokenizerConfig,
 )
 from dsv3.config.hardware import HardwareConfig
-from dsv3.config.launch import LaunchConfig, ProfileConfig, RunConfig, SlurmLaunchConfig
+from dsv3.config.launch import LaunchConfig, ProfileConfig, RunConfig
 from dsv3.config.logger import (
-    ConsoleLoggerConfig,
     LoggerConfig,
-    NoLoggerConfig,
-    TensorboardLoggerConfig,
-    WandbLoggerConfig,
 )
-from dsv3.config.model import HFModelConfig, ModelConfig
+from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import CompileConfig, ParallelConfig, RecomputeConfig
 from dsv3.config.precision import PrecisionConfig
+from dsv3.config.registry import schema
 from dsv3.config.task import (
-    CompareTaskConfig,
-    EvaluateTaskConfig,
-    GenerateTaskConfig,
-    PlanTaskConfig,
     TaskConfig,
-    TrainTaskConfig,
-    VerifyTaskConfig,
 )
 from dsv3.config.training import (
-    AdamWConfig,
-    DeepSeekV3Config,
     OptimizerConfig,
     ScheduleConfig,
-    StepsConfig,
     TrainConfig,
-    WarmupCosineConfig,
-    WSDConfig,
 )
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
-"""The config groups: beside the package in a checkout, inside of it in an installed wheel."""
-
-LAYOUTS = "layouts"
-"""ParallelDims by model and preset: the choice of the other two decides here, so it is no group of its own."""
+EXPERIMENTS = "A named study that sets values of other groups; its question and its result are in NAME.md."
+"""The description of the `experiments` group, which is no field of Config: it sets values of the others."""
 
 
+@schema("config")
 @dataclass
 class Config:
-    """What train.py is told; one field a config group, and the plain nodes train, checkpoint, run."""
+    """The configuration of train.py: a field per config group, and the plain nodes train, checkpoint, run."""
 
     task: TaskConfig
+    """Work of the command: train, evaluate, sample, plan, check or compare."""
     model: ModelConfig
+    """Size and architecture of the model."""
     parallel: ParallelConfig
+    """Split of the model and the batch over ranks."""
     compile: CompileConfig
+    """torch.compile of the layers."""
     precision: PrecisionConfig
+    """Number formats of matmuls and of the optimizer's moments."""
     recompute: RecomputeConfig
+    """Activation checkpointing: memory against time."""
     data: DataConfig
+    """Source of the training text."""
     tokenizer: TokenizerConfig
+    """Tokenizer of the training text."""
     optimizer: OptimizerConfig
+    """Optimizer and its constants."""
     schedule: ScheduleConfig
+    """Learning rate over the run."""
     logger: LoggerConfig
+    """Recipient of the metrics besides metrics.jsonl."""
     hardware: HardwareConfig
+    """Device that the plan computes with."""
     launch: LaunchConfig
+    """Number of processes, and the way to start them."""
     profile: ProfileConfig
+    """torch.profiler over a few steps."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Steps, batch sizes, and how often to log, evaluate, save."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoint to start from, and the ones to keep."""
     run: RunConfig = field(default_factory=RunConfig)
-
-
-SCHEMAS: dict[str, Any] = {
-    "config": Config,
-    "convert": ConvertConfig,
-    "model": ModelConfig,
-    "hf_model": HFModelConfig,
-    "parallel": ParallelConfig,
-    "compile": CompileConfig,
-    "precision": PrecisionConfig,
-    "recompute": RecomputeConfig,
-    "hardware": HardwareConfig,
-    "launch/local": LaunchConfig,
-    "launch/slurm": SlurmLaunchConfig,
-    "profile": ProfileConfig,
-    "optimizer/adamw": AdamWConfig,
-    "schedule/warmup_cosine": WarmupCosineConfig,
-    "schedule/wsd": WSDConfig,
-    "schedule/steps": StepsConfig,
-    "schedule/deepseek_v3": DeepSeekV3Config,
-    "data/stdlib": StdlibDataConfig,
-    "data/text": TextDataConfig,
-    "data/tokens": TokensDataConfig,
-    "tokenizer/trained": TrainedTokenizerConfig,
-    "tokenizer/local": LocalTokenizerConfig,
-    "logger/wandb": WandbLoggerConfig,
-    "logger/tensorboard": TensorboardLoggerConfig,
-    "logger/console": ConsoleLoggerConfig,
-    "logger/none": NoLoggerConfig,
-    "task/train": TrainTaskConfig,
-    "task/evaluate": EvaluateTaskConfig,
-    "task/generate": GenerateTaskConfig,
-    "task/plan": PlanTaskConfig,
-    "task/verify": VerifyTaskConfig,
-    "task/compare": CompareTaskConfig,
-}
-"""Schema nodes by their name under the `schema` group, which the files of conf/ extend."""
-
-
-def register() -> None:
-    """Make the schemas known to Hydra; the files of conf/ name them as `/schema/NAME@_here_`."""
-    from hydra.core.config_store import ConfigStore  # planning imports this file, and does without hydra
-
-    store = ConfigStore.instance()
-    for name, node in SCHEMAS.items():
-        group, _, last = f"schema/{name}".rpartition("/")
-        store.store(name=last, group=group, node=node)
+    """Run directory."""

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from dsv3.errors import InvalidValue, UserError, nearest
+from dsv3.errors import InvalidValue, UserError, did_you_mean
 
 TRUSTED = ("dsv3", "torch.optim")
 
@@ -21,9 +21,9 @@ TRUSTED = ("dsv3", "torch.optim")
 def check_target(target: str, key: str, allow: Sequence[str] = (), settings: Sequence[str] = ()) -> None:
     """Raise UserError unless `target` names a class of a trusted module that takes all `settings`.
 
-    Two steps, because a dotted path may leave its package through an import (`dsv3.x.os.system`):
-    the path must be module.Class with the module inside a trusted package, and the class must have
-    been defined in a trusted package.
+    The check has two steps, because a dotted path may leave its package through an import
+    (`dsv3.x.os.system`): the path must be module.Class with the module inside a trusted package, and the
+    class must have been defined in a trusted package.
     """
     trusted = (*TRUSTED, *allow)
     module, _, name = target.rpartition(".")
@@ -44,6 +44,7 @@ def check_target(target: str, key: str, allow: Sequence[str] = (), settings: Seq
 
 
 def _takes(kind: type, name: str) -> bool:
+    """Return True where the constructor of `kind` takes an argument `name`."""
     try:
         taken = inspect.signature(kind).parameters
     except ValueError:  # a class written in C may not say
@@ -52,20 +53,21 @@ def _takes(kind: type, name: str) -> bool:
 
 
 def _inside(module: str, packages: Sequence[str]) -> bool:
+    """Return True where `module` is one of `packages` or lies in one."""
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
 def strict(node: DictConfig, allow_targets: Sequence[str] = ()) -> Any:
-    """The dataclasses of a composed `node`, or a UserError for anything the schema does not know.
+    """Return the dataclasses of a composed `node`; UserError for anything that the schema does not know.
 
     Hydra's own check lets `+key=` and `++key=` pass; this one does not.
     """
     for path, choices in _unknown_keys(node, ""):
         key = path.rpartition(".")[2]
-        raise UserError(f"unknown key '{path}'.{nearest(key, choices)} Known here: {', '.join(choices)}")
+        raise UserError(f"unknown key '{path}'.{did_you_mean(key, choices)} Known here: {', '.join(choices)}")
     schema: Any = OmegaConf.get_type(node)
     for key in (f.name for f in fields(schema) if f.name not in node):
-        raise UserError(f"{key} is missing: a key cannot be taken out (~{key})")
+        raise UserError(f"{key} is missing: a key cannot be removed (~{key})")
     try:
         typed = OmegaConf.to_object(node)
     except MissingMandatoryValue as error:
@@ -75,7 +77,7 @@ def strict(node: DictConfig, allow_targets: Sequence[str] = ()) -> Any:
 
 
 def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> None:
-    """Let every dataclass below `node` check itself and every `_target_` be one that may be built."""
+    """Let every dataclass below `node` check itself, and check that every `_target_` may be built."""
     for f in fields(node):
         value = getattr(node, f.name)
         if is_dataclass(value):
@@ -93,7 +95,7 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
 
 
 def _require_finite(key: str, value: Any) -> None:
-    """InvalidValue for nan and inf, which pass every comparison or fail none."""
+    """Raise InvalidValue for nan and inf, which pass every comparison or fail every one."""
     numbers = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise InvalidValue(key, value, "must be a finite number")
@@ -105,17 +107,18 @@ def build(node: Any, **runtime: Any) -> Any:
         # instantiate() unescapes strings twice: once when it resolves the node, once when it reads it.
         return instantiate(escape_interpolation(escape_interpolation(node)), **runtime)
     except InstantiationException as error:
-        raise error.__cause__ or error from None  # what the constructor raised, a UserError say
+        raise error.__cause__ or error from None  # the constructor's own error, such as a UserError
 
 
 def to_yaml(node: Any) -> dict[str, Any]:
-    """A config dataclass as plain YAML values, enums by name."""
+    """Return a config dataclass as plain YAML values, enums by name."""
     container = OmegaConf.to_container(OmegaConf.structured(node), enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
 def _unknown_keys(node: DictConfig, path: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the dotted paths of keys that no schema has, each with the keys that are known there."""
     schema = OmegaConf.get_type(node)
     known = [f.name for f in fields(schema)] if schema and is_dataclass(schema) else None
     for key in map(str, node):
@@ -126,7 +129,7 @@ def _unknown_keys(node: DictConfig, path: str) -> Iterator[tuple[str, list[str]]
 
 
 def escape_interpolation(value: Any) -> Any:
-    """The same value with its strings taken as they are: OmegaConf would read `${...}` in them."""
+    """Return a value whose strings OmegaConf reads as they are, although they hold `${...}`."""
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: escape_interpolation(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, dict):

@@ -1,14 +1,15 @@
-"""What each task can be told."""
+"""Schemas of the `task` group, with what the launcher must know of a task before it imports torch."""
 
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from dsv3.config.registry import schema
 from dsv3.errors import require, require_positive
 
 
-class PlanFormat(Enum):
-    """How task=plan and task=compare print."""
+class OutputFormat(Enum):
+    """The output of task=plan and task=compare."""
 
     text = "text"
     json = "json"
@@ -16,48 +17,61 @@ class PlanFormat(Enum):
 
 @dataclass
 class TaskConfig:
-    """The base of conf/task; what the launcher must know of a task before it imports torch for it.
-
-    `uses_model` tasks run in workers on a device, `trains` ones obey the laws of the batch, `must_fit`
-    ones are refused where their plan does not fit, `holds_model` ones where not even the weights do,
-    `writes_run` ones need a run directory of their own.
-    """
+    """The base of conf/task."""
 
     uses_model: ClassVar[bool] = True
+    """The task computes with a model: it runs in workers on a device."""
     trains: ClassVar[bool] = False
+    """The task obeys the constraints of a training batch."""
     must_fit: ClassVar[bool] = False
+    """The task is refused where its plan does not fit into the device's memory."""
     holds_model: ClassVar[bool] = False
+    """The task is refused where not even the weights fit into the device's memory."""
     writes_run: ClassVar[bool] = False
+    """The task needs a run directory of its own."""
+    reads_rows: ClassVar[bool] = False
+    """The task reads rows of data without training: each must split over the ranks of its sequence."""
+    path_is_model_path: ClassVar[bool] = False
+    """The task's `path` is model.path where it is null."""
+    reads_checkpoint: ClassVar[bool] = False
+    """The task reads a run by checkpoint.load and does not resume it."""
     _target_: str = ""
     _recursive_: bool = False
     _convert_: str = "object"
 
 
+@schema("task/train")
 @dataclass
 class TrainTaskConfig(TaskConfig):
-    """Train, evaluate now and then, save, and tell how it went."""
+    """Train, evaluate now and then, save checkpoints, and report the result."""
 
     trains: ClassVar[bool] = True
     must_fit: ClassVar[bool] = True
     writes_run: ClassVar[bool] = True
-    _target_: str = "dsv3.tasks.train.Train"
+    _target_: str = "dsv3.tasks.train.TrainTask"
 
 
+@schema("task/evaluate")
 @dataclass
 class EvaluateTaskConfig(TaskConfig):
     """Held-out loss of a checkpoint."""
 
     holds_model: ClassVar[bool] = True
-    _target_: str = "dsv3.tasks.evaluate.Evaluate"
+    reads_rows: ClassVar[bool] = True
+    reads_checkpoint: ClassVar[bool] = True
+    _target_: str = "dsv3.tasks.evaluate.EvaluateTask"
 
 
 @dataclass
 class SamplingConfig:
-    """How text is sampled: `temperature` 0 takes the likeliest token, `top_p` keeps the nucleus."""
+    """The sampling of text."""
 
     max_tokens: int = 120
+    """Most tokens to sample."""
     temperature: float = 0.8
+    """Divisor of the logits; 0 takes the likeliest token."""
     top_p: float = 0.95
+    """Probability of the nucleus that tokens are sampled from."""
 
     def validate(self) -> None:
         require_positive(self, "max_tokens")
@@ -66,38 +80,45 @@ class SamplingConfig:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
 
 
+@schema("task/generate")
 @dataclass
 class GenerateTaskConfig(TaskConfig, SamplingConfig):
-    """Text that continues `prompt`."""
+    """Text that continues a prompt."""
 
     holds_model: ClassVar[bool] = True
-    _target_: str = "dsv3.tasks.generate.Generate"
+    reads_checkpoint: ClassVar[bool] = True
+    _target_: str = "dsv3.tasks.generate.GenerateTask"
     prompt: str = "def "
+    """Text to continue."""
 
 
+@schema("task/plan")
 @dataclass
 class PlanTaskConfig(TaskConfig):
-    """What a layout would need, by arithmetic alone."""
+    """Memory, traffic and speed of a layout, by arithmetic alone."""
 
     uses_model: ClassVar[bool] = False
     trains: ClassVar[bool] = True
-    _target_: str = "dsv3.tasks.plan.Plan"
-    format: PlanFormat = PlanFormat.text
+    _target_: str = "dsv3.tasks.plan.PlanTask"
+    format: OutputFormat = OutputFormat.text
+    """text, or json: the whole of stdout is one object."""
 
 
+@schema("task/verify")
 @dataclass
 class VerifyTaskConfig(TaskConfig):
-    """Weights of `path` (default: model.path) against HF transformers, layer by layer.
+    """Weights of a checkpoint against HF transformers, layer by layer, on random rows of ids in fp32."""
 
-    `tolerance` is relative to the norm of what is compared, in fp32; the input is `sequences` random
-    rows of `tokens` ids.
-    """
-
-    _target_: str = "dsv3.tasks.verify.Verify"
+    path_is_model_path: ClassVar[bool] = True
+    _target_: str = "dsv3.tasks.verify.VerifyTask"
     path: str | None = None
+    """HuggingFace checkpoint; null is model.path."""
     sequences: int = 2
+    """Random rows of the input."""
     tokens: int = 64
+    """Tokens per row."""
     tolerance: float = 1e-4
+    """Largest error, relative to the norm of what is compared."""
 
     def validate(self) -> None:
         require(bool(self.path), "path", self.path, "give a HuggingFace checkpoint: model=hf model.path=DIR")
@@ -105,20 +126,21 @@ class VerifyTaskConfig(TaskConfig):
         require(self.tokens >= 2, "tokens", self.tokens, "must be at least 2")
 
 
+@schema("task/compare")
 @dataclass
 class CompareTaskConfig(TaskConfig):
-    """The runs of a directory, such as a sweep's, by held-out loss.
-
-    The curves are drawn into `output`, a PNG; null is compare.png in the directory of `runs`.
-    `reference` names one of the jobs: how far the others' training losses are from its own.
-    """
+    """The runs of a directory, such as a sweep's, by held-out loss."""
 
     uses_model: ClassVar[bool] = False
-    _target_: str = "dsv3.tasks.compare.Compare"
+    _target_: str = "dsv3.tasks.compare.CompareTask"
     runs: str | None = None
+    """Directory that holds the runs, such as multirun/ID."""
     output: str | None = None
+    """PNG file of the loss curves; null is compare.png in the directory of `runs`."""
     reference: str | None = None
-    format: PlanFormat = PlanFormat.text
+    """One of the jobs: also print the distance of the others' training losses from its own."""
+    format: OutputFormat = OutputFormat.text
+    """text, or json: the whole of stdout is one object."""
 
     def validate(self) -> None:
         allowed = "give the directory that holds the runs: task.runs=multirun/ID"

@@ -1,17 +1,19 @@
-"""What a training run is told: the optimizer, the learning rate's course, and the loop's numbers."""
+"""Schemas of the `optimizer` and `schedule` groups and of the `train` node."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from dsv3.config.precision import MomentType
+from dsv3.config.registry import schema
 from dsv3.errors import require, require_positive
 
 ADAMW = "torch.optim.AdamW"
 
 SLOWEST_BF16_BETA = 1 - 2**-8
-"""bf16 has 8 significant bits: a change of a number by less than 2^-8 of it may be rounded away."""
+"""bf16 has 8 significant bits: a change of a value by less than 2^-8 of it may be rounded away."""
 
 SEEDS = 2**63
-"""Seeds are 64-bit counts to torch and signed ones to NumPy."""
+"""Seeds are 64-bit integers to torch and signed ones to NumPy."""
 
 
 @dataclass
@@ -22,17 +24,35 @@ class OptimizerConfig:
     _recursive_: bool = False
     _convert_: str = "object"
     lr: float = 3e-3
+    """Peak learning rate; the schedule multiplies it."""
+
+    def state_bytes_per_parameter(self, moments: MomentType) -> int | None:
+        """Return the bytes of optimizer state per parameter that the plan counts; None if not known.
+
+        AdamW and Adam keep two moments in the dtype of `moments`, SGD one fp32 buffer if it has a momentum.
+        The schema of another optimizer overrides this method; without it the plan assumes AdamW's 8 bytes.
+        """
+        if self._target_ in (ADAMW, "torch.optim.Adam"):
+            return 4 if moments is MomentType.bf16 else 8
+        if self._target_ == "torch.optim.SGD":
+            return 4 if getattr(self, "momentum", 0) else 0
+        return None
 
 
+@schema("optimizer/adamw")
 @dataclass
 class AdamWConfig(OptimizerConfig):
-    """torch.optim.AdamW with the report's constants (section 4.2); `lr` is the peak of the schedule."""
+    """torch.optim.AdamW with the report's constants (section 4.2)."""
 
     _target_: str = ADAMW
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and of the second moment per step."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.1
+    """Decoupled weight decay, as a share of the learning rate; norm weights have none."""
     fused: bool = True
+    """Use PyTorch's fused kernel."""
 
     def validate(self) -> None:
         require(self.lr >= 0, "lr", self.lr, "must be 0 or more")
@@ -43,9 +63,9 @@ class AdamWConfig(OptimizerConfig):
 
 
 def check_moments(optimizer: OptimizerConfig, moments: MomentType) -> None:
-    """InvalidValue, by the keys of the root, where `optimizer` cannot keep its moments in `moments`.
+    """Raise InvalidValue, by the keys of the root, where `optimizer` cannot keep its moments in `moments`.
 
-    A running mean that is rounded after each step stands still where a step changes it too little: with a
+    A running mean that is rounded after each step stands still where a step changes it too little. With a
     beta above SLOWEST_BF16_BETA not even gradients of 0 would bring it down.
     """
     if moments is MomentType.fp32:
@@ -61,13 +81,15 @@ def check_moments(optimizer: OptimizerConfig, moments: MomentType) -> None:
 
 @dataclass
 class ScheduleConfig:
-    """The base of conf/schedule; `total_steps` null means train.steps, and a resumed run keeps it."""
+    """The base of conf/schedule."""
 
     _target_: str = ""
     _recursive_: bool = False
     _convert_: str = "object"
     warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
     total_steps: int | None = None
+    """Steps of the whole schedule; null is train.steps, and a resumed run keeps its own."""
 
     def validate(self) -> None:
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must be 0 or more")
@@ -77,30 +99,38 @@ class ScheduleConfig:
             require(0 <= share <= 1, key, share, "must lie between 0 and 1")
 
 
+@schema("schedule/warmup_cosine")
 @dataclass
 class WarmupCosineConfig(ScheduleConfig):
-    """Linear warm-up, then a cosine down to `final` times the peak."""
+    """Linear warm-up, then a cosine."""
 
     _target_: str = "dsv3.training.schedule.WarmupCosine"
     final: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
 
 
+@schema("schedule/wsd")
 @dataclass
 class WSDConfig(ScheduleConfig):
-    """Warm-up, a constant stretch, and a linear decay over the last `decay` share of the run."""
+    """Warm-up, a constant stretch, and a linear decay."""
 
     _target_: str = "dsv3.training.schedule.WarmupStableDecay"
     decay: float = 0.2
+    """Share of the run over which the learning rate decays."""
     final: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
 
 
+@schema("schedule/steps")
 @dataclass
 class StepsConfig(ScheduleConfig):
-    """Warm-up, then a constant that is multiplied by `factor` at each of the `at` shares of the run."""
+    """Warm-up, then a constant that drops at given shares of the run."""
 
     _target_: str = "dsv3.training.schedule.Steps"
     at: list[float] = field(default_factory=lambda: [0.8, 0.9])
+    """Shares of the run at which the learning rate drops, ascending."""
     factor: float = 0.316
+    """Factor on the learning rate at each drop."""
 
     def validate(self) -> None:
         super().validate()
@@ -108,9 +138,10 @@ class StepsConfig(ScheduleConfig):
         require(right, "at", self.at, "must be shares of the run, ascending, like [0.8,0.9]")
 
 
+@schema("schedule/deepseek_v3")
 @dataclass
 class DeepSeekV3Config(ScheduleConfig):
-    """The report's course (section 4.2) with its token counts as shares of 14.8T."""
+    """The report's schedule (section 4.2) with its token counts as shares of 14.8T."""
 
     _target_: str = "dsv3.training.schedule.DeepSeekV3"
     warmup_steps: int = 2000
@@ -118,17 +149,19 @@ class DeepSeekV3Config(ScheduleConfig):
 
 @dataclass
 class BalanceConfig:
-    """How experts are kept evenly loaded: the selection bias's speed and the sequence-wise loss.
+    """Load balance of the experts: the expert bias (aux-loss-free) and the balance losses.
 
-    The bias moves by `bias_speed` a step during the first `bias_until` of the run (report: 0.001 for
-    14.3T of 14.8T tokens, then 0); `loss_weight` is eq. 17's alpha. `z_loss_weight` adds the router's
-    z-loss (ST-MoE, arXiv 2202.08906; 0.001 there), which the report does not use.
+    Report: a bias speed of 0.001 for the first 14.3T of 14.8T tokens, then 0. The report uses no z-loss.
     """
 
     bias_speed: float = 0.001
+    """Change of the expert bias per step."""
     bias_until: float = 14.3 / 14.8
+    """Share of the run during which the expert bias is updated."""
     loss_weight: float = 0.0001
+    """Weight of the sequence-wise balance loss (alpha of eq. 17)."""
     z_loss_weight: float = 0.0
+    """Weight of the router's z-loss (ST-MoE, arXiv 2202.08906; 0.001 there)."""
 
     def validate(self) -> None:
         require(self.bias_speed >= 0, "bias_speed", self.bias_speed, "must be 0 or more")
@@ -139,14 +172,14 @@ class BalanceConfig:
 
 @dataclass
 class MTPLossConfig:
-    """Weight of the multi-token prediction loss: `weight` until the share `switch_at`, then `final_weight`.
-
-    Report section 4.2: 0.3 for the first 10T of 14.8T tokens, 0.1 after.
-    """
+    """Multi-token prediction loss (report section 4.2: weight 0.3 for 10T of 14.8T tokens, then 0.1)."""
 
     weight: float = 0.3
+    """Weight of the loss until `switch_at`."""
     final_weight: float = 0.1
+    """Weight of the loss after `switch_at`."""
     switch_at: float = 10 / 14.8
+    """Share of the run at which the weight changes."""
 
     def validate(self) -> None:
         require(self.weight >= 0, "weight", self.weight, "must be 0 or more")
@@ -156,44 +189,58 @@ class MTPLossConfig:
 
 @dataclass
 class TrainConfig:
-    """The loop's numbers; every `*_every` counts optimizer steps, and 0 means never.
-
-    Left null: `sequence_length` is the model's pre-training length, `global_batch_size` 8 sequences or
-    one microbatch a data-parallel rank where there are more, `microbatch_size` about 4,096 tokens.
-    """
+    """The training loop; every `*_every` counts optimizer steps, and 0 means never."""
 
     steps: int = 300
+    """Optimizer steps of the run."""
     stop_after: int | None = None
+    """Step at which to save and exit 0, without altering the schedule."""
     global_batch_size: int | None = None
+    """Sequences per optimizer step; null is 8, or more where ranks or a pipeline need it."""
     microbatch_size: int | None = None
+    """Sequences per rank and forward pass, the rest by gradient accumulation; null is about 4,096 tokens."""
     sequence_length: int | None = None
+    """Tokens per sequence; null is the model's pre-training length."""
     seed: int = 0
+    """Seed of the initial weights, of the order of the data and of samples."""
     deterministic: bool = False
+    """Refuse operations that are not deterministic: the same seed gives the same bits."""
     clip_norm: float = field(default=1.0, metadata={"unbounded": True})
     """Largest norm of the whole gradient; inf never clips."""
     log_every: int = 20
+    """Steps between two lines on the console."""
     checkpoint_every: int = 100
+    """Steps between two checkpoints; the last step always writes one."""
     evaluate_every: int = 100
+    """Steps between two evaluations on held-out data."""
     evaluate_batches: int | None = None
+    """Microbatches per rank in an evaluation; null is all held-out rows."""
     generate_every: int = 100
+    """Steps between two text samples."""
     export_hf_every: int = 0
+    """Steps between two exports in HuggingFace format."""
     collect_garbage_every: int = 50
+    """Steps between two runs of Python's garbage collection."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Load balance of the experts."""
     mtp_loss: MTPLossConfig = field(default_factory=MTPLossConfig)
+    """Multi-token prediction loss."""
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Your own callbacks by name, each a node with a `_target_` and its arguments (docs/extending.md)."""
 
     @property
     def length(self) -> int:
-        """The completed sequence_length, in tokens."""
+        """Return the completed sequence_length, in tokens."""
         return _completed(self.sequence_length)
 
     @property
     def batch(self) -> int:
-        """The completed global_batch_size, in sequences."""
+        """Return the completed global_batch_size, in sequences."""
         return _completed(self.global_batch_size)
 
     @property
     def microbatch(self) -> int:
-        """The completed microbatch_size, in sequences."""
+        """Return the completed microbatch_size, in sequences."""
         return _completed(self.microbatch_size)
 
     def validate(self) -> None:
@@ -206,6 +253,6 @@ class TrainConfig:
 
 
 def _completed(value: int | None) -> int:
-    """A number that runtime/job.py fills in before anything reads it."""
+    """Return a number that launch/job.py fills in before anything reads it."""
     assert value is not None
     return value

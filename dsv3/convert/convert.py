@@ -1,9 +1,4 @@
-"""The copies of embedding and head that MTP layers are released with: shared here, so they must be equal.
-
-How far a conversion is: bytes, rate and the time it will take, on a terminal.
-
-convert.py's work: a source, a target and what carries slices from one to the other.
-"""
+"""Carry out what convert.py is asked for: open a source, write the files of a target, verify them."""
 
 import os
 import sys
@@ -27,7 +22,7 @@ from rich.progress import (
 )
 
 from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint
-from dsv3.checkpoint.load import open_released, parameter_shapes
+from dsv3.checkpoint.load import open_hf_checkpoint, parameter_shapes
 from dsv3.checkpoint.manifest import verify, verify_description
 from dsv3.config.convert import AUTO, ConvertConfig, Direction, StoredType
 from dsv3.config.model import ModelConfig
@@ -36,47 +31,57 @@ from dsv3.convert.dcp_source import DcpSource
 from dsv3.convert.dcp_target import to_dcp
 from dsv3.convert.destination import Destination
 from dsv3.convert.download import download
-from dsv3.convert.engine import Engine, Work
-from dsv3.convert.estimate import estimate, foreseen
+from dsv3.convert.engine import Conversion, ConversionEngine
+from dsv3.convert.estimate import estimate, estimated_bytes
 from dsv3.convert.hf_assets import HF_DIR, SCALES_FILE
-from dsv3.convert.hf_target import require_sound_scales, to_hf
+from dsv3.convert.hf_target import require_valid_scales, to_hf
 from dsv3.convert.output_file import Interrupted, row_slices
-from dsv3.convert.request import only_verifies
+from dsv3.convert.request import is_verify_only
 from dsv3.distributed.signals import Stopped, stop_on_signal
-from dsv3.errors import RunFailed
-from dsv3.hf.names import SCALE, mtp_duplicates
-from dsv3.hf.pread_file import DirectReader, fault, quoted
+from dsv3.errors import RunFailed, quoted
+from dsv3.hf.names import SCALE_SUFFIX, mtp_duplicates
+from dsv3.hf.pread_file import DirectReader, fault
 from dsv3.hf.storage_reader import HFSource
 
 
 def require_equal_mtp_duplicates(source: HFSource, model: ModelConfig, workers: int) -> None:
-    """UserError for a copy that differs from what it is a copy of: it would be lost without a word."""
-    pairs = [(copy, name) for copy, name in mtp_duplicates(model).items() if copy in source.stored]
+    """Raise UserError for a duplicate that differs from its original.
+
+    Here the two are one tensor, and the difference would be lost.
+    """
+    pairs = [(name, original) for name, original in mtp_duplicates(model).items() if name in source.stored]
     with ThreadPoolExecutor(workers) as pool:
-        for (copy, name), equal in zip(
-            pairs, pool.map(lambda pair: _equal(source, *pair), pairs), strict=True
+        for (name, original), equal in zip(
+            pairs, pool.map(lambda pair: _equal_bytes(source, *pair), pairs), strict=True
         ):
             if not equal:
                 raise fault(
-                    source.stored[copy].file,
-                    f"has {quoted(copy)} that is not equal to '{name}': here an MTP layer shares it",
+                    source.stored[name].file,
+                    f"has {quoted(name)} that is not equal to '{original}': here an MTP layer shares it",
                 )
 
 
-def _equal(source: HFSource, copy: str, name: str) -> bool:
-    one, other = source.stored[copy], source.stored[name]
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def _equal_bytes(source: HFSource, name: str, other: str) -> bool:
+    """Return whether two tensors are stored as the same bytes, in fp8 their scales as well."""
+    one, two = source.stored[name], source.stored[other]
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
         return False
     slices = row_slices(one.shape, one.dtype.itemsize)
-    scales = [(copy + SCALE, name + SCALE)] if source.is_quantized(copy) else []
-    if not all(pair[0] in source.stored and _equal(source, *pair) for pair in scales):
-        return False
-    return all(torch.equal(source.raw(copy, *rows), source.raw(name, *rows)) for rows in slices)
+    if source.is_quantized(name):
+        scales = (name + SCALE_SUFFIX, other + SCALE_SUFFIX)
+        if scales[0] not in source.stored or not _equal_bytes(source, *scales):
+            return False
+    return all(
+        torch.equal(source.read_bytes(name, *rows), source.read_bytes(other, *rows)) for rows in slices
+    )
 
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar of `total` bytes on stderr while the context lasts; what it yields is told of bytes done."""
+    """Show a progress bar of `total` bytes on stderr, if that is a terminal.
+
+    Yields a function that takes bytes done.
+    """
     console = Console(file=sys.stderr)
     columns = (
         TextColumn("{task.description}"),
@@ -91,65 +96,65 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 
 def convert(config: ConvertConfig) -> str:
-    """Carry out a conversion; what there is to say of it."""
+    """Carry out a conversion; return its summary."""
     if config.direction is Direction.download:
         return str(download(config))
     torch.set_num_threads(1)  # each worker computes for itself
     output = Path(config.output or "")
-    if only_verifies(config):
-        return _verified(output)
+    if is_verify_only(config):
+        return verify_output(output)
     model, directory = config.model, Path(config.input or "")
     assert model is not None
     workers = (os.cpu_count() or 1) if config.workers == AUTO else int(config.workers)
     if config.plan and not config.input:
-        return estimate(*foreseen(config, model, parameter_shapes(model)), workers, config.speeds)
+        return estimate(*estimated_bytes(config, model, parameter_shapes(model)), workers, config.speeds)
     source = open_source(config.direction, directory, model, whole=config.verify and not config.plan)
-    work = _work(config, source, model)
+    if config.direction is Direction.hf_to_dcp:
+        assert isinstance(source, HFSource)
+        dtype = torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16
+        conversion = to_dcp(source, model, dtype)
+    else:
+        conversion = to_hf(config, source, model)
     if config.plan:
-        return estimate(_size(_files(source)), work.nbytes, workers, config.speeds)
+        read = sum(file.stat().st_size for file in _input_files(source))
+        return estimate(read, conversion.nbytes, workers, config.speeds)
     if isinstance(source, HFSource):
-        require_sound_scales(source, workers)
+        require_valid_scales(source, workers)
         require_equal_mtp_duplicates(source, model, workers)
     started = time.monotonic()
-    with Destination(output, _identity(config, source, model, work)) as destination:
-        _carry_out(destination, work, workers)
+    with Destination(output, _identity(config, source, model, conversion)) as destination:
+        _carry_out(destination, conversion, workers)
     seconds = time.monotonic() - started
-    rate = work.nbytes / 1e9 / max(seconds, 1e-9)
-    told = f"{output}: {work.nbytes / 1e9:.2f} GB in {seconds:.1f} s ({rate:.2f} GB/s)"
-    return f"{told}\n{_verified(output)}" if config.verify else told
+    gigabytes = conversion.nbytes / 1e9
+    rate = gigabytes / max(seconds, 1e-9)
+    summary = f"{output}: {gigabytes:.2f} GB in {seconds:.1f} s ({rate:.2f} GB/s)"
+    return f"{summary}\n{verify_output(output)}" if config.verify else summary
 
 
 def open_source(
     direction: Direction, directory: Path, model: ModelConfig, whole: bool
 ) -> HFSource | DcpSource:
-    """What a conversion reads; a DCP is compared with its manifest, its tensors too where `whole` asks."""
+    """Open the input of a conversion; a DCP is compared with its manifest, its tensors only if `whole`."""
     if direction is Direction.dcp_to_hf:
         checkpoint = find_checkpoint(str(directory))
         (verify if whole else verify_description)(checkpoint)
         return DcpSource(checkpoint, model, parameter_shapes(model))
-    return open_released(directory, model, DirectReader)
+    return open_hf_checkpoint(directory, model, DirectReader)
 
 
-def _work(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig) -> Work:
-    if config.direction is Direction.hf_to_dcp:
-        assert isinstance(source, HFSource)
-        return to_dcp(source, model, torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16)
-    return to_hf(config, source, model)
-
-
-def _carry_out(destination: Destination, work: Work, workers: int) -> None:
-    """Write everything; Stopped where a signal asks for it, RunFailed where the disk does not play along."""
+def _carry_out(destination: Destination, conversion: Conversion, workers: int) -> None:
+    """Write all files; raise Stopped where a signal asks to stop, RunFailed for an error of the disk."""
     try:
-        destination.require_space(work.nbytes)
+        destination.require_space(conversion.nbytes)
         with (
             stop_on_signal(alone=True) as request,
-            progress(work.nbytes, f"writing {destination.output.name}") as report,
+            progress(conversion.nbytes, f"writing {destination.output.name}") as report,
         ):
-            engine = Engine(
+            engine = ConversionEngine(
                 destination.partial, destination.journal, workers, report, lambda: request.requested
             )
-            finished = engine.run(work.outputs)
-            work.complete(destination.partial, finished)
+            finished = engine.run(conversion.files)
+            conversion.complete(destination.partial, finished)
             destination.complete(finished)
     except Interrupted:
         raise Stopped(f"stopped: {destination.remains}") from None
@@ -158,33 +163,33 @@ def _carry_out(destination: Destination, work: Work, workers: int) -> None:
         raise RunFailed(f"{error.strerror or error}{where}: {destination.remains}") from None
 
 
-def _files(source: HFSource | DcpSource) -> list[Path]:
-    """The files that are read."""
+def _input_files(source: HFSource | DcpSource) -> list[Path]:
+    """Return the files that a conversion reads."""
     if isinstance(source, HFSource):
         return sorted({entry.file for entry in source.stored.values()})
     beside = [source.directory / ".metadata", source.directory / HF_DIR / SCALES_FILE]
     return [*sorted(source.directory.glob("*.distcp")), *(path for path in beside if path.is_file())]
 
 
-def _size(files: list[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
-
-
 def _identity(
-    config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig, work: Work
+    config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig, conversion: Conversion
 ) -> dict[str, Any]:
-    """What makes two conversions the same one: only then does the second go on with the first."""
+    """Return the settings and inputs that identify a conversion.
+
+    After a kill only an equal conversion goes on with it.
+    """
     files = [
         [os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns]  # noqa: PTH100 (keeps links)
-        for path in _files(source)
+        for path in _input_files(source)
     ]
     keys = ("direction", "dtype", "scale_fmt", "max_shard_size")
     chosen = {key: value.value if isinstance(value := getattr(config, key), Enum) else value for key in keys}
     stored = {"quantization_config": [source.block, source.quantization], "model": to_yaml(model)}
-    layout = [[output.name, output.nbytes, len(output.pieces)] for output in work.outputs]
+    layout = [[file.name, file.nbytes, len(file.slices)] for file in conversion.files]
     return chosen | {"input": files} | stored | {"layout of files": layout}
 
 
-def _verified(output: Path) -> str:
+def verify_output(output: Path) -> str:
+    """Read a finished output again; UserError unless every file is as its manifest says."""
     verify(output)
     return f"{output}: every file is as {MANIFEST_FILE} says"

@@ -1,240 +1,245 @@
-"""Boxes of a tensor: what shards, chunks and released tensors have in common.
+"""Read the weights of a DCP directory as rows of HF tensors, whatever shards they were saved in.
 
-The weights of a DCP directory in slices of released tensors, whatever the shards it was saved in.
+Boxes of a tensor, by offset and sizes per dim, are what shards, DCP's chunks and HF tensors have in common.
 """
 
 import io
 import os
-import threading
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3.checkpoint.dcp_metadata import read_metadata
 from dsv3.config.model import ModelConfig
 from dsv3.convert.hf_assets import HF_DIR, SCALES_FILE, read_import_metadata
-from dsv3.errors import UserError
-from dsv3.hf.config_json import BLOCK
-from dsv3.hf.names import HFTensor, released_layout
-from dsv3.hf.pread_file import DirectReader, PreadFile, fault, quoted
-from dsv3.hf.safetensors_header import StoredTensor, byte_view, read_header
-from dsv3.hf.safetensors_reader import ShardReader
+from dsv3.distributed.torch_private import locate_saved_tensor
+from dsv3.errors import UserError, quoted
+from dsv3.hf.names import MODEL_PREFIX, HFTensor, hf_layout
+from dsv3.hf.pread_file import DirectReader, OpenFiles, PreadFile, fault
+from dsv3.hf.safetensors_header import TensorInfo, byte_view, read_header
+from dsv3.hf.safetensors_reader import WINDOW, SafetensorsReader, ScratchMemory
+from dsv3.hf.storage_reader import VALUE_DTYPES
+from dsv3.planning.sharding import FP8_BLOCK
 
 
-def overlap(
+def intersect(
     offset: Sequence[int], sizes: Sequence[int], other: Sequence[int], other_sizes: Sequence[int]
 ) -> tuple[list[int], list[int]] | None:
-    """Where two boxes of a tensor, by offsets and sizes, meet: first and end by dim; None if nowhere."""
+    """Return first and end, by dim, of the part that two boxes of a tensor share, or None."""
     low = [max(a, b) for a, b in zip(offset, other, strict=True)]
     high = [min(a + n, b + m) for a, n, b, m in zip(offset, sizes, other, other_sizes, strict=True)]
     return (low, high) if all(a < b for a, b in zip(low, high, strict=True)) else None
 
 
-def inside(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-    """The box from `low` to `high`, counted from `origin`: an index."""
+def relative_index(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    """Return the box from `low` to `high` as an index into a tensor that begins at `origin`."""
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
-
-
-_PREFIX = "model."
-
-_WINDOW = 4 * 2**20
-
-_OPEN = 64
-"""Files: a run of thousands of ranks has as many."""
-
-_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a parameter and where its numbers lie, row by row, in a file."""
+    """A box of a parameter, and the entry of a file that holds it: an archive of torch.save."""
 
+    parameter: str
+    dtype: torch.dtype
     offset: tuple[int, ...]
     sizes: tuple[int, ...]
-    file: str
+    file: Path
     begin: int
-    """Of the entry in the file."""
+    """First byte of the entry in the file."""
     length: int
+    """Bytes of the entry."""
 
 
 class DcpSource:
-    """Reads rows of released tensors out of the shards that hold them; any number of threads may share one.
+    """Reads rows of HF tensors out of the shards that hold them; any number of threads may share one.
 
-    A shard may be larger than memory: what is read of it is a range of its bytes. UserError for a tensor
-    that is missing or of another shape, and for entries that are not plain tensors.
+    A shard may be larger than memory: only ranges of its bytes are read. UserError for a tensor that is
+    missing or of another shape, and for entries that are not plain tensors.
     """
 
     def __init__(self, directory: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
         self.directory = directory
-        self.layout = released_layout(config, shapes)
+        self.layout = hf_layout(config, shapes)
         import_metadata = read_import_metadata(directory)
-        self.block: tuple[int, int] = tuple(import_metadata.get("block", (BLOCK, BLOCK)))
+        self.block: tuple[int, int] = tuple(import_metadata.get("block", (FP8_BLOCK, FP8_BLOCK)))
         self.quantization: dict[str, Any] | None = import_metadata.get("quantization_config")
-        # A model trained here is released as DeepSeek's are: with the copies.
+        # A model trained here is exported as DeepSeek exports: with the duplicates.
         self.has_mtp_duplicates = bool(import_metadata.get("copies", True))
-        self._dtypes: dict[str, torch.dtype] = {}
-        self._chunks = self._find(shapes)
-        self._places: dict[tuple[str, int], int] = {}
-        self._files: OrderedDict[str, PreadFile] = OrderedDict()
-        self._lock = threading.Lock()
-        self._scratch = threading.local()
-        self._check_sizes()
-        self._reader = ShardReader()
-        self._scales = _read_scales(directory / HF_DIR / SCALES_FILE, self.layout, self.block)
+        self._chunks = find_chunks(directory, shapes)
+        self._entries = EntryReader()
+        for chunks in self._chunks.values():
+            for chunk in chunks:
+                self._entries.require_whole(chunk)
+        self._scratch = ScratchMemory()
+        self._reader = SafetensorsReader()
+        self._scales = _find_scales(directory / HF_DIR / SCALES_FILE, self.layout, self.block)
 
-    def numbers(self, tensor: HFTensor) -> torch.dtype:
-        """What is stored, bf16 or else fp32."""
-        return torch.bfloat16 if self._dtypes[tensor.parameter] is torch.bfloat16 else torch.float32
+    def value_dtype(self, tensor: HFTensor) -> torch.dtype:
+        """Return the dtype of the stored values, bf16 or else fp32."""
+        chunk = self._chunks[tensor.parameter, _chunk_group(tensor.offset)][0]
+        return torch.bfloat16 if chunk.dtype is torch.bfloat16 else torch.float32
 
-    def scales(self, name: str) -> Tensor | None:
-        """The grid of scales that a weight was imported with."""
+    def read_scales(self, name: str) -> Tensor | None:
+        """Return the scale grid that an HF weight was imported with, or None."""
         entry = self._scales.get(name)
         return None if entry is None else self._reader.read_rows(entry, 0, entry.rows)
 
-    def codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
-        """A DCP holds no codes."""
+    def read_codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """Return None: a DCP holds no fp8 codes."""
         return None
 
-    def rows(self, tensor: HFTensor, first: int, count: int, out: Tensor) -> Tensor:
-        """Rows [first, first + count) as numbers, in `out`, put together from all shards that have any."""
+    def read_rows(self, tensor: HFTensor, first: int, count: int, out: Tensor) -> Tensor:
+        """Fill `out` with rows [first, first + count) of an HF tensor, from all chunks that hold any."""
         offset, sizes = tensor.box_of_rows(first, count)
-        whole = out.view(sizes)
-        for chunk in self._chunks[tensor.parameter, _shelf(tensor.offset)]:
-            shared = overlap(offset, sizes, chunk.offset, chunk.sizes)
+        box = out.view(sizes)
+        for chunk in self._chunks[tensor.parameter, _chunk_group(tensor.offset)]:
+            shared = intersect(offset, sizes, chunk.offset, chunk.sizes)
             if shared is not None:
-                ranges = [(box.start, box.stop) for box in inside(*shared, chunk.offset)]
-                self._copy(tensor.parameter, chunk, ranges, whole[inside(*shared, offset)])
+                source = relative_index(*shared, chunk.offset)
+                self._copy_box(chunk, source, box[relative_index(*shared, offset)])
         return out
 
-    def _copy(self, parameter: str, chunk: Chunk, box: list[tuple[int, int]], target: Tensor) -> None:
-        """Fill `target` with a `box` inside of a chunk, in ranges of whole rows of the chunk."""
-        dtype = self._dtypes[parameter]
-        width = chunk.sizes[-1] if chunk.sizes else 1
-        columns = box[-1] if box else (0, 1)
-        if len(box) < 2:  # a vector is one row
-            numbers = self._read(parameter, chunk, columns[0], columns[1] - columns[0], dtype)
-            target.copy_(numbers.view(target.shape))
+    def _copy_box(self, chunk: Chunk, box: tuple[slice, ...], target: Tensor) -> None:
+        """Fill `target`, of any dtype and strides, with the part `box` of a chunk, matrix by matrix."""
+        if len(box) < 2:  # a vector is a matrix of one row, a scalar one of one element
+            columns = box[0] if box else slice(0, 1)
+            first, count = columns.start, columns.stop - columns.start
+            values = self._scratch.take((count,), chunk.dtype)
+            self._entries.read(chunk, first, values)
+            target.copy_(values.view(target.shape))
             return
-        for index, place in _leading(box[:-2]):
-            row, end = box[-2]
-            begin = 0
-            for level, size in zip(index, chunk.sizes[:-2], strict=True):
-                begin = begin * size + level
-            begin *= chunk.sizes[-2]
-            rows = target[place]
-            if columns == (0, width) and rows.dtype is dtype and rows.is_contiguous():
-                self._fill(parameter, chunk, (begin + row) * width, rows)
-                continue
-            step = max(1, _WINDOW // (width * dtype.itemsize))
-            for first in range(row, end, step):
-                count = min(step, end - first)
-                numbers = self._read(parameter, chunk, (begin + first) * width, count * width, dtype)
-                cut = numbers.view(count, width)[:, slice(*columns)]
-                rows[first - row : first - row + count].copy_(cut)
+        rows, columns = box[-2:]
+        leading = [range(dim.start, dim.stop) for dim in box[:-2]]
+        for index in product(*leading):
+            matrix = 0  # number of the matrix [index] in the chunk
+            for position, size in zip(index, chunk.sizes[:-2], strict=True):
+                matrix = matrix * size + position
+            first_row = matrix * chunk.sizes[-2] + rows.start
+            place = tuple(position - dim.start for position, dim in zip(index, box[:-2], strict=True))
+            self._copy_matrix(chunk, first_row, columns, target[place])
 
-    def _read(self, parameter: str, chunk: Chunk, first: int, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` numbers of a chunk from number `first` on."""
-        numbers = self._buffer(count * dtype.itemsize).view(dtype)
-        self._fill(parameter, chunk, first, numbers)
-        return numbers
+    def _copy_matrix(self, chunk: Chunk, first_row: int, columns: slice, target: Tensor) -> None:
+        """Fill the matrix `target` from row `first_row` of a chunk on, all its matrices counted as one."""
+        width = chunk.sizes[-1]
+        is_whole_rows = (columns.start, columns.stop) == (0, width)
+        if is_whole_rows and target.dtype is chunk.dtype and target.is_contiguous():
+            self._entries.read(chunk, first_row * width, target)
+            return
+        step = max(1, WINDOW // (width * chunk.dtype.itemsize))
+        for first in range(0, len(target), step):
+            count = min(step, len(target) - first)
+            values = self._scratch.take((count, width), chunk.dtype)
+            self._entries.read(chunk, (first_row + first) * width, values)
+            target[first : first + count].copy_(values[:, columns])
 
-    def _fill(self, parameter: str, chunk: Chunk, first: int, numbers: Tensor) -> None:
-        """Read the numbers of a chunk from number `first` on into a contiguous tensor of its type."""
-        place = self._place(parameter, chunk) + first * numbers.itemsize
-        self._file(chunk.file).read(byte_view(numbers).numpy().data, place, f"'{parameter}'")
 
-    def _buffer(self, nbytes: int) -> Tensor:
-        """Memory of this thread for what is read; taken anew each time it would make the heap grow."""
-        buffer: Tensor | None = getattr(self._scratch, "buffer", None)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._scratch.buffer = torch.empty(max(nbytes, _WINDOW), dtype=torch.uint8)
-        return buffer[:nbytes]
+def find_chunks(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[tuple[str, int], list[Chunk]]:
+    """Return the chunks by parameter and group (see `_chunk_group`).
 
-    def _file(self, name: str) -> PreadFile:
-        with self._lock:
-            if name not in self._files:
-                self._files[name] = DirectReader(self.directory / name)
-                if len(self._files) > _OPEN:  # closed once no thread reads from it any more
-                    self._files.popitem(last=False)
-            self._files.move_to_end(name)
-            return self._files[name]
+    UserError where a parameter is missing, of another shape or dtype, or where chunks overlap.
+    """
+    metadata = read_metadata(directory)
+    found: dict[tuple[str, int], list[Chunk]] = defaultdict(list)
+    files: dict[str, Path] = {}
+    places = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()}
+    for parameter, shape in shapes.items():
+        name = MODEL_PREFIX + parameter
+        entry = metadata.state_dict_metadata.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{directory} has no tensor '{name}', which its model has")
+        if tuple(entry.size) != shape:
+            stored, wanted = list(entry.size), list(shape)
+            raise UserError(f"{directory}: '{name}' has shape {stored}, the model {wanted}")
+        dtype = entry.properties.dtype
+        if dtype not in VALUE_DTYPES:
+            known = "float32, bfloat16 and float16"
+            raise UserError(f"{directory} has '{name}' of {dtype}; supported: {known}")
+        for box in entry.chunks:
+            info = places.get((name, box.offsets))
+            if info is None:
+                raise UserError(f"{directory}/.metadata does not say where '{name}' lies")
+            offset, sizes = tuple(box.offsets), tuple(box.sizes)
+            file = files.setdefault(info.relative_path, directory / info.relative_path)
+            chunk = Chunk(parameter, dtype, offset, sizes, file, info.offset, info.length)
+            first = _chunk_group(offset)
+            for group in range(first, first + (sizes[0] if len(sizes) == 3 else 1)):
+                others = found[parameter, group]
+                if any(intersect(offset, sizes, other.offset, other.sizes) for other in others):
+                    what = "parts that overlap, and so another that is missing"
+                    raise UserError(f"{directory}/.metadata gives '{name}' {what}")
+                others.append(chunk)
+    return found
 
-    def _check_sizes(self) -> None:
-        """UserError for a file that ends before an entry does: told before anything is written."""
-        sizes: dict[str, int] = {}
-        for (parameter, _), chunks in self._chunks.items():
-            for chunk in chunks:
-                if chunk.file not in sizes:
-                    sizes[chunk.file] = self._file(chunk.file).size
-                end, size = chunk.begin + chunk.length, sizes[chunk.file]
-                if end > size:
-                    what = f"the entry of '{parameter}' ends at byte {end}, the file has {size}"
-                    raise fault(self.directory / chunk.file, f"is cut off: {what}")
 
-    def _place(self, parameter: str, chunk: Chunk) -> int:
-        """Where in the file a chunk's numbers begin: torch.save's archive says it, and is not unpacked."""
+def _chunk_group(offset: tuple[int, ...]) -> int:
+    """Return the expert at which a box of a stack begins, 0 for other parameters.
+
+    Chunks of stacks are kept by expert, for there are thousands of them.
+    """
+    return offset[0] if len(offset) == 3 else 0
+
+
+class EntryReader:
+    """Reads elements of chunks from the files of a DCP; any number of threads may share one."""
+
+    def __init__(self) -> None:
+        # A run of thousands of ranks has as many files.
+        self._files = OpenFiles(kind=DirectReader)
+        self._sizes: dict[Path, int] = {}
+        self._places: dict[tuple[Path, int], int] = {}
+        self._lock = Lock()
+
+    def require_whole(self, chunk: Chunk) -> None:
+        """Raise UserError where the file ends before the entry does: before anything is written."""
+        if chunk.file not in self._sizes:
+            self._sizes[chunk.file] = self._files.get(chunk.file).size
+        end, size = chunk.begin + chunk.length, self._sizes[chunk.file]
+        if end > size:
+            what = f"the entry of '{chunk.parameter}' ends at byte {end}, the file has {size}"
+            raise fault(chunk.file, f"is cut off: {what}")
+
+    def read(self, chunk: Chunk, first: int, target: Tensor) -> None:
+        """Fill `target` (contiguous, of the chunk's dtype) with elements from number `first` on."""
+        offset = self._data_offset(chunk) + first * target.itemsize
+        file = self._files.get(chunk.file)
+        file.read(byte_view(target).numpy().data, offset, f"'{chunk.parameter}'")
+
+    def _data_offset(self, chunk: Chunk) -> int:
+        """Return the byte of the file at which a chunk's elements begin; the archive's index says it."""
         key = (chunk.file, chunk.begin)
         if key not in self._places:
-            file = self._file(chunk.file)
-            # PyTorch reads no storage in this mode, and remembers where it would have.
-            with self._lock, FakeTensorMode():
+            file = self._files.get(chunk.file)
+            with self._lock:
                 try:
-                    view = io.BufferedReader(_View(file, chunk.begin, chunk.length))
-                    stored = torch.load(view, weights_only=True)
-                    offset = stored.untyped_storage()._checkpoint_offset
+                    entry = io.BufferedReader(_FileRange(file, chunk.begin, chunk.length))
+                    stored, storage_offset = locate_saved_tensor(entry)
                 except Exception as error:
                     what = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    raise UserError(f"{file.path}: the entry of '{parameter}' is no tensor: {what}") from None
-                wanted = (chunk.sizes, self._dtypes[parameter], True)
+                    raise UserError(
+                        f"{file.path}: the entry of '{chunk.parameter}' is no tensor: {what}"
+                    ) from None
+                wanted = (chunk.sizes, chunk.dtype, True)
                 found = (tuple(stored.shape), stored.dtype, stored.is_contiguous())
                 if found != wanted:
                     raise UserError(
-                        f"{file.path}: the entry of '{parameter}' has shape {list(found[0])} and {found[1]}, "
-                        f".metadata says {list(wanted[0])} and {wanted[1]}"
+                        f"{file.path}: the entry of '{chunk.parameter}' has shape {list(found[0])} and "
+                        f"{found[1]}, .metadata says {list(wanted[0])} and {wanted[1]}"
                     )
-                self._places[key] = chunk.begin + offset + stored.storage_offset() * stored.itemsize
+                within = int(storage_offset + stored.storage_offset() * stored.itemsize)
+                self._places[key] = chunk.begin + within
         return self._places[key]
 
-    def _find(self, shapes: dict[str, tuple[int, ...]]) -> dict[tuple[str, int], list[Chunk]]:
-        """The chunks by parameter and shelf; UserError where one is missing or of another shape."""
-        metadata = read_metadata(self.directory)
-        found: dict[tuple[str, int], list[Chunk]] = defaultdict(list)
-        by_place = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()}
-        for name, shape in shapes.items():
-            entry = metadata.state_dict_metadata.get(_PREFIX + name)
-            if not isinstance(entry, TensorStorageMetadata):
-                raise UserError(f"{self.directory} has no tensor '{_PREFIX + name}', which its model has")
-            if tuple(entry.size) != shape:
-                stored, wanted = list(entry.size), list(shape)
-                raise UserError(
-                    f"{self.directory}: '{_PREFIX + name}' has shape {stored}, the model {wanted}"
-                )
-            self._dtypes[name] = dtype = entry.properties.dtype
-            if dtype not in _NUMBERS:
-                known = "float32, bfloat16 and float16"
-                raise UserError(f"{self.directory} has '{_PREFIX + name}' of {dtype}; supported: {known}")
-            for box in entry.chunks:
-                info = by_place.get((_PREFIX + name, box.offsets))
-                if info is None:
-                    raise UserError(f"{self.directory}/.metadata does not say where '{_PREFIX + name}' lies")
-                place = (info.relative_path, info.offset, info.length)
-                chunk = Chunk(tuple(box.offsets), tuple(box.sizes), *place)
-                for shelf in range(*_shelves(chunk)):
-                    if any(_meet(chunk, other) for other in found[name, shelf]):
-                        what = "parts that overlap, and so another that is missing"
-                        raise UserError(f"{self.directory}/.metadata gives '{_PREFIX + name}' {what}")
-                    found[name, shelf].append(chunk)
-        return found
 
-
-class _View(io.RawIOBase):
+class _FileRange(io.RawIOBase):
     """A range of a file as a file of its own."""
 
     def __init__(self, file: PreadFile, begin: int, length: int) -> None:
@@ -263,8 +268,8 @@ class _View(io.RawIOBase):
         return count
 
 
-def _read_scales(path: Path, layout: list[HFTensor], block: tuple[int, int]) -> dict[str, StoredTensor]:
-    """The grids that the weights were imported with, by the weights' names."""
+def _find_scales(path: Path, layout: list[HFTensor], block: tuple[int, int]) -> dict[str, TensorInfo]:
+    """Return the scale grids that the weights were imported with, by the weights' HF names."""
     if not path.is_file():
         return {}
     stored = {entry.name: entry for entry in read_header(PreadFile(path))}
@@ -275,28 +280,3 @@ def _read_scales(path: Path, layout: list[HFTensor], block: tuple[int, int]) -> 
             found = f"{entry.dtype} of shape {list(entry.shape)}"
             raise fault(path, f"has the scales of {quoted(tensor.name)} as {found}, not float32 {list(grid)}")
     return stored
-
-
-def _meet(one: Chunk, other: Chunk) -> bool:
-    return overlap(one.offset, one.sizes, other.offset, other.sizes) is not None
-
-
-def _shelf(offset: tuple[int, ...]) -> int:
-    """Chunks of stacks are kept by expert, for there are thousands of them; others all together."""
-    return offset[0] if len(offset) == 3 else 0
-
-
-def _shelves(chunk: Chunk) -> tuple[int, int]:
-    first = _shelf(chunk.offset)
-    return first, first + (chunk.sizes[0] if len(chunk.sizes) == 3 else 1)
-
-
-def _leading(ranges: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The indices of the leading dims of a box in its chunk, and the same counted from the box."""
-    if not ranges:
-        yield (), ()
-        return
-    begin, end = ranges[0]
-    for index in range(begin, end):
-        for rest, place in _leading(ranges[1:]):
-            yield (index, *rest), (index - begin, *place)

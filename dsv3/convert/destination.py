@@ -1,9 +1,8 @@
-"""What a conversion has finished, so that the same command goes on after a kill.
+"""The output of a conversion: written beside its place, it appears by one rename when everything is there.
 
-Where a conversion writes: beside its output, which appears by one rename when all is there.
+A journal notes each finished file, so that the same command goes on after a kill.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,8 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dsv3.checkpoint.directory import MANIFEST_FILE, sync
 from dsv3.checkpoint.manifest import FileEntry, digest, write_manifest
 from dsv3.errors import UserError
@@ -24,7 +25,7 @@ JOURNAL = ".journal.jsonl"
 
 @dataclass(frozen=True)
 class Finished:
-    """A file that is on the disk: what it is, and what its pieces said of themselves."""
+    """A file that is on the disk: its size and digest, and the records of its slices."""
 
     name: str
     entry: FileEntry
@@ -32,9 +33,9 @@ class Finished:
 
 
 class Journal:
-    """A line a finished file in `directory`, the first line says which conversion it is.
+    """A file in `directory` with a line per finished file; its first line says which conversion it is.
 
-    UserError where the directory is that of another conversion, or of other inputs.
+    UserError where the directory holds another conversion, or one of other inputs.
     """
 
     def __init__(self, directory: Path, conversion: dict[str, Any]) -> None:
@@ -43,7 +44,7 @@ class Journal:
         self._lock = Lock()
         conversion = json.loads(json.dumps(conversion))  # as it is read back: lists for tuples
         first, *lines = _whole_lines(self.path) or [None]
-        if first is None:  # new, or damaged where it says what it is of: nothing is known then
+        if first is None:  # new, or damaged in the line that names the conversion: nothing is known then
             self.path.write_bytes(b"")
             self._append(conversion)
             return
@@ -57,7 +58,7 @@ class Journal:
                 self.found[finished.name] = finished
 
     def add(self, finished: Finished) -> None:
-        """Remember a file whose bytes are on the disk."""
+        """Note a file whose bytes are on the disk."""
         entry = finished.entry
         self._append(
             {"name": finished.name, "size": entry.size, "digest": entry.digest, "records": finished.records}
@@ -65,7 +66,10 @@ class Journal:
         self.found[finished.name] = finished
 
     def intact(self, name: str, report: Callable[[int], None]) -> Finished | None:
-        """What is known of a finished file, read again and found unchanged; None where it must be written."""
+        """Return a finished file that is still unchanged, None for one to be written.
+
+        `report` gets the bytes that are read to see it.
+        """
         finished = self.found.get(name)
         if finished is None:
             return None
@@ -73,7 +77,7 @@ class Journal:
         try:
             unchanged = path.stat().st_size == finished.entry.size
             return finished if unchanged and digest(path, report) == finished.entry.digest else None
-        except OSError:  # it is gone, or lies where the disk has gone bad
+        except OSError:  # it is gone, or the disk cannot read it any more
             return None
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -84,25 +88,28 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any] | None]:
-    """The lines that were written whole, None for a damaged one; a kill may have cut the last one short."""
+    """Return the lines that were written whole, None for a damaged one.
+
+    A kill may have cut the last one short: it is removed.
+    """
     if not path.is_file():
         return []
     raw = path.read_bytes()
     whole = raw.rfind(b"\n") + 1
     if whole < len(raw):
-        os.truncate(path, whole)  # what is appended next must begin a line of its own
-    return [_line(line) for line in raw[:whole].splitlines()]
-
-
-def _line(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
+        os.truncate(path, whole)  # the next line must not be appended to half a line
+    lines: list[dict[str, Any] | None] = []
+    for text in raw[:whole].splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        lines.append(line if isinstance(line, dict) else None)
+    return lines
 
 
 def _finished(line: dict[str, Any] | None) -> Finished | None:
+    """Return the finished file that a line of the journal describes; None for a damaged line."""
     try:
         assert line is not None
         entry = FileEntry(int(line["size"]), str(line["digest"]))
@@ -112,7 +119,7 @@ def _finished(line: dict[str, Any] | None) -> Finished | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What an unfinished conversion has otherwise than this one."""
+    """Return, for a message, in what an unfinished conversion differs from this one."""
     told = [_difference(key, before.get(key), now[key]) for key in now if before.get(key) != now[key]]
     return " and ".join(told) or "another plan"
 
@@ -128,33 +135,38 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 _LOCK = ".lock"
 
-_OURS = (_LOCK, JOURNAL)
-"""What lies beside the files of an unfinished conversion."""
+_OWN_FILES = (_LOCK, JOURNAL)
+"""Files in the directory of an unfinished conversion that are no part of its output."""
 
 
 class Destination:
     """The output directory and `.NAME.partial` beside it, in which an unfinished conversion waits.
 
-    A context: where it ends before a file is finished, nothing is left. UserError where the output holds
-    something, cannot be made, or is being written by another process.
+    A context manager: where it ends before a file is finished, nothing is left. UserError where the output
+    is not empty, cannot be made, or is being written by another process. The lock is one of the operating
+    system on an open file, so that a killed process holds it no longer.
     """
 
     def __init__(self, output: Path, conversion: dict[str, Any]) -> None:
         self.output = output = Path(os.path.abspath(output))  # noqa: PTH100 (links stay as they are named)
-        self._descriptor, self._began, self._parents = -1, False, list[Path]()
+        self._lock: FileLock | None = None
+        self._began, self._parents = False, list[Path]()
         try:
-            check_output(output)
+            require_new_output(output)
             self.partial = output.with_name(f".{output.name}.partial")
             self._parents = [path for path in self.partial.parents if not path.exists()]
             is_new = not self.partial.exists()
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock = FileLock(self.partial / _LOCK, timeout=0, fallback_to_soft=False)
+            self._lock.acquire()
             self._began = is_new  # and by nobody else
-            check_output(output)  # the process that held the lock may have finished it
+            require_new_output(output)  # the process that held the lock may have finished it
             self.journal = Journal(self.partial, conversion)
-            self._sweep()
-        except BlockingIOError:
-            self._unlock()
+            for path in self.partial.rglob("*"):  # what a kill has left half written
+                name = str(path.relative_to(self.partial))
+                if not path.is_dir() and name not in _OWN_FILES and name not in self.journal.found:
+                    path.unlink()
+        except Timeout:
             raise UserError(f"{self.partial} is being written by another conversion: wait for it") from None
         except OSError as error:
             self._undo()
@@ -177,17 +189,19 @@ class Destination:
 
     @property
     def remains(self) -> str:
-        """What becomes of an unfinished conversion."""
+        """Return a sentence on what is kept of an unfinished conversion."""
         if not self.journal.found:
             return "no file was finished, nothing is kept"
         return f"finished files are kept in {self.partial}, the same command goes on"
 
     def require_space(self, needed: int) -> None:
-        """UserError unless `needed` bytes have room, those counted that are there already."""
-        there = sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
+        """Raise UserError unless the disk has room for `needed` bytes, written ones included."""
+        written = sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.partial).free
-        if needed > free + there:
-            more = "" if there == 0 or not self.journal.found else f" {there / 1e9:.2f} GB of it are there,"
+        if needed > free + written:
+            more = (
+                "" if written == 0 or not self.journal.found else f" {written / 1e9:.2f} GB of it are there,"
+            )
             raise UserError(
                 f"output={self.output} needs {needed / 1e9:.2f} GB,{more} its disk has {free / 1e9:.2f} GB "
                 "free: free some or take another disk"
@@ -198,8 +212,8 @@ class Destination:
         entries = {file.name: file.entry for file in finished}
         for path in sorted(self.partial.rglob("*")):
             name = str(path.relative_to(self.partial))
-            if path.is_file() and name not in (*_OURS, MANIFEST_FILE, *entries):
-                entries[name] = FileEntry.of(path)  # of the small ones alone: it reads all of a file
+            if path.is_file() and name not in (*_OWN_FILES, MANIFEST_FILE, *entries):
+                entries[name] = FileEntry.of(path)  # only of small files: it reads all of a file
                 sync(path)
         write_manifest(self.partial, entries)
         for path in [path for path in self.partial.rglob("*") if path.is_dir()]:
@@ -208,29 +222,18 @@ class Destination:
         with suppress(FileNotFoundError):
             self.output.rmdir()
         self.partial.rename(self.output)
-        # Only now: a kill before the rename loses nothing, and nobody takes what is not locked any more.
-        for name in reversed(_OURS):
+        # Only now: a kill before the rename loses nothing, and nobody takes a finished output for an
+        # unfinished one.
+        for name in reversed(_OWN_FILES):
             (self.output / name).unlink()
         sync(self.output.parent)
 
-    def _lock(self) -> None:
-        self._descriptor = os.open(self.partial / _LOCK, os.O_CREAT | os.O_RDWR)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
     def _unlock(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _sweep(self) -> None:
-        """Remove what a kill has left half written."""
-        for path in self.partial.rglob("*"):
-            name = str(path.relative_to(self.partial))
-            if not path.is_dir() and name not in _OURS and name not in self.journal.found:
-                path.unlink()
+        if self._lock is not None:
+            self._lock.release()
 
     def _undo(self) -> None:
-        """Take away the directories that were made for this conversion."""
+        """Remove the directories that were made for this conversion, and unlock."""
         if self._began:
             shutil.rmtree(self.partial, ignore_errors=True)
         for path in self._parents:
@@ -239,8 +242,8 @@ class Destination:
         self._unlock()
 
 
-def check_output(output: Path) -> None:
-    """UserError unless `output` is new or an empty directory."""
+def require_new_output(output: Path) -> None:
+    """Raise UserError unless `output` is new or an empty directory."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise UserError(f"output={output} is not a directory: name a new one")
     if output.is_mount():

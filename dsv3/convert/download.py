@@ -1,18 +1,18 @@
-"""direction=download: a model's tokenizer, config or weights from the HuggingFace hub."""
+"""Download a model's tokenizer, config or weights from the HuggingFace hub (direction=download)."""
 
 from pathlib import Path
 
 from dsv3.config.convert import Assets, ConvertConfig
 from dsv3.errors import RunFailed, UserError
 
-PATTERNS = {
+_PATTERNS = {
     Assets.tokenizer: ["tokenizer*", "special_tokens_map.json", "*tiktoken*", "vocab*", "merges*"],
     Assets.config: ["config.json", "generation_config.json"],
     Assets.weights: ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"],
 }
 
-# huggingface_hub keeps its notes on an unfinished download here, so such an output may be gone on with.
-_NOTES = Path(".cache") / "huggingface"
+# huggingface_hub keeps its state of an unfinished download here, so that it can be resumed.
+_RESUMABLE = Path(".cache") / "huggingface"
 
 
 def download(config: ConvertConfig) -> Path:
@@ -25,35 +25,31 @@ def download(config: ConvertConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     output = Path(config.output or "")
-    check_output(output)
+    if output.is_file():
+        raise UserError(f"output={output} is a file: name a directory")
+    if output.is_dir() and any(output.iterdir()) and not (output / _RESUMABLE).is_dir():
+        raise UserError(f"output={output} is not empty: name a new directory")
     try:
         snapshot_download(
             str(config.repo),
             revision=config.revision,
-            allow_patterns=PATTERNS[config.assets],
+            allow_patterns=_PATTERNS[config.assets],
             local_dir=output,
         )
     except HFValidationError as error:
-        raise UserError(f"repo={config.repo} is no repository name: {_first(error)}") from None
+        raise UserError(f"repo={config.repo} is no repository name: {_first_line(error)}") from None
     except LocalEntryNotFoundError:
         why = "there is no connection, or HF_HUB_OFFLINE is set"
         raise UserError(f"repo={config.repo} cannot be reached: {why}") from None
     except HfHubHTTPError as error:
-        raise UserError(f"repo={config.repo} is refused: {_first(error)}") from None
+        raise UserError(f"repo={config.repo} is refused: {_first_line(error)}") from None
     except OSError as error:
-        raise RunFailed(f"the download broke off, the same command goes on: {_first(error)}") from None
+        raise RunFailed(f"the download broke off, the same command goes on: {_first_line(error)}") from None
     if not any(path.is_file() for path in output.glob("*")):
         raise UserError(f"repo={config.repo} has no files for assets={config.assets.name}")
     return output
 
 
-def check_output(output: Path) -> None:
-    """UserError unless `output` is new, empty, or a download that was cut off."""
-    if output.is_file():
-        raise UserError(f"output={output} is a file: name a directory")
-    if output.is_dir() and any(output.iterdir()) and not (output / _NOTES).is_dir():
-        raise UserError(f"output={output} is not empty: name a new directory")
-
-
-def _first(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, at most 200 characters of it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

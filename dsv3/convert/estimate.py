@@ -1,56 +1,58 @@
-"""What a conversion would take, by arithmetic: bytes, time at given disk speeds, memory."""
+"""Estimate a conversion by arithmetic: bytes, time at given disk speeds, memory."""
 
 import math
 from collections.abc import Sequence
 
 from dsv3.config.convert import ConvertConfig, Direction, StoredType
 from dsv3.config.model import ModelConfig
-from dsv3.convert.engine import LANES
-from dsv3.convert.output_file import PIECE
-from dsv3.hf.config_json import BLOCK
-from dsv3.hf.names import HFTensor, is_quantized, mtp_duplicates, released_layout
+from dsv3.convert.engine import MAX_FILES
+from dsv3.convert.output_file import SLICE_BYTES
+from dsv3.hf.names import HFTensor, hf_layout, is_fp8_weight, with_mtp_duplicates
+from dsv3.planning.sharding import FP8_BLOCK
 
-_PYTORCH = 300 * 2**20
+_PYTORCH_BYTES = 300 * 2**20
 
 
 def peak_memory(workers: int) -> int:
-    """Bytes of the process: PyTorch, the buffers of pieces under way, and what each maker reads into."""
-    lanes = min(workers, LANES)
-    makers = -(-workers // lanes)
-    return _PYTORCH + lanes * ((makers + 1) * PIECE + makers * 2 * PIECE)
+    """Return the bytes of the process: PyTorch, and the buffers of slices and loaders."""
+    files = min(workers, MAX_FILES)
+    loaders = -(-workers // files)
+    return _PYTORCH_BYTES + files * ((loaders + 1) * SLICE_BYTES + loaders * 2 * SLICE_BYTES)
 
 
-def foreseen(
+def estimated_bytes(
     config: ConvertConfig, model: ModelConfig, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[int, int]:
-    """Bytes that are read and written where there is no input yet: a release is taken to be in fp8."""
-    layout = released_layout(model, shapes)
-    by_name = {tensor.name: tensor for tensor in layout}
-    released = layout + [by_name[name] for name in mtp_duplicates(model).values()]
+    """Return the bytes read and written where there is no input yet.
+
+    An HF checkpoint is assumed to be in fp8.
+    """
+    layout = hf_layout(model, shapes)
+    with_duplicates = [tensor for _, tensor in with_mtp_duplicates(layout, model)]
     other = StoredType.bf16 if config.dtype is StoredType.fp8 else StoredType.fp8
     tensors, stored = {
         Direction.hf_to_dcp: (layout, StoredType.fp8),
-        Direction.dcp_to_hf: (released, StoredType.bf16),
-        Direction.hf_to_hf: (released, other),
+        Direction.dcp_to_hf: (with_duplicates, StoredType.bf16),
+        Direction.hf_to_hf: (with_duplicates, other),
     }[config.direction]
-    read = layout if config.direction is Direction.dcp_to_hf else released
+    read = layout if config.direction is Direction.dcp_to_hf else with_duplicates
     return _nbytes(read, stored), _nbytes(tensors, config.dtype)
 
 
 def _nbytes(tensors: Sequence[HFTensor], dtype: StoredType) -> int:
-    """Bytes of tensors with their scales, a number in fp32 for each block."""
+    """Return the bytes of tensors with their scales, one fp32 value per block."""
     total = 0
     for tensor in tensors:
         count = math.prod(tensor.shape)
-        if dtype is StoredType.fp8 and is_quantized(tensor.name):
-            total += count + 4 * math.prod(-(-length // BLOCK) for length in tensor.shape)
+        if dtype is StoredType.fp8 and is_fp8_weight(tensor.name):
+            total += count + 4 * math.prod(-(-length // FP8_BLOCK) for length in tensor.shape)
         else:
             total += count * (4 if dtype is StoredType.fp32 else 2)
     return total
 
 
 def estimate(read: int, written: int, workers: int, speeds: Sequence[float]) -> str:
-    """The table that plan=true prints; speeds are GB/s of the disk."""
+    """Return the table that plan=true prints; `speeds` are GB/s of the disk."""
     lines = [
         f"reads {read / 1e9:,.2f} GB, writes {written / 1e9:,.2f} GB, "
         f"memory at most about {peak_memory(workers) / 2**30:.2f} GiB with workers={workers}",

@@ -1,8 +1,6 @@
-"""Writes a released checkpoint (safetensors files with an index), in bf16, fp32 or block-fp8.
+"""Convert weights to an HF checkpoint that transformers loads (direction=dcp_to_hf and hf_to_hf).
 
-Scale grids: checked before a conversion begins, and written as pieces.
-
-direction=dcp_to_hf and hf_to_hf: a released checkpoint that transformers loads.
+Files are safetensors with an index, in bf16, fp32 or block-fp8.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,207 +17,222 @@ from dsv3.config.convert import ConvertConfig, ScaleFormat, StoredType, parse_si
 from dsv3.config.model import ModelConfig
 from dsv3.convert.dcp_source import DcpSource
 from dsv3.convert.destination import Finished
-from dsv3.convert.engine import Work
-from dsv3.convert.hf_assets import HF_DIR, copy_assets, write_json
-from dsv3.convert.live_export import copy_tokenizer
-from dsv3.convert.output_file import Output, Piece, Sink, row_slices, shaped
+from dsv3.convert.engine import Conversion
+from dsv3.convert.hf_assets import HF_DIR, copy_assets, copy_tokenizer, write_json
+from dsv3.convert.output_file import HashingWriter, OutputFile, OutputSlice, row_slices, view_buffer
 from dsv3.fp8.quantize import quantize
 from dsv3.hf.config_json import config_json
 from dsv3.hf.config_values import read_config
-from dsv3.hf.names import SCALE, HFTensor, is_quantized, mtp_duplicates, stored_dtype
+from dsv3.hf.names import SCALE_SUFFIX, HFTensor, is_fp8_weight, stored_dtype, with_mtp_duplicates
 from dsv3.hf.safetensors_reader import INDEX
-from dsv3.hf.safetensors_writer import Entry, ShardPlan, ShardWriter, index_json, plan_shards
+from dsv3.hf.safetensors_writer import Entry, SafetensorsPlan, SafetensorsWriter, index_json, plan_files
 from dsv3.hf.storage_reader import HFSource
 
 
 class Source(Protocol):
-    """What weights are read from: a released checkpoint or a DCP."""
+    """A reader of weights: an HF checkpoint or a DCP."""
 
     layout: list[HFTensor]
     block: tuple[int, int]
 
-    def rows(self, tensor: HFTensor, first: int, count: int, out: Tensor) -> Tensor:
-        """Rows of a tensor as numbers in `out`."""
+    def read_rows(self, tensor: HFTensor, first: int, count: int, out: Tensor) -> Tensor:
+        """Fill `out` with rows [first, first + count), dequantized."""
 
-    def codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
-        """Rows of whole blocks in fp8 with their scales, where they are stored so."""
+    def read_codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """Return rows of whole blocks as stored fp8 codes, and their scales; None if they are not in fp8."""
 
-    def scales(self, name: str) -> Tensor | None:
-        """The grid of scales that the weights were released with, if they were in fp8."""
+    def read_scales(self, name: str) -> Tensor | None:
+        """Return the scale grid that a weight was released with, None if it was not in fp8."""
 
-    def numbers(self, tensor: HFTensor) -> torch.dtype:
-        """The narrower of fp32 and bf16 that holds what is stored."""
-
-
-@dataclass
-class Shard:
-    """A file under way."""
-
-    plan: ShardPlan
-    writer: ShardWriter | None = None
-
-    def open(self, sink: Sink) -> ShardWriter:
-        """The writer of this file; it begins with the header."""
-        if self.writer is None:
-            self.writer = ShardWriter(self.plan, sink)  # type: ignore[arg-type]  # as far as it looks
-        return self.writer
+    def value_dtype(self, tensor: HFTensor) -> torch.dtype:
+        """Return the narrower of fp32 and bf16 that holds the stored values."""
 
 
 @dataclass
-class Writing:
-    """A tensor under way to its file."""
+class SafetensorsOutput:
+    """A safetensors file to be written; its writer begins when the first slice comes."""
 
-    shard: Shard
+    plan: SafetensorsPlan
+    _writer: SafetensorsWriter | None = None
+
+    def writer(self, file: HashingWriter) -> SafetensorsWriter:
+        """Return the writer of this file; the first call writes the header."""
+        if self._writer is None:
+            self._writer = SafetensorsWriter(self.plan, file)  # type: ignore[arg-type]  # as far as it looks
+        return self._writer
+
+
+@dataclass
+class TensorConversion:
+    """An HF tensor to read, and the name and dtype under which its slices are written to a file."""
+
+    output: SafetensorsOutput
     source: Source
     tensor: HFTensor
     name: str
-    """What it is called there."""
     dtype: torch.dtype
-    """Of the numbers; fp8 codes are made from these."""
+    """Dtype of the values; fp8 codes are computed from values of this dtype."""
     power_of_two: bool = False
+    """True if new fp8 scales are powers of two."""
     grid: list[Tensor] = field(default_factory=list)
-    """The scales of the rows so far."""
+    """Scales of the rows that are written."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows [first, first + count) of a tensor, written as numbers."""
+class HFSlice:
+    """Rows [first, first + count) of a tensor, written as values."""
 
-    what: Writing
+    conversion: TensorConversion
     first: int
     count: int
 
-    def make(self, buffer: Tensor) -> Tensor:
-        """The numbers of the rows."""
-        tensor = self.what.tensor
+    def load(self, buffer: Tensor) -> Tensor:
+        """Return the values of the rows."""
+        tensor = self.conversion.tensor
         shape = (self.count, *tensor.shape[1:]) if tensor.shape else ()
-        return self.what.source.rows(tensor, self.first, self.count, shaped(buffer, shape, self.what.dtype))
+        out = view_buffer(buffer, shape, self.conversion.dtype)
+        return self.conversion.source.read_rows(tensor, self.first, self.count, out)
 
-    def put(self, made: Tensor, sink: Sink) -> None:
-        """Append them."""
-        self.what.shard.open(sink).write(self.what.name, made)
+    def write(self, loaded: Tensor, file: HashingWriter) -> None:
+        """Append the rows."""
+        self.conversion.output.writer(file).write(self.conversion.name, loaded)
 
 
 @dataclass(frozen=True)
-class QuantizedRows:
-    """Rows of whole blocks of a matrix as fp8 codes; behind its last rows the scales of all of it."""
+class QuantizedHFSlice:
+    """Rows of whole blocks of a matrix, written as fp8 codes.
 
-    rows: Rows
+    The scales of the whole matrix follow its last rows.
+    """
 
-    def make(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales, the stored or once released ones where they give the same numbers."""
-        what, first, count = self.rows.what, self.rows.first, self.rows.count
-        stored = what.source.codes(what.tensor.name, first, count)
+    rows: HFSlice
+
+    def load(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and scales: stored ones, or released scales where they give the same values."""
+        conversion, first, count = self.rows.conversion, self.rows.first, self.rows.count
+        source, name = conversion.source, conversion.tensor.name
+        stored = source.read_codes(name, first, count)
         if stored is not None:
             return stored
-        height, known = what.source.block[0], what.source.scales(what.tensor.name)
+        height, known = source.block[0], source.read_scales(name)
         kept = None if known is None else known[first // height : -(-(first + count) // height)]
-        return quantize(self.rows.make(buffer), what.source.block, kept, what.power_of_two)
+        return quantize(self.rows.load(buffer), source.block, kept, conversion.power_of_two)
 
-    def put(self, made: tuple[Tensor, Tensor], sink: Sink) -> None:
+    def write(self, loaded: tuple[Tensor, Tensor], file: HashingWriter) -> None:
         """Append the codes, and after the last of them the scales."""
-        what, (codes, scales) = self.rows.what, made
-        writer = what.shard.open(sink)
-        writer.write(what.name, codes)
-        what.grid.append(scales)
-        if self.rows.first + self.rows.count == what.tensor.shape[0]:
-            writer.write(what.name + SCALE, torch.cat(what.grid))
-            what.grid.clear()
+        conversion, (codes, scales) = self.rows.conversion, loaded
+        writer = conversion.output.writer(file)
+        writer.write(conversion.name, codes)
+        conversion.grid.append(scales)
+        if self.rows.first + self.rows.count == conversion.tensor.shape[0]:
+            writer.write(conversion.name + SCALE_SUFFIX, torch.cat(conversion.grid))
+            conversion.grid.clear()
 
 
 @dataclass(frozen=True)
-class Style:
-    """How weights are written: `dtype` of the numbers, or fp8 (then they are quantised from `dtype`)."""
+class ScaleGridSlice:
+    """The scale grid of one weight, written under the weight's name: a few KB to a few hundred."""
+
+    output: SafetensorsOutput
+    source: HFSource
+    name: str
+
+    def load(self, buffer: Tensor) -> Tensor:
+        """Return the grid as it is stored."""
+        grid = self.source.read_scales(self.name)
+        assert grid is not None
+        return grid
+
+    def write(self, loaded: Tensor, file: HashingWriter) -> None:
+        """Append the grid."""
+        self.output.writer(file).write(self.name, loaded)
+
+
+@dataclass(frozen=True)
+class HFFormat:
+    """The form of written weights: values of `dtype`, or fp8 quantized from values of `dtype`."""
 
     dtype: torch.dtype
     fp8: bool = False
     power_of_two: bool = False
 
     def is_fp8(self, name: str) -> bool:
-        """Whether this tensor is written in fp8."""
-        return self.fp8 and is_quantized(name)
+        """Return whether this HF tensor is written in fp8."""
+        return self.fp8 and is_fp8_weight(name)
 
 
-def hf_outputs(
-    source: Source, tensors: Sequence[tuple[str, HFTensor]], style: Style, max_shard_size: int
-) -> tuple[list[ShardPlan], list[Output]]:
-    """The files of `tensors` (the name to write and what to read), and what makes each."""
-    entries = [entry for name, tensor in tensors for entry in _entries(name, tensor, style, source.block)]
-    plans = plan_shards(entries, max_shard_size)
+def hf_files(
+    source: Source, tensors: Sequence[tuple[str, HFTensor]], form: HFFormat, max_shard_size: int
+) -> tuple[list[SafetensorsPlan], list[OutputFile]]:
+    """Return the files of `tensors` (name to write, tensor to read), as plans and with their slices."""
+    entries: list[Entry] = []
+    for name, tensor in tensors:
+        if form.is_fp8(name):
+            rows, columns = tensor.shape
+            grid = (-(-rows // source.block[0]), -(-columns // source.block[1]))
+            entries.append((name, torch.float8_e4m3fn, tensor.shape))
+            entries.append((name + SCALE_SUFFIX, torch.float32, grid))
+        else:
+            entries.append((name, stored_dtype(tensor, form.dtype), tensor.shape))
+    plans = plan_files(entries, max_shard_size)
     by_name = dict(tensors)
-    outputs = []
+    files = []
     for plan in plans:
-        shard = Shard(plan)
+        output = SafetensorsOutput(plan)
         names = [entry.name for entry in plan.tensors if entry.name in by_name]
-        pieces = [piece for name in names for piece in _pieces(shard, source, name, by_name[name], style)]
-        outputs.append(Output(plan.name, plan.nbytes, pieces))
-    return plans, outputs
+        slices = [each for name in names for each in _slices(output, source, name, by_name[name], form)]
+        files.append(OutputFile(plan.name, plan.nbytes, slices))
+    return plans, files
 
 
-def _entries(name: str, tensor: HFTensor, style: Style, block: tuple[int, int]) -> Iterator[Entry]:
-    if not style.is_fp8(name):
-        yield name, stored_dtype(tensor, style.dtype), tensor.shape
-        return
-    rows, columns = tensor.shape
-    yield name, torch.float8_e4m3fn, tensor.shape
-    yield name + SCALE, torch.float32, (-(-rows // block[0]), -(-columns // block[1]))
+def _slices(
+    output: SafetensorsOutput, source: Source, name: str, tensor: HFTensor, form: HFFormat
+) -> Iterator[OutputSlice]:
+    """Yield the slices of a tensor; in fp8 they are of whole blocks."""
+    is_fp8 = form.is_fp8(name)
+    dtype = source.value_dtype(tensor) if is_fp8 else stored_dtype(tensor, form.dtype)
+    conversion = TensorConversion(output, source, tensor, name, dtype, form.power_of_two)
+    for first, count in row_slices(tensor.shape, dtype.itemsize, source.block[0] if is_fp8 else 1):
+        rows = HFSlice(conversion, first, count)
+        yield QuantizedHFSlice(rows) if is_fp8 else rows
 
 
-def _pieces(shard: Shard, source: Source, name: str, tensor: HFTensor, style: Style) -> Iterator[Piece]:
-    quantized = style.is_fp8(name)
-    dtype = source.numbers(tensor) if quantized else stored_dtype(tensor, style.dtype)
-    what = Writing(shard, source, tensor, name, dtype, style.power_of_two)
-    for first, count in row_slices(tensor.shape, dtype.itemsize, source.block[0] if quantized else 1):
-        rows = Rows(what, first, count)
-        yield QuantizedRows(rows) if quantized else rows
-
-
-def require_sound_scales(source: HFSource, workers: int) -> None:
-    """UserError for a scale that is not above 0; read in the order of the files, a few MB of each."""
+def require_valid_scales(source: HFSource, workers: int) -> None:
+    """Raise UserError for a scale that is not above 0; reads a few MB per file, in the order of the files."""
     stored = source.stored
     names = [tensor.name for tensor in source.layout if source.is_quantized(tensor.name)]
-    names.sort(key=lambda name: (str(stored[name + SCALE].file), stored[name + SCALE].offset))
+    names.sort(key=lambda name: (str(stored[name + SCALE_SUFFIX].file), stored[name + SCALE_SUFFIX].offset))
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(source.scales, names):
+        for _ in pool.map(source.read_scales, names):
             pass
 
 
-@dataclass(frozen=True)
-class ScaleGrid:
-    """The scales of one weight, written under its name: a few KB to a few hundred."""
-
-    shard: Shard
-    source: HFSource
-    name: str
-
-    def make(self, buffer: Tensor) -> Tensor:
-        """The grid as it is stored."""
-        grid = self.source.scales(self.name)
-        assert grid is not None
-        return grid
-
-    def put(self, made: Tensor, sink: Sink) -> None:
-        """Append it."""
-        self.shard.open(sink).write(self.name, made)
+_DTYPE_NAMES = {StoredType.bf16: "bfloat16", StoredType.fp32: "float32", StoredType.fp8: "bfloat16"}
+"""config.json's name for the dtype of the tensors that are not in fp8."""
 
 
-_NAMES = {StoredType.bf16: "bfloat16", StoredType.fp32: "float32", StoredType.fp8: "bfloat16"}
-"""What config.json says of the tensors that are not in fp8."""
-
-
-def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig) -> Work:
-    """Weights in safetensors files with their index, config.json and what came with the input."""
-    known = _known_quantization(source)
-    fmt = config.scale_fmt.value if config.scale_fmt else known.get("scale_fmt")
-    style = Style(
+def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig) -> Conversion:
+    """Return the conversion to safetensors files with index, config.json and the assets of the input."""
+    known = dict(source.quantization or {})  # the quantization_config that the weights came with
+    scale_fmt = config.scale_fmt.value if config.scale_fmt else known.get("scale_fmt")
+    form = HFFormat(
         torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16,
         fp8=config.dtype is StoredType.fp8,
-        power_of_two=fmt == ScaleFormat.ue8m0.value,
+        power_of_two=scale_fmt == ScaleFormat.ue8m0.value,
     )
-    plans, outputs = hf_outputs(source, _tensors(source, model), style, parse_size(config.max_shard_size))
+    tensors = [(tensor.name, tensor) for tensor in source.layout]
+    if source.has_mtp_duplicates:
+        tensors = with_mtp_duplicates(source.layout, model)
+    plans, files = hf_files(source, tensors, form, parse_size(config.max_shard_size))
     origin = source.directory if isinstance(source, HFSource) else source.directory / HF_DIR
-    quantization = _quantization(known, source.block, fmt) if style.fp8 else None
-    values = _config(origin, model, _NAMES[config.dtype], quantization)
+    quantization = None
+    if form.fp8:
+        quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"} | known
+        quantization["weight_block_size"] = list(source.block)
+        quantization.pop("scale_fmt", None)
+        if form.power_of_two:
+            quantization["scale_fmt"] = scale_fmt
+    values = _config_values(origin, model, _DTYPE_NAMES[config.dtype], quantization)
 
     def complete(directory: Path, finished: list[Finished]) -> None:
         if len(plans) > 1:
@@ -229,36 +242,15 @@ def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfi
         write_json(directory / "config.json", values)
         copy_tokenizer(source.directory / TOKENIZER_DIR, directory)
 
-    return Work(outputs, complete)
+    return Conversion(files, complete)
 
 
-def _tensors(source: HFSource | DcpSource, model: ModelConfig) -> list[tuple[str, HFTensor]]:
-    """Every tensor to write with what it is read as: all of the layout, and the copies behind their layer."""
-    by_name = {tensor.name: tensor for tensor in source.layout}
-    tensors = list(by_name.items())
-    if source.has_mtp_duplicates:
-        tensors += [(copy, by_name[name]) for copy, name in mtp_duplicates(model).items()]
-    return tensors
-
-
-def _known_quantization(source: HFSource | DcpSource) -> dict[str, Any]:
-    """The quantization_config that the weights came with."""
-    return dict(source.quantization or {})
-
-
-def _quantization(known: dict[str, Any], block: tuple[int, int], fmt: str | None) -> dict[str, Any]:
-    style = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
-    values = style | known | {"weight_block_size": list(block)}
-    values.pop("scale_fmt", None)
-    return values | ({"scale_fmt": fmt} if fmt == ScaleFormat.ue8m0.value else {})
-
-
-def _config(
+def _config_values(
     origin: Path, model: ModelConfig, dtype: str, quantization: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The config.json that came with the weights, or a new one, with the types that are written."""
-    carried = (origin / "config.json").is_file()
-    values = dict(read_config(origin).values) if carried else config_json(model, dtype)
+    """Return the config.json that came with the weights, or a new one, with the dtypes that are written."""
+    came_with_weights = (origin / "config.json").is_file()
+    values = dict(read_config(origin).values) if came_with_weights else config_json(model, dtype)
     values.pop("quantization_config", None)
     if model.mtp_depths == 0:
         values.pop("num_nextn_predict_layers", None)

@@ -1,33 +1,33 @@
-"""What convert.py can be told.
-
-From what Hydra composed to a conversion that may begin: typed, with the model it is of.
-"""
+"""Check what convert.py was asked for: from the composed config to a typed one with its model."""
 
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dsv3.checkpoint.directory import MANIFEST_FILE, MODEL_FILE, find_checkpoint, is_released
+from dsv3.checkpoint.directory import MANIFEST_FILE, MODEL_FILE, find_checkpoint, is_hf_checkpoint
 from dsv3.config.convert import ConvertConfig, Direction
 from dsv3.config.model import HFModelConfig
 from dsv3.config.strict import strict
 from dsv3.errors import UserError, require
 from dsv3.hf.config_json import model_from_hf
-from dsv3.launch.prepare import set_values, stored_model
+from dsv3.launch.prepare import changed_keys, stored_model
 
 
-def only_verifies(config: Any) -> bool:
-    """Whether the output is complete and only to be read again: then no input is needed."""
+def is_verify_only(config: Any) -> bool:
+    """Return whether the output is complete and only has to be read again: then no input is needed."""
     asked = config.verify and not config.plan and bool(config.output)
     return asked and (Path(config.output) / MANIFEST_FILE).is_file()
 
 
 def prepare_conversion(composed: DictConfig) -> ConvertConfig:
-    """The checked config; model=hf becomes the model of the input, with what was typed of it changed."""
+    """Return the checked config.
+
+    model=hf becomes the model of the input, with the keys changed that were typed.
+    """
     if OmegaConf.is_missing(composed, "direction"):
         raise UserError(f"direction is missing: give direction={'|'.join(each.name for each in Direction)}")
-    reads = composed.direction is not Direction.download and not only_verifies(composed)
+    reads = composed.direction is not Direction.download and not is_verify_only(composed)
     if reads and composed.input:
         _check_input(composed.direction, composed.input)
     if OmegaConf.get_type(composed, "model") is HFModelConfig:
@@ -41,12 +41,12 @@ def prepare_conversion(composed: DictConfig) -> ConvertConfig:
 
 
 def _check_input(direction: Direction, path: str) -> None:
-    """UserError unless the input is of the kind that the direction reads."""
+    """Raise UserError unless the input is of the kind that the direction reads."""
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"input={path} is no directory")
     if direction is Direction.dcp_to_hf:
-        if is_released(directory) or any(directory.glob("*.safetensors")):
+        if is_hf_checkpoint(directory) or any(directory.glob("*.safetensors")):
             other = "direction=hf_to_dcp and hf_to_hf read it"
             raise UserError(f"input={path} is a HuggingFace checkpoint: {other}")
         _checkpoint(path)
@@ -57,7 +57,7 @@ def _check_input(direction: Direction, path: str) -> None:
 
 
 def _checkpoint(path: str) -> Path:
-    """The checkpoint of a run, step or DCP directory."""
+    """Return the checkpoint of a run, step or DCP directory."""
     try:
         return find_checkpoint(path)
     except UserError as error:
@@ -65,7 +65,7 @@ def _checkpoint(path: str) -> Path:
 
 
 def _model(composed: DictConfig) -> Any:
-    """The model of model.path, or else of the input; None where neither is given."""
+    """Return the model of model.path, or else of the input; None where neither is given."""
     given, source = composed.model.path, composed.input
     if not (given or source):
         return None
@@ -75,6 +75,6 @@ def _model(composed: DictConfig) -> Any:
         found = stored_model(_checkpoint(source) / MODEL_FILE)
     else:
         found = OmegaConf.structured(model_from_hf(Path(given or source)))
-    for key in set_values(composed.model) - {"path"}:
+    for key in changed_keys(composed.model) - {"path"}:
         OmegaConf.update(found, key, OmegaConf.select(composed.model, key))
     return found

@@ -1,1 +1,1 @@
-"""."""
+"""Data: corpora, tokenizers, token files, packing into rows, and the data loader."""

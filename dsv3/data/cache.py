@@ -1,52 +1,69 @@
-"""The cache of prepared data: where it is, and how an entry appears whole or not at all."""
+"""The cache of prepared data: its folder, and entries that appear complete or not at all.
+
+An entry is a directory. It is built in a temporary directory beside its place and published by one rename,
+so a reader never sees half of it. A file lock only spares processes from building the same entry twice:
+correctness rests on the rename alone.
+"""
 
 import contextlib
-import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock
+
 from dsv3.errors import UserError
+
+LOCK_TIMEOUT = 1800.0  # seconds to wait for the process that builds the entry
 
 Value = TypeVar("Value")
 
 
-class StaleError(Exception):
-    """An entry of the cache that is missing, incomplete or damaged: it is built anew."""
+class CacheEntryError(Exception):
+    """An entry of the cache is missing, incomplete or damaged; the caller builds it again."""
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder of `data.cache_dir`, else $DSV3_CACHE, else $XDG_CACHE_HOME/dsv3, else ~/.cache/dsv3."""
+    """Return `cache_dir` where it is set, else $DSV3_CACHE, else $XDG_CACHE_HOME/dsv3, else ~/.cache/dsv3."""
     if cache_dir or os.environ.get("DSV3_CACHE"):
         return Path(cache_dir or os.environ["DSV3_CACHE"]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base) / "dsv3" if base else Path("~/.cache/dsv3").expanduser()
 
 
-def cached(target: Path, read: Callable[[Path], Value], build: Callable[[Path], None]) -> Value:
-    """Read the directory `target` of the cache, building it first where there is none that is sound.
+def load_or_build(target: Path, read: Callable[[Path], Value], build: Callable[[Path], None]) -> Value:
+    """Read the entry at the directory `target`, and build it first where there is no sound one.
 
-    Several processes may ask for the same entry at once: one builds, the others wait for it; on a
-    file system without locks each builds its own and the first to finish wins.
+    Several processes may ask for the same entry at once: one builds it, the others wait. On a file system
+    without locks, and after LOCK_TIMEOUT, each process builds its own and the first to finish wins. The
+    kernel drops the lock of a process that dies, even by kill -9.
 
     Args:
-        read: opens an entry; raises StaleError where it is not whole.
+        read: opens an entry; raises CacheEntryError where it is not complete.
         build: writes an entry into the empty directory it is given.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    with contextlib.suppress(StaleError):
+    with contextlib.suppress(CacheEntryError):
         return read(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(target.with_name(f".{target.name}.lock")):
-            with contextlib.suppress(StaleError):  # built by someone else while this process waited
+        # flock only: filelock's fallback, a file that must not exist, would outlive a process that is killed.
+        lock = FileLock(target.with_name(f".{target.name}.lock"), fallback_to_soft=False)
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):  # no locks here, or LOCK_TIMEOUT is over
+                held.enter_context(lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.1))
+            with contextlib.suppress(CacheEntryError):  # another process built it while this one waited
                 return read(target)
-            _build(target, read, build)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+                new = Path(scratch) / "new"
+                new.mkdir()
+                build(new)
+                _publish(new, target, read)
             return read(target)
     except OSError as error:
         reason = error.strerror or error
@@ -56,16 +73,8 @@ def cached(target: Path, read: Callable[[Path], Value], build: Callable[[Path], 
         ) from error
 
 
-def _build(target: Path, read: Callable[[Path], object], build: Callable[[Path], None]) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
-        build(new)
-        _publish(new, target, read)
-
-
 def _publish(new: Path, target: Path, read: Callable[[Path], object]) -> None:
-    """Rename `new` to `target`, unless another process has put a sound entry there in the meantime."""
+    """Rename `new` to `target`, unless another process has published a sound entry there in the meantime."""
     while True:
         try:
             new.rename(target)
@@ -73,25 +82,9 @@ def _publish(new: Path, target: Path, read: Callable[[Path], object]) -> None:
         except OSError:
             if not target.exists():
                 raise
-        with contextlib.suppress(StaleError):
+        with contextlib.suppress(CacheEntryError):
             read(target)
             return
-        # whoever loses the race to move the damaged entry away finds it gone, and tries again
+        # The process that loses the race to move the damaged entry away does not find it, and tries again.
         with contextlib.suppress(FileNotFoundError):
             target.rename(new.with_name(f"stale-{time.monotonic_ns()}"))
-
-
-@contextlib.contextmanager
-def _lock(path: Path, patience: float = 1800.0) -> Iterator[None]:
-    """Hold a file lock; without it (no locks here, or out of patience in seconds) work is only done twice."""
-    with path.open("w") as file:
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:
-                break
-        yield

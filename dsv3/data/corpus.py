@@ -1,11 +1,8 @@
-"""Where the text comes from: files of the Python standard library, or the user's own.
-
-Which documents train the model and which only judge it.
-"""
+"""The corpus: the text files to read, and the split of their documents into training and held-out sides."""
 
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,18 +14,18 @@ EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "di
 
 @dataclass(frozen=True)
 class Document:
-    """One text with the name it goes by: its path relative to the corpus, with forward slashes."""
+    """One text and its name: the path relative to the corpus, with forward slashes."""
 
     name: str
     text: str
 
     def digest(self) -> str:
-        """The sha256 of the content alone: equal for equal texts, whatever their names."""
+        """Return the sha256 of the content alone: equal for equal texts, whatever their names."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-class Entry(NamedTuple):
-    """What is remembered of a document once its text has been read and let go."""
+class DocumentInfo(NamedTuple):
+    """The name, digest and size of a document, kept after its text is dropped."""
 
     name: str
     digest: str
@@ -40,34 +37,43 @@ class Corpus:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.skipped = 0  # files that are no text, known after the first pass
-        self._entries: list[Entry] | None = None
+        self.skipped = 0  # files that are not text, known after the first pass
+        self._infos: list[DocumentInfo] | None = None
 
     def documents(self) -> Iterator[Document]:
-        """Every document that is not empty; files that are not UTF-8 text are left out and counted.
+        """Yield every document that is not empty; skip and count the files that are not UTF-8 text.
+
+        Line ends stay as they are.
 
         Raises:
             UserError: a file cannot be read.
         """
         self.skipped = 0
         for path in self._paths():
-            text = _read(path)
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            try:
+                text = None if b"\0" in content else content.decode()
+            except UnicodeDecodeError:
+                text = None
             if text is None:
                 self.skipped += 1
             elif text:
                 yield Document(self._name(path), text)
 
-    def entries(self) -> list[Entry]:
-        """Name, digest and size of every document; the texts are read once, at the first call."""
-        if self._entries is None:
-            self._entries = [Entry(d.name, d.digest(), len(d.text)) for d in self.documents()]
-        return self._entries
+    def infos(self) -> list[DocumentInfo]:
+        """Return name, digest and size of every document; the first call reads the texts."""
+        if self._infos is None:
+            self._infos = [DocumentInfo(d.name, d.digest(), len(d.text)) for d in self.documents()]
+        return self._infos
 
     def fingerprint(self) -> str:
-        """16 hex characters over all names and contents."""
+        """Return 16 hex characters over all names and contents."""
         total = hashlib.sha256()
-        for entry in self.entries():
-            total.update(f"{entry.name}\0{entry.digest}\n".encode())
+        for info in self.infos():
+            total.update(f"{info.name}\0{info.digest}\n".encode())
         return total.hexdigest()[:16]
 
     def _paths(self) -> list[Path]:
@@ -77,7 +83,7 @@ class Corpus:
         return path.name if path == self.root else path.relative_to(self.root).as_posix()
 
     def _sorted(self, paths: Iterator[Path]) -> list[Path]:
-        # by name rather than by Path, whose order differs between systems
+        # By name rather than by Path, whose order differs between systems.
         return sorted((path for path in paths if path.is_file()), key=self._name)
 
 
@@ -88,7 +94,8 @@ class StdlibCorpus(Corpus):
         super().__init__(root or Path(sysconfig.get_path("stdlib")))
 
     def _paths(self) -> list[Path]:
-        paths = self._sorted(p for p in self.root.rglob("*.py") if not self._excluded(p))
+        found = self.root.rglob("*.py")
+        paths = self._sorted(p for p in found if EXCLUDED_FOLDERS.isdisjoint(p.relative_to(self.root).parts))
         if not paths:
             raise UserError(
                 f"data=stdlib: this Python has no library sources under {self.root}\n"
@@ -96,18 +103,16 @@ class StdlibCorpus(Corpus):
             )
         return paths
 
-    def _excluded(self, path: Path) -> bool:
-        return not EXCLUDED_FOLDERS.isdisjoint(path.relative_to(self.root).parts)
-
 
 class TextCorpus(Corpus):
-    """One file, or every text file of a folder and the folders in it, hidden ones left out.
+    """One file, or every text file of a folder and its subfolders, without hidden ones.
 
     Args:
-        path: any file that is UTF-8 counts as text, whatever its ending. Hidden: the name begins with a dot.
+        path: a file or a folder. Every file that is UTF-8 counts as text, whatever its suffix; a name that
+            begins with a dot is hidden.
 
     Raises:
-        UserError: there is nothing at `path`; when read, nothing there is text.
+        UserError: nothing exists at `path`, or, when it is read, no file there is text.
     """
 
     def __init__(self, path: str) -> None:
@@ -116,9 +121,9 @@ class TextCorpus(Corpus):
             raise UserError(f"data.path={path} does not exist: give a text file or a folder of text files")
         super().__init__(root)
 
-    def entries(self) -> list[Entry]:
-        """Name, digest and size of every document, of which there is at least one."""
-        found = super().entries()
+    def infos(self) -> list[DocumentInfo]:
+        """Return name, digest and size of every document; there is at least one."""
+        found = super().infos()
         if not found:
             what = "no text" if self.root.is_file() else "no file with text"
             raise UserError(
@@ -130,37 +135,23 @@ class TextCorpus(Corpus):
     def _paths(self) -> list[Path]:
         if self.root.is_file():
             return [self.root]
-        return self._sorted(p for p in self.root.rglob("*") if not self._hidden(p))
 
-    def _hidden(self, path: Path) -> bool:
-        return any(part.startswith(".") for part in path.relative_to(self.root).parts)
+        def is_hidden(path: Path) -> bool:
+            return any(part.startswith(".") for part in path.relative_to(self.root).parts)
 
-
-def _read(path: Path) -> str | None:
-    """The text of a file, line ends as they are; None if it is binary."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if b"\0" in content:
-        return None
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return None
+        return self._sorted(path for path in self.root.rglob("*") if not is_hidden(path))
 
 
-class Split:
-    """A corpus in two sides that share no content.
+class HeldOutSplit:
+    """A corpus in a training side and a held-out side that share no content.
 
-    A document's side follows from the hash of its content, so the same text under two names cannot
-    be on both sides, and neither the order of the files nor their number moves a document across.
-    Exact duplicates are dropped on either side, but for the first. Where so few documents leave
-    a side empty, the one whose size comes nearest to the share is held out; a single document is cut,
-    and its last lines are held out.
+    The hash of a document's content decides its side. The same text under two names can therefore not be on
+    both sides, and neither the order nor the number of the files moves a document across. Only the first of
+    exact duplicates is kept. Where too few documents would leave a side empty, the document whose size is
+    nearest to the wanted fraction is held out; a single document is cut, and its last lines are held out.
 
     Args:
-        held_out: share of the documents to hold out, 0 < held_out < 0.5.
+        held_out: fraction of the documents to hold out, 0 < held_out < 0.5.
 
     Raises:
         UserError: there is not even one document of two characters.
@@ -168,18 +159,18 @@ class Split:
 
     def __init__(self, corpus: Corpus, held_out: float) -> None:
         self.corpus = corpus
-        self.share = held_out
-        distinct = {entry.digest: entry for entry in corpus.entries()}
-        self.duplicates = len(corpus.entries()) - len(distinct)
-        self.single = len(distinct) == 1
-        self._held_out = _choose(distinct.values(), held_out)
+        self.fraction = held_out
+        distinct = {info.digest: info for info in corpus.infos()}
+        self.duplicates = len(corpus.infos()) - len(distinct)
+        self.is_single = len(distinct) == 1
+        self._held_out = _choose_held_out(list(distinct.values()), held_out)
 
     def training(self) -> Iterator[Document]:
-        """The documents to train on, in the corpus's order, each content once."""
+        """Yield the training documents in the corpus's order, each content once."""
         return self._side(held_out=False)
 
     def evaluation(self) -> Iterator[Document]:
-        """The documents held out, in the corpus's order, each content once."""
+        """Yield the held-out documents in the corpus's order, each content once."""
         return self._side(held_out=True)
 
     def _side(self, held_out: bool) -> Iterator[Document]:
@@ -189,14 +180,14 @@ class Split:
             if digest in seen:
                 continue
             seen.add(digest)
-            if self.single:
-                yield cut(document, self.share)[held_out]
+            if self.is_single:
+                yield split_document(document, self.fraction)[held_out]
             elif (digest in self._held_out) == held_out:
                 yield document
 
 
-def cut(document: Document, share: float) -> tuple[Document, Document]:
-    """The head of a document and its last `share` of lines (of characters, if it has one line only).
+def split_document(document: Document, fraction: float) -> tuple[Document, Document]:
+    """Split off the last `fraction` of a document's lines, or of its characters where it has one line only.
 
     Raises:
         UserError: the document has a single character.
@@ -206,21 +197,17 @@ def cut(document: Document, share: float) -> tuple[Document, Document]:
     if len(text) < 2:
         raise UserError(f"{document.name} holds a single character: data.path needs text to train on")
     if len(lines) > 1:
-        tail = sum(len(line) for line in lines[-_part(len(lines), share) :])
+        tail = sum(len(line) for line in lines[-max(1, round(len(lines) * fraction)) :])
     else:
-        tail = _part(len(text), share)
+        tail = max(1, round(len(text) * fraction))
     return Document(document.name, text[:-tail]), Document(document.name, text[-tail:])
 
 
-def _part(count: int, share: float) -> int:
-    return max(1, round(count * share))
-
-
-def _choose(distinct: Iterable[Entry], share: float) -> frozenset[str]:
-    entries = list(distinct)
-    chosen = frozenset(entry.digest for entry in entries if int(entry.digest[:16], 16) < share * 2**64)
-    if 0 < len(chosen) < len(entries):
+def _choose_held_out(documents: list[DocumentInfo], fraction: float) -> frozenset[str]:
+    """Return the digests of the documents to hold out."""
+    chosen = frozenset(info.digest for info in documents if int(info.digest[:16], 16) < fraction * 2**64)
+    if 0 < len(chosen) < len(documents):
         return chosen
-    wanted = share * sum(entry.size for entry in entries)
-    nearest = min(entries, key=lambda entry: (abs(entry.size - wanted), entry.digest))
+    wanted = fraction * sum(info.size for info in documents)
+    nearest = min(documents, key=lambda info: (abs(info.size - wanted), info.digest))
     return frozenset({nearest.digest})

@@ -1,46 +1,45 @@
-"""The choices of `data`: each prepares the rows to train on, the rows held out, and what is known of them."""
+"""The data sources `data=stdlib` and `data=text`: from a corpus to training rows and held-out rows."""
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsv3.data.cache import cache_root
-from dsv3.data.corpus import Corpus, Document, Split, StdlibCorpus, TextCorpus
-from dsv3.data.packing import PackedDataset, PackedEvaluation, Rows
-from dsv3.data.token_file import FORMAT, TokenFile, cached_tokens
+from dsv3.data.corpus import Corpus, Document, HeldOutSplit, StdlibCorpus, TextCorpus
+from dsv3.data.packing import PackedDataset, PackedEvaluationDataset, RowDataset
+from dsv3.data.token_file import FORMAT, TokenFile, load_or_tokenize
 from dsv3.data.tokenizer import Tokenizer, TokenizerSource
 from dsv3.errors import UserError
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data ready for the loader.
+    """Data ready for the data loader.
 
     Attributes:
-        train: rows for ever; None when prepared for evaluation.
+        train: rows without end; None when prepared for evaluation only.
         held_out: rows to score, each once.
-        tokenizer: None for data that is ids already.
+        tokenizer: None for data that is token ids already.
         fingerprint: 16 hex characters, the same for the same data.
-        summary: counts to tell the user and to record.
+        summary: counts to show the user and to record.
     """
 
-    train: Rows | None
-    held_out: Rows
+    train: RowDataset | None
+    held_out: RowDataset
     tokenizer: Tokenizer | None
     fingerprint: str
     summary: dict[str, int]
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a row without the one after it; given ids set it themselves."""
+        """Return the tokens per row without the one after it; data of token ids sets it itself."""
         return self.held_out.sequence_length
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse ids that a model of `vocab_size` ids has no embedding for.
+        """Check that a model of `vocab_size` ids has an embedding for every id.
 
         Raises:
-            UserError: the tokenizer, or an id, goes beyond it.
+            UserError: the tokenizer, or an id, goes beyond the vocabulary.
         """
         size = self.tokenizer.size if self.tokenizer else 0
         if size > vocab_size:
@@ -54,10 +53,10 @@ class CorpusData:
     """Text of a corpus, split by document, tokenized once and kept in the cache.
 
     Args:
-        document_mask: kept for the model's side; the rows carry document numbers in any case.
-        held_out: share of the documents to hold out.
-        shuffle: whether documents and rows are permuted in every epoch.
-        cache_dir: where prepared tokens live; None for the default.
+        document_mask: read by the model's side; the rows carry document ids in any case.
+        held_out: fraction of the documents to hold out.
+        shuffle: whether documents and rows are shuffled in every epoch.
+        cache_dir: the folder of prepared tokens; None for the default.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class CorpusData:
         self.cache_dir = cache_dir
 
     def corpus(self) -> Corpus:
-        """The documents."""
+        """Return the documents."""
         raise NotImplementedError
 
     def prepare(
@@ -83,53 +82,55 @@ class CorpusData:
         seed: int,
         evaluate: bool = False,
     ) -> PreparedData:
-        """Read, split, tokenize (or find all that in the cache) and pack.
+        """Read, split, tokenize and pack the corpus; tokenizer and tokens come from the cache where they can.
 
         Args:
-            tokenizer_source: a choice of `tokenizer`, or a tokenizer that is there already.
-            sequence_length: tokens of a row.
-            seed: of the permutations; the split does not depend on it.
-            evaluate: only the held-out side is prepared.
+            tokenizer_source: a choice of `tokenizer`, or an existing tokenizer.
+            sequence_length: tokens per row.
+            seed: seed of the shuffling; the split does not depend on it.
+            evaluate: prepare only the held-out side.
 
         Raises:
-            UserError: no text, too little of it, or a cache that cannot be written.
+            UserError: there is no text or too little of it, or the cache cannot be written.
         """
-        split = Split(self.corpus(), self.held_out)
-        key = self._key(split)
-        tokenizer = self._tokenizer(tokenizer_source, split, key)
-        held_out = self._tokens(split.evaluation(), key, tokenizer, "held_out")
-        summary = _summary(split, tokenizer) | _counts("held_out", held_out)
+        split = HeldOutSplit(self.corpus(), self.held_out)
+        root = cache_root(self.cache_dir)
+        contents = f"{split.corpus.fingerprint()} {self.held_out!r} {FORMAT}"
+        key = hashlib.sha256(contents.encode()).hexdigest()[:16]
+        if isinstance(tokenizer_source, Tokenizer):
+            tokenizer = tokenizer_source
+        else:
+            texts = (document.text for document in split.training())  # held-out text must not shape it
+            tokenizer = tokenizer_source.prepare(texts, root / f"tokenizer-{key}")
+        prefix = f"tokens-{key}-{tokenizer.fingerprint()}"
+
+        def tokenize(documents: Iterator[Document], side: str) -> TokenFile:
+            return load_or_tokenize(root / f"{prefix}-{side}", tokenizer, (d.text for d in documents))
+
+        held_out = tokenize(split.evaluation(), "held_out")
+        summary = {
+            "duplicates_dropped": split.duplicates,
+            "files_skipped": split.corpus.skipped,
+            "vocabulary": tokenizer.size,
+            "documents_held_out": held_out.num_documents,
+            "tokens_held_out": len(held_out.tokens),
+        }
         train = None
         if not evaluate:
-            tokens = self._tokens(split.training(), key, tokenizer, "train")
+            tokens = tokenize(split.training(), "train")
             train = PackedDataset(tokens.tokens, tokens.offsets, sequence_length, seed, self.shuffle)
-            summary |= _counts("train", tokens) | {"rows_per_epoch": len(train)}
-        rows = PackedEvaluation(held_out.tokens, held_out.offsets, sequence_length)
+            summary["documents_train"] = tokens.num_documents
+            summary["tokens_train"] = len(tokens.tokens)
+            summary["rows_per_epoch"] = len(train)
+        rows = PackedEvaluationDataset(held_out.tokens, held_out.offsets, sequence_length)
         return PreparedData(train, rows, tokenizer, split.corpus.fingerprint(), summary)
-
-    def _key(self, split: Split) -> str:
-        what = f"{split.corpus.fingerprint()} {self.held_out!r} {FORMAT}"
-        return hashlib.sha256(what.encode()).hexdigest()[:16]
-
-    def _tokenizer(self, source: TokenizerSource | Tokenizer, split: Split, key: str) -> Tokenizer:
-        if isinstance(source, Tokenizer):
-            return source
-        texts = (document.text for document in split.training())
-        return source.prepare(texts, self._root() / f"tokenizer-{key}")
-
-    def _tokens(self, documents: Iterator[Document], key: str, tokenizer: Tokenizer, side: str) -> TokenFile:
-        target = self._root() / f"tokens-{key}-{tokenizer.fingerprint()}-{side}"
-        return cached_tokens(target, tokenizer, (document.text for document in documents))
-
-    def _root(self) -> Path:
-        return cache_root(self.cache_dir)
 
 
 class StdlibData(CorpusData):
     """`data=stdlib`: the Python standard library of the running interpreter."""
 
     def corpus(self) -> Corpus:
-        """The library's own sources, tests left out."""
+        """Return the library's own sources, without its tests."""
         return StdlibCorpus()
 
 
@@ -154,17 +155,5 @@ class TextData(CorpusData):
         self.path = path
 
     def corpus(self) -> Corpus:
-        """The text files at `path`."""
+        """Return the text files at `path`."""
         return TextCorpus(self.path)
-
-
-def _summary(split: Split, tokenizer: Tokenizer) -> dict[str, int]:
-    return {
-        "duplicates_dropped": split.duplicates,
-        "files_skipped": split.corpus.skipped,
-        "vocabulary": tokenizer.size,
-    }
-
-
-def _counts(side: str, tokens: TokenFile) -> dict[str, int]:
-    return {f"documents_{side}": tokens.documents, f"tokens_{side}": len(tokens.tokens)}

@@ -1,85 +1,98 @@
-"""Documents as one flat, memory-mapped array of ids with the offset of each."""
+"""The token file of `data=text` and `data=stdlib`: one memory-mapped array of ids, with document offsets."""
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.data.cache import StaleError, cached
-from dsv3.data.tokenizer import Tokenizer, pieces
+from dsv3.data.cache import CacheEntryError, load_or_build
+from dsv3.data.tokenizer import Tokenizer, split_text
 from dsv3.errors import UserError
 
 FORMAT = 1  # part of the cache key: raise it when the same corpus is to be written differently
 
-PIECE = 1 << 20  # characters encoded at once: the tokenizer needs some 100 bytes for each id
-
-HEADER = 128  # bytes of an .npy header
+CHUNK_CHARACTERS = 1 << 20  # characters encoded at once: the tokenizer needs some 100 bytes per id
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """The documents of one side: `tokens` [total] and `offsets` [documents + 1] where each begins."""
+    """The documents of one side: `tokens` [total], and `offsets` [documents + 1] at which each begins."""
 
     tokens: npt.NDArray[Any]
     offsets: npt.NDArray[np.int64]
 
     @property
-    def documents(self) -> int:
-        """How many documents there are."""
+    def num_documents(self) -> int:
+        """Return the number of documents."""
         return len(self.offsets) - 1
 
 
-def cached_tokens(target: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> TokenFile:
-    """Open the token file at `target`; where there is no sound one, `texts` is encoded to it first."""
+def load_or_tokenize(target: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> TokenFile:
+    """Open the token file at `target`; where there is no sound one, encode `texts` to it first.
+
+    Ids are stored as uint16 where they fit, else as uint32.
+    """
     dtype = np.dtype("<u2") if tokenizer.size < 65536 else np.dtype("<u4")
 
     def build(directory: Path) -> None:
-        write_tokens(directory, encode_documents(tokenizer, texts), dtype)
+        write_token_file(directory, encode_documents(tokenizer, texts), dtype)
 
-    return cached(target, read_tokens, build)
+    return load_or_build(target, read_token_file, build)
 
 
 def encode_documents(
-    tokenizer: Tokenizer, texts: Iterable[str], piece: int = PIECE
+    tokenizer: Tokenizer, texts: Iterable[str], chunk_characters: int = CHUNK_CHARACTERS
 ) -> Iterator[npt.NDArray[np.uint32]]:
-    """The ids of each text with bos before and eos behind, where the tokenizer has them; none is empty.
+    """Yield the ids of each text between bos and eos, where the tokenizer has them; skip empty documents.
 
-    Texts of more than `piece` characters are encoded piecewise, some four pieces at once: enough to
-    keep every core busy, little enough for the memory.
+    Texts of more than `chunk_characters` characters are encoded in chunks, about four chunks at once: enough
+    to keep every core busy, few enough for the memory.
     """
     before = np.array([i for i in (tokenizer.bos,) if i is not None], np.uint32)
     after = np.array([i for i in (tokenizer.eos,) if i is not None], np.uint32)
     document = [before]
-    for group in _groups((part for text in texts for part in pieces(text, piece)), 4 * piece):
-        encoded = tokenizer.encode_batch([part for part, _ in group])
-        for ids, (_, last) in zip(encoded, group, strict=True):
+    chunks = (chunk for text in texts for chunk in split_text(text, chunk_characters))
+    for batch in _batch_chunks(chunks, 4 * chunk_characters):
+        encoded = tokenizer.encode_batch([text for text, _ in batch])
+        for ids, (_, is_last) in zip(encoded, batch, strict=True):
             document.append(np.array(ids, np.uint32))
-            if last:
-                whole = np.concatenate([*document, after])
+            if is_last:
+                complete = np.concatenate([*document, after])
                 document = [before]
-                if len(whole):
-                    yield whole
+                if len(complete):
+                    yield complete
 
 
-def write_tokens(directory: Path, documents: Iterable[npt.NDArray[np.uint32]], dtype: np.dtype[Any]) -> None:
+def write_token_file(
+    directory: Path, documents: Iterable[npt.NDArray[np.uint32]], dtype: np.dtype[Any]
+) -> None:
     """Write tokens.npy, offsets.npy and sizes.json into `directory`, one document at a time.
 
     Raises:
         UserError: there is not a single token.
     """
+
+    def write_header(file: IO[bytes], length: int) -> int:
+        """Write the .npy header of `length` tokens at the start of the file, and return its size in bytes."""
+        file.seek(0)
+        header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        return file.tell()
+
     ends = [0]
     with (directory / "tokens.npy").open("wb") as file:
-        file.write(_header(dtype, 0))
+        size = write_header(file, 0)
         for ids in documents:
             file.write(ids.astype(dtype).tobytes())
             ends.append(ends[-1] + len(ids))
-        file.seek(0)
-        file.write(_header(dtype, ends[-1]))
+        # numpy pads the header so that it has one size for every length of the first dimension.
+        rewritten = write_header(file, ends[-1])
+        assert rewritten == size
     if ends[-1] == 0:
         raise UserError("data: the tokenizer makes no token of these documents; give more text")
     np.save(directory / "offsets.npy", np.array(ends, np.int64))
@@ -87,41 +100,34 @@ def write_tokens(directory: Path, documents: Iterable[npt.NDArray[np.uint32]], d
     (directory / "sizes.json").write_text(json.dumps(sizes), "utf-8")
 
 
-def read_tokens(directory: Path) -> TokenFile:
-    """Map the files that `write_tokens` wrote.
+def read_token_file(directory: Path) -> TokenFile:
+    """Memory-map the files that `write_token_file` wrote.
 
     Raises:
-        StaleError: they are missing or damaged.
+        CacheEntryError: they are missing or damaged.
     """
     try:
         sizes = json.loads((directory / "sizes.json").read_text("utf-8"))
         for name in ("tokens.npy", "offsets.npy"):
             if (directory / name).stat().st_size != sizes[name]:
-                raise StaleError(f"{directory / name} has not the size it was written with")
+                raise CacheEntryError(f"{directory / name} does not have the size it was written with")
         tokens = np.load(directory / "tokens.npy", mmap_mode="r", allow_pickle=False)
         offsets = np.load(directory / "offsets.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StaleError(str(error)) from error
+        raise CacheEntryError(str(error)) from error
     if offsets[0] != 0 or offsets[-1] != len(tokens):
-        raise StaleError(f"the offsets in {directory} do not fit the tokens")
+        raise CacheEntryError(f"the offsets in {directory} do not fit the tokens")
     return TokenFile(tokens, offsets)
 
 
-def _header(dtype: np.dtype[Any], length: int) -> bytes:
-    """An .npy header (format 1.0) of HEADER bytes for any length, so that it can be filled in at the end."""
-    described = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
-    magic = b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little")
-    return magic + described.ljust(HEADER - 11).encode() + b"\n"
-
-
-def _groups(items: Iterable[tuple[str, bool]], limit: int) -> Iterator[list[tuple[str, bool]]]:
-    """Gather pieces to groups of somewhat more than `limit` characters."""
-    group: list[tuple[str, bool]] = []
+def _batch_chunks(chunks: Iterable[tuple[str, bool]], limit: int) -> Iterator[list[tuple[str, bool]]]:
+    """Group chunks into batches of slightly more than `limit` characters."""
+    batch: list[tuple[str, bool]] = []
     size = 0
-    for item in chain(items, [None]):
-        if item is not None:
-            group.append(item)
-            size += len(item[0])
-        if group and (item is None or size > limit):
-            yield group
-            group, size = [], 0
+    for chunk in chain(chunks, [None]):
+        if chunk is not None:
+            batch.append(chunk)
+            size += len(chunk[0])
+        if batch and (chunk is None or size > limit):
+            yield batch
+            batch, size = [], 0

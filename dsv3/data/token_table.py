@@ -1,4 +1,4 @@
-"""`data=tokens`: a table of ids as given, each row a document."""
+"""The data source `data=tokens`: a table of given token ids, each row a document."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,38 +8,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.data.packing import Epochs, Ids, Row, permutation
+from dsv3.data.packing import EpochCache, Ids, PackedRow, permutation
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer, TokenizerSource
 from dsv3.errors import UserError
 
-CHUNK = 1 << 22  # ids looked at together
+CHUNK_IDS = 1 << 22  # ids that are checked together
 
-SAMPLED = 1024  # rows that enter the fingerprint
+FINGERPRINT_ROWS = 1024  # rows that enter the fingerprint
 
 
-class TableRows:
+class TableDataset:
     """Some rows of a table, each a document of its own.
 
     Args:
         table: [rows, sequence + 1] ids.
-        chosen: [count] which of its rows.
-        seed: permutes them anew in every epoch; None keeps their order.
+        chosen: [count], the rows of the table to use.
+        seed: shuffles them anew in every epoch; None keeps their order.
     """
 
     def __init__(self, table: npt.NDArray[Any], chosen: Ids, seed: int | None = None) -> None:
         self.sequence_length = table.shape[1] - 1
         self._table, self._chosen, self._seed = table, chosen, seed
-        self._epochs = Epochs(self._arrange)
+        self._epochs = EpochCache(self._arrange)
 
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def row(self, index: int) -> Row:
-        """The row at `index`, which grows for ever: epoch `index // len`."""
+    def row(self, index: int) -> PackedRow:
+        """Return the row at `index` >= 0, which is row `index % len` of epoch `index // len`."""
         epoch, place = divmod(index, len(self))
         tokens = self._table[int(self._epochs[epoch][place])].astype(np.int64)
-        return Row(tokens, np.zeros(len(tokens), np.int32))
+        return PackedRow(tokens, np.zeros(len(tokens), np.int32))
 
     def _arrange(self, epoch: int) -> Ids:
         if self._seed is None:
@@ -49,33 +49,32 @@ class TableRows:
 
 @dataclass(frozen=True)
 class PreparedTable(PreparedData):
-    """Given ids, ready for the loader; `table` is [rows, width]."""
+    """Given ids, ready for the data loader; `table` is [rows, width]."""
 
     table: npt.NDArray[Any]
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Read the whole table and refuse the first id outside 0 .. vocab_size - 1."""
-        step = max(1, CHUNK // self.table.shape[1])
+        """Read the whole table, and raise UserError at the first id outside 0 .. vocab_size - 1."""
+        step = max(1, CHUNK_IDS // self.table.shape[1])
         for first in range(0, len(self.table), step):
-            part = self.table[first : first + step]
-            bad = (part < 0) | (part >= vocab_size)
-            if bad.any():
-                row, column = (int(i) for i in np.argwhere(bad)[0])
+            chunk = self.table[first : first + step]
+            invalid = (chunk < 0) | (chunk >= vocab_size)
+            if invalid.any():
+                row, column = (int(i) for i in np.argwhere(invalid)[0])
                 raise UserError(
-                    f"data.path: row {first + row} holds the id {int(part[row, column])}, "
+                    f"data.path: row {first + row} holds the id {int(chunk[row, column])}, "
                     f"the model's vocabulary is 0 to {vocab_size - 1} (model.vocab_size={vocab_size})"
                 )
 
 
 class TokensData:
-    """`data=tokens`: an .npy file of int32 or int64 [rows, width], read in place.
+    """`data=tokens`: an .npy file of int32 or int64 [rows, width], memory-mapped.
 
-    The ids are taken as they are, without bos or eos, and the width sets the sequence length to
-    width - 1. Rows are held out by a permutation of their numbers that never changes; equal rows
-    are not looked for.
+    The ids are taken as they are, without bos or eos, and the width sets the sequence length to width - 1.
+    A fixed permutation of the row numbers chooses the held-out rows; equal rows are not looked for.
 
     Raises:
-        UserError: `path` is not given, or is no such file.
+        UserError: `path` is not given, or is not such a file.
     """
 
     def __init__(
@@ -91,11 +90,11 @@ class TokensData:
         self.document_mask = document_mask
         self.held_out = held_out
         self.shuffle = shuffle
-        self._table = _open(path)
+        self._table = _open_table(path)
 
     @property
     def sequence_length(self) -> int:
-        """What the width of the file sets it to; known without reading the ids."""
+        """Return the sequence length that the width of the file sets; known without reading the ids."""
         return int(self._table.shape[1]) - 1
 
     def prepare(
@@ -105,59 +104,62 @@ class TokensData:
         seed: int = 0,
         evaluate: bool = False,
     ) -> PreparedTable:
-        """Divide the rows; nothing is tokenized.
+        """Split the rows into training and held-out rows; nothing is tokenized.
 
         Args:
-            tokenizer_source: not used. sequence_length: not used, the file sets it.
-            seed: of the order in each epoch; which rows are held out does not depend on it.
-            evaluate: every row is to be scored, none is to train on.
+            tokenizer_source: not used.
+            sequence_length: not used, the file sets it.
+            seed: seed of the shuffling; the choice of held-out rows does not depend on it.
+            evaluate: score every row and train on none.
         """
         table = self._table
-        train, held_out = (None, np.arange(len(table))) if evaluate else self._divide()
-        rows = None if train is None else TableRows(table, train, seed if self.shuffle else None)
+        count = len(table)
+        train: Ids | None
+        if evaluate:
+            train, held_out = None, np.arange(count)
+        elif count == 1:  # better to score the row that was trained on than not to train
+            train, held_out = np.arange(1), np.arange(1)
+        else:
+            num_held_out = max(1, round(count * self.held_out))
+            order = permutation(count, 0)
+            train, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+        rows = None if train is None else TableDataset(table, train, seed if self.shuffle else None)
         summary = {"documents_held_out": len(held_out), "tokens_held_out": len(held_out) * table.shape[1]}
         if train is not None:
             summary |= {"documents_train": len(train), "tokens_train": len(train) * table.shape[1]}
             summary["rows_per_epoch"] = len(train)
-        return PreparedTable(rows, TableRows(table, held_out), None, _fingerprint(table), summary, table)
-
-    def _divide(self) -> tuple[Ids, Ids]:
-        count = len(self._table)
-        if count == 1:  # better to score what was trained on than not to train
-            return np.arange(1), np.arange(1)
-        aside = max(1, round(count * self.held_out))
-        order = permutation(count, 0)
-        return np.sort(order[aside:]), np.sort(order[:aside])
+        return PreparedTable(rows, TableDataset(table, held_out), None, _fingerprint(table), summary, table)
 
 
-def _kind(table: object) -> str:
-    """What a file that is refused holds; the byte order where it is not this machine's."""
-    if not isinstance(table, np.ndarray):
-        return "an archive of arrays"
-    order = {"<": "little-endian ", ">": "big-endian "}.get(table.dtype.byteorder, "")  # "=": the machine's
-    return f"{order}{table.dtype.name} {list(table.shape)}"
-
-
-def _open(path: str) -> npt.NDArray[Any]:
+def _open_table(path: str) -> npt.NDArray[Any]:
+    """Memory-map the .npy file at `path`; UserError unless it is int32 or int64 [rows >= 1, width >= 2]."""
     file = Path(path).expanduser()
     wanted = "an .npy file of int32 or int64 [rows, width] is needed"
     if not file.is_file():
         raise UserError(f"data.path={path} does not exist: {wanted}")
     try:
-        # without pickles: a data file must not be able to run code
+        # Without pickles: a data file must not be able to run code.
         table = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"data.path={path} is no array that can be read ({error}): {wanted}") from error
-    if not isinstance(table, np.ndarray) or table.dtype not in (np.int32, np.int64) or table.ndim != 2:
-        raise UserError(f"data.path={path} holds {_kind(table)}: {wanted}")
+        raise UserError(f"data.path={path} is not an array that can be read ({error}): {wanted}") from error
+    if not isinstance(table, np.ndarray):
+        raise UserError(f"data.path={path} holds an archive of arrays: {wanted}")
+    if table.dtype not in (np.int32, np.int64) or table.ndim != 2:
+        # numpy writes "=" for this machine's byte order; another one is named.
+        order = {"<": "little-endian ", ">": "big-endian "}.get(table.dtype.byteorder, "")
+        raise UserError(f"data.path={path} holds {order}{table.dtype.name} {list(table.shape)}: {wanted}")
     if table.shape[0] < 1 or table.shape[1] < 2:
         raise UserError(f"data.path={path} is {list(table.shape)}: at least 1 row of 2 ids is needed")
     return table
 
 
 def _fingerprint(table: npt.NDArray[Any]) -> str:
-    """Shape, type and up to SAMPLED rows spread over the table; to read many GB would take minutes."""
+    """Hash shape, dtype and up to FINGERPRINT_ROWS rows spread over the table.
+
+    Reading all of a table of many GB would take minutes.
+    """
     total = hashlib.sha256(f"{table.dtype.str} {table.shape}".encode())
-    for row in np.unique(np.linspace(0, len(table) - 1, min(len(table), SAMPLED)).astype(np.int64)):
+    sampled = np.linspace(0, len(table) - 1, min(len(table), FINGERPRINT_ROWS))
+    for row in np.unique(sampled.astype(np.int64)):
         total.update(np.ascontiguousarray(table[row]).tobytes())
     return total.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Tokenizers: one trained on the corpus, or one from disk; both become a `Tokenizer`."""
+"""Tokenizers: one trained on the corpus or one from disk, both as a `Tokenizer`."""
 
 import hashlib
 import json
@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from dsv3.data.cache import StaleError, cached
+from dsv3.data.cache import CacheEntryError, load_or_build
 from dsv3.errors import UserError
 
 BOS, EOS, PAD = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>"
 
 SPECIAL_TOKENS = (BOS, EOS, PAD, "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
-# what tokenizers without a tokenizer_config.json beside them usually mean: DeepSeek, Llama 2/3, Qwen, GPT-2
+# The usual names, for a tokenizer without a tokenizer_config.json: DeepSeek, Llama 2/3, Qwen, GPT-2.
 BOS_NAMES = (BOS, "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<|begin_of_text|>", "<s>", "[BOS]", "<bos>")
 
 EOS_NAMES = (
@@ -30,40 +30,40 @@ EOS_NAMES = (
     "<|endoftext|>",
 )
 
-TRAINING_PIECE = 1 << 16  # characters; the trainer reads 256 texts at once and needs 80 bytes a character
+TRAINING_CHUNK = 1 << 16  # characters; the trainer reads 256 texts at once and needs 80 bytes per character
 
-# Where a long document may be cut without changing its ids: a byte-level pre-tokenizer begins anew after
-# a line break between two lines that neither end nor begin with white space.
-BREAK = re.compile(r"(?<=\S\n)(?=\S)")
+# A place at which a long document may be cut without changing its ids: a byte-level pre-tokenizer starts
+# afresh after a line break between two lines that neither end nor begin with white space.
+SAFE_BREAK = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 class Tokenizer:
-    """Text to ids and back, exactly as a tokenizer.json says, but for special tokens in the text.
+    """Encode text to ids and decode ids to text, as a tokenizer.json says, but for special tokens in text.
 
-    A document that merely contains the characters of a special token is encoded as those characters:
-    only the program places special ids.
+    A document that merely contains the characters of a special token is encoded as those characters: only
+    the program inserts special ids.
 
     Args:
         backend: the `tokenizers.Tokenizer`.
-        config: the content of tokenizer_config.json; names the bos and eos tokens.
+        config: the content of tokenizer_config.json, which names the bos and eos tokens.
     """
 
     def __init__(self, backend: Any, config: dict[str, Any]) -> None:
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # is not part of tokenizer.json
+        backend.encode_special_tokens = True  # tokenizer.json has no such setting
         self._backend = backend
         self._config = config
-        self.bos = self._special("bos_token", BOS_NAMES)
-        self.eos = self._special("eos_token", EOS_NAMES)
+        self.bos = self._special_id("bos_token", BOS_NAMES)
+        self.eos = self._special_id("eos_token", EOS_NAMES)
         self.size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Load a tokenizer.json, or the one in a directory.
+        """Load a tokenizer.json, or the one in the directory `path`.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: it does not exist or is damaged.
         """
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
@@ -76,36 +76,37 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
             config = dict(json.loads(beside.read_text("utf-8"))) if beside.is_file() else {}
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{file} is no tokenizer that can be read: {error}") from error
+            raise UserError(f"{file} is not a tokenizer that can be read: {error}") from error
         return cls(backend, config)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without bos and eos."""
+        """Return the ids of a text, without bos and eos."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without bos and eos; uses as many threads as there are cores."""
+        """Return the ids of each text, without bos and eos; use one thread per core."""
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of ids; inverse of `encode` for every string where the tokenizer works on bytes."""
+        """Return the text of ids; this inverts `encode` for every string, if the tokenizer works on bytes."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as HF's AutoTokenizer and `from_file` read them."""
+        """Write tokenizer.json and tokenizer_config.json, which `from_file` and HF's AutoTokenizer read."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         config = json.dumps(self._config, indent=2, ensure_ascii=False, sort_keys=True)
         (Path(directory) / "tokenizer.json").write_text(self._backend.to_str(pretty=True), "utf-8")
         (Path(directory) / "tokenizer_config.json").write_text(config + "\n", "utf-8")
 
     def fingerprint(self) -> str:
-        """16 hex characters over everything that decides which ids a document gets."""
-        what = f"{self._backend.to_str()}\0{self.bos}\0{self.eos}"
-        return hashlib.sha256(what.encode()).hexdigest()[:16]
+        """Return 16 hex characters over everything that decides the ids of a document."""
+        contents = f"{self._backend.to_str()}\0{self.bos}\0{self.eos}"
+        return hashlib.sha256(contents.encode()).hexdigest()[:16]
 
-    def _special(self, key: str, names: Sequence[str]) -> int | None:
-        if key in self._config:  # null there means that the tokenizer has none
+    def _special_id(self, key: str, names: Sequence[str]) -> int | None:
+        """Return the id of the token that the config names at `key`, else of the first of `names` it has."""
+        if key in self._config:  # null says that the tokenizer has no such token
             named = self._config[key]
             named = named["content"] if isinstance(named, dict) else named
             names = [] if named is None else [named]
@@ -114,30 +115,37 @@ class Tokenizer:
 
 
 class TokenizerSource(Protocol):
-    """What a choice of `tokenizer` can do: become a Tokenizer."""
+    """A choice of `tokenizer`, from which a Tokenizer can be made."""
 
     def prepare(self, texts: Iterable[str], cache: Path | None = None) -> Tokenizer:
-        """The tokenizer for `texts`; `cache` is the path prefix of what is kept for that corpus."""
+        """Return the tokenizer for `texts`; `cache` is the path prefix of the corpus's cache entries."""
 
 
 class TrainedTokenizer:
-    """A byte-level BPE learned from the corpus: every string survives the round trip.
+    """A byte-level BPE trained on the corpus: every string survives encoding and decoding.
 
     Ids 0 to 5 are SPECIAL_TOKENS, then come the 256 bytes, then the merges.
 
     Args:
-        vocab_size: ids at most; a small corpus yields fewer.
+        vocab_size: the maximum number of ids; a small corpus yields fewer.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def prepare(self, texts: Iterable[str], cache: Path | None = None) -> Tokenizer:
-        """Train on `texts`, or load what an earlier run trained on the same; `texts` is then left alone."""
+        """Train on `texts`, or load the tokenizer of an earlier run on them; `texts` is then not read."""
         if cache is None:
             return self._train(texts)
         name = f"{cache.name}-{self.vocab_size}-{tokenizers.__version__}"
-        return cached(cache.with_name(name), _read_cached, lambda path: self._train(texts).save(path))
+
+        def read(directory: Path) -> Tokenizer:
+            try:
+                return Tokenizer.from_file(directory)
+            except UserError as error:
+                raise CacheEntryError from error
+
+        return load_or_build(cache.with_name(name), read, lambda path: self._train(texts).save(path))
 
     def _train(self, texts: Iterable[str]) -> Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE())
@@ -149,14 +157,21 @@ class TrainedTokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        parts = (part for text in texts for part, _ in pieces(text, TRAINING_PIECE))
-        backend.train_from_iterator(parts, trainer)
-        # for HF's users: their tokenizers begin a text with bos, as the documents here do
+        chunks = (chunk for text in texts for chunk, _ in split_text(text, TRAINING_CHUNK))
+        backend.train_from_iterator(chunks, trainer)
+        # For use with HF: its tokenizers begin a text with bos, as the documents here do.
         bos = backend.token_to_id(BOS)
         backend.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos)]
         )
-        return Tokenizer(backend, _hf_config())
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "clean_up_tokenization_spaces": False,  # HF would otherwise change the text on decoding
+        }
+        return Tokenizer(backend, config)
 
 
 class LocalTokenizer:
@@ -175,36 +190,22 @@ class LocalTokenizer:
         self.path = path
 
     def prepare(self, texts: Iterable[str] = (), cache: Path | None = None) -> Tokenizer:
-        """Load it; neither the texts nor the cache are touched."""
+        """Load the tokenizer; neither the texts nor the cache are read."""
         try:
             return Tokenizer.from_file(self.path)
         except UserError as error:
             raise UserError(f"tokenizer.path={self.path}: {error}") from error
 
 
-def pieces(text: str, size: int) -> Iterator[tuple[str, bool]]:
-    """Cut a text into pieces of `size` to 2 x `size` characters at harmless places; True marks the last."""
+def split_text(text: str, size: int) -> Iterator[tuple[str, bool]]:
+    """Yield chunks of `size` to 2 x `size` characters, cut at a SAFE_BREAK where there is one.
+
+    The second value of each pair is True for the last chunk of the text.
+    """
     start = 0
-    while len(text) - start > 2 * size:  # so that there is room to look for a harmless place
-        found = BREAK.search(text, start + size, start + 2 * size)
+    while len(text) - start > 2 * size:  # leaves room to look for a safe break
+        found = SAFE_BREAK.search(text, start + size, start + 2 * size)
         stop = found.start() if found else start + size
         yield text[start:stop], False
         start = stop
     yield text[start:], True
-
-
-def _read_cached(directory: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(directory)
-    except UserError as error:
-        raise StaleError from error
-
-
-def _hf_config() -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,  # HF would otherwise change the text on decoding
-    }

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave with 75; a second one leaves at once."""
+"""SIGTERM and Ctrl-C: finish the step, save, exit with 75; a second signal exits at once with 130."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ STOPPED, KILLED = 75, 130
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop, has saved, and can be resumed; ends a sweep too."""
+    """The run was asked to stop, has saved and can be resumed; ends a sweep too."""
 
     def __init__(self, message: str) -> None:
         super().__init__(STOPPED)
@@ -22,13 +22,13 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop after the step in hand."""
+    """A signal handler that asks this process to stop after the current step."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: note the first, obey the second at once."""
+        """Handle a signal: note the first, exit at the second."""
         if self.requested:
             os._exit(KILLED)
         self.requested = True
@@ -36,10 +36,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(alone: bool) -> Iterator[StopRequest]:
-    """Turn signals into a request while the body runs.
+    """Turn signals into a stop request while the body runs.
 
-    A worker of several (`alone` false) listens to SIGTERM only: Ctrl-C reaches the launcher as well,
-    which passes it on as SIGTERM, and the two must not count as two.
+    A worker of several (`alone` false) listens to SIGTERM only. Ctrl-C reaches the launcher as well, which
+    passes it on as SIGTERM, and the two must not count as two.
     """
     request = StopRequest()
     interrupt = request if alone else signal.SIG_IGN

@@ -1,1 +1,1 @@
-"""."""
+"""FP8: block-wise quantization, matmuls in FP8 for training, and FP8 all-gather of weights."""

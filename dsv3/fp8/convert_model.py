@@ -1,4 +1,4 @@
-"""Block-wise FP8 training: gives the linear layers and the experts of a model products in FP8."""
+"""Block-wise FP8 training: replaces the matmuls of a model's linear layers and experts by FP8 matmuls."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,24 +8,32 @@ from torch import Tensor, nn
 
 from dsv3.config.precision import FP8Engine, Granularity
 from dsv3.errors import UserError
-from dsv3.fp8.all_gather import gather_in_fp8
+from dsv3.fp8.all_gather import all_gather_in_fp8
 from dsv3.fp8.ops import fp8_grouped_linear, fp8_linear
 from dsv3.fp8.quantize import BLOCK
 from dsv3.model.layers import Linear
 from dsv3.model.moe import Experts
 from dsv3.model.transformer import Transformer
 
-HOPPER = (9, 0)
+HOPPER_CAPABILITY = (9, 0)
 
-CUDA = (12, 9)
+MIN_CUDA = (12, 9)
 
 IN_HIGHER_PRECISION = ("head",)
-"""Linear layers that keep the compute dtype; embedding, routers, norms and attention's core are none."""
+"""Linear layers that keep the compute dtype. Embedding, routers, norms and attention core are not Linear."""
 
 
 @dataclass
-class FP8Product:
-    """What the products of a model's layers share; the probe counts broken tiles (operators.py)."""
+class FP8Matmul:
+    """The settings of a layer's FP8 matmul; the layers of a model share one `probe`.
+
+    Attributes:
+        probe: a scalar whose gradient counts tiles that are not finite (see ops.py).
+        engine: a name of matmul.MATMUL_ENGINES.
+        tile: values per scale along a tile; 0 for one scale per tensor.
+        power_of_two: whether scales are powers of two.
+        gather: whether FSDP all-gathers the weight in FP8.
+    """
 
     probe: Tensor
     engine: str
@@ -35,31 +43,31 @@ class FP8Product:
 
     @property
     def options(self) -> tuple[Tensor, str, int, bool]:
-        """The operators' last arguments."""
+        """Return the last arguments of the FP8 operators."""
         return self.probe, self.engine, self.tile, self.power_of_two
 
 
-class FP8Linear(FP8Product):
-    """A model.layers.Product."""
+class FP8Linear(FP8Matmul):
+    """The matmul of a Linear in FP8 (a model.layers.Matmul)."""
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x W^T."""
+        """Return x W^T [.., out] for `x` [.., in] and `weight` [out, in]."""
         out: Tensor = fp8_linear(x.flatten(0, -2), weight, None, *self.options)
         return out.view(*x.shape[:-1], weight.shape[0])
 
 
-class FP8Grouped(FP8Product):
-    """A model.moe.GroupedProduct."""
+class FP8GroupedLinear(FP8Matmul):
+    """The grouped matmul of Experts in FP8 (a model.moe.GroupedMatmul)."""
 
     def __call__(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        """rows W_e^T."""
+        """Return rows W_e^T [rows, out], see ops.fp8_grouped_linear."""
         return fp8_grouped_linear(rows, weight, None, ends, *self.options)  # type: ignore[no-any-return]
 
 
 class BlockFP8:
-    """Replaces the products of linear layers and experts; the fields are those of BlockFP8Config.
+    """Replace the matmuls of linear layers and experts; the fields are those of BlockFP8Config.
 
-    `dispatch` is for whoever has put dispatchers between ranks (parallel/parallelizer.py).
+    `dispatch` is read by the parallel wrappers, which let token dispatch travel in FP8.
     """
 
     def __init__(
@@ -77,79 +85,81 @@ class BlockFP8:
         self.gather = gather
 
     def __call__(self, model: Transformer, device: torch.device, counts: bool = True) -> None:
-        """Set the products of `model`, which will be on `device`, and whether they count broken tiles.
+        """Set the matmuls of `model`, which will run on `device`.
 
-        UserError where an engine cannot run.
+        With `counts` they count the tiles that are not finite. Raises UserError where the engine cannot run.
         """
         engine = choose_engine(self.engine, device, self.tile)
         probe = torch.zeros((), device=device, requires_grad=counts)
         options = (probe, engine.name, self.tile, self.power_of_two, self.gather)
         for name, module in model.named_modules():
             if isinstance(module, Linear) and name not in IN_HIGHER_PRECISION:
-                module.product = FP8Linear(*options)
+                module.matmul = FP8Linear(*options)
             elif isinstance(module, Experts):
-                module.product = FP8Grouped(*options)
+                module.matmul = FP8GroupedLinear(*options)
 
 
-def gather_weights(model: nn.Module) -> None:
-    """Let FSDP gather the weights of FP8 products in FP8 where that is chosen; once they have memory."""
+def enable_fp8_all_gather(model: nn.Module) -> None:
+    """Let FSDP all-gather the weights of FP8 matmuls in FP8, where that is chosen; call it after to_empty."""
     for module in model.modules():
-        product = _product(module)
-        if product is not None and product.gather:
+        matmul = _fp8_matmul(module)
+        if matmul is not None and matmul.gather:
             for weight in module.parameters(recurse=False):
-                gather_in_fp8(weight, product.power_of_two)
+                all_gather_in_fp8(weight, matmul.power_of_two)
 
 
 def choose_engine(chosen: FP8Engine, device: torch.device, tile: int = BLOCK) -> FP8Engine:
-    """The engine for `device`; UserError where the chosen one, or any fast one on a GPU, is missing."""
+    """Return the engine for `device`: the emulation on CPU, scaled_mm on a GPU, unless `chosen` names one.
+
+    Raises:
+        UserError: scaled_mm is chosen or needed, and cannot run here.
+    """
     if chosen is FP8Engine.emulated or (chosen is FP8Engine.auto and device.type == "cpu"):
         return FP8Engine.emulated
-    lacking = _lacking(device, tile)
-    if lacking:
+    obstacle = _scaled_mm_obstacle(device, tile)
+    if obstacle:
         raise UserError(
-            f"precision.fp8.engine={chosen.name}: scaled_mm {lacking}; take precision=bf16, or "
+            f"precision.fp8.engine={chosen.name}: scaled_mm {obstacle}; take precision=bf16, or "
             "precision.fp8.engine=emulated, which computes the same and is slow"
         )
     return FP8Engine.scaled_mm
 
 
-def _lacking(device: torch.device, tile: int) -> str | None:
+def _scaled_mm_obstacle(device: torch.device, tile: int) -> str | None:
+    """Return the reason why scaled_mm cannot run, None where it can."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, and the device is {device.type}"
     if tile != BLOCK:
         return "multiplies tiles, and precision.fp8.granularity=tensor here"
     capability, version = torch.cuda.get_device_capability(device), torch.version.cuda
-    if capability != HOPPER:
+    if capability != HOPPER_CAPABILITY:
         found = ".".join(map(str, capability))
-        return f"has block-wise scales on compute capability 9.0 (Hopper) alone, and this GPU's is {found}"
-    if version is None or tuple(int(n) for n in version.split(".")[:2]) < CUDA:
+        return f"has block-wise scales only on compute capability 9.0 (Hopper), and this GPU has {found}"
+    if version is None or tuple(int(n) for n in version.split(".")[:2]) < MIN_CUDA:
         return f"needs a PyTorch built for CUDA 12.9 or later, and this one is for {version or 'none'}"
     return None
 
 
-def engine_of(parts: Iterable[nn.Module]) -> str | None:
-    """What multiplies the layers of `parts` in FP8, a name of engine.ENGINES; None where nothing does."""
-    found = (_product(module) for part in parts for module in part.modules())
-    return next((product.engine for product in found if product is not None), None)
+def fp8_engine_name(parts: Iterable[nn.Module]) -> str | None:
+    """Return the name of the engine that the layers of `parts` use; None where no layer computes in FP8."""
+    found = (_fp8_matmul(module) for part in parts for module in part.modules())
+    return next((matmul.engine for matmul in found if matmul is not None), None)
 
 
-def take_broken_tiles(parts: Iterable[nn.Module], device: torch.device) -> Tensor:
-    """How many tiles of backward operands were not finite since the last call; an fp32 scalar.
+def take_nonfinite_tiles(parts: Iterable[nn.Module], device: torch.device) -> Tensor:
+    """Return the number of tiles of backward operands that were not finite since the last call, and reset it.
 
-    NaN where that is unknown: without a backward pass, and where products do not count.
+    The result is an fp32 scalar. It is NaN where the number is unknown: without a backward pass, and where
+    the matmuls do not count.
     """
-    counts = [probe.grad for probe in _probes(parts) if probe.grad is not None]
-    for probe in _probes(parts):
+    matmuls = (_fp8_matmul(module) for part in parts for module in part.modules())
+    probes = {id(matmul.probe): matmul.probe for matmul in matmuls if matmul is not None}.values()
+    counts = [probe.grad for probe in probes if probe.grad is not None]
+    for probe in probes:
         probe.grad = None
     return torch.stack(counts).sum() if counts else torch.full((), torch.nan, device=device)
 
 
-def _probes(parts: Iterable[nn.Module]) -> list[Tensor]:
-    """Each part's probe; its layers share it."""
-    products = (_product(module) for part in parts for module in part.modules())
-    return list({id(p.probe): p.probe for p in products if p is not None}.values())
-
-
-def _product(module: nn.Module) -> FP8Product | None:
-    product = getattr(module, "product", None)
-    return product if isinstance(product, FP8Product) else None
+def _fp8_matmul(module: nn.Module) -> FP8Matmul | None:
+    matmul = getattr(module, "matmul", None)
+    return matmul if isinstance(matmul, FP8Matmul) else None

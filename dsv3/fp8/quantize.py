@@ -1,13 +1,10 @@
-"""E4M3 codes (torch.float8_e4m3fn) from numbers in fp32 and back, without their scales.
+"""Block-wise FP8 (E4M3): quantization to codes with one fp32 scale per block, and dequantization.
 
-Tensors in blocks: their grid, views of a block at a time, and the pieces that are worked on together.
-
-Block-wise FP8 (E4M3): one fp32 scale for each block of a weight, as in the released checkpoints.
-
-DeepSeek-V3's report, section 3.3: weights have blocks of 128 x 128, activations and gradients tiles of
+DeepSeek-V3 report, section 3.3: weights have blocks of 128 x 128, activations and gradients tiles of
 1 x 128 or 128 x 1. A weight [rows, columns] has a grid of [ceil(rows / block), ceil(columns / block)]
-scales, stored as `*_scale_inv`: what its codes are multiplied by. Each direction has a plain form that
-says what it computes and a fast form with the same bits; neither needs a compiler or a GPU.
+scales, stored as `*_scale_inv` in the released checkpoints: a value is its code times its block's scale.
+Nothing here needs a compiler or a GPU. `quantize_reference` says what `quantize` computes; the tests hold
+both to the same bits.
 """
 
 from collections.abc import Iterator
@@ -18,118 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST = 448.0
-"""The largest number of E4M3 (torch.float8_e4m3fn); past it there is only NaN."""
-
-NAN = 0x7F
-"""Its code for what is not a number, but for the sign."""
-
-# E4M3's bits seven places up, the sign at the top, are an fp16 number 2^-8 times as large, for fp16 has
-# one exponent bit more and a bias of 15 for 7. Exact, subnormals included, and twenty times as fast as
-# PyTorch's conversion on CPU. The scale takes the 2^8 back: the product is the same unless it overflows.
-SHIFT, _WITHOUT_BIT_14, LIFT = 1 << 7, ~(1 << 14), 2.0**8
-
-
-@torch.no_grad()
-def values(codes: Tensor) -> Tensor:
-    """What codes stand for without their scales, in fp32."""
-    if codes.device.type != "cpu" or has_nan(codes):
-        return codes.float()
-    return shifted(codes).mul_(LIFT)
-
-
-def encode(scaled: Tensor) -> Tensor:
-    """The nearest E4M3 codes, ties to even; `scaled` itself is held at +-448."""
-    # PyTorch 2.13 saturates on CPU by itself; nothing says that others do, where there is NaN past 448.
-    return scaled.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-
-
-def encode_with_nan(scaled: Tensor) -> Tensor:
-    """`encode` where there may be NaN, which has a sign of its own on each processor."""
-    codes = encode(scaled)
-    codes.view(torch.uint8).masked_fill_(scaled.isnan(), NAN)
-    return codes
-
-
-def has_nan(codes: Tensor) -> bool:
-    """Whether any code is NaN; makes the host wait for a GPU."""
-    return codes.numel() > 0 and int((codes.view(torch.uint8) | 0x80).amax()) == 0x80 | NAN
-
-
-def shifted(codes: Tensor) -> Tensor:
-    """Codes without NaN as fp32, times 2^-8."""
-    half = codes.view(torch.int8).to(torch.int16).mul_(SHIFT).bitwise_and_(_WITHOUT_BIT_14)
-    return half.view(torch.float16).float()
-
-
-# Rows and columns worked on together. On CPU 2 MiB of fp32, which stay in a cache and still make each
-# operation longer than its call; half of it is 10 to 20 % slower, four times of it up to a half.
-PIECE = {"cpu": (256, 2048), "cuda": (4096, 4096)}
-
-
-def by_block(x: Tensor, block: tuple[int, int], lead: tuple[int, int] = (0, 0)) -> Tensor:
-    """[rows, columns] as [block rows, rows of one, block columns, columns of one], 0 around the given."""
-    ends = [-(before + length) % size for before, length, size in zip(lead, x.shape, block, strict=True)]
-    if any(lead) or any(ends):
-        x = F.pad(x, (lead[1], ends[1], lead[0], ends[0]))
-    return x.view(-1, block[0], x.shape[1] // block[1], block[1])
-
-
-def joined(blocks: Tensor) -> Tensor:
-    """The [rows, columns] of `by_block`, what was put around them included."""
-    return blocks.flatten(2).flatten(0, 1)
-
-
-class Span(NamedTuple):
-    """A piece of rows or columns: its slice of the given tensor, its blocks of the grid, and how far
-    after the first of these it begins."""
-
-    given: slice
-    blocks: slice
-    lead: int
-
-
-def pieces(x: Tensor, block: tuple[int, int], origin: tuple[int, int]) -> Iterator[tuple[Span, Span]]:
-    """Rows and columns of pieces of a few blocks, which cover the rectangle `x` from `origin` on."""
-    size = PIECE["cpu" if x.device.type == "cpu" else "cuda"]
-    rows, columns = (list(_spans(*axis)) for axis in zip(x.shape, block, origin, size, strict=True))
-    return product(rows, columns)
-
-
-def _spans(length: int, block: int, origin: int, size: int) -> Iterator[Span]:
-    step, end = max(1, size // block), origin + length
-    for first in range(origin // block, -(-end // block), step):
-        last = min(first + step, -(-end // block))
-        low, high = max(first * block, origin), min(last * block, end)
-        yield Span(slice(low - origin, high - origin), slice(first, last), low - first * block)
-
-
-def empty_blocks(weight: Tensor, block: tuple[int, int], scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Room for the codes and scales of a weight; ValueError where given scales are not its grid."""
-    rows, columns = weight.shape
-    grid = (-(-rows // block[0]), -(-columns // block[1]))
-    if scales is not None and scales.shape != grid:
-        raise ValueError(
-            f"the scales have shape {list(scales.shape)}, the weight's {list(weight.shape)} in blocks of "
-            f"{list(block)} needs {list(grid)}"
-        )
-    return weight.new_empty(rows, columns, dtype=torch.float8_e4m3fn), weight.new_empty(
-        grid, dtype=torch.float32
-    )
-
-
-def check_covered(codes: Tensor, scales: Tensor, block: tuple[int, int], origin: tuple[int, int]) -> None:
-    """ValueError where the scales of a whole weight do not reach to the end of a rectangle of it."""
-    needed = [-(-(n + first) // size) for n, first, size in zip(codes.shape, origin, block, strict=True)]
-    if scales.ndim != 2 or any(has < needs for has, needs in zip(scales.shape, needed, strict=True)):
-        raise ValueError(
-            f"the scales have shape {list(scales.shape)}, codes {list(codes.shape)} from {list(origin)} on "
-            f"in blocks of {list(block)} need at least {needed}"
-        )
-
-
 BLOCK = 128
 """Rows and columns that share a scale in the released weights."""
+
+E4M3_MAX = 448.0
+"""The largest value of E4M3 (torch.float8_e4m3fn); past it there is only NaN."""
+
+NAN_CODE = 0x7F
+"""E4M3's code for NaN, apart from the sign bit."""
+
+CHUNK_SHAPE = {"cpu": (256, 2048), "cuda": (4096, 4096)}
+"""Rows and columns that are computed together.
+
+On CPU 2 MiB of fp32, which stay in a cache and still make each operation longer than its call; half of it
+is 10 to 20 % slower, four times of it up to a half.
+"""
+
+# E4M3's bits seven places up, the sign at the top, are an fp16 number 2^-8 times as large, because fp16 has
+# one exponent bit more and a bias of 15 instead of 7. This is exact, subnormals included, and twenty times as
+# fast as PyTorch's conversion on CPU. The scale takes the 2^8 back: the same unless it overflows.
+_SHIFT, _WITHOUT_BIT_14, _LIFT = 1 << 7, ~(1 << 14), 2.0**8
 
 _SMALLEST_SCALE = 2.0**-126  # fp32's smallest normal number: below it amax / 448 loses its digits
 
@@ -139,19 +44,11 @@ _SURELY_NORMAL = 2.0**-100  # scales from here to the inverse have products far 
 
 
 @torch.no_grad()
-def dequantize_plain(
-    codes: Tensor,
-    scales: Tensor,
-    block: tuple[int, int] = (BLOCK, BLOCK),
-    origin: tuple[int, int] = (0, 0),
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """What `dequantize` computes: every code times its block's scale in fp32, rounded once to `dtype`."""
-    check_covered(codes, scales, block, origin)
-    (rows, columns), (row, column) = codes.shape, origin
-    spread = scales.float().repeat_interleave(block[0], 0)[row : row + rows]
-    spread = spread.repeat_interleave(block[1], 1)[:, column : column + columns]
-    return (codes.float() * spread).to(dtype)
+def codes_to_float(codes: Tensor) -> Tensor:
+    """Return the fp32 values of codes, without their scales."""
+    if codes.device.type != "cpu" or _has_nan(codes):
+        return codes.float()
+    return _shift_to_float(codes).mul_(_LIFT)
 
 
 @torch.no_grad()
@@ -163,47 +60,35 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The numbers [rows, columns] of a rectangle of a weight, in `dtype`, or in `out` where it is given.
+    """Dequantize a rectangle [rows, columns] of a weight to `dtype`, or into `out` where it is given.
 
-    `codes` [rows, columns] is the rectangle that begins at `origin` (row, column) of the weight, anywhere
-    in a block; `scales` is the grid of the whole weight, for a grid of the rectangle alone would have to
-    begin with a block. `out` may be a strided view. A number is fp32(code) x scale in fp32, rounded once
-    to nearest even; NaN codes give NaN, of any sign and payload. ValueError if `scales` does not reach
-    over the rectangle, or `out` has another shape.
+    A value is fp32(code) x scale in fp32, rounded once to nearest even; NaN codes give NaN, of any sign and
+    payload.
+
+    Args:
+        codes: [rows, columns], the rectangle of the weight that begins at `origin` (row, column), anywhere in
+            a block.
+        scales: the grid of the whole weight; a grid of the rectangle alone would have to begin with a block.
+        out: [rows, columns], may be a strided view.
+
+    Raises:
+        ValueError: `scales` does not reach to the end of the rectangle, or `out` has another shape.
     """
-    check_covered(codes, scales, block, origin)
+    needed = [-(-(n + first) // size) for n, first, size in zip(codes.shape, origin, block, strict=True)]
+    if scales.ndim != 2 or any(has < needs for has, needs in zip(scales.shape, needed, strict=True)):
+        raise ValueError(
+            f"the scales have shape {list(scales.shape)}, codes {list(codes.shape)} from {list(origin)} on "
+            f"in blocks of {list(block)} need at least {needed}"
+        )
     out = codes.new_empty(codes.shape, dtype=dtype) if out is None else out
     if out.shape != codes.shape:
         raise ValueError(f"out has shape {list(out.shape)}, the codes {list(codes.shape)}")
     scales = scales.float()
-    for rows, columns in pieces(codes, block, origin):
-        part, factors = codes[rows.given, columns.given], scales[rows.blocks, columns.blocks]
-        out[rows.given, columns.given].copy_(_numbers(part, factors, block, (rows.lead, columns.lead)))
+    for rows, columns in _chunks(codes, block, origin):
+        chunk, grid = codes[rows.given, columns.given], scales[rows.blocks, columns.blocks]
+        values = _dequantize_chunk(chunk, grid, block, (rows.lead, columns.lead))
+        out[rows.given, columns.given].copy_(values)
     return out
-
-
-@torch.no_grad()
-def quantize_plain(
-    weight: Tensor,
-    block: tuple[int, int] = (BLOCK, BLOCK),
-    scales: Tensor | None = None,
-    power_of_two: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """What `quantize` computes, a block at a time."""
-    codes, chosen = empty_blocks(weight, block, scales)
-    for i, j in product(range(chosen.shape[0]), range(chosen.shape[1])):
-        rows, columns = (slice(n * size, (n + 1) * size) for n, size in zip((i, j), block, strict=True))
-        part, place = weight[rows, columns], codes[rows, columns]
-        if scales is not None:
-            chosen[i, j] = scales[i, j]
-            place.copy_(encode_with_nan(part.float() / chosen[i, j]))
-            back = (place.float() * chosen[i, j]).to(weight.dtype)
-            if bool((_bits(back).eq(_bits(part)) | (back.isnan() & part.isnan())).all()):
-                continue
-        numbers = part.float().where(part.isfinite(), torch.nan)
-        chosen[i, j] = _scale(numbers.nan_to_num(nan=0.0).abs().amax(), power_of_two)
-        place.copy_(encode_with_nan(numbers / chosen[i, j]))
-    return codes, chosen
 
 
 @torch.no_grad()
@@ -213,121 +98,228 @@ def quantize(
     scales: Tensor | None = None,
     power_of_two: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """E4M3 codes [rows, columns] and fp32 scales, one a block, of a whole `weight` in fp32 or bf16.
+    """Quantize a whole `weight` (fp32 or bf16) to E4M3 codes [rows, columns] and fp32 scales, one per block.
 
-    A block's scale is its largest magnitude / 448 in fp32, at least 2^-126; with `power_of_two` the next
-    power of two from there up (ue8m0, DeepSeek-V3.1). Codes are w / scale, rounded to nearest even and
-    held at +-448. A block of zeros gets the scale 1. NaN and infinite numbers do not count for a new scale
-    and become the NaN code 0x7f, so that they are not hidden and their neighbours not hurt.
+    A block's scale is its largest magnitude / 448 in fp32, at least 2^-126; with `power_of_two` it is rounded
+    up to a power of two (ue8m0, DeepSeek-V3.1). Codes are w / scale, rounded to nearest even and clamped to
+    +-448. A block of zeros gets the scale 1. NaN and infinity do not count for a new scale and become the NaN
+    code 0x7f: they are not hidden, and they do not hurt their neighbours.
 
-    `scales` is a grid to keep, that of the released weights: a block keeps its scale if and only if the
-    codes for it give back the block's `weight` bit for bit in its dtype (any NaN for NaN), and gets a new
-    one otherwise. So a block that was dequantized and not trained has the same bytes again, of codes and
-    scale, whichever its codes where
+    `scales` is a grid to keep, that of the released weights. A block keeps its scale if and only if the codes
+    for it give back the block's `weight` bit for bit in its dtype (any NaN for NaN); otherwise it gets a new
+    one. A block that was dequantized and not trained therefore has the same bytes again, of codes and scale,
+    whatever its codes, where
     - the scale's magnitude is at least 31/32 x 2^-140 in fp32, 31/32 x 2^-124 in bf16 (below, products
       are rounded to multiples of 2^-149 or 2^-133 that no longer tell all codes apart),
     - no product rounds to infinity but that of a code of +-448, and
     - no code is 0xff: both NaNs come back as 0x7f.
-    The scale may be negative, the block partial, of zeros, or without a code of 448. A scale of 0 or
-    infinity is not kept, one of NaN is, but all its codes become 0x7f. ValueError if `scales` is not the
-    grid of `weight`.
+    The scale may be negative, the block partial, of zeros, or without a code of 448. A scale of 0 or infinity
+    is not kept; a scale of NaN is, but all its codes become 0x7f.
+
+    Raises:
+        ValueError: `scales` is not the grid of `weight`.
     """
-    codes, chosen = empty_blocks(weight, block, scales)
-    for rows, columns in pieces(codes, block, (0, 0)):
+    codes, chosen = _allocate(weight, block, scales)
+    for rows, columns in _chunks(codes, block, (0, 0)):
         kept = None if scales is None else scales[rows.blocks, columns.blocks].float()
-        part, grid = _quantize_piece(weight[rows.given, columns.given], block, kept, power_of_two)
-        codes.view(torch.int8)[rows.given, columns.given].copy_(part.view(torch.int8))
+        chunk, grid = _quantize_chunk(weight[rows.given, columns.given], block, kept, power_of_two)
+        codes.view(torch.int8)[rows.given, columns.given].copy_(chunk.view(torch.int8))
         chosen[rows.blocks, columns.blocks] = grid
     return codes, chosen
 
 
-def _quantize_piece(
+@torch.no_grad()
+def quantize_reference(
+    weight: Tensor,
+    block: tuple[int, int] = (BLOCK, BLOCK),
+    scales: Tensor | None = None,
+    power_of_two: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute `quantize` one block at a time; `quantize` itself uses it for chunks with NaN or infinity."""
+    codes, chosen = _allocate(weight, block, scales)
+    for i, j in product(range(chosen.shape[0]), range(chosen.shape[1])):
+        rows, columns = (slice(n * size, (n + 1) * size) for n, size in zip((i, j), block, strict=True))
+        values, target = weight[rows, columns], codes[rows, columns]
+        if scales is not None:
+            chosen[i, j] = scales[i, j]
+            target.copy_(_round_with_nan(values.float() / chosen[i, j]))
+            back = (target.float() * chosen[i, j]).to(weight.dtype)
+            if bool((_bits(back).eq(_bits(values)) | (back.isnan() & values.isnan())).all()):
+                continue
+        finite = values.float().where(values.isfinite(), torch.nan)
+        chosen[i, j] = _scale(finite.nan_to_num(nan=0.0).abs().amax(), power_of_two)
+        target.copy_(_round_with_nan(finite / chosen[i, j]))
+    return codes, chosen
+
+
+@torch.no_grad()
+def count_nonfinite_blocks(codes: Tensor, block: tuple[int, int]) -> Tensor:
+    """Count the blocks that hold a NaN code, which `quantize` makes of NaN and infinity; an fp32 scalar."""
+    if codes.device.type == "cpu" and not _has_nan(codes):
+        return torch.zeros(())
+    nan = (codes.view(torch.uint8) & 0x7F).eq(NAN_CODE).float()
+    return _to_blocks(nan, block).amax((1, 3)).sum()
+
+
+class _AxisChunk(NamedTuple):
+    """A chunk of rows or columns, which begins in the block `blocks.start`, `lead` places after its start."""
+
+    given: slice
+    """Its slice of the given tensor."""
+    blocks: slice
+    """Its blocks of the grid."""
+    lead: int
+
+
+def _chunks(
+    x: Tensor, block: tuple[int, int], origin: tuple[int, int]
+) -> Iterator[tuple[_AxisChunk, _AxisChunk]]:
+    """Yield rows and columns of chunks of a few blocks that cover `x`, which lies at `origin` of a weight."""
+
+    def axis_chunks(length: int, block: int, origin: int, size: int) -> Iterator[_AxisChunk]:
+        step, end = max(1, size // block), origin + length
+        for first in range(origin // block, -(-end // block), step):
+            last = min(first + step, -(-end // block))
+            low, high = max(first * block, origin), min(last * block, end)
+            yield _AxisChunk(slice(low - origin, high - origin), slice(first, last), low - first * block)
+
+    size = CHUNK_SHAPE["cpu" if x.device.type == "cpu" else "cuda"]
+    rows, columns = (list(axis_chunks(*axis)) for axis in zip(x.shape, block, origin, size, strict=True))
+    return product(rows, columns)
+
+
+def _to_blocks(x: Tensor, block: tuple[int, int], lead: tuple[int, int] = (0, 0)) -> Tensor:
+    """View [rows, columns] as [block rows, rows per block, block columns, columns per block].
+
+    Zeros are added before `x` (`lead` rows and columns) and after it, to fill partial blocks.
+    """
+    ends = [-(before + length) % size for before, length, size in zip(lead, x.shape, block, strict=True)]
+    if any(lead) or any(ends):
+        x = F.pad(x, (lead[1], ends[1], lead[0], ends[0]))
+    return x.view(-1, block[0], x.shape[1] // block[1], block[1])
+
+
+def _from_blocks(blocks: Tensor) -> Tensor:
+    """Return the [rows, columns] of `_to_blocks`, padding included."""
+    return blocks.flatten(2).flatten(0, 1)
+
+
+def _allocate(weight: Tensor, block: tuple[int, int], scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Allocate the codes and scales of a weight; ValueError where given scales do not have its grid."""
+    rows, columns = weight.shape
+    grid = (-(-rows // block[0]), -(-columns // block[1]))
+    if scales is not None and scales.shape != grid:
+        raise ValueError(
+            f"the scales have shape {list(scales.shape)}, the weight's {list(weight.shape)} in blocks of "
+            f"{list(block)} needs {list(grid)}"
+        )
+    codes = weight.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
+    return codes, weight.new_empty(grid, dtype=torch.float32)
+
+
+def _quantize_chunk(
     weight: Tensor, block: tuple[int, int], kept: Tensor | None, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a few blocks."""
-    numbers, same = by_block(weight.float(), block), None
+    """Return codes and scales of a few blocks; `kept` are scales to keep where they reproduce `weight`."""
+    values, same = _to_blocks(weight.float(), block), None
     rows, columns = weight.shape
     if kept is not None:
-        unchanged = _reencode(weight, numbers, kept)
+        unchanged = _requantize(weight, values, kept)
         if unchanged is not None:
             return unchanged, kept
-        codes = encode(joined(numbers / kept[:, None, :, None])[:rows, :columns])
-        if has_nan(codes):
-            return quantize_plain(weight, block, kept, power_of_two)
-        back = _numbers(codes, kept, block, (0, 0)).to(weight.dtype)
+        codes = _round(_from_blocks(values / kept[:, None, :, None])[:rows, :columns])
+        if _has_nan(codes):
+            return quantize_reference(weight, block, kept, power_of_two)
+        back = _dequantize_chunk(codes, kept, block, (0, 0)).to(weight.dtype)
         differ = _bits(back).bitwise_xor_(_bits(weight)).view(torch.uint8)
-        same = by_block(differ, (block[0], block[1] * back.element_size())).amax(1).amax(2).eq(0)
+        same = _to_blocks(differ, (block[0], block[1] * back.element_size())).amax(1).amax(2).eq(0)
         if bool(same.all()):
             return codes, kept
-    largest = numbers.abs().amax((1, 3))
-    # The answer would make the host wait for a GPU, which in training is not asked: `kept` is null there.
+    largest = values.abs().amax((1, 3))
+    # The answer makes the host wait for a GPU; training, where `kept` is None, does not ask for it there.
     asks = kept is not None or weight.device.type == "cpu"
     finite = asks and bool(largest.isfinite().all())
     if not finite and kept is not None:
-        return quantize_plain(weight, block, kept, power_of_two)
+        return quantize_reference(weight, block, kept, power_of_two)
     if not finite:
-        numbers = numbers.where(numbers.isfinite(), torch.nan)
-        largest = numbers.nan_to_num(nan=0.0).abs().amax((1, 3))
+        values = values.where(values.isfinite(), torch.nan)
+        largest = values.nan_to_num(nan=0.0).abs().amax((1, 3))
     scales = _scale(largest, power_of_two)
     if kept is not None and same is not None:
         scales = torch.where(same, kept, scales)
-    scaled = joined(numbers / scales[:, None, :, None])[:rows, :columns]
-    return (encode if finite else encode_with_nan)(scaled), scales
+    scaled = _from_blocks(values / scales[:, None, :, None])[:rows, :columns]
+    return (_round if finite else _round_with_nan)(scaled), scales
 
 
-def _reencode(weight: Tensor, numbers: Tensor, kept: Tensor) -> Tensor | None:
-    """The codes of a tile all of whose blocks keep their scales, in half the time; None for any other.
+def _requantize(weight: Tensor, values: Tensor, kept: Tensor) -> Tensor | None:
+    """Return the codes of a chunk all of whose blocks keep their scales, in half the time; None for others.
 
-    It rounds to fp16 and then to E4M3, half up. Next to a tie that is not the nearest code; but there no
-    code gives the weight back, from which it is 2^-5 away, and a product in the normal range 2^-8.
+    `values` are the blocks of `weight` in fp32. They are rounded to fp16 and then to E4M3, half up. Next to a
+    tie that is not the nearest code; but there no code gives the weight back, from which it is 2^-5 away, and
+    a product in the normal range 2^-8.
     """
     usual = (kept.abs() > _SURELY_NORMAL) & (kept.abs() < 1 / _SURELY_NORMAL)
     if weight.device.type != "cpu" or not bool(usual.all()):
         return None
-    scales = kept[:, None, :, None] * LIFT
-    half = (numbers / scales).half().view(torch.int16).add_(SHIFT // 2).bitwise_and_(-SHIFT)
-    if int((half & 0x7FFF).amax()) >= NAN * SHIFT:  # past 448, or NaN
+    scales = kept[:, None, :, None] * _LIFT
+    half = (values / scales).half().view(torch.int16).add_(_SHIFT // 2).bitwise_and_(-_SHIFT)
+    if int((half & 0x7FFF).amax()) >= NAN_CODE * _SHIFT:  # past 448, or NaN
         return None
     back = half.view(torch.float16).float().mul_(scales)
-    back = joined(back)[: weight.shape[0], : weight.shape[1]].to(weight.dtype)
+    back = _from_blocks(back)[: weight.shape[0], : weight.shape[1]].to(weight.dtype)
     if int(_bits(back).bitwise_xor_(_bits(weight)).view(torch.uint8).amax()) != 0:
         return None
-    # The sign moves down to where the code has it.
+    # The sign moves down to its place in the code.
     half.bitwise_or_((half >> 1).bitwise_and_(1 << 14)).bitwise_right_shift_(7)
-    codes = joined(half.to(torch.int8)).view(torch.float8_e4m3fn)
+    codes = _from_blocks(half.to(torch.int8)).view(torch.float8_e4m3fn)
     return codes[: weight.shape[0], : weight.shape[1]]
 
 
-@torch.no_grad()
-def broken_blocks(codes: Tensor, block: tuple[int, int]) -> Tensor:
-    """How many blocks hold a NaN code, as `quantize` makes of NaN and infinity; an fp32 scalar."""
-    if codes.device.type == "cpu" and not has_nan(codes):
-        return torch.zeros(())
-    nan = (codes.view(torch.uint8) & 0x7F).eq(NAN).float()
-    return by_block(nan, block).amax((1, 3)).sum()
-
-
-def _numbers(codes: Tensor, scales: Tensor, block: tuple[int, int], lead: tuple[int, int]) -> Tensor:
-    """fp32 numbers of codes that begin `lead` rows and columns after the first block of `scales` does."""
+def _dequantize_chunk(codes: Tensor, scales: Tensor, block: tuple[int, int], lead: tuple[int, int]) -> Tensor:
+    """Return the fp32 values of codes that begin `lead` rows and columns into the first block of `scales`."""
     lift = 1.0
-    if codes.device.type != "cpu" or has_nan(codes) or not bool((scales.abs() < _LARGEST_LIFTED).all()):
-        numbers = codes.float()
+    if codes.device.type != "cpu" or _has_nan(codes) or not bool((scales.abs() < _LARGEST_LIFTED).all()):
+        values = codes.float()
     else:
-        numbers, lift = shifted(codes), LIFT
-    numbers = by_block(numbers, block, lead).mul_(scales[:, None, :, None] * lift)
+        values, lift = _shift_to_float(codes), _LIFT
+    values = _to_blocks(values, block, lead).mul_(scales[:, None, :, None] * lift)
     rows, columns = codes.shape
-    return joined(numbers)[lead[0] : lead[0] + rows, lead[1] : lead[1] + columns]
+    return _from_blocks(values)[lead[0] : lead[0] + rows, lead[1] : lead[1] + columns]
 
 
 def _scale(largest: Tensor, power_of_two: bool) -> Tensor:
-    """Scales for blocks with these largest magnitudes, which are finite fp32."""
+    """Return the scales of blocks with these largest magnitudes, which are finite fp32."""
     # A tensor as divisor: by a number, CUDA multiplies with its rounded inverse.
-    scale = (largest / torch.full_like(largest, LARGEST)).clamp_min(_SMALLEST_SCALE)
+    scale = (largest / torch.full_like(largest, E4M3_MAX)).clamp_min(_SMALLEST_SCALE)
     if power_of_two:
         # Any fraction carries into the exponent. The division's rounding never reaches or leaves a power
         # of two: 448 x 2^n and its two neighbours have quotients that are farther apart than that.
         scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return scale.where(largest > 0, 1.0)
+
+
+def _round(scaled: Tensor) -> Tensor:
+    """Round to the nearest E4M3 codes, ties to even; `scaled` itself is clamped to +-448."""
+    # PyTorch 2.13 saturates on CPU by itself; no document says so of other devices, and past 448 comes NaN.
+    return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _round_with_nan(scaled: Tensor) -> Tensor:
+    """Round as `_round` where there may be NaN, whose sign differs between processors."""
+    codes = _round(scaled)
+    codes.view(torch.uint8).masked_fill_(scaled.isnan(), NAN_CODE)
+    return codes
+
+
+def _shift_to_float(codes: Tensor) -> Tensor:
+    """Return codes without NaN as fp32, times 2^-8."""
+    half = codes.view(torch.int8).to(torch.int16).mul_(_SHIFT).bitwise_and_(_WITHOUT_BIT_14)
+    return half.view(torch.float16).float()
+
+
+def _has_nan(codes: Tensor) -> bool:
+    """Return whether any code is NaN; this makes the host wait for a GPU."""
+    return codes.numel() > 0 and int((codes.view(torch.uint8) | 0x80).amax()) == 0x80 | NAN_CODE
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
-"""Rotary numbers of a config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
+"""Read a model's config from the config.json of an HF checkpoint, and write the config.json of a model.
 
-A model's numbers from the config.json of a HuggingFace checkpoint.
-
-The config.json of a model trained here: what hf_config.py reads, written.
+Rotary settings are in `rope_parameters` (transformers 5), or in `rope_theta` and `rope_scaling` (older).
 """
 
 from pathlib import Path
@@ -19,8 +17,9 @@ from dsv3.config.model import (
 from dsv3.config.strict import validate
 from dsv3.errors import InvalidValue, UserError
 from dsv3.hf.config_values import HFValues, read_config
+from dsv3.planning.sharding import FP8_BLOCK
 
-_KNOWN = {
+_ROPE_KEYS = {
     "rope_theta",
     "rope_type",
     "type",
@@ -32,25 +31,29 @@ _KNOWN = {
     "mscale_all_dim",
 }
 
-# Keys of HF's yarn that the released code does not have, with the values that change nothing.
+# Keys of transformers' YaRN that DeepSeek's code does not have, with the values that change nothing.
 _NEUTRAL = {"attention_factor": (None,), "truncate": (True,)}
 
 
 def rope_from_hf(hf: HFValues) -> RopeConfig:
-    """The rotary embedding; UserError for what is missing, unknown or said twice and differently."""
+    """Return the rotary embedding.
+
+    UserError for a key that is missing, unknown or given twice with two values.
+    """
     length = hf.get("max_position_embeddings", int)
     nodes = [node for key in ("rope_parameters", "rope_scaling") if (node := hf.node(key)) is not None]
-    found = [_rope_from_hf(hf, node, length) for node in nodes]
+    found = [_rope_from_node(hf, node, length) for node in nodes]
     if len(found) == 2 and found[0] != found[1]:
         raise hf.error("rope_scaling", nodes[1].values, "is not what rope_parameters says")
-    return found[0] if found else RopeConfig(theta=_theta(hf, None), original_sequence_length=length)
+    return found[0] if found else RopeConfig(theta=_rope_theta(hf, None), original_sequence_length=length)
 
 
-def _rope_from_hf(hf: HFValues, node: HFValues, length: int) -> RopeConfig:
-    theta, kind = _theta(hf, node), _kind(node)
+def _rope_from_node(hf: HFValues, node: HFValues, length: int) -> RopeConfig:
+    """Return what one of the two objects says; `length` is the model's max_position_embeddings."""
+    theta, kind = _rope_theta(hf, node), _rope_type(node)
     for key, value in node.values.items():
-        if key not in _KNOWN and value not in _NEUTRAL.get(key, ()):
-            raise node.error(key, value, f"is not supported; known keys: {', '.join(sorted(_KNOWN))}")
+        if key not in _ROPE_KEYS and value not in _NEUTRAL.get(key, ()):
+            raise node.error(key, value, f"is not supported; known keys: {', '.join(sorted(_ROPE_KEYS))}")
     if kind == "default":
         return RopeConfig(theta=theta, original_sequence_length=length)
     return RopeConfig(
@@ -60,14 +63,14 @@ def _rope_from_hf(hf: HFValues, node: HFValues, length: int) -> RopeConfig:
         original_sequence_length=node.get("original_max_position_embeddings", int),
         beta_fast=node.get("beta_fast", float, 32.0),
         beta_slow=node.get("beta_slow", float, 1.0),
-        # The defaults of the released code, which HF's come to as well.
+        # The defaults of DeepSeek's code, which those of transformers come to as well.
         mscale=node.get("mscale", float, 1.0),
         mscale_all_dim=node.get("mscale_all_dim", float, 0.0),
     )
 
 
-def _theta(hf: HFValues, node: HFValues | None) -> float:
-    """`rope_theta`, which stands beside the scaling or in it; the two must agree."""
+def _rope_theta(hf: HFValues, node: HFValues | None) -> float:
+    """Return `rope_theta`, which stands beside the scaling or in it; the two must agree."""
     outside: float | None = hf.get("rope_theta", float, None)
     inside: float | None = None if node is None else node.get("rope_theta", float, None)
     if node is not None and None not in (outside, inside) and outside != inside:
@@ -78,7 +81,8 @@ def _theta(hf: HFValues, node: HFValues | None) -> float:
     return theta
 
 
-def _kind(node: HFValues) -> str:
+def _rope_type(node: HFValues) -> str:
+    """Return `default` or `yarn`, from `rope_type` or the older `type`, which must agree."""
     kinds = {
         key: node.require(key, ("default", "yarn"), None)
         for key in ("rope_type", "type")
@@ -96,13 +100,10 @@ ARCHITECTURES = {
     "kimi_k2": "DeepseekV3ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
 }
-"""The class whose weights each `model_type` has."""
+"""transformers' model class by `model_type`."""
 
-BLOCK = 128
-"""Rows and columns that share a scale in DeepSeek's releases."""
-
-METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy")}
-"""`topk_method` of V2: without groups, or with groups scored by their maximum; V3 has `noaux_tc` alone."""
+_TOPK_METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy")}
+"""`topk_method` of V2: no groups, or groups scored by their maximum. V3 has `noaux_tc` alone."""
 
 _HF_KEYS = {
     "dim": "hidden_size",
@@ -123,24 +124,40 @@ _HF_KEYS = {
     "rope.theta": "rope_theta",
     "rope.original_sequence_length": "original_max_position_embeddings",
 }
-"""What HF calls our numbers, where its name is another one."""
+"""Our config keys -> keys of config.json, where the two differ."""
 
 
 def model_from_hf(directory: Path) -> ModelConfig:
-    """The model of a checkpoint directory.
+    """Return the model of a checkpoint directory.
 
     UserError for a key that is missing, or a value of the wrong type, out of range or not supported.
     """
     hf = read_config(directory)
-    _check_architecture(hf)
-    block_size(hf)
+    kind = hf.require("model_type", tuple(ARCHITECTURES), None)
+    hf.require("architectures", (None, [ARCHITECTURES[kind]]), None)
+    hf.require("hidden_act", ("silu",), "silu")
+    hf.require("tie_word_embeddings", (False,), False)
+    hf.require("attention_bias", (False,), False)
+    hf.require("mlp_bias", (False,), False)
+    hf.require("moe_layer_freq", (1,), 1)
+    hf.require("rope_interleave", (True,), True)
+    block_size(hf)  # refuses a quantization that is not supported
+    heads = hf.get("num_attention_heads", int)
+    hf.require("num_key_value_heads", (heads, None), None)
     model = ModelConfig(
         vocab_size=hf.get("vocab_size", int),
         dim=hf.get("hidden_size", int),
         num_layers=hf.get("num_hidden_layers", int),
         num_dense_layers=hf.get("first_k_dense_replace", int),
         dense_hidden_dim=hf.get("intermediate_size", int),
-        attention=_attention(hf),
+        attention=AttentionConfig(
+            heads=heads,
+            q_lora_rank=hf.get("q_lora_rank", int, nullable=True),
+            kv_lora_rank=hf.get("kv_lora_rank", int),
+            qk_nope_head_dim=hf.get("qk_nope_head_dim", int),
+            qk_rope_head_dim=hf.get("qk_rope_head_dim", int),
+            v_head_dim=hf.get("v_head_dim", int),
+        ),
         moe=_moe_from_hf(hf),
         rope=rope_from_hf(hf),
         mtp_depths=hf.get("num_nextn_predict_layers", int, None) or 0,
@@ -156,19 +173,8 @@ def model_from_hf(directory: Path) -> ModelConfig:
     return model
 
 
-def _check_architecture(hf: HFValues) -> None:
-    kind = hf.require("model_type", tuple(ARCHITECTURES), None)
-    hf.require("architectures", (None, [ARCHITECTURES[kind]]), None)
-    hf.require("hidden_act", ("silu",), "silu")
-    hf.require("tie_word_embeddings", (False,), False)
-    hf.require("attention_bias", (False,), False)
-    hf.require("mlp_bias", (False,), False)
-    hf.require("moe_layer_freq", (1,), 1)
-    hf.require("rope_interleave", (True,), True)
-
-
 def _check_layer_types(hf: HFValues, model: ModelConfig) -> None:
-    """HF's newer way to say which layers have experts must mean what first_k_dense_replace does."""
+    """Raise UserError unless `mlp_layer_types`, the newer key, says the same as first_k_dense_replace."""
     dense = min(max(model.num_dense_layers, 0), model.num_layers)
     types = hf.values.get("mlp_layer_types")
     if types not in (None, ["dense"] * dense + ["sparse"] * (model.num_layers - dense)):
@@ -177,13 +183,13 @@ def _check_layer_types(hf: HFValues, model: ModelConfig) -> None:
 
 
 def block_size(hf: HFValues) -> tuple[int, int]:
-    """Rows and columns of a block-fp8 weight that share a scale; without quantisation [128, 128].
+    """Return the rows and columns of a block-fp8 weight that share a scale; without quantization (128, 128).
 
     UserError for a format other than DeepSeek's.
     """
     stored = hf.node("quantization_config")
     if stored is None:
-        return BLOCK, BLOCK
+        return FP8_BLOCK, FP8_BLOCK
     method, block, form = map(stored.values.get, ("quant_method", "weight_block_size", "fmt"))
     sides = block if isinstance(block, list) and all(type(side) is int and side > 0 for side in block) else []
     if method != "fp8" or len(sides) != 2 or form not in (None, "e4m3"):
@@ -194,27 +200,21 @@ def block_size(hf: HFValues) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _attention(hf: HFValues) -> AttentionConfig:
-    heads = hf.get("num_attention_heads", int)
-    hf.require("num_key_value_heads", (heads, None), None)
-    return AttentionConfig(
-        heads=heads,
-        q_lora_rank=hf.get("q_lora_rank", int, nullable=True),
-        kv_lora_rank=hf.get("kv_lora_rank", int),
-        qk_nope_head_dim=hf.get("qk_nope_head_dim", int),
-        qk_rope_head_dim=hf.get("qk_rope_head_dim", int),
-        v_head_dim=hf.get("v_head_dim", int),
-    )
-
-
 def _moe_from_hf(hf: HFValues) -> MoEConfig:
+    """Return routing and experts; UserError for a combination that DeepSeek's code does not have."""
     kind = hf.values["model_type"]
-    methods = METHODS.get(kind, ("noaux_tc",))
+    methods = _TOPK_METHODS.get(kind, ("noaux_tc",))
     method = hf.require("topk_method", methods, methods[0])
-    # The released code of V2 knows softmax alone and that of V3 sigmoid; HF does not even look.
+    # DeepSeek's code knows softmax alone in V2 and sigmoid in V3; transformers ignores the key.
     score = "softmax" if kind == "deepseek_v2" else "sigmoid"
     hf.require("scoring_func", (score,), score)
     grouped = method != "greedy"
+    scale = hf.get("routed_scaling_factor", float)
+    # V2's code renormalizes or scales, never both; that of transformers never renormalizes.
+    normalizes = hf.get("norm_topk_prob", bool)
+    if normalizes and kind == "deepseek_v2" and scale != 1:
+        text = f"is not supported with norm_topk_prob=true: deepseek_v2 then leaves the factor {scale} out"
+        raise hf.error("routed_scaling_factor", scale, text)
     return MoEConfig(
         num_experts=hf.get("n_routed_experts", int),
         top_k=hf.get("num_experts_per_tok", int),
@@ -223,29 +223,19 @@ def _moe_from_hf(hf: HFValues) -> MoEConfig:
         score_function=ScoreFunction[score],
         num_groups=hf.get("n_group", int) if grouped else 1,
         top_k_groups=hf.get("topk_group", int) if grouped else 1,
-        route_scale=hf.get("routed_scaling_factor", float),
-        normalize_top_k=_normalizes(hf),
+        route_scale=scale,
+        normalize_top_k=normalizes,
         selection_bias=method == "noaux_tc",
     )
 
 
-def _normalizes(hf: HFValues) -> bool:
-    """`norm_topk_prob`: V2's released code renormalises or scales, never both; HF's never renormalises."""
-    normalizes: bool = hf.get("norm_topk_prob", bool)
-    scale = hf.get("routed_scaling_factor", float)
-    if normalizes and hf.values["model_type"] == "deepseek_v2" and scale != 1:
-        text = f"is not supported with norm_topk_prob=true: deepseek_v2 then leaves the factor {scale} out"
-        raise hf.error("routed_scaling_factor", scale, text)
-    return normalizes
-
-
 def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of a model with weights of `dtype` (its PyTorch name): softmax routing makes it V2.
+    """Return the config.json of a model with weights of `dtype` (PyTorch's name); softmax routing is V2.
 
-    UserError for a model that no released class computes.
+    UserError for a model that neither class of transformers computes.
     """
     kind = "deepseek_v2" if model.moe.score_function is ScoreFunction.softmax else "deepseek_v3"
-    _check(model, kind)
+    _require_known_class(model, kind)
     attention, moe = model.attention, model.moe
     values = {
         "architectures": [ARCHITECTURES[kind]],
@@ -310,8 +300,8 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     return {"rope_theta": rope.theta, "max_position_embeddings": length, "rope_scaling": scaling}
 
 
-def _check(model: ModelConfig, kind: str) -> None:
-    """UserError for what the released code of V3 and V2 does not compute."""
+def _require_known_class(model: ModelConfig, kind: str) -> None:
+    """Raise UserError for a model that DeepSeek's code of V3 and V2 does not compute."""
     moe = model.moe
     wrong = None
     if (kind == "deepseek_v3") is not moe.selection_bias:

@@ -1,22 +1,15 @@
-"""A HuggingFace config.json, asked for key by key: every error is one line with the file and the key."""
+"""Read a HuggingFace config.json key by key; every error is one line with the file and the key."""
 
 import json
 import math
 from pathlib import Path
-from reprlib import Repr
 from typing import Any
 
-from dsv3.errors import UserError
-
-_SHORT = Repr()
-
-_SHORT.maxstring = 80
-
-_SHORT.maxlist = 8
+from dsv3.errors import UserError, quoted
 
 
 class HFValues:
-    """A JSON object of `file`: the whole of it, or the one `inside` another, as in `rope_scaling.`"""
+    """A JSON object of `file`: all of it, or an object in it with the path `inside` (`rope_scaling.`)."""
 
     def __init__(self, file: Path, values: dict[str, Any], inside: str = "") -> None:
         self.file = file
@@ -24,17 +17,18 @@ class HFValues:
         self.inside = inside
 
     def error(self, key: str, value: Any, text: str) -> UserError:
-        """What is wrong with the `value` of `key`."""
-        return UserError(f"{self.file}: {self.inside}{key}={_SHORT.repr(value)} {text}")
+        """Return the error that the `value` of `key` is wrong; `text` says why."""
+        return UserError(f"{self.file}: {self.inside}{key}={quoted(value)} {text}")
 
     def missing(self, key: str, why: str) -> UserError:
-        """`key` is needed and not there."""
+        """Return the error that `key` is missing."""
         return UserError(f"{self.file} has no '{self.inside}{key}', {why}")
 
     def get(self, key: str, kind: type, default: Any = ..., nullable: bool = False) -> Any:
-        """The value of `key`, which must be of `kind` (an int passes for a float), or null if `nullable`.
+        """Return the value of `key`, which must be of `kind` (an int passes for a float).
 
-        Without a `default` the key must be there; a default of None lets it be null as well.
+        It may be null if `nullable`. Without a `default` the key must be there; a default of None lets it be
+        null as well.
         """
         value = self.values.get(key, default)
         if value is ...:
@@ -46,9 +40,8 @@ class HFValues:
         )
         if not right:
             raise self.error(key, value, f"must be of type {kind.__name__}")
-        return self._finite(key, value) if kind is float else value
-
-    def _finite(self, key: str, value: float) -> float:
+        if kind is not float:
+            return value
         try:
             number = float(value)
         except OverflowError:
@@ -58,7 +51,7 @@ class HFValues:
         return number
 
     def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
-        """The value of `key`, one of `allowed`."""
+        """Return the value of `key`; UserError unless it is one of `allowed`."""
         value = self.values.get(key, default)
         if value not in allowed:
             choices = ", ".join(str(choice) for choice in allowed if choice is not None)
@@ -66,7 +59,7 @@ class HFValues:
         return value
 
     def node(self, key: str) -> "HFValues | None":
-        """The object below `key`; None where there is none."""
+        """Return the object below `key`, or None."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -76,7 +69,7 @@ class HFValues:
 
 
 def read_config(directory: Path) -> HFValues:
-    """The config.json of a checkpoint directory; UserError where it is missing or is no JSON object."""
+    """Return the config.json of a directory; UserError where it is missing or not a JSON object."""
     file = directory / "config.json"
     try:
         values = json.loads(file.read_text())

@@ -1,154 +1,163 @@
-"""Our parameters by the names of released checkpoints (the names that HF's models save).
+"""Our parameter names and those of HuggingFace checkpoints, as one table.
 
-A released checkpoint holds one tensor an expert and projection, where ours are stacked; and it holds
-the MTP depths as layers behind the last one, with copies of the shared embedding and head.
+An HF checkpoint stores one matrix per expert and projection; our parameters stack the experts. It stores the
+MTP depths as layers behind the last one, each with duplicates of the shared embedding and head.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from dsv3.config.model import ModelConfig
 
-SCALE = "_scale_inv"
-"""What a block-fp8 weight's name ends with where its scales are stored."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a released checkpoint and its place, `parameter[index][rows]`; None is all of it."""
-
-    source: str
-    parameter: str
-    index: int | None = None
-    """Which expert of a stack [experts, out, in]."""
-    rows: tuple[int, int] | None = None
-    """Which rows of the expert's matrix: gate and up lie behind each other."""
-
-
-_MODEL = {
+HF_NAMES: dict[str, str | tuple[str, str]] = {
     "embedding.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
+    # Of layer L, in the main model (layers.L) and in an MTP depth (mtp.N.block, L = num_layers + N).
+    "layers.L.attention_norm.weight": "model.layers.L.input_layernorm.weight",
+    "layers.L.attention.q_proj.weight": "model.layers.L.self_attn.q_proj.weight",
+    "layers.L.attention.q_a_proj.weight": "model.layers.L.self_attn.q_a_proj.weight",
+    "layers.L.attention.q_a_norm.weight": "model.layers.L.self_attn.q_a_layernorm.weight",
+    "layers.L.attention.q_b_proj.weight": "model.layers.L.self_attn.q_b_proj.weight",
+    "layers.L.attention.kv_a_proj.weight": "model.layers.L.self_attn.kv_a_proj_with_mqa.weight",
+    "layers.L.attention.kv_a_norm.weight": "model.layers.L.self_attn.kv_a_layernorm.weight",
+    "layers.L.attention.kv_b_proj.weight": "model.layers.L.self_attn.kv_b_proj.weight",
+    "layers.L.attention.o_proj.weight": "model.layers.L.self_attn.o_proj.weight",
+    "layers.L.ffn_norm.weight": "model.layers.L.post_attention_layernorm.weight",
+    # A dense layer.
+    "layers.L.ffn.gate_proj.weight": "model.layers.L.mlp.gate_proj.weight",
+    "layers.L.ffn.up_proj.weight": "model.layers.L.mlp.up_proj.weight",
+    "layers.L.ffn.down_proj.weight": "model.layers.L.mlp.down_proj.weight",
+    # An MoE layer. selection_bias is the expert bias of aux-loss-free load balancing.
+    "layers.L.ffn.router.weight": "model.layers.L.mlp.gate.weight",
+    "layers.L.ffn.router.selection_bias": "model.layers.L.mlp.gate.e_score_correction_bias",
+    "layers.L.ffn.shared_experts.gate_proj.weight": "model.layers.L.mlp.shared_experts.gate_proj.weight",
+    "layers.L.ffn.shared_experts.up_proj.weight": "model.layers.L.mlp.shared_experts.up_proj.weight",
+    "layers.L.ffn.shared_experts.down_proj.weight": "model.layers.L.mlp.shared_experts.down_proj.weight",
+    # Stacks [experts, out, in]: one HF tensor per expert E; gate and up are the upper and lower rows of one
+    # matrix.
+    "layers.L.ffn.experts.gate_up_proj": (
+        "model.layers.L.mlp.experts.E.gate_proj.weight",
+        "model.layers.L.mlp.experts.E.up_proj.weight",
+    ),
+    "layers.L.ffn.experts.down_proj": "model.layers.L.mlp.experts.E.down_proj.weight",
+    # The modules of MTP depth N beside its block, L = num_layers + N.
+    "mtp.N.embedding_norm.weight": "model.layers.L.enorm.weight",
+    "mtp.N.hidden_norm.weight": "model.layers.L.hnorm.weight",
+    "mtp.N.projection.weight": "model.layers.L.eh_proj.weight",
+    "mtp.N.norm.weight": "model.layers.L.shared_head.norm.weight",
 }
+"""Our name -> HF name. Two HF names share one of our matrices, row halves in this order."""
 
-_BLOCK = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.q_proj": "self_attn.q_proj",
-    "attention.q_a_proj": "self_attn.q_a_proj",
-    "attention.q_a_norm": "self_attn.q_a_layernorm",
-    "attention.q_b_proj": "self_attn.q_b_proj",
-    "attention.kv_a_proj": "self_attn.kv_a_proj_with_mqa",
-    "attention.kv_a_norm": "self_attn.kv_a_layernorm",
-    "attention.kv_b_proj": "self_attn.kv_b_proj",
-    "attention.o_proj": "self_attn.o_proj",
-    "ffn.router": "mlp.gate",
-    "ffn": "mlp",
-    "ffn.shared_experts": "mlp.shared_experts",
+MTP_DUPLICATES = {
+    "model.layers.L.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.L.shared_head.head.weight": "lm_head.weight",
 }
+"""Duplicates that an HF checkpoint stores with each MTP layer L -> the tensor that they duplicate."""
 
-_MTP = {
-    "embedding_norm": "enorm",
-    "hidden_norm": "hnorm",
-    "projection": "eh_proj",
-    "norm": "shared_head.norm",
-}
+SCALE_SUFFIX = "_scale_inv"
+"""Ending of the HF tensor that holds the scale grid of a block-fp8 weight."""
 
-_RELEASED_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+MODEL_PREFIX = "model."
+"""Prefix of the model's tensors in our own checkpoints."""
 
-_LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.+)")
+_OUR_LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.+)")
 
+_HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
-def released_parts(parameter: str, config: ModelConfig) -> Iterator[Part]:
-    """The tensors of a released checkpoint that make up one parameter or buffer of ours.
-
-    KeyError for a name that no model of this family has.
-    """
-    if parameter in _MODEL:
-        yield Part(_MODEL[parameter], parameter)
-        return
-    found = _LAYER.fullmatch(parameter)
-    if found is None:
-        raise KeyError(parameter)
-    kind, number, rest = found[1], int(found[2]), found[3]
-    layer = f"model.layers.{number + (config.num_layers if kind == 'mtp' else 0)}"
-    if kind == "mtp":
-        module, _, leaf = rest.rpartition(".")
-        if module in _MTP:
-            yield Part(f"{layer}.{_MTP[module]}.{leaf}", parameter)
-            return
-        rest = rest.removeprefix("block.")
-    yield from _block_parts(parameter, layer, rest, config)
-
-
-def _block_parts(parameter: str, layer: str, rest: str, config: ModelConfig) -> Iterator[Part]:
-    hidden = config.moe.hidden_dim
-    if rest.startswith("ffn.experts."):
-        for expert in range(config.moe.num_experts):
-            name = f"{layer}.mlp.experts.{expert}"
-            if rest.endswith("gate_up_proj"):
-                yield Part(f"{name}.gate_proj.weight", parameter, expert, (0, hidden))
-                yield Part(f"{name}.up_proj.weight", parameter, expert, (hidden, 2 * hidden))
-            else:
-                yield Part(f"{name}.down_proj.weight", parameter, expert)
-    elif rest == "ffn.router.selection_bias":
-        yield Part(f"{layer}.mlp.gate.e_score_correction_bias", parameter)
-    else:
-        module, _, leaf = rest.rpartition(".")
-        parent, _, last = module.rpartition(".")
-        theirs = _BLOCK[module] if module in _BLOCK else f"{_BLOCK[parent]}.{last}"
-        yield Part(f"{layer}.{theirs}.{leaf}", parameter)
+_FP8_WEIGHT = re.compile(
+    r"model\.layers\.\d+\."
+    r"(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate_proj|up_proj|down_proj))\.weight"
+)
 
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of a released checkpoint with its shape, and the box of our parameter that it fills."""
+    """One tensor of an HF checkpoint with its shape, and the box of our parameter that it fills."""
 
     name: str
     shape: tuple[int, ...]
     parameter: str
-    """Our name, that of the model's state_dict."""
+    """Our name, as in the model's state_dict."""
     offset: tuple[int, ...]
     sizes: tuple[int, ...]
-    """Of the box: an expert's matrix has a leading 1."""
+    """Sizes of the box; that of an expert's matrix has a leading 1."""
 
     def box_of_rows(self, first: int, count: int) -> tuple[list[int], list[int]]:
-        """Offset and sizes of the box that rows [first, first + count) of the released tensor fill."""
+        """Return offset and sizes of the box that rows [first, first + count) of the HF tensor fill."""
         offset, sizes = list(self.offset), list(self.sizes)
         if offset:
-            dim = len(offset) - len(self.shape)  # behind the expert's, if there is one
+            dim = len(offset) - len(self.shape)  # behind the expert's dim, if there is one
             offset[dim] += first
             sizes[dim] = count
         return offset, sizes
 
 
-def released_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[HFTensor]:
-    """Every tensor of a released checkpoint in our order, for parameters of these `shapes` by name.
+def hf_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[HFTensor]:
+    """Return every tensor of an HF checkpoint in our order, for parameters of these `shapes` by name.
 
-    The copies that MTP layers have of the embedding and the head are not among them (see `mtp_duplicates`).
+    The duplicates that MTP layers store of embedding and head are left out (see `mtp_duplicates`).
+    KeyError for a name that no model of this family has.
     """
-    return [_released(part, shape) for name, shape in shapes.items() for part in released_parts(name, config)]
+    layout = []
+    for parameter, shape in shapes.items():
+        row, layer = _table_row(parameter, config)
+        named = HF_NAMES[row]
+        hf_names = (named,) if isinstance(named, str) else named
+        if ".experts." not in row:
+            name = hf_names[0].replace(".L.", f".{layer}.")
+            layout.append(HFTensor(name, shape, parameter, (0,) * len(shape), shape))
+            continue
+        experts, rows, columns = shape
+        matrix = (rows // len(hf_names), columns)
+        for expert in range(experts):
+            for number, template in enumerate(hf_names):
+                name = template.replace(".L.", f".{layer}.").replace(".E.", f".{expert}.")
+                offset = (expert, number * matrix[0], 0)
+                layout.append(HFTensor(name, matrix, parameter, offset, (1, *matrix)))
+    return layout
+
+
+def _table_row(parameter: str, config: ModelConfig) -> tuple[str, int | None]:
+    """Return the key of HF_NAMES for a parameter and the number of its HF layer (None outside of layers)."""
+    found = _OUR_LAYER.fullmatch(parameter)
+    if found is None:
+        return parameter, None
+    kind, number, rest = found[1], int(found[2]), found[3]
+    if kind == "layers":
+        return f"layers.L.{rest}", number
+    in_block = rest.startswith("block.")
+    row = f"layers.L.{rest.removeprefix('block.')}" if in_block else f"mtp.N.{rest}"
+    return row, config.num_layers + number
 
 
 def mtp_duplicates(config: ModelConfig) -> dict[str, str]:
-    """What a released checkpoint stores again with each MTP layer: the copy's name, and what it is of."""
-    found = {}
-    for depth in range(config.mtp_depths):
-        layer = f"model.layers.{config.num_layers + depth}"
-        found[f"{layer}.embed_tokens.weight"] = _MODEL["embedding.weight"]
-        found[f"{layer}.shared_head.head.weight"] = _MODEL["head.weight"]
-    return found
+    """Return the names of the duplicates that MTP layers store, each with the tensor that it duplicates."""
+    layers = range(config.num_layers, config.num_layers + config.mtp_depths)
+    return {
+        duplicate.replace(".L.", f".{layer}."): original
+        for layer in layers
+        for duplicate, original in MTP_DUPLICATES.items()
+    }
+
+
+def with_mtp_duplicates(layout: Iterable[HFTensor], config: ModelConfig) -> list[tuple[str, HFTensor]]:
+    """Return (HF name, tensor to read) for all of `layout` and, behind it, for the MTP duplicates."""
+    by_name = {tensor.name: tensor for tensor in layout}
+    return [*by_name.items(), *((name, by_name[of]) for name, of in mtp_duplicates(config).items())]
 
 
 def is_derived(name: str, config: ModelConfig) -> bool:
-    """Whether a stored tensor may be passed over: it follows from config.json, or its MTP layer is left out.
+    """Return whether loading may pass over an HF tensor.
 
-    Moonlight and Kimi K2 store the rotary frequencies.
+    True for the rotary frequencies that Moonlight and Kimi K2 store, which follow from config.json, and for
+    MTP layers that the model leaves out.
     """
-    layer = _RELEASED_LAYER.fullmatch(name)
+    layer = _HF_LAYER.fullmatch(name)
     if layer is None:
         return False
     last = config.num_layers + config.mtp_depths
@@ -156,29 +165,15 @@ def is_derived(name: str, config: ModelConfig) -> bool:
     return left_out or (int(layer[1]) < last and layer[2] == "self_attn.rotary_emb.inv_freq")
 
 
-def _released(part: Part, whole: tuple[int, ...]) -> HFTensor:
-    if part.index is None:
-        return HFTensor(part.source, whole, part.parameter, (0,) * len(whole), whole)
-    first, end = part.rows or (0, whole[1])
-    shape = (end - first, whole[2])
-    return HFTensor(part.source, shape, part.parameter, (part.index, first, 0), (1, *shape))
+def is_fp8_weight(name: str) -> bool:
+    """Return whether DeepSeek's releases store this tensor in fp8.
 
-
-_QUANTIZED = re.compile(
-    r"model\.layers\.\d+\."
-    r"(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
-    r"|mlp\.(experts\.\d+\.|shared_experts\.)?(gate_proj|up_proj|down_proj))\.weight"
-)
-
-
-def is_quantized(name: str) -> bool:
-    """Whether DeepSeek stores this tensor in fp8: the matrices of attention, experts and dense layers.
-
-    Embedding, head, norms, router and the MTP projection are not (config.json's modules of DeepSeek-V3).
+    Matrices of attention, experts and dense layers are in fp8. Embedding, head, norms, router and the MTP
+    projection stay in bf16 (config.json's modules of DeepSeek-V3).
     """
-    return _QUANTIZED.fullmatch(name) is not None
+    return _FP8_WEIGHT.fullmatch(name) is not None
 
 
 def stored_dtype(tensor: HFTensor, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is stored as: selection biases move by steps that only fp32 has room for."""
+    """Return the dtype in files: `dtype`, but fp32 for expert biases, whose small steps bf16 loses."""
     return torch.float32 if tensor.parameter.endswith("selection_bias") else dtype

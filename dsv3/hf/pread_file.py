@@ -1,9 +1,4 @@
-"""One tensor of a safetensors file, its types, and how what is wrong with it is told.
-
-A file read at given positions by several threads at once.
-
-A file whose long reads pass the page cache by: what a conversion reads once is not worth keeping.
-"""
+"""Read files at given positions from several threads at once, through the page cache or past it."""
 
 import errno
 import mmap
@@ -13,26 +8,14 @@ import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from reprlib import Repr
 
 import numpy as np
 
-from dsv3.errors import UserError
-
-_SHORT = Repr()
-
-_SHORT.maxstring = _SHORT.maxother = 120
-
-_SHORT.maxlist = 8
-
-
-def quoted(value: object) -> str:
-    """A name or value out of a file, short, in quotes and with everything unprintable escaped."""
-    return _SHORT.repr(value)
+from dsv3.errors import UserError, quoted
 
 
 def fault(file: Path, text: str) -> UserError:
-    """What is wrong with a file, in one line that cannot steer the terminal."""
+    """Return the error that a file is wrong, in one line that cannot steer a terminal."""
     path = "".join(char if char.isprintable() else "\ufffd" for char in str(file))
     return UserError(f"{path} {text}")
 
@@ -42,14 +25,14 @@ _LONGEST_CALL = 2**30
 
 
 class PreadFile:
-    """A regular file, closed once nobody holds the object; every read names its own position.
+    """A regular file of which every read names its own position; it is closed once nobody holds the object.
 
-    UserError where it cannot be opened or is a directory, pipe or device; links are followed.
+    UserError where it cannot be opened or is a directory, pipe or device. Links are followed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = _open(path)
+        self._descriptor = self._open()
         # A thread that reads keeps the object, so no descriptor is closed, and its number used again,
         # under a read that is still going on.
         weakref.finalize(self, os.close, self._descriptor)
@@ -62,8 +45,20 @@ class PreadFile:
             with suppress(OSError):  # a hint: some file systems have no use for it
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
+    def _open(self) -> int:
+        try:
+            # Without O_NONBLOCK a named pipe would wait for its writer; regular files do not mind.
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and self.path.is_symlink():
+                link = quoted(str(self.path.readlink()))
+                text = f"is a link to {link}, which is not there: the download may be incomplete"
+                raise fault(self.path, text) from None
+            reason = getattr(error, "strerror", None) or error
+            raise fault(self.path, f"cannot be opened: {reason}") from None
+
     def read(self, target: memoryview, offset: int, what: str) -> None:
-        """Fill `target` (bytes) from byte `offset` on; the UserError of a failure names `what` was read."""
+        """Fill `target` (bytes) from byte `offset` on; a failure's UserError names `what` was read."""
         done = 0
         while done < len(target):
             try:
@@ -77,55 +72,50 @@ class PreadFile:
             done += count
 
 
-def _open(path: Path) -> int:
-    try:
-        # Without O_NONBLOCK a named pipe would wait for its writer; regular files do not mind.
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        raise _unopened(path, error) from None
-
-
-def _unopened(path: Path, error: OSError | ValueError) -> UserError:
-    if isinstance(error, FileNotFoundError) and path.is_symlink():
-        link = quoted(str(path.readlink()))
-        return fault(path, f"is a link to {link}, which is not there: the download may be incomplete")
-    return fault(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}")
-
-
 ALIGNMENT = mmap.PAGESIZE
-"""What addresses, positions and sizes must be multiples of past the page cache."""
+"""Bytes of which addresses, positions and sizes must be multiples for direct I/O (past the page cache)."""
 
-BLOCK = 8 * 2**20
-"""Bytes a call to the disk."""
+DISK_BLOCK = 8 * 2**20
+"""Bytes per call to the disk in direct I/O."""
 
-_LONG = 2**18
+_SHORTEST_DIRECT = 2**18
 """Bytes from which on a read is worth a call of its own to the disk."""
 
-_scratch = threading.local()
+_aligned = threading.local()
 
 
 class DirectReader(PreadFile):
-    """A PreadFile that is read past the page cache where the disk allows it and a read is long."""
+    """A PreadFile whose long reads pass the page cache by, where the disk allows it.
+
+    A conversion reads each byte once, so that keeping it in the cache costs time and gains nothing.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._direct = _open_direct(path)
-        if self._direct >= 0:
+        self._direct = -1  # no descriptor: the page cache alone
+        with suppress(AttributeError, OSError):
+            self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT)
             weakref.finalize(self, os.close, self._direct)
 
     def read(self, target: memoryview, offset: int, what: str) -> None:
-        """Fill `target` (bytes) from byte `offset` on; the UserError of a failure names `what` was read."""
-        done = self._read_directly(target, offset) if self._direct >= 0 and len(target) >= _LONG else 0
+        """Fill `target` (bytes) from byte `offset` on; a failure's UserError names `what` was read."""
+        is_long = len(target) >= _SHORTEST_DIRECT
+        done = self._read_directly(target, offset) if self._direct >= 0 and is_long else 0
         if done < len(target):
             super().read(target[done:], offset + done, what)
 
     def _read_directly(self, target: memoryview, offset: int) -> int:
-        """Bytes that were filled: fewer where the file ends or the disk fails, which `read` then tells."""
+        """Return how many bytes were filled: fewer than asked where the file ends or the disk fails.
+
+        `read` asks for the rest again through the page cache and raises what is wrong.
+        """
         filled, done = np.frombuffer(target, np.uint8), 0
-        block = _block()
+        block: mmap.mmap | None = getattr(_aligned, "block", None)
+        if block is None:
+            block = _aligned.block = aligned_memory(DISK_BLOCK + ALIGNMENT)
         while done < len(target):
             skipped = (offset + done) % ALIGNMENT
-            wanted = min(len(target) - done, BLOCK)
+            wanted = min(len(target) - done, DISK_BLOCK)
             length = -(-(skipped + wanted) // ALIGNMENT) * ALIGNMENT
             try:
                 view = memoryview(block)[:length]
@@ -143,22 +133,32 @@ class DirectReader(PreadFile):
         return done
 
 
-def _block() -> mmap.mmap:
-    """Memory of this thread that begins with a page."""
-    block: mmap.mmap | None = getattr(_scratch, "block", None)
-    if block is None:
-        block = _scratch.block = aligned_memory(BLOCK + ALIGNMENT)
-    return block
-
-
 def aligned_memory(size: int) -> mmap.mmap:
-    """Memory of `size` bytes that begins with a page, as calls past the page cache want it."""
+    """Return `size` bytes of memory that begins with a page, as direct I/O wants it."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _open_direct(path: Path) -> int:
-    """A descriptor, -1 where there is nothing but the page cache."""
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT)
-    except (AttributeError, OSError):
-        return -1
+class OpenFiles:
+    """The files that were read last, at most `limit` of them open; any number of threads may share it."""
+
+    def __init__(self, limit: int = 64, kind: type[PreadFile] = PreadFile) -> None:
+        self._limit, self._kind = limit, kind
+        self._lock = threading.Lock()
+        self._files: dict[Path, PreadFile] | None = {}
+
+    def close(self) -> None:
+        """Close the files, each once no thread reads from it any more."""
+        with self._lock:
+            self._files = None
+
+    def get(self, path: Path) -> PreadFile:
+        """Return the open file of a path; RuntimeError after `close`."""
+        with self._lock:
+            if self._files is None:
+                raise RuntimeError("the reader is closed")
+            # Taken out and put behind the others: the first is the one that was not used for longest.
+            file = self._files.pop(path, None) or self._kind(path)
+            self._files[path] = file
+            if len(self._files) > self._limit:
+                del self._files[next(iter(self._files))]
+            return file

@@ -1,10 +1,8 @@
-"""Reads rows and rectangles of stored tensors, from several threads at once.
+"""Read the tensors of safetensors files by rows and rectangles, and find those of a checkpoint directory.
 
-Unlike the library's `safe_open` it maps nothing: what is read is what was asked for, into memory that
-the caller may use again.
-
-
-Finds the tensors of a directory of safetensors files, with or without an index.
+Unlike the safetensors library's `safe_open`, nothing is memory-mapped: exactly the bytes asked for are read,
+into memory that the caller may use again, and a failing disk is an error instead of a signal that ends the
+process.
 """
 
 import os
@@ -16,26 +14,42 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dsv3.hf.pread_file import PreadFile, fault, quoted
-from dsv3.hf.safetensors_header import LIMIT, StoredTensor, byte_view, json_object, read_header
+from dsv3.errors import quoted
+from dsv3.hf.pread_file import OpenFiles, PreadFile, fault
+from dsv3.hf.safetensors_header import LONGEST_HEADER, TensorInfo, byte_view, json_object, read_header
 
-PIECE = 4 * 2**20
+WINDOW = 4 * 2**20
 """Bytes of whole rows that are in memory while columns are cut out of them."""
 
 
-class ShardReader:
-    """Reads from the files of stored tensors; any number of threads may share one.
+class ScratchMemory(threading.local):
+    """Memory that each thread reuses for its reads.
+
+    Taken anew for each read it would make glibc's heap grow.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized tensor on the CPU, valid until this thread's next call."""
+        needed = torch.Size(shape).numel() * dtype.itemsize
+        if len(self._memory) < needed:
+            self._memory = torch.empty(needed, dtype=torch.uint8)
+        return self._memory[:needed].view(dtype).view(shape)
+
+
+class SafetensorsReader:
+    """Reads from the files of tensors; any number of threads may share one.
 
     At most `limit` files stay open, each opened as a `kind`. A wrong range or buffer is the program's
     fault: RuntimeError.
     """
 
     def __init__(self, limit: int = 64, kind: type[PreadFile] = PreadFile) -> None:
-        self._limit, self._kind = limit, kind
-        self._lock = threading.Lock()
-        self._files: dict[Path, PreadFile] | None = {}
+        self._files = OpenFiles(limit, kind)
 
-    def __enter__(self) -> "ShardReader":
+    def __enter__(self) -> "SafetensorsReader":
         return self
 
     def __exit__(
@@ -45,11 +59,10 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the files, each once no thread reads from it any more."""
-        with self._lock:
-            self._files = None
+        self._files.close()
 
-    def read_rows(self, tensor: StoredTensor, first: int, count: int, out: Tensor | None = None) -> Tensor:
-        """Rows [first, first + count) of dim 0, in `out` (contiguous, same type and shape) or a new tensor.
+    def read_rows(self, tensor: TensorInfo, first: int, count: int, out: Tensor | None = None) -> Tensor:
+        """Return rows [first, first + count) of dim 0, in `out` (contiguous, same dtype) or a new tensor.
 
         A tensor without dims is one row and comes back without dims.
         """
@@ -62,15 +75,15 @@ class ShardReader:
 
     def read_rectangle(
         self,
-        tensor: StoredTensor,
+        tensor: TensorInfo,
         rows: tuple[int, int],
         columns: tuple[int, int],
         out: Tensor | None = None,
-        piece: int = PIECE,
+        window: int = WINDOW,
     ) -> Tensor:
-        """[rows, columns] from first to end (exclusive) of a matrix, as `read_rows` gives rows.
+        """Return [rows, columns] of a matrix, each from first to end (exclusive), in `out` or a new tensor.
 
-        Beside the result no more than `piece` bytes are in memory.
+        Beside the result no more than `window` bytes are in memory.
         """
         if len(tensor.shape) != 2:
             raise RuntimeError(f"'{tensor.name}' has shape {tensor.shape}: only a matrix has rectangles")
@@ -81,46 +94,37 @@ class ShardReader:
         out = _target(tensor, (rows[1] - rows[0], columns[1] - columns[0]), out)
         if out.numel():
             target = byte_view(out).view(out.shape[0], -1)
-            self._cut(tensor, rows[0], columns[0] * tensor.dtype.itemsize, target, piece)
+            self._read_columns(tensor, rows[0], columns[0] * tensor.dtype.itemsize, target, window)
         return out
 
-    def _cut(self, tensor: StoredTensor, first: int, left: int, target: Tensor, piece: int) -> None:
+    def _read_columns(self, tensor: TensorInfo, first: int, left: int, target: Tensor, window: int) -> None:
         """Fill `target` [rows, bytes] from row `first` and byte `left` of each row on."""
-        width, step = tensor.row_nbytes, piece // tensor.row_nbytes
+        width, step = tensor.row_nbytes, window // tensor.row_nbytes
         if step == 0:  # not even one row fits: its columns alone, a row at a time
             for number, row in enumerate(target):
                 self._read(tensor, (first + number) * width + left, row)
             return
         buffer = torch.empty((min(step, len(target)), width), dtype=torch.uint8, device="cpu")
         for begin in range(0, len(target), step):
-            some = buffer[: len(target) - begin]
-            self._read(tensor, (first + begin) * width, some.view(-1))
+            rows = buffer[: len(target) - begin]
+            self._read(tensor, (first + begin) * width, rows.view(-1))
             # NumPy copies in this thread; PyTorch would start others beside the callers', and be slower.
-            target.numpy()[begin : begin + step] = some.numpy()[:, left : left + target.shape[1]]
+            target.numpy()[begin : begin + step] = rows.numpy()[:, left : left + target.shape[1]]
 
-    def _read(self, tensor: StoredTensor, begin: int, target: Tensor) -> None:
+    def _read(self, tensor: TensorInfo, begin: int, target: Tensor) -> None:
         """Fill `target` (uint8 [bytes]) from byte `begin` of the tensor on."""
         if target.numel():
-            self._file(tensor.file).read(target.numpy().data, tensor.offset + begin, quoted(tensor.name))
-
-    def _file(self, path: Path) -> PreadFile:
-        with self._lock:
-            if self._files is None:
-                raise RuntimeError("the reader is closed")
-            # Taken out and put behind the others: the first is the one that was not used for longest.
-            file = self._files.pop(path, None) or self._kind(path)
-            self._files[path] = file
-            if len(self._files) > self._limit:
-                del self._files[next(iter(self._files))]
-            return file
+            file = self._files.get(tensor.file)
+            file.read(target.numpy().data, tensor.offset + begin, quoted(tensor.name))
 
 
-def _check_range(tensor: StoredTensor, first: int, end: int, length: int) -> None:
+def _check_range(tensor: TensorInfo, first: int, end: int, length: int) -> None:
     if not 0 <= first <= end <= length:
         raise RuntimeError(f"'{tensor.name}' has shape {tensor.shape}: [{first}, {end}) is not in it")
 
 
-def _target(tensor: StoredTensor, shape: tuple[int, ...], out: Tensor | None) -> Tensor:
+def _target(tensor: TensorInfo, shape: tuple[int, ...], out: Tensor | None) -> Tensor:
+    """Return `out`, checked, or a new tensor."""
     if out is None:
         return torch.empty(shape, dtype=tensor.dtype, device="cpu")
     fits = tuple(out.shape) == shape and out.dtype is tensor.dtype
@@ -139,13 +143,16 @@ _SUFFIX = ".safetensors"
 _ONE_REVISION = "take the index and the files from one revision"
 
 
-def open_shards(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name, in the order in which they lie in its files.
+def read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a checkpoint by name, in the order in which they lie in its files.
 
     An index says which files there are, and must agree with them; without one, all .safetensors files
     count. UserError names the file and the tensor of whatever is wrong with them.
     """
-    present = _listed(directory)
+    try:
+        present = set(os.listdir(directory))  # noqa: PTH208 (names are what the index has)
+    except OSError as error:
+        raise fault(directory, f"cannot be read as a directory: {error.strerror}") from None
     if INDEX not in present:
         files = sorted(name for name in present if name.endswith(_SUFFIX) and not name.startswith("."))
         if not files:
@@ -160,15 +167,9 @@ def open_shards(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _listed(directory: Path) -> set[str]:
-    try:
-        return set(os.listdir(directory))  # noqa: PTH208 (names are what the index has)
-    except OSError as error:
-        raise fault(directory, f"cannot be read as a directory: {error.strerror}") from None
-
-
-def _collect(directory: Path, files: Iterable[str]) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
+def _collect(directory: Path, files: Iterable[str]) -> dict[str, TensorInfo]:
+    """Return the tensors of all files by name; UserError for a name in two files."""
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
         for tensor in read_header(PreadFile(directory / file)):
             if tensor.name in tensors:
@@ -179,10 +180,10 @@ def _collect(directory: Path, files: Iterable[str]) -> dict[str, StoredTensor]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The files by tensor as an index names them."""
+    """Return the index's weight_map: file names by tensor."""
     file = PreadFile(path)
-    if file.size > LIMIT:
-        raise fault(path, f"has {file.size} bytes, an index may have {LIMIT}")
+    if file.size > LONGEST_HEADER:
+        raise fault(path, f"has {file.size} bytes, an index may have {LONGEST_HEADER}")
     raw = bytearray(file.size)
     file.read(memoryview(raw), 0, "the index")
     weight_map = json_object(path, bytes(raw), "index").get("weight_map", ...)
@@ -191,18 +192,16 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise fault(path, f"has weight_map={quoted(weight_map)} instead of files by tensor")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain(shard):
+        # A file beside the index: a path could lead anywhere. Links are for the file system to follow.
+        is_file_name = isinstance(shard, str) and shard.endswith(_SUFFIX) and shard.isprintable()
+        if not is_file_name or "/" in shard or "\\" in shard:
             what = f"a plain file name that ends with {_SUFFIX}"
             raise fault(path, f"maps {quoted(name)} to {quoted(shard)} instead of {what}")
     return weight_map
 
 
-def _is_plain(name: str) -> bool:
-    """Whether this names a file beside the index; links are for the file system to follow."""
-    return name.endswith(_SUFFIX) and name.isprintable() and "/" not in name and "\\" not in name
-
-
-def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:
+def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    """Raise UserError unless the index names every tensor and the file that it is in."""
     for name, file in weight_map.items():
         if name not in tensors:
             raise fault(path, f"maps {quoted(name)} to {quoted(file)}, which lacks it: {_ONE_REVISION}")

@@ -1,4 +1,7 @@
-"""Writes safetensors files front to back: every header is complete before the first tensor exists."""
+"""Write safetensors files front to back: every header is complete before the first tensor exists.
+
+The safetensors library writes a file only from tensors that are all in memory, up to 5 GB of them.
+"""
 
 import json
 import math
@@ -12,44 +15,44 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dsv3.hf.names import SCALE
-from dsv3.hf.safetensors_header import CODES, METADATA, PACKED, StoredTensor, byte_view
+from dsv3.hf.names import SCALE_SUFFIX
+from dsv3.hf.safetensors_header import DTYPE_NAMES, METADATA, PACKED, TensorInfo, byte_view
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
-"""Name, type and shape of a tensor to be written."""
+"""Name, dtype and shape of a tensor to be written."""
 
 
 @dataclass(frozen=True)
-class ShardPlan:
-    """A file to be written: its name, all of its header and where in it each tensor will lie."""
+class SafetensorsPlan:
+    """A file to be written: its name, its header and the place of each tensor."""
 
     name: str
     header: bytes
-    """With the eight bytes of its length."""
-    tensors: tuple[StoredTensor, ...]
+    """All bytes before the data, the eight of the length included."""
+    tensors: tuple[TensorInfo, ...]
     """In the order of writing; their `file` is the bare name."""
 
     @property
     def data_nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """Return the bytes of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole file."""
+        """Return the bytes of the whole file."""
         return len(self.header) + self.data_nbytes
 
 
-def plan_shards(tensors: Sequence[Entry], max_shard_size: int) -> list[ShardPlan]:
-    """Files of at most `max_shard_size` bytes of tensors (larger tensors get one each), in the order given.
+def plan_files(tensors: Sequence[Entry], max_shard_size: int) -> list[SafetensorsPlan]:
+    """Return files of at most `max_shard_size` bytes, in the order given; a larger tensor stays whole.
 
-    A weight and its scales behind it share a file. Names are those of transformers.
+    A weight and its scales behind it share a file. Files are named as transformers names them.
     """
     counts = Counter([METADATA, *(name for name, _, _ in tensors)])
     for name, count in counts.items():
         if count > 1:
             raise RuntimeError(f"'{name}' is planned twice")
-    groups = _groups(tensors, max_shard_size)
+    groups = _split_into_files(tensors, max_shard_size)
     if len(groups) == 1:
         return [_plan("model.safetensors", groups[0])]
     count = len(groups)
@@ -59,8 +62,8 @@ def plan_shards(tensors: Sequence[Entry], max_shard_size: int) -> list[ShardPlan
     ]
 
 
-def index_json(plans: Sequence[ShardPlan]) -> str:
-    """The text of model.safetensors.index.json, laid out as transformers does; sizes in bytes."""
+def index_json(plans: Sequence[SafetensorsPlan]) -> str:
+    """Return the text of model.safetensors.index.json, laid out as by transformers; sizes in bytes."""
     weight_map = {tensor.name: plan.name for plan in plans for tensor in plan.tensors}
     index = {
         "metadata": {"total_size": sum(plan.data_nbytes for plan in plans)},
@@ -69,21 +72,21 @@ def index_json(plans: Sequence[ShardPlan]) -> str:
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-class ShardWriter:
+class SafetensorsWriter:
     """Appends one planned file to `sink` (binary, open for writing; it stays open).
 
-    As a context it checks at the end that nothing is missing. RuntimeError for tensors that are not
-    those of the plan, OSError of the sink (a full disk) as it is.
+    As a context manager it checks at the end that nothing is missing. RuntimeError for tensors that the plan
+    does not have; an OSError of the sink (a full disk) passes through.
     """
 
-    def __init__(self, plan: ShardPlan, sink: BinaryIO) -> None:
+    def __init__(self, plan: SafetensorsPlan, sink: BinaryIO) -> None:
         self.plan = plan
         self._sink = sink
         self._number = 0
         self._written = 0
         self._append(memoryview(plan.header))
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> "SafetensorsWriter":
         return self
 
     def __exit__(
@@ -93,7 +96,7 @@ class ShardWriter:
             self.finish()
 
     def write(self, name: str, rows: Tensor) -> None:
-        """Append the next rows of a tensor (any number; a scalar as it is), in the plan's order.
+        """Append the next rows of a tensor (any number of them; a scalar as it is), in the plan's order.
 
         Tensors without elements need no call. Contiguous rows on the CPU are not copied.
         """
@@ -112,12 +115,12 @@ class ShardWriter:
         self._written += len(data)
 
     def finish(self) -> None:
-        """Check that every tensor has got all its bytes."""
+        """Raise RuntimeError unless every tensor has got all its bytes."""
         if self._next(None) is not None:
             raise RuntimeError(f"{self.plan.name} is not complete: {self._wanted()}")
 
-    def _next(self, name: str | None) -> StoredTensor | None:
-        """The first tensor that is called `name` or is not complete yet; None behind the last one."""
+    def _next(self, name: str | None) -> TensorInfo | None:
+        """Return the first tensor that is called `name` or is not complete yet; None behind the last one."""
         tensors = self.plan.tensors
         while self._number < len(tensors):
             tensor = tensors[self._number]
@@ -127,6 +130,7 @@ class ShardWriter:
         return None
 
     def _wanted(self) -> str:
+        """Return what the plan asks for next, for a message."""
         if self._number == len(self.plan.tensors):
             return "all is written"
         tensor = self.plan.tensors[self._number]
@@ -137,17 +141,17 @@ class ShardWriter:
             data = data[self._sink.write(data) :]
 
 
-def _groups(tensors: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """The tensors of each file."""
+def _split_into_files(tensors: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """Return the tensors of each file."""
     groups: list[list[Entry]] = []
     room = 0
     for number, entry in enumerate(tensors):
         size = needed = _nbytes(entry)
         behind = tensors[number + 1 : number + 2]
-        if behind and behind[0][0] == entry[0] + SCALE:
+        if behind and behind[0][0] == entry[0] + SCALE_SUFFIX:
             needed += _nbytes(behind[0])
         # Scales are known once their weight is written: they follow it, even over the limit.
-        follows = number > 0 and entry[0] == tensors[number - 1][0] + SCALE
+        follows = number > 0 and entry[0] == tensors[number - 1][0] + SCALE_SUFFIX
         if not groups or (needed > room and not follows):
             groups.append([])
             room = limit
@@ -160,20 +164,21 @@ def _nbytes(entry: Entry) -> int:
     return math.prod(entry[2]) * entry[1].itemsize
 
 
-def _plan(name: str, entries: Sequence[Entry]) -> ShardPlan:
+def _plan(name: str, entries: Sequence[Entry]) -> SafetensorsPlan:
+    """Return the plan of one file."""
     header: dict[str, object] = {METADATA: {"format": "pt"}}
     end = 0
     for entry in entries:
         header[entry[0]] = {
-            "dtype": CODES[entry[1]],
+            "dtype": DTYPE_NAMES[entry[1]],
             "shape": [*entry[2][:-1], 2 * entry[2][-1]] if entry[1] is PACKED else entry[2],
             "data_offsets": [end, end := end + _nbytes(entry)],
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data shall begin where any type may lie
+    text += b" " * (-len(text) % 8)  # aligns the data for every dtype
     begin = 8 + len(text)
     tensors = []
     for entry in entries:
-        tensors.append(StoredTensor(entry[0], Path(name), entry[1], entry[2], begin, _nbytes(entry)))
+        tensors.append(TensorInfo(entry[0], Path(name), entry[1], entry[2], begin, _nbytes(entry)))
         begin += _nbytes(entry)
-    return ShardPlan(name, len(text).to_bytes(8, "little") + text, tuple(tensors))
+    return SafetensorsPlan(name, len(text).to_bytes(8, "little") + text, tuple(tensors))

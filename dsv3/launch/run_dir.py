@@ -1,6 +1,6 @@
-"""What a run has stored of its config, read as data.
+"""The run directory: who may write into it, the files that describe the run, and the checks of a resume.
 
-The run directory: who may write into it, and the files that describe the run.
+What a run has stored is read as data; nothing is built from it.
 """
 
 import importlib.metadata
@@ -19,59 +19,62 @@ from dsv3.checkpoint.manifest import check_newest
 from dsv3.config.overrides import absolute_paths
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, to_yaml
+from dsv3.config.upgrade import upgrade_node
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
-from dsv3.planning.report import to_text
+from dsv3.planning.report import format_plan
+
+CONFIG_FILE, OVERRIDES_FILE, ENVIRONMENT_FILE = "config.yaml", "overrides.yaml", "environment.json"
+
+_KEPT = ("data._target_", "data.held_out", "data.shuffle", "train.seed", "train.sequence_length")
+"""Keys that a run keeps beside model and tokenizer: they decide which rows there are, and their order."""
+
+_PACKAGES = ("dsv3", "torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
 
 
-def stored_leaves(file: Path) -> dict[str, Any]:
-    """The values of a stored YAML file by their dotted keys; UserError where it holds no config."""
+def read_stored_values(file: Path) -> dict[str, Any]:
+    """Return the values of a stored YAML file by their dotted keys, with today's names.
+
+    UserError where the file holds no config.
+    """
     try:
-        node = yaml.safe_load(file.read_text())
+        node = upgrade_node(yaml.safe_load(file.read_text()))
         if not isinstance(node, dict):
             raise TypeError
-        return flat(node)
+        return flatten(node)
     except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError):
-        raise UserError(f"{file} holds no config; is it a run's?") from None
+        raise UserError(f"{file} holds no config; is it a run directory?") from None
 
 
-def flat(node: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts, and of dicts in lists, by their dotted keys."""
+def flatten(node: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts, and of dicts in lists, by their dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         nested = isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
         inner = nested or isinstance(value, dict)
-        leaves |= flat(value, f"{path}{key}.") if inner else {f"{path}{key}": value}
+        leaves |= flatten(value, f"{path}{key}.") if inner else {f"{path}{key}": value}
     return leaves
 
 
 def check_stored_targets(
     file: Path, stored: Mapping[str, Any], checked: Mapping[str, Any], allow: Sequence[str]
 ) -> None:
-    """UserError for a `_target_` in `file` that may not be built, but for those `checked` already.
+    """Raise UserError for a `_target_` in `file` that may not be built, unless it is among `checked`.
 
-    Nothing is built of what is stored; but whoever planted it there may have planted more.
+    Nothing is built from stored files; but whoever planted a class there may have planted more.
     """
     for key, target in stored.items():
         if key.rpartition(".")[2] == "_target_" and target != checked.get(key):
             check_target(str(target), f"{file}: {key}", allow)
 
 
-CONFIG_FILE, OVERRIDES_FILE, ENVIRONMENT_FILE = "config.yaml", "overrides.yaml", "environment.json"
-
-_KEPT = ("data._target_", "data.held_out", "data.shuffle", "train.seed", "train.sequence_length")
-"""Beside model and tokenizer: which rows there are, in which order."""
-
-_PACKAGES = ("dsv3", "torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
-
-
 def check_run_dir(directory: Path, resume: bool) -> None:
-    """UserError unless the run may start in `directory`: an existing run is only gone on with."""
+    """Raise UserError unless the run may start in `directory`: an existing run can only be resumed."""
     if directory.exists() and not directory.is_dir():
         raise UserError(f"run.dir={directory} is a file: name a directory")
     if (directory / CONFIG_FILE).exists() and not resume:
         raise UserError(
-            f"run.dir={directory} holds a run already: go on with resume={directory} or name another"
+            f"run.dir={directory} holds a run already: continue it with resume={directory} or name another"
         )
 
 
@@ -95,7 +98,7 @@ def make_run_dir(job: Job) -> Path:
 
 
 def _set_aside_checkpoints(directory: Path) -> None:
-    """Move the checkpoints of a run whose config.yaml is gone: a new run must not resume from them."""
+    """Rename the checkpoints of a run whose config.yaml is gone: a new run must not resume from them."""
     checkpoints, number = directory / "checkpoints", 1
     if checkpoints.exists() and not (directory / CONFIG_FILE).exists():
         while (aside := directory / f"checkpoints-before-{number}").exists():
@@ -103,27 +106,27 @@ def _set_aside_checkpoints(directory: Path) -> None:
         checkpoints.rename(aside)
 
 
-def describe_run(job: Job, data: dict[str, Any]) -> None:
-    """Write the files that say what this run is; config.yaml comes last and makes it a run."""
+def write_run_files(job: Job, data: dict[str, Any]) -> None:
+    """Write the files that describe this run; config.yaml comes last and makes the directory a run."""
     directory = job.run_dir
     overrides = yaml.safe_dump(absolute_paths(job.overrides), sort_keys=False, allow_unicode=True)
     write_text(directory / OVERRIDES_FILE, overrides)
     write_text(directory / ENVIRONMENT_FILE, json.dumps(environment(job, data), indent=1) + "\n")
-    write_text(directory / "plan.txt", to_text(job.plan) + "\n")
+    write_text(directory / "plan.txt", format_plan(job.plan) + "\n")
     write_text(
         directory / CONFIG_FILE, yaml.safe_dump(to_yaml(job.config), sort_keys=False, allow_unicode=True)
     )
 
 
 def check_same_run(config: Config, directory: Path) -> None:
-    """UserError where going on with the run in `directory` would make another run of it.
+    """Raise UserError where a resume in `directory` would make another run of it.
 
-    Its weights belong to one model and tokenizer, its place in the data to one order of the rows.
+    The weights belong to one model and tokenizer, the place in the data to one order of the rows.
     """
-    file, typed = directory / CONFIG_FILE, flat(to_yaml(config))
-    stored = stored_leaves(file)
+    file, typed = directory / CONFIG_FILE, flatten(to_yaml(config))
+    stored = read_stored_values(file)
     if "model.dim" not in stored:
-        raise UserError(f"resume={directory}: {CONFIG_FILE} holds no model; is it a run's?")
+        raise UserError(f"resume={directory}: {CONFIG_FILE} holds no model; is it a run directory?")
     check_stored_targets(file, stored, typed, config.run.allow_targets)
     for key, now in typed.items():
         kept = key in _KEPT or key.startswith(("model.", "tokenizer."))
@@ -136,7 +139,7 @@ def check_same_run(config: Config, directory: Path) -> None:
     if steps:
         check_newest(steps[-1])
     if steps and (file := steps[-1] / MODEL_FILE).exists():
-        model = {f"model.{key}": value for key, value in stored_leaves(file).items()}
+        model = {f"model.{key}": value for key, value in read_stored_values(file).items()}
         check_stored_targets(file, model, typed, config.run.allow_targets)
     done = step_number(steps[-1]) if steps else 0
     if config.train.steps < done:
@@ -146,12 +149,12 @@ def check_same_run(config: Config, directory: Path) -> None:
 
 
 def check_same_data(fingerprint: str, directory: Path) -> None:
-    """UserError where the data is not what the run in `directory` has been trained on."""
+    """Raise UserError where the data is not the data that the run in `directory` was trained on."""
     path = directory / ENVIRONMENT_FILE
     try:
         stored = json.loads(path.read_text())["data"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} does not tell the data's fingerprint; is it a run's?") from None
+        raise UserError(f"{path} has no fingerprint of the data; is it a run directory?") from None
     if stored != fingerprint:
         raise UserError(
             f"resume={directory} was trained on data with the fingerprint {stored}, it is {fingerprint} now: "
@@ -160,7 +163,7 @@ def check_same_data(fingerprint: str, directory: Path) -> None:
 
 
 def environment(job: Job, data: dict[str, Any]) -> dict[str, Any]:
-    """Versions, git commit, hardware and the data's fingerprint."""
+    """Return versions, git commit, hardware and the data's fingerprint, for environment.json."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -180,7 +183,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of this source tree, with `+changes` where files differ from it; None outside git."""
+    """Return the commit of this source tree, with `+changes` where files differ from it; None outside git."""
     root = Path(__file__).resolve().parent
     try:
         commit = _git(root, "rev-parse", "HEAD")

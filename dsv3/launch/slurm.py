@@ -1,6 +1,6 @@
-"""What srun tells a process of its place, in the words of torchrun, which all else reads.
+"""Slurm: translate srun's variables into torchrun's, and submit launch=slurm as a batch script with sbatch.
 
-launch=slurm: the command as a batch script in its run directory, handed to sbatch.
+The rest of the code reads torchrun's variables (RANK, WORLD_SIZE, ...) alone.
 """
 
 import re
@@ -12,20 +12,25 @@ from collections.abc import Iterator, Mapping
 
 from dsv3.config.launch import SlurmLaunchConfig
 from dsv3.config.overrides import absolute_paths, quote, split_override
-from dsv3.config.root import CONF
+from dsv3.config.registry import ROOT
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 from dsv3.launch.run_dir import make_run_dir
 
-# Below the ports that Linux hands out by itself, above those that are well known.
+SCRIPT, LOG = "submit.sh", "slurm-%j.log"
+
+# Seconds before the time limit at which every rank is asked to stop; it finishes its step and saves.
+_STOP_BEFORE_LIMIT = 300
+
+# Below the ephemeral ports of Linux, above the well-known ones.
 _PORTS = range(15_000, 32_000)
 
 
 def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and the rest for a process that srun started as one of several; else nothing.
+    """Translate the SLURM_* variables of a process that srun started as one of several; otherwise return {}.
 
     Only srun sets SLURM_STEP_NUM_TASKS: a batch script and a shell of salloc have SLURM_NTASKS and
-    SLURM_PROCID too, but no others beside them. What torchrun or the user has set stands.
+    SLURM_PROCID too, but no other processes beside them. Variables that torchrun or the user has set stay.
     """
     world = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if world == 1 or "RANK" in environment or "SLURM_PROCID" not in environment:
@@ -41,44 +46,38 @@ def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: environment.get(name, value) for name, value in found.items()}
 
 
-def in_step(environment: Mapping[str, str]) -> bool:
-    """Whether this process runs in a job step, if alone: what was to be submitted is there already."""
+def in_slurm_step(environment: Mapping[str, str]) -> bool:
+    """Return True in a job step, if only of one process: what was to be submitted runs already."""
     return "SLURM_STEP_ID" in environment
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's compressed list of hosts: `gpu[003-007,012],login` begins with gpu003."""
+    """Return the first of Slurm's compressed list of hosts: gpu003 of `gpu[003-007,012],login`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else nodes)
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's `8(x2),4` as [8, 8, 4]."""
+    """Return Slurm's `8(x2),4` as [8, 8, 4]."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
 
 def _tasks_here(environment: Mapping[str, str], world: int) -> int:
-    """Tasks of the step on this node."""
+    """Return the number of tasks of the step on this node."""
     counts = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = int(environment.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else int(environment.get("SLURM_NTASKS_PER_NODE", world))
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """One port for all ranks of a step, another for the next job on the same node."""
+    """Return one port for all ranks of a step, and another for the next job on the same node."""
     job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return _PORTS[(job * 7 + step) % len(_PORTS)]
 
 
-SCRIPT, LOG = "submit.sh", "slurm-%j.log"
-
-# Seconds before the time limit at which every rank is asked to stop; it finishes its step and saves.
-_STOP_BEFORE_LIMIT = 300
-
-
 def submit(job: Job) -> None:
-    """Write RUN_DIR/submit.sh, submit it and say where to look; UserError where there is no sbatch."""
+    """Write RUN_DIR/submit.sh, submit it and print where to look; UserError where there is no sbatch."""
     if shutil.which("sbatch") is None:
         raise UserError("launch=slurm: no sbatch here; submit from a login node, or use launch=local")
     job.run_dir = make_run_dir(job)
@@ -92,9 +91,11 @@ def submit(job: Job) -> None:
 
 
 def batch_script(job: Job) -> str:
-    """The script: what Slurm is asked for, and one srun that starts every rank with the same arguments."""
+    """Return the script: the options for Slurm, and one srun that starts every rank."""
     options = "\n".join(f"#SBATCH {option}" for option in _options(job))
-    program = shlex.join([sys.executable, str(CONF.parent / "train.py"), *_arguments(job)])
+    here = ROOT / "train.py"
+    start = [str(here)] if here.is_file() else ["-m", "dsv3.programs"]
+    program = shlex.join([sys.executable, *start, *_arguments(job)])
     return f"""#!/bin/bash
 {options}
 # A rank that fails ends the others; the signal above and scancel reach every rank, which then saves.
@@ -103,6 +104,7 @@ exec srun --kill-on-bad-exit=1 {program}
 
 
 def _options(job: Job) -> Iterator[str]:
+    """Yield the options of sbatch."""
     launch = job.config.launch
     assert isinstance(launch, SlurmLaunchConfig)
     ranks = job.plan.world_size // launch.nnodes
@@ -121,7 +123,7 @@ def _options(job: Job) -> Iterator[str]:
 
 
 def _arguments(job: Job) -> list[str]:
-    """The job's overrides as they could be typed, with the run directory that has been made."""
+    """Return the job's overrides as one could type them, with the run directory that has been made."""
     pairs = [(split_override(override), override) for override in absolute_paths(job.overrides)]
     kept = [override for pair, override in pairs if pair and pair[0] not in ("run.dir", "run.resume")]
     where = "resume" if job.config.run.resume else "run.dir"

@@ -1,4 +1,4 @@
-"""Where a sweep's jobs go, and which of them failed: told by files, since a job may run anywhere."""
+"""A sweep's directory and failed jobs, recorded in files because a job may run anywhere."""
 
 import json
 import multiprocessing
@@ -17,26 +17,26 @@ FAILED_FILE = "failed.json"
 
 _SHOWN = 5
 
-# Seconds between two looks at whether the sweep that a job belongs to is still there.
+# Seconds between two checks of a job that its sweep still runs.
 _LOOK_EVERY = 1.0
 
 
 class Sweep:
-    """The directory of one sweep and the failures its jobs have left there."""
+    """The directory of one sweep, and the failures that its jobs have recorded there."""
 
     def __init__(self) -> None:
         self.directory: Path | None = None
         self._standing: dict[Path, int] = {}
 
     def choose(self, chosen: str | None) -> str:
-        """The directory of the jobs: `chosen` (run.dir) or a new one; failures of earlier are noted."""
+        """Return the directory of the jobs, `chosen` (run.dir) or a new one; note earlier failures."""
         if self.directory is None:
             self.directory = Path(chosen or f"multirun/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
             self._standing = {path: path.stat().st_mtime_ns for path in _marks(self.directory)}
         return str(self.directory)
 
     def failure(self) -> RunFailed | None:
-        """What to tell of the jobs that failed in this sweep, with their first reasons; None if none did."""
+        """Return the jobs that failed in this sweep with their first reasons; None if none failed."""
         if self.directory is None:
             return None
         new = [p for p in _marks(self.directory) if self._standing.get(p) != p.stat().st_mtime_ns]
@@ -50,21 +50,21 @@ class Sweep:
         return RunFailed("\n".join([f"{jobs} {names} of {self.directory}; the others went on", *lines]))
 
 
-def same_code(root: Path) -> None:
+def share_source_with_jobs(root: Path) -> None:
     """Let the jobs' processes import dsv3 from `root`, as this one does, whatever is installed."""
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *(path for path in others if path != str(root))])
 
 
 def mark_failed(directory: Path, reason: str, overrides: Sequence[str]) -> None:
-    """Leave in a job's directory why it failed and what it was told."""
+    """Record in a job's directory the reason of its failure and its overrides."""
     directory.mkdir(parents=True, exist_ok=True)
     content = {"reason": reason, "overrides": absolute_paths(overrides)}
     (directory / FAILED_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_failure(directory: Path) -> tuple[str, list[str]]:
-    """Reason and overrides of the failure marked in `directory`; empty where there is none to read."""
+    """Return reason and overrides of the failure recorded in `directory`; empty where there is none."""
     try:
         content: Any = json.loads((directory / FAILED_FILE).read_text())
         return str(content["reason"]), [str(override) for override in content["overrides"]]
@@ -72,10 +72,10 @@ def read_failure(directory: Path) -> tuple[str, list[str]]:
         return "", []
 
 
-def end_with_sweep() -> None:
-    """Kill this process soon after the sweep that started it is gone, as a process pool would not.
+def die_with_sweep() -> None:
+    """Kill this process soon after the sweep that started it is gone, as a process pool does not.
 
-    Only for jobs of hydra/launcher=joblib: what submitit submits is to outlive the command.
+    For jobs of hydra/launcher=joblib only: what submitit submits is to outlive the command.
     """
     if multiprocessing.get_start_method(allow_none=True) == "loky":
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
@@ -88,6 +88,6 @@ def _follow(parent: int) -> None:
 
 
 def _marks(directory: Path) -> list[Path]:
-    """Failure marks by the number of their job."""
+    """Return the failure files in the order of their jobs' numbers."""
     found = directory.glob(f"*/{FAILED_FILE}")
     return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))

@@ -1,6 +1,7 @@
-"""Workers that a failed one leaves behind: given some seconds to end by themselves, then killed.
+"""Workers of this command: started with torch's elastic agent, stopped and ended together.
 
-Workers of this command: started with torch's elastic agent, stopped and ended together.
+The agent waits half a minute for the others after one worker has failed; here they get some seconds and are
+killed then.
 """
 
 import contextlib
@@ -21,18 +22,25 @@ from dsv3.distributed.signals import KILLED, STOPPED, Stopped
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 
-# How often new children are looked for, and what others get after a failure; both in seconds.
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+_PR_SET_PDEATHSIG = 1
+
+# Seconds that a worker may take to save after a stop signal before it is killed.
+_SHUTDOWN_TIMEOUT = 600
+
+# Seconds between two looks for new children, and those that the others have after a failure.
 _LOOK_EVERY = 0.1
 
 _GRACE = 3.0
 
 
 @contextlib.contextmanager
-def end_what_hangs(grace: float = _GRACE) -> Iterator[None]:
-    """Kill the children that this process starts meanwhile `grace` seconds after one of them has failed.
+def kill_stragglers(grace: float = _GRACE) -> Iterator[None]:
+    """Kill the children that this process starts meanwhile, `grace` seconds after one of them has failed.
 
-    The agent asks the others to stop and waits half a minute, in vain where one is stuck in a
-    collective or in whatever made it hang.
+    The agent asks the others to stop and waits half a minute, in vain where one is stuck in a collective.
     """
     import psutil
 
@@ -46,7 +54,7 @@ def end_what_hangs(grace: float = _GRACE) -> Iterator[None]:
 
 
 def kill_children(others: Collection[int] = ()) -> None:
-    """Kill every process below this one, but for `others` and multiprocessing's own that cleans up."""
+    """Kill every process below this one, except `others` and multiprocessing's own cleaner."""
     import psutil
 
     for child in psutil.Process().children(recursive=True):
@@ -57,28 +65,28 @@ def kill_children(others: Collection[int] = ()) -> None:
 
 
 def _watch(done: threading.Event, grace: float, others: set[int]) -> None:
-    with contextlib.ExitStack() as opened:
-        ends = _Ends(opened)
+    with contextlib.ExitStack() as stack:
+        exits = _ChildExits(stack)
         while not done.is_set():
-            if ends.a_failure(others):
+            if exits.any_failed(others):
                 if not done.wait(grace):
                     kill_children(others)
                 return
 
 
-class _Ends:
-    """The ends of children, seen when they come: the agent reaps a child as soon as it looks."""
+class _ChildExits:
+    """The ends of children, seen as they happen: the agent reaps a child as soon as it looks."""
 
-    def __init__(self, opened: contextlib.ExitStack) -> None:
-        self.opened = opened
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.stack = stack
         self.poll = select.poll()
         self.pids: dict[int, int] = {}
-        """By the file descriptors that become readable when they end."""
+        """Processes by the file descriptors that become readable when they end."""
         self.silent: set[int] = set()
-        """Those that give no such descriptor, which some containers forbid: looked at now and then."""
+        """Processes without such a descriptor, which some containers forbid; they are polled."""
 
-    def a_failure(self, others: set[int]) -> bool:
-        """Whether a child other than `others` has failed within the next moment."""
+    def any_failed(self, others: set[int]) -> bool:
+        """Return True if a child other than `others` fails within the next moment."""
         import psutil
 
         known = {*others, *self.pids.values(), *self.silent}
@@ -99,13 +107,13 @@ class _Ends:
         except OSError:
             self.silent.add(pid)
             return
-        self.opened.callback(os.close, ending)
+        self.stack.callback(os.close, ending)
         self.pids[ending] = pid
         self.poll.register(ending, select.POLLIN)
 
 
 def _failed(pid: int) -> bool:
-    """Whether a child has ended otherwise than by finishing or by a stop; leaves it to be reaped."""
+    """Return True if a child has ended other than by finishing or by a stop; leave it to be reaped."""
     try:
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -113,18 +121,8 @@ def _failed(pid: int) -> bool:
     return ended is not None and (ended.si_code != os.CLD_EXITED or ended.si_status not in (0, STOPPED))
 
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-
-_PR_SET_PDEATHSIG = 1
-
-# What a worker may take to save after a stop signal before it is killed, in seconds.
-_SHUTDOWN_TIMEOUT = 600
-
-
 def start_workers(job: Job) -> float | None:
-    """Start one process a rank of this node and wait for all of them; rank 0's result where it is here.
+    """Start one process per rank of this node and wait for all; return rank 0's result where it is here.
 
     The first worker that fails ends the others. SIGTERM and Ctrl-C reach the workers as SIGTERM.
     """
@@ -137,7 +135,7 @@ def start_workers(job: Job) -> float | None:
     known = LaunchConfig.__dataclass_fields__  # shutdown_timeout is newer than torch 2.11
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
     try:
-        with _signals_as_exceptions(), _spawning(), end_what_hangs():
+        with _signals_as_exceptions(), _spawning(), kill_stragglers():
             results: dict[int, Any] = elastic_launch(config, _work)(job, os.getpid())
     except ChildFailedError as error:
         raise _first_failure(error) from None
@@ -147,7 +145,7 @@ def start_workers(job: Job) -> float | None:
 
 
 def _rendezvous(job: Job) -> dict[str, Any]:
-    """How the agents of all nodes find each other, and how each treats its workers."""
+    """Return how the agents of all nodes find each other, and how each treats its workers."""
     launch = job.config.launch
     options: dict[str, Any] = {
         "min_nodes": launch.nnodes,
@@ -168,7 +166,7 @@ def _rendezvous(job: Job) -> dict[str, Any]:
 
 
 def _silence_agent() -> None:
-    """Keep the agent from reporting a stop or a failure in logs of its own; ours is one message."""
+    """Keep the agent from logging a stop or a failure itself; ours is one message."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(
             ("torch.distributed.elastic", "torch.multiprocessing")
@@ -188,7 +186,7 @@ def _spawning() -> Iterator[None]:
 
 
 def _work(job: Job, launcher: int) -> float | None:
-    """One worker's life, which a kill -9 of its launcher ends as well."""
+    """Run the task in one worker, which a kill -9 of its launcher ends as well."""
     die_with_parent()
     if os.getppid() != launcher:
         os._exit(1)
@@ -207,7 +205,7 @@ def die_with_parent() -> None:
 
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """The first SIGTERM or Ctrl-C makes the agent stop its workers; a second one ends all at once."""
+    """Let the first SIGTERM or Ctrl-C make the agent stop its workers, and a second one end all at once."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     received: list[int] = []
@@ -228,7 +226,7 @@ def _signals_as_exceptions() -> Iterator[None]:
 
 
 def _first_failure(error: "ChildFailedError") -> BaseException:
-    """The error of the worker that failed first, as it would have been raised in this process."""
+    """Return the error of the worker that failed first, as it would have been raised in this process."""
     rank, failure = error.get_first_failure()
     if failure.exitcode == STOPPED:
         return Stopped("")

@@ -1,7 +1,7 @@
-"""How evenly the router spreads tokens: three numbers from the counts of a step.
+"""Metrics of expert load balance: how evenly the router spreads the tokens of a step over the experts.
 
-Everything stays on the device of its input: nothing here waits for a GPU. The counts are those of the
-global batch, summed over ranks by the caller.
+Results stay on the device of their input, so nothing here waits for a GPU. The caller sums the counts over
+ranks: they are those of the global batch.
 """
 
 import math
@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 def max_violation(load: Tensor) -> Tensor:
-    """Max load / mean load - 1, the largest over the layers: 0 is even, experts - 1 is one expert for all.
+    """Return max load / mean load - 1, the largest over the layers; an fp32 scalar.
 
-    `load [layers, experts]` counts the tokens each expert received, of any real or integer type; there is
-    at least one layer. A layer without load counts as even. MaxVio of Wang et al. 2024 (arXiv:2408.15664).
+    0 is an even load, experts - 1 is one expert for all tokens. This is MaxVio of Wang et al. 2024
+    (arXiv:2408.15664). `load` [layers, experts] counts the tokens per expert, in any real or integer dtype,
+    with at least one layer. A layer without load counts as even.
     """
     load = load.float()
     mean = load.mean(dim=-1)
@@ -22,9 +23,10 @@ def max_violation(load: Tensor) -> Tensor:
 
 
 def entropy(load: Tensor) -> Tensor:
-    """Entropy of the expert load in units of log(experts), mean over the layers: 1 is even, 0 is collapse.
+    """Return the entropy of the expert load in units of log(experts), mean over the layers; an fp32 scalar.
 
-    `load [layers, experts]` as in `max_violation`; a layer without load, or of one expert, counts as even.
+    1 is an even load, 0 is one expert for all tokens. `load` is as for `max_violation`; a layer without load,
+    or of one expert, counts as even.
     """
     load = load.float()
     experts = load.shape[-1]
@@ -36,6 +38,6 @@ def entropy(load: Tensor) -> Tensor:
 
 
 def bias_range(bias: Tensor) -> Tensor:
-    """Max - min of the selection bias `bias [layers, experts]`, the largest over the layers."""
+    """Return max - min of the expert bias [layers, experts], the largest over the layers; an fp32 scalar."""
     bias = bias.float()
     return (bias.amax(dim=-1) - bias.amin(dim=-1)).amax()

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, written so that a kill costs at most the rows still buffered."""
+"""metrics.jsonl: one line per step, written so that a kill loses at most the rows that are still buffered."""
 
 import os
 from pathlib import Path
@@ -7,24 +7,26 @@ from dsv3.metrics.row import MetricsRow
 
 
 class JsonlWriter:
-    """Appends rows to a file; the file holds complete, synced lines after every flush.
+    """Append rows to a file, which holds complete, synced lines after every flush.
 
-    Opening creates the folder and the file. On resume call `cut_back` first. Raises OSError where the
-    file cannot be written.
+    Opening creates the folder and the file. Call `truncate_after` first on resume.
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
-        # A kill may have left half a line: the next row must not be glued to it.
+        # A kill may have left half a line: the next row must begin a line of its own.
         self._buffer = ["\n"] if _ends_torn(path) else []
 
     def append(self, row: MetricsRow) -> None:
-        """Remember a row until the next flush."""
+        """Buffer a row until the next flush."""
         self._buffer.append(row.to_json() + "\n")
 
     def flush(self) -> None:
-        """Write the remembered rows and wait until they are on the disk."""
+        """Write the buffered rows and wait until they are on the disk."""
         if not self._buffer:
             return
         self._file.write("".join(self._buffer).encode())
@@ -33,7 +35,7 @@ class JsonlWriter:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush and close; a second call does nothing."""
+        """Flush and close the file; a second call does nothing."""
         if not self._file.closed:
             try:
                 self.flush()
@@ -41,19 +43,19 @@ class JsonlWriter:
                 self._file.close()
 
 
-def read(path: Path) -> list[MetricsRow]:
-    """The rows of a file by step, each step once (its latest line); damaged lines are passed over.
+def read_rows(path: Path) -> list[MetricsRow]:
+    """Read the rows of a file by step, each step once (its latest line), and skip damaged lines.
 
     A file that does not exist has no rows.
     """
     return [row for row, _ in _latest(path)]
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Keep the rows up to and including `step`, each once, so that a run can go on from there.
+def truncate_after(path: Path, step: int) -> None:
+    """Keep the rows up to and including `step`, each once, so that a run can resume from there.
 
-    The kept lines stay as they were written. The file is replaced in one rename: a kill leaves the old
-    file or the new one.
+    The kept lines stay as they were written. One rename replaces the file: a kill leaves the old file or the
+    new one.
     """
     if not path.exists():
         return
@@ -67,7 +69,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def _latest(path: Path) -> list[tuple[MetricsRow, str]]:
-    """Rows with their lines in the order of their steps; of a step written twice, the later line."""
+    """Return rows with their lines in the order of their steps; of a step written twice, the later line."""
     found: dict[int, tuple[MetricsRow, str]] = {}
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.split("\n"):

@@ -1,7 +1,4 @@
-"""What the training loop asks of a logger, and the two that do nothing.
-
-TensorBoard event files under the run directory.
-"""
+"""Loggers: the interface, the loggers that record nothing, and TensorBoard; wandb.py has Weights & Biases."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,18 +7,19 @@ from typing import Any, Protocol
 
 from dsv3.metrics.row import MetricsRow
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
+"""Shows the user one line."""
 
 
-def tell_on_stderr(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """Print one line for the user."""
     print(line, file=sys.stderr)
 
 
 class Logger(Protocol):
-    """Where rank 0 sends its numbers besides metrics.jsonl.
+    """A place to which rank 0 sends the metrics besides metrics.jsonl.
 
-    A logger never ends a run: what it cannot do it says through `tell`, in one line, and goes on without.
+    A logger never ends a run: it reports a failure through `notify`, in one line, and goes on without.
     """
 
     def open(
@@ -29,29 +27,29 @@ class Logger(Protocol):
         run_dir: Path,
         config: Mapping[str, object],
         files: Sequence[Path] = (),
-        tell: Tell = tell_on_stderr,
+        notify: Notify = print_to_stderr,
     ) -> None:
-        """Start, or go on with, the record of a run; `config` is plain data, `files` are kept beside it."""
+        """Start or continue the record of a run; `config` is plain data, `files` are kept beside it."""
 
     def log(self, row: MetricsRow) -> None:
-        """Record one step."""
+        """Record the metrics of one step."""
 
     def text(self, key: str, text: str, step: int) -> None:
         """Record a sample of text."""
 
     def finish(self, exit_code: int = 0) -> None:
-        """Write out what is left and close; belongs in a `finally`."""
+        """Write what is buffered and close; belongs in a `finally`."""
 
 
 class NoLogger:
-    """Records nothing."""
+    """Record nothing."""
 
     def open(
         self,
         run_dir: Path,
         config: Mapping[str, object],
         files: Sequence[Path] = (),
-        tell: Tell = tell_on_stderr,
+        notify: Notify = print_to_stderr,
     ) -> None:
         """Do nothing."""
 
@@ -66,27 +64,27 @@ class NoLogger:
 
 
 class ConsoleLogger(NoLogger):
-    """Records nothing beyond what the console shows and metrics.jsonl holds."""
+    """Record nothing beyond the console and metrics.jsonl."""
 
 
 class TensorboardLogger:
-    """Writes the scalars of each row to `run_dir/tensorboard`; errors become one warning."""
+    """Write the scalars of each row to `run_dir/tensorboard`; errors become one warning."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
         self._writer: Any = None
-        self._tell: Tell = tell_on_stderr
+        self._notify: Notify = print_to_stderr
 
     def open(
         self,
         run_dir: Path,
         config: Mapping[str, object],
         files: Sequence[Path] = (),
-        tell: Tell = tell_on_stderr,
+        notify: Notify = print_to_stderr,
     ) -> None:
-        """Note the folder; `config` and `files` lie in the run directory already."""
+        """Remember the folder; `config` and `files` are in the run directory already."""
         self._folder = run_dir / "tensorboard"
-        self._tell = tell
+        self._notify = notify
 
     def log(self, row: MetricsRow) -> None:
         """Write the known values of a row."""
@@ -99,7 +97,7 @@ class TensorboardLogger:
         self._write("add_text", key, indented, step)
 
     def finish(self, exit_code: int = 0) -> None:
-        """Write out what is buffered and close; a second call does nothing."""
+        """Write what is buffered and close; a second call does nothing."""
         writer, self._writer, self._folder = self._writer, None, None
         if writer is not None:
             writer.close()
@@ -108,14 +106,12 @@ class TensorboardLogger:
         if self._folder is None:
             return
         try:
-            self._writer = self._writer or self._open_writer(self._folder, step)
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # Opened by the first value: a resume purges what the killed run wrote from this step on.
+                self._writer = SummaryWriter(str(self._folder), purge_step=step)
             getattr(self._writer, method)(key, value, step)
         except (OSError, ImportError) as error:
             self._folder = None
-            self._tell(f"warning: tensorboard is off for this run: {error}")
-
-    def _open_writer(self, folder: Path, step: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Opened by the first value: a resume purges what the killed run wrote from this step on.
-        return SummaryWriter(str(folder), purge_step=step)
+            self._notify(f"warning: tensorboard is off for this run: {error}")

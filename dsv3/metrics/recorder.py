@@ -1,4 +1,4 @@
-"""Collects a run's figures step by step and hands them to metrics.jsonl, the console and the logger."""
+"""The recorder: passes the metrics of every step to metrics.jsonl, the console and the logger."""
 
 import math
 import resource
@@ -16,23 +16,27 @@ from dsv3.metrics.jsonl import JsonlWriter
 from dsv3.metrics.loggers import Logger
 from dsv3.metrics.row import MetricsRow
 
-BROKEN = "broken_router"
-"""A step's figure that is no column: the first MoE layer whose router's logits were not finite, else -1."""
+FIRST_NONFINITE_ROUTER = "first_nonfinite_router"
+"""A tensor of a step without a column: the first MoE layer whose router logits were not finite, else -1."""
 
 
 @dataclass
 class Pending:
-    """A step whose figures still lie on the device."""
+    """A step whose metrics are still tensors on the device."""
 
     row: MetricsRow
     figures: dict[str, Tensor]
 
 
 class Recorder:
-    """Rows wait until they are read together, so that a GPU is not made to wait every step.
+    """Buffer the metrics of steps and read them together, so that the host rarely waits for a GPU.
 
-    Every rank keeps the rows (all know the same figures); rank 0 alone has a `console` and a `logger`.
-    `layers` are the names of the MoE layers, as the figure BROKEN counts them.
+    Every rank buffers (all have the same metrics); only rank 0 has a `console` and a `logger`.
+
+    Args:
+        path: metrics.jsonl.
+        every: steps to read together on a GPU; on CPU each step is read at once.
+        layers: the names of the MoE layers, as FIRST_NONFINITE_ROUTER counts them.
     """
 
     def __init__(
@@ -55,67 +59,61 @@ class Recorder:
         self.writer = JsonlWriter(path) if ranks.is_main else None
 
     def add(self, row: MetricsRow, figures: dict[str, Tensor]) -> None:
-        """Take a step's row, to be completed with its `figures`."""
+        """Add the row of a step; `figures` are its other metrics by name, scalar tensors on the device."""
         self.pending.append(Pending(row, figures))
         if len(self.pending) >= self.every:
             self.read()
 
     def read(self) -> None:
-        """Complete the waiting rows and show them; RunFailed at the first loss that is not finite."""
+        """Complete the buffered rows and write them to metrics.jsonl, console and logger.
+
+        Raises:
+            RunFailed: a loss or gradient norm is not finite; the message names the first one.
+        """
         for pending in self.pending:
             row = pending.row
-            broken = pending.figures.pop(BROKEN, None)
+            router = pending.figures.pop(FIRST_NONFINITE_ROUTER, None)
             for name, value in pending.figures.items():
                 setattr(row, name, value.item())
             row.memory_gib = self.memory
-            self._show(row)
+            self.latest = row
+            if self.writer is not None:
+                self.writer.append(row)
+            if self.console is not None:
+                self.console.step(row)
+            if self.logger is not None:
+                self.logger.log(row)
             values = {name: getattr(row, name) for name in ("loss", "grad_norm", "evaluation_loss")}
             watched = {name: value for name, value in values.items() if value is not None}
             if not all(map(math.isfinite, watched.values())):
                 self.close()
+                causes = [f"{name} {value}" for name, value in watched.items()]
+                if router is not None and int(router) >= 0:
+                    causes.append(f"first at the router of {self.layers[int(router)]}")
+                if (row.fp8_broken_tiles or 0.0) > 0:  # NaN is unknown
+                    causes.append(f"{row.fp8_broken_tiles:.0f} nonfinite FP8 tiles")
                 raise RunFailed(
-                    f"step {row.step} is not finite: {', '.join(f'{k} {v}' for k, v in watched.items())}"
-                    f"{self._first(broken)}{_tiles(row)}. Checkpoints are from before; a lower optimizer.lr "
-                    "or longer warm-up may help."
+                    f"step {row.step} is not finite: {', '.join(causes)}. Checkpoints are from before; "
+                    "a lower optimizer.lr or longer warm-up may help."
                 )
         self.pending.clear()
 
-    def _first(self, broken: Tensor | None) -> str:
-        """The first layer whose router met numbers that are none, if any did."""
-        layer = -1 if broken is None else int(broken)
-        return f", first at the router of {self.layers[layer]}" if layer >= 0 else ""
-
     def flush(self) -> None:
-        """Complete and write everything so far; before a checkpoint, so that a resume leaves no gap."""
+        """Complete and write all rows so far; call it before a checkpoint, so that a resume leaves no gap."""
         self.memory = peak_memory_gib(self.ranks)
         self.read()
         if self.writer is not None:
             self.writer.flush()
 
     def close(self) -> None:
-        """Write what is there and close the file."""
+        """Write the buffered lines and close the file."""
         if self.writer is not None:
             self.writer.close()
             self.writer = None
 
-    def _show(self, row: MetricsRow) -> None:
-        self.latest = row
-        if self.writer is not None:
-            self.writer.append(row)
-        if self.console is not None:
-            self.console.step(row)
-        if self.logger is not None:
-            self.logger.log(row)
-
-
-def _tiles(row: MetricsRow) -> str:
-    """How many tiles of FP8 operands were broken, where any was."""
-    count = row.fp8_broken_tiles or 0.0
-    return f", {count:.0f} broken FP8 tiles" if count > 0 else ""
-
 
 def peak_memory_gib(ranks: RankContext) -> float:
-    """Peak memory of the busiest rank: allocated on its GPU, or resident in RAM."""
+    """Return the peak memory of the busiest rank in GiB: allocated on its GPU, or resident in RAM."""
     if ranks.device.type == "cuda":
         peak = float(torch.cuda.max_memory_allocated())
     else:

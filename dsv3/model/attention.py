@@ -1,9 +1,12 @@
-"""Multi-head latent attention: keys and values from one compressed latent a token.
+"""Multi-head latent attention (MLA): the keys and values of all heads come from one latent per token.
 
-Report section 2.1.1, equations 1 to 11. Only the latent (kv_lora_rank) and one rotated key
-(qk_rope_head_dim) a token are kept for generation (cache.py): training expands per-head keys and
-values from them, decoding attends to them as they are. Module names follow the released checkpoints
-(HF: self_attn.*).
+Technical report section 2.1.1, equations 1 to 11. `compress` makes the latents, `expand_kv` makes per-head
+keys and values from them. Training expands. Generation keeps only the latent and one rotated key per token
+(kv_cache.py), and decoding attends to them without expansion (`attend_absorbed`).
+
+Shapes: B batch, T sequence, D dim, H heads, S slots of the KV cache. Sizes in DeepSeek-V3: D 7168, H 128,
+q_lora_rank 1536, kv_lora_rank 512, qk_head_dim 192 = qk_nope_head_dim 128 + qk_rope_head_dim 64, v_head_dim
+128.
 """
 
 from collections.abc import Callable
@@ -17,15 +20,20 @@ from dsv3.model.kv_cache import LayerCache
 from dsv3.model.layers import Linear, RMSNorm
 from dsv3.model.rope import apply_rotary
 
-Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""From the latents of a rank's own tokens to those of the queries it computes (parallel/tensor.py)."""
+GatherLatents = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(q_latent, latent, k_rope) of this rank's tokens -> the same three for all tokens whose queries this rank
+computes. Tensor parallelism puts an all-gather here (parallel/tensor_parallel.py)."""
 
 Attend = Callable[["LatentAttention", Tensor, Tensor, Tensor, Segments | None], Tensor]
-"""From queries and compressed keys and values to the heads' outputs (parallel/context.py)."""
+"""(attention, q, latent, k_rope, segments) -> the heads' outputs [B, T, H, v_head_dim]. Context parallelism
+puts an all-gather of the latents here (parallel/context_parallel.py)."""
 
 
 class LatentAttention(nn.Module):
-    """MLA; queries come through their own latent where the config has a `q_lora_rank`."""
+    """Multi-head latent attention (HF: self_attn); with a `q_lora_rank` queries have a latent too.
+
+    `gather_latents` and `attend` are the two places where parallel wrappers put their communication.
+    """
 
     def __init__(
         self, dim: int, config: AttentionConfig, softmax_scale: float, latent_norm_eps: float
@@ -34,7 +42,7 @@ class LatentAttention(nn.Module):
         self.config = config
         self.softmax_scale = softmax_scale
         self.kernel = attention_kernel(config.kernel)
-        self.gather: Gather = _own
+        self.gather_latents: GatherLatents = keep_local_latents
         self.attend: Attend = attend_locally
         heads, latent = config.heads, config.kv_lora_rank
         if config.q_lora_rank is None:
@@ -51,34 +59,37 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, segments: Segments | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """Attend within `x` [batch, sequence, dim]; `rotary` comes from rope.rotary_table.
+        """Attend within `x` [B, T, D] and return [B, T, D]; `rotary` comes from rope.rotary_table.
 
-        With a `cache` (generation) also to the tokens that it holds; it then holds those of `x` too.
+        `segments` keeps attention within documents. With a `cache` (generation) the tokens of `x` are written
+        to the cache and attend to all tokens in it.
         """
-        q_latent, latent, k_rope = self.gather(*self.compress(x))
-        q = self.queries(q_latent, rotary)
+        q_latent, latent, k_rope = self.gather_latents(*self.compress(x))
+        q = self.project_queries(q_latent, rotary)
         k_rope = apply_rotary(k_rope.unsqueeze(-2), rotary).squeeze(-2)
         if cache is not None:
             cache.write(latent, k_rope)
         if cache is None or cache.visible is None:
+            # Training, or prefill of an empty cache: expansion is cheaper than attending to wide latents.
             out = self.attend(self, q, latent, k_rope, segments)
         else:
-            out = self.absorbed(q, cache.entries, cache.visible)
+            out = self.attend_absorbed(q, cache.entries, cache.visible)
         return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the low-rank projections make of `x` [batch, sequence, dim], each [batch, sequence, ..].
+        """Project `x` [B, T, D] down to (q_latent, latent, k_rope); equations 1, 3 and 6.
 
-        The queries' latent [.., q_lora_rank] (`x` itself without one), that of keys and values
-        [.., kv_lora_rank], and the key that is still to be rotated [.., qk_rope_head_dim].
+        q_latent [B, T, q_lora_rank] is the queries' latent after its norm, or `x` itself without a
+        q_lora_rank. latent [B, T, kv_lora_rank] is that of keys and values after its norm. k_rope [B, T,
+        qk_rope_head_dim] is the key that all heads share, before its rotation.
         """
         c = self.config
         q_latent = x if c.q_lora_rank is None else self.q_a_norm(self.q_a_proj(x))
         latent, k_rope = self.kv_a_proj(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         return q_latent, self.kv_a_norm(latent), k_rope
 
-    def queries(self, q_latent: Tensor, rotary: Tensor) -> Tensor:
-        """Queries [batch, sequence, heads, qk_head_dim], the last qk_rope_head_dim of them rotated."""
+    def project_queries(self, q_latent: Tensor, rotary: Tensor) -> Tensor:
+        """Return queries [B, T, H, qk_head_dim]; RoPE turns the last qk_rope_head_dim (equations 7 to 9)."""
         c = self.config
         q = self.q_proj(q_latent) if c.q_lora_rank is None else self.q_b_proj(q_latent)
         # The head count is inferred: a tensor-parallel rank holds only its own heads.
@@ -86,20 +97,26 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         return torch.cat([q_nope, apply_rotary(q_rope, rotary)], dim=-1)
 
-    def expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-head keys and values [batch, sequence, heads, ...]; the rotated key is every head's."""
+    def expand_kv(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Expand latents to keys [B, T, H, qk_head_dim] and values [B, T, H, v_head_dim]; equations 2, 4, 5.
+
+        `k_rope` [B, T, qk_rope_head_dim] is rotated already; every head gets the same one.
+        """
         c = self.config
         kv = self.kv_b_proj(latent).unflatten(-1, (-1, c.qk_nope_head_dim + c.v_head_dim))
         k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         k_rope = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
         return torch.cat([k_nope, k_rope], dim=-1), v
 
-    def absorbed(self, q: Tensor, entries: Tensor, visible: Tensor) -> Tensor:
-        """Attend from `q` [batch, sequence, heads, qk_head_dim] to `entries` of the cache, not expanded.
+    def attend_absorbed(self, q: Tensor, entries: Tensor, visible: Tensor) -> Tensor:
+        """Attend from `q` [B, T, H, qk_head_dim] to the cache's `entries` without expanding them.
 
         q (W_UK c) = (q W_UK) c, so the two parts of kv_b_proj move to the query and to the output
         (DeepSeek-V2, arXiv 2405.04434, section 2.1.2; equations 2 and 5 put into equation 10).
-        `visible` is [batch, sequence, slots]; the result [batch, sequence, heads, v_head_dim].
+
+        entries: [B, S, kv_lora_rank + qk_rope_head_dim].
+        visible: [B, T, S] bool, true where a token may attend to a slot.
+        Returns [B, T, H, v_head_dim].
         """
         c = self.config
         weight = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (-1, c.qk_nope_head_dim + c.v_head_dim))
@@ -116,10 +133,14 @@ class LatentAttention(nn.Module):
 def attend_locally(
     attention: LatentAttention, q: Tensor, latent: Tensor, k_rope: Tensor, segments: Segments | None
 ) -> Tensor:
-    """Attend from `q` to the same tokens, whose keys and values are expanded; shapes as in the methods."""
-    k, v = attention.expand(latent, k_rope)
+    """Attend from `q` [B, T, H, qk_head_dim] to the same T tokens and return [B, T, H, v_head_dim].
+
+    latent: [B, T, kv_lora_rank]; k_rope: [B, T, qk_rope_head_dim], rotated.
+    """
+    k, v = attention.expand_kv(latent, k_rope)
     return attention.kernel(q, k, v, attention.softmax_scale, segments)
 
 
-def _own(q_latent: Tensor, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def keep_local_latents(q_latent: Tensor, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the latents unchanged: without tensor parallelism a rank has those of all its queries."""
     return q_latent, latent, k_rope

@@ -1,13 +1,11 @@
-"""What flex_attention needs: documents as a mask of blocks, and its compiled form on CUDA.
+"""Attention kernels: softmax(scale * q k^T) v under a causal mask, behind one small interface.
 
-Where documents lie in a packed batch, as attention kernels ask for it.
+A kernel is called as kernel(q, k, v, scale, segments). Without `segments` each row is one document; with them
+a token attends only within its own document. No kernel builds a [T, T] tensor, except flex on CPU. The values
+of MLA are narrower than its keys (128 and 192 in V3), which decides which backend is fast (`_fit_head_dims`).
 
-Attention kernels: softmax(scale * q k^T) v under the causal mask, one small interface.
-
-A kernel is called with q, k [batch, sequence, heads, qk_head_dim], v [batch, sequence, heads,
-v_head_dim], the softmax scale and `segments`: None where every row is one document, else the
-documents' places, beyond which no token looks. No kernel builds a [sequence, sequence] tensor, but
-for flex on CPU. MLA's values are narrower than its keys, which decides what is fast where (_heads).
+Shapes: q, k [B, T, H, qk_head_dim], v [B, T, H, v_head_dim] -> [B, T, H, v_head_dim]
+(B batch, T sequence, H heads).
 """
 
 import functools
@@ -27,64 +25,30 @@ from dsv3.config.model import AttentionKernel
 from dsv3.errors import require
 from dsv3.model.cpu_attention import blocked_attention
 
+HALF = (torch.bfloat16, torch.float16)
+
+FLASH_HEAD_DIM = 256
+"""Largest head dim of FlashAttention."""
+
 BLOCK = 128
-"""Queries and keys that one block of the mask decides on together."""
-
-
-@functools.cache
-def compiled_on_cuda(device_type: str) -> Callable[..., object]:
-    """flex_attention as it is worth calling on a device of this type."""
-    attend = cast(Callable[..., object], flex_attention)
-    return torch.compile(attend) if device_type == "cuda" else attend
-
-
-def document_mask(starts: Tensor) -> BlockMask:
-    """Causal attention from documents' `starts` [batch, sequence] on, for flex_attention.
-
-    Worked out a block at a time: create_block_mask would write the whole square first.
-    """
-    sequence = starts.shape[1]
-    number = torch.arange(-(-sequence // BLOCK), device=starts.device)
-    first = number * BLOCK
-    last = (first + BLOCK).clamp(max=sequence) - 1
-    # The earliest document of a block of queries decides which blocks of keys it reaches, its latest
-    # which of them all its queries see whole.
-    reached = (last >= starts[:, first, None]) & (number <= number[:, None])
-    whole = (first >= starts[:, last, None]) & (number < number[:, None])
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= starts[batch, query])
-
-    return BlockMask.from_kv_blocks(
-        *_block_lists(reached & ~whole),
-        *_block_lists(whole),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=visible,
-        seq_lengths=(sequence, sequence),
-    )
-
-
-def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """From `blocks` [batch, queries, keys] how many each query block has, and their numbers put first."""
-    blocks = blocks.unsqueeze(1).int()
-    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(stable=True, dim=-1, descending=True).int()
+"""Queries and keys in one block of flex_attention's mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Where the documents of a batch lie when its rows are put end to end."""
+    """The documents of a packed batch, as attention kernels ask for them: the rows are put end to end."""
 
     lengths: list[int]
-    """Tokens of each document."""
-    longest: int
+    """Tokens per document."""
+    max_seqlen: int
     """The largest of the lengths."""
-    offsets: Tensor
-    """int32 [documents + 1]: where each begins, and the end of the last (others: cu_seqlens)."""
+    cu_seqlens: Tensor
+    """[documents + 1] int32: where each document begins, and the end of the last."""
     starts: Tensor
-    """[batch, sequence]: where in its row a token's document begins."""
+    """[B, T] int64: where in its row a token's document begins."""
 
-    def of_rows(self, rows: int) -> list[list[tuple[int, int]]]:
-        """Where each row's documents begin and end, in its own positions."""
+    def spans_by_row(self, rows: int) -> list[list[tuple[int, int]]]:
+        """Return per row the (begin, end) of its documents, as positions in the row."""
         ends, width = list(accumulate(self.lengths)), sum(self.lengths) // rows
         spans: list[list[tuple[int, int]]] = [[] for _ in range(rows)]
         for end, length in zip(ends, self.lengths, strict=True):
@@ -94,14 +58,15 @@ class Segments:
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
-        """What flex computes, built once for all layers."""
+        """The mask of flex_attention, built once for all layers."""
         return document_mask(self.starts)
 
 
 def document_segments(documents: Tensor | None) -> Segments | None:
-    """The runs of equal numbers in each row of `documents` [batch, sequence].
+    """Return the runs of equal numbers in each row of `documents` [B, T]; None stands for whole rows.
 
-    Their lengths are read on the host: called once a forward pass, not once a layer.
+    The lengths are read on the host, which waits for the device: call it once per forward pass, not per
+    layer.
     """
     if documents is None:
         return None
@@ -114,15 +79,11 @@ def document_segments(documents: Tensor | None) -> Segments | None:
     return Segments(lengths, max(lengths), offsets.int(), starts)
 
 
-HALF = (torch.bfloat16, torch.float16)
-
-FLASH_HEAD_DIM = 256
-
 Kernel = Callable[[Tensor, Tensor, Tensor, float, Segments | None], Tensor]
 
 
 def attention_kernel(name: AttentionKernel) -> Kernel:
-    """The kernel of a config choice; check_kernel says which choices a device has."""
+    """Return the kernel of a config choice; check_kernel says which choices a device has."""
     return {
         AttentionKernel.auto: auto,
         AttentionKernel.sdpa: sdpa,
@@ -134,9 +95,9 @@ def attention_kernel(name: AttentionKernel) -> Kernel:
 def check_kernel(
     kernel: AttentionKernel, device_type: str, trains: bool, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """InvalidValue unless `kernel` can compute in `dtype` on `device_type`, with gradients where it `trains`.
+    """Raise InvalidValue unless `kernel` can compute in `dtype` on `device_type`.
 
-    Needs no such device to be present.
+    A kernel that `trains` needs gradients as well. The device need not be present.
     """
     key, cuda = "model.attention.kernel", device_type == "cuda"
     if kernel is AttentionKernel.varlen:
@@ -149,7 +110,7 @@ def check_kernel(
 
 
 def auto(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
-    """One varlen call for documents where the GPU can, else sdpa."""
+    """Attend by varlen for documents if the GPU has FlashAttention, else by sdpa; shapes as in the module."""
     width = max(q.shape[-1], v.shape[-1])
     if segments is not None and q.is_cuda and _flash_takes(q.device, q.dtype, width):
         return varlen(q, k, v, scale, segments)
@@ -157,34 +118,36 @@ def auto(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | Non
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, once for the batch or once a document; on CPU blocked.py."""
+    """Attend by scaled_dot_product_attention, once per batch or document; by cpu_attention.py on CPU."""
     v_head_dim = v.shape[-1]
-    q, k, v = _heads(q, k, v) if q.is_cuda else (q, k, v)
-    out = _causal(q, k, v, scale) if segments is None else _documents(q, k, v, scale, segments)
+    q, k, v = _fit_head_dims(q, k, v) if q.is_cuda else (q, k, v)
+    out = _causal(q, k, v, scale) if segments is None else _by_document(q, k, v, scale, segments)
     return out[..., :v_head_dim]
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
-    """FlashAttention over all documents at once (torch.nn.attention.varlen): CUDA, bf16 or fp16."""
+    """Attend to all documents in one FlashAttention call (torch.nn.attention.varlen): CUDA, bf16 or fp16."""
     # Imported here because the import takes a second.
     from torch.nn.attention.varlen import varlen_attn
 
     batch, sequence, v_head_dim = *q.shape[:2], v.shape[-1]
     if segments is None:
-        longest = sequence
-        offsets = torch.arange(0, batch * sequence + 1, sequence, dtype=torch.int32, device=q.device)
+        max_seqlen = sequence
+        cu_seqlens = torch.arange(0, batch * sequence + 1, sequence, dtype=torch.int32, device=q.device)
     else:
-        offsets, longest = segments.offsets, segments.longest
-    q, k, v = (x.flatten(0, 1) for x in _same_width(q, k, v))
+        cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
+    q, k, v = (x.flatten(0, 1) for x in _pad_to_one_width(q, k, v))
     # The window (any past, no future) is the causal mask.
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0))
+    out = varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0)
+    )
     return cast(Tensor, out)[..., :v_head_dim].unflatten(0, (batch, sequence))  # type: ignore[no-any-return]
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
-    """flex_attention under a block mask: compiled on CUDA; on CPU forward only.
+    """Attend by flex_attention under a block mask: compiled on CUDA; forward only on CPU.
 
-    Not compiled it computes all scores, slowly and in full; on CPU that is left to compile=on.
+    Without compilation it computes all scores, slowly and in full. On CPU compilation is left to compile=on.
     """
     whole_rows = torch.zeros(q.shape[:2], dtype=torch.int64, device=q.device)
     mask = document_mask(whole_rows) if segments is None else segments.block_mask
@@ -193,26 +156,67 @@ def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | Non
     return cast(Tensor, attend(q, k, v, block_mask=mask, scale=scale)).transpose(1, 2)
 
 
+@functools.cache
+def compiled_on_cuda(device_type: str) -> Callable[..., object]:
+    """Return flex_attention, compiled if the device type is cuda."""
+    attend = cast(Callable[..., object], flex_attention)
+    return torch.compile(attend) if device_type == "cuda" else attend
+
+
+def document_mask(starts: Tensor) -> BlockMask:
+    """Build flex_attention's causal mask in which a token sees nothing before its document.
+
+    starts: [B, T], where in its row a token's document begins. The mask is made block by block:
+    create_block_mask would write all T x T entries first.
+    """
+    sequence = starts.shape[1]
+    number = torch.arange(-(-sequence // BLOCK), device=starts.device)
+    first = number * BLOCK
+    last = (first + BLOCK).clamp(max=sequence) - 1
+    # The earliest document in a block of queries decides which blocks of keys it reaches; its latest
+    # document decides which of them all its queries see in full.
+    reached = (last >= starts[:, first, None]) & (number <= number[:, None])
+    full = (first >= starts[:, last, None]) & (number < number[:, None])
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= starts[batch, query])
+
+    return BlockMask.from_kv_blocks(
+        *_block_lists(reached & ~full),
+        *_block_lists(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(sequence, sequence),
+    )
+
+
+def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn bool `blocks` [B, query blocks, key blocks] into counts per query block and block numbers."""
+    blocks = blocks.unsqueeze(1).int()
+    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(stable=True, dim=-1, descending=True).int()
+
+
 def attend_to_prefix(
     q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, segments: Segments | None
 ) -> Tensor:
-    """Attend from a run of a row's queries, its first at position `start`, to the keys up to each.
+    """Attend from consecutive queries, the first at position `start` of its row, to all keys up to each.
 
-    q is [batch, queries, heads, qk_head_dim], k and v begin with their rows and reach at least as far as
-    the last query. With `segments` of the whole rows a query sees its own document alone.
+    q is [B, queries, H, qk_head_dim]. k and v begin at their row's first token and reach at least the last
+    query. With `segments` of the whole rows a query sees only its own document. Context parallelism uses it.
     """
     end = start + q.shape[1]
     if segments is None:
         return _lower_right(q, k[:, :end], v[:, :end], scale)
-    return cast(Tensor, _prefix_documents(q, k, v, scale, start, segments))
+    return cast(Tensor, _prefix_by_document(q, k, v, scale, start, segments))
 
 
+# Compiled, every new set of lengths would be compiled anew.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _prefix_documents(
+def _prefix_by_document(
     q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, segments: Segments
 ) -> Tensor:
     rows = []
-    for row, documents in enumerate(segments.of_rows(q.shape[0])):
+    for row, documents in enumerate(segments.spans_by_row(q.shape[0])):
         parts = [
             _lower_right(
                 q[row : row + 1, max(begin, start) - start : end - start],
@@ -228,11 +232,11 @@ def _prefix_documents(
 
 
 def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of queries that are the last tokens of the keys'."""
+    """Attend causally if the queries are the last tokens of the keys'."""
     if not q.is_cuda:
         return cast(Tensor, blocked_attention(q, k, v, scale)[0])
     v_head_dim = v.shape[-1]
-    q, k, v = (x.transpose(1, 2) for x in _heads(q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in _fit_head_dims(q, k, v))
     bias = causal_lower_right(q.shape[2], k.shape[2])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2)[..., :v_head_dim]
@@ -247,17 +251,17 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 # Compiled, every new set of lengths would be compiled anew.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _documents(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
-    # Splitting costs one concatenation in the backward pass, slicing a tensor of zeros a document.
+def _by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+    # Splitting costs one concatenation in the backward pass; slicing costs a tensor of zeros per document.
     qs, ks, vs = (x.flatten(0, 1).unsqueeze(0).split(segments.lengths, dim=1) for x in (q, k, v))
     out = [_causal(*heads, scale) for heads in zip(qs, ks, vs, strict=True)]
     return torch.cat(out, dim=1).view(*q.shape[:-1], -1)
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads as the fastest backend of SDPA takes them: padded to one width unless it takes two.
+def _fit_head_dims(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the heads as SDPA's fastest backend takes them: padded to one width unless it takes two widths.
 
-    FlashAttention takes one width alone. cuDNN on Hopper and Blackwell takes 192 and 128 as they are, but
+    FlashAttention takes one width only. cuDNN on Hopper and Blackwell takes 192 and 128 as they are, but
     no v that is a view of a wider tensor. In fp32 CUDA has only the memory-efficient kernel, which takes
     both.
     """
@@ -266,11 +270,11 @@ def _heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     v_head_dim = v.shape[-1]
     if q.is_cuda and (q.dtype not in HALF or _cudnn_takes(q.device, q.dtype, q.shape[-1], v_head_dim)):
         return q, k, v.contiguous()
-    return _same_width(q, k, v)
+    return _pad_to_one_width(q, k, v)
 
 
-def _same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros behind the narrower heads: they add nothing to q k^T, and columns of zeros to the result."""
+def _pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad the narrower heads with zeros: they add nothing to q k^T, and only zero columns to the result."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return q, k, v
@@ -278,7 +282,7 @@ def _same_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cudnn_takes(device: torch.device, dtype: torch.dtype, qk_head_dim: int, v_head_dim: int) -> bool:
-    """Whether cuDNN attends with heads of two widths, backward too; PyTorch is asked with small tensors."""
+    """Ask PyTorch, with small tensors, if cuDNN attends with heads of two widths, backward too."""
     q, v = (
         torch.empty(1, 1, BLOCK, dim, device=device, dtype=dtype, requires_grad=True)
         for dim in (qk_head_dim, v_head_dim)
@@ -288,6 +292,6 @@ def _cudnn_takes(device: torch.device, dtype: torch.dtype, qk_head_dim: int, v_h
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _flash_takes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether FlashAttention runs on the CUDA `device`, which must be Ampere or newer."""
+    """Tell if FlashAttention runs on the CUDA `device` (Ampere or newer) at head dim `width`."""
     able = is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     return able and dtype in HALF and width <= FLASH_HEAD_DIM

@@ -1,27 +1,28 @@
-"""Causal attention on CPU as matrix products over blocks of queries; exact, and linear in memory.
+"""Causal attention on CPU as matmuls over blocks of queries: exact, with memory linear in the sequence.
 
-PyTorch's CPU flash kernel reaches a tenth of what its matrix products do, and takes heads of one width
-alone. Here a block of queries meets all keys that it may look at: its scores are computed in fp32, the
-statistics of the softmax are kept, and the backward pass computes the scores again (FlashAttention,
-arXiv 2205.14135, section 3.1, without its tiling over keys). Queries may be the last ones of the keys'
-tokens, as in context parallelism. One operator, so that compilation and selective recomputation see it
-as a whole.
+PyTorch's CPU flash kernel reaches a tenth of the speed of its matmuls, and takes heads of one width only.
+Here a block of queries attends to all keys that it may see: the scores are computed in fp32, the softmax
+statistics are kept, and the backward pass computes the scores again (FlashAttention, arXiv 2205.14135,
+section 3.1, without its tiling over keys). The queries may be the last of the keys' tokens, as in context
+parallelism. It is one custom operator, so that torch.compile and activation checkpointing see it as a whole.
+
+Shapes outside: [B, T, H, head dim] (B batch, T tokens, H heads); inside: [B x H, T, head dim].
 """
 
 import torch
 from torch import Tensor
 
 BLOCK = 128
-"""Queries that meet their keys together; 64 to 256 are as fast within 20 % (docs/performance.md)."""
+"""Queries per block; 64 to 256 are as fast within 20 % (docs/performance.md)."""
 
 
 @torch.library.custom_op("dsv3::blocked_attention", mutates_args=())
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v, where query i of n sees the keys up to number `keys - n + i`.
+    """Compute softmax(scale q k^T) v, where query i of n sees the keys up to number `keys - n + i`.
 
-    q is [batch, queries, heads, qk_head_dim], k [batch, keys, heads, qk_head_dim], v [batch, keys, heads,
-    v_head_dim]. Returns [batch, queries, heads, v_head_dim] and the log-sum-exp of the scores
-    [batch x heads, queries, 1] in fp32.
+    q: [B, queries, H, qk_head_dim]; k: [B, keys, H, qk_head_dim]; v: [B, keys, H, v_head_dim].
+    Returns the output [B, queries, H, v_head_dim] in the dtype of q, and the log-sum-exp of the scores
+    [B x H, queries, 1] in fp32.
     """
     batch = q.shape[0]
     q, k, v = (_by_head(x) for x in (q, k, v))
@@ -30,9 +31,9 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     statistics = queries.new_empty(*q.shape[:2], 1)
     for rows, seen in _blocks(q.shape[1], k.shape[1]):
         scores = _scores(queries[:, rows], keys[:, :seen], scale)
-        largest = scores.logsumexp(-1, keepdim=True)
-        statistics[:, rows] = largest
-        out[:, rows] = torch.bmm(scores.sub_(largest).exp_().to(q.dtype), v[:, :seen])
+        log_sum = scores.logsumexp(-1, keepdim=True)
+        statistics[:, rows] = log_sum
+        out[:, rows] = torch.bmm(scores.sub_(log_sum).exp_().to(q.dtype), v[:, :seen])
     return _by_token(out, batch), statistics
 
 
@@ -40,11 +41,11 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
 def _backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; the scores are computed again, a block at a time."""
+    """Return the gradients of q, k and v; the scores are computed again, block by block."""
     batch, dtype = q.shape[0], q.dtype
     gradient, q, k, v, out = (_by_head(x) for x in (gradient, q, k, v, out))
     queries, keys = q.float(), k.float()
-    # The sum over keys of p dp, from the output alone (FlashAttention, appendix B.2).
+    # The sum over keys of p dp, from the output only (FlashAttention, appendix B.2).
     inner = (gradient.float() * out).sum(-1, keepdim=True)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, seen in _blocks(q.shape[1], k.shape[1]):
@@ -58,7 +59,7 @@ def _backward(
 
 
 def _scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """fp32 scores of a block of queries, which are the last tokens of `keys`, -inf where a key is ahead."""
+    """Return fp32 scores [B x H, block, keys], -inf for later keys; the queries are the last of `keys`."""
     scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
     block = queries.shape[1]
     ahead = torch.ones(block, block, dtype=torch.bool).triu_(1)
@@ -67,7 +68,7 @@ def _scores(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def _blocks(queries: int, keys: int) -> list[tuple[slice, int]]:
-    """Blocks of queries and the number of keys that the last query of each sees."""
+    """Return the blocks of queries, each with the number of keys that its last query sees."""
     ends = [min(first + BLOCK, queries) for first in range(0, queries, BLOCK)]
     return [(slice(end - (end - 1) % BLOCK - 1, end), keys - queries + end) for end in ends]
 

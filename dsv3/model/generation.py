@@ -1,4 +1,4 @@
-"""Sampling text token by token, for several prompts at once."""
+"""Sample text token by token, for several prompts at once: prefill, then decode from the KV cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +11,20 @@ from torch.nn.utils.rnn import pad_sequence
 from dsv3.model.kv_cache import LatentCache
 from dsv3.model.transformer import Transformer
 
-# Between the seeds of two rows: odd, so that no two rows of a batch share one, and far from
-# the distance of seeds that are used together (0, 1, 2, or the numbers of training steps).
 ROW_SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Distance between the seeds of two rows: odd, so that no two rows of a batch share a seed, and far from
+the distance of seeds that are used together (0, 1, 2, or the numbers of training steps)."""
 
 
 class NextLogits(Protocol):
-    """What gives logits for the token after each row; it is called with every row's new ids in turn."""
+    """A callable that returns the next token's logits; generate() hands it each row's new ids in turn."""
 
     def __call__(self, new: list[list[int]]) -> Tensor:
-        """Logits [rows, vocab] for the token after the ids `new` of each row."""
+        """Return logits [rows, vocab] for the token after the ids `new` of each row."""
 
 
 class CachedLogits:
-    """Prefill and decode of a model that this process has as a whole, or in shards."""
+    """Prefill and decode with a KV cache; the model may be sharded, but its rows and layers are not split."""
 
     def __init__(self, model: Transformer, rows: int, capacity: int) -> None:
         self.model = model
@@ -32,7 +32,7 @@ class CachedLogits:
         self.cache = LatentCache(model.config, rows, capacity, model.compute_dtype, device)
 
     def __call__(self, new: list[list[int]]) -> Tensor:
-        """Logits [rows, vocab] for the token after the ids `new` of each row."""
+        """Return logits [rows, vocab] for the token after the ids `new` of each row."""
         return next_logits(self.model, new, self.cache)
 
 
@@ -46,23 +46,26 @@ def generate(
     end: int | None = None,
     logits_of: NextLogits | None = None,
 ) -> list[list[int]]:
-    """Up to `max_tokens` ids that continue each of `prompts`; a row stops before the id `end`.
+    """Return up to `max_tokens` ids that continue each of `prompts`; a row stops before the id `end`.
 
-    A row's draws depend on `seed` and its number alone, not on its neighbours, and leave the global
-    random state as it is. Sharded models generate on all ranks together: every rank draws the same
-    ids and makes the same number of forward passes. `logits_of` takes the place of the latent cache, for a
-    model whose rows or layers are split over ranks. ValueError where a prompt is empty.
+    The draws of a row depend only on `seed` and the row's number, not on its neighbours, and leave the global
+    random state unchanged. Sharded models generate on all ranks together: every rank draws the same
+    ids and makes the same number of forward passes. `logits_of` replaces the KV cache for a
+    model whose rows or layers are split over ranks. Raises ValueError if a prompt is empty.
     """
     capacity = max(map(len, prompts), default=0) + max_tokens
     logits_of = logits_of or CachedLogits(model, len(prompts), capacity)
-    generators = [row_generator(seed, row) for row in range(len(prompts))]
+    # Row 0 draws what `seed` itself gives.
+    generators = [
+        torch.Generator().manual_seed((seed + row * ROW_SEED_STRIDE) % 2**64) for row in range(len(prompts))
+    ]
     texts: list[list[int]] = [[] for _ in prompts]
     new, running = list(prompts), list(range(len(prompts)))
-    # Each step has shapes of its own, and compiling for them takes longer than the text.
+    # Each step has its own shapes, and compiling for them takes longer than generating the text.
     with inference(model), torch.compiler.set_stance("force_eager"):
         for _ in range(max_tokens if prompts else 0):
             logits = logits_of(new).cpu()
-            # A row that has ended goes on with `end` as its input, and nobody looks at its output.
+            # A row that has ended goes on with `end` as its input; its output is ignored.
             for row in running:
                 new[row] = [sample(logits[row], temperature, top_p, generators[row])]
             running = [row for row in running if new[row] != [end]]
@@ -74,21 +77,16 @@ def generate(
 
 
 def next_logits(model: Transformer, new: list[list[int]], cache: LatentCache) -> Tensor:
-    """Logits [batch, vocab] for the token after the ids `new` of each row, which `cache` then holds."""
+    """Add the ids `new` of each row to `cache` and return logits [B, vocab] for the token after them."""
     tokens = pad_sequence([torch.tensor(ids) for ids in new], batch_first=True)
     step = cache.extend([len(ids) for ids in new])
     logits: Tensor = model(tokens.to(cache.entries.device), cache=step).logits
     return logits[:, -1]
 
 
-def row_generator(seed: int, row: int) -> torch.Generator:
-    """The random numbers of row number `row`; those of row 0 are those of `seed` itself."""
-    return torch.Generator().manual_seed((seed + row * ROW_SEED_STRIDE) % 2**64)
-
-
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode comes back afterwards."""
+    """Switch to evaluation mode without gradients; restore the model's own mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -99,10 +97,10 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id from `logits` [vocab]: the likeliest at temperature 0, else drawn from the nucleus.
+    """Pick one id from `logits` [vocab]: the most likely at temperature 0, else a draw from the nucleus.
 
-    The nucleus is the smallest set of likeliest ids whose probabilities reach `top_p`.
-    FloatingPointError where a logit is not a number.
+    The nucleus is the smallest set of most likely ids whose probabilities sum to `top_p`.
+    Raises FloatingPointError if a logit is not finite.
     """
     if not bool(logits.isfinite().all()):
         raise FloatingPointError("the model's logits are not finite")

@@ -1,26 +1,26 @@
-"""Initial weights: normal with one standard deviation, norms at 1 (report section 4.2).
+"""Initialize weights: normal with one standard deviation (0.006 in V3), norms at 1 (report section 4.2).
 
-Every parameter draws from a generator of its own, seeded by the run's seed and the parameter's name
-(and expert number), so that its values depend neither on the order of modules nor on which rank
-holds which part.
+Every parameter draws from its own generator, seeded by the run's seed and the parameter's name
+(and expert number). Its values therefore depend neither on the order of modules nor on which rank
+holds which shard.
 """
 
 import hashlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3.model.transformer import Transformer
 
-Write = Callable[[Tensor, Tensor], object]
+WriteParameter = Callable[[Tensor, Tensor], object]
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int, write: Write = Tensor.copy_) -> None:
-    """Fill every parameter and buffer of a materialised `model`.
+def initialize(model: Transformer, seed: int, write: WriteParameter = Tensor.copy_) -> None:
+    """Fill every parameter of a materialized `model`, and set its buffers (expert bias, load) to 0.
 
-    `write(parameter, value)` stores a full value; a sharded parameter needs one that keeps its part.
+    `write(parameter, value)` stores a full fp32 value; for sharded parameters pass one that stores the shard.
     """
     for name, parameter in model.named_parameters():
         write(parameter, initial_value(name, parameter.shape, model.config.init_std, seed))
@@ -29,17 +29,16 @@ def initialize(model: Transformer, seed: int, write: Write = Tensor.copy_) -> No
 
 
 def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """The fp32 value of parameter `name` at the start; one-dimensional parameters are norm weights."""
+    """Return the initial fp32 value of parameter `name`; one-dimensional parameters are norm weights.
+
+    A stack of experts [experts, out, in] draws expert by expert, so each expert's values are independent of
+    their number.
+    """
     if len(shape) == 1:
         return torch.ones(shape)
     if len(shape) == 2:
         return _normal(name, shape, std, seed)
     return torch.stack([_normal(f"{name}.{n}", shape[1:], std, seed) for n in range(shape[0])])
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Parameters, each once, buffers (the selection biases) left out."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _normal(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:

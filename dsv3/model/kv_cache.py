@@ -1,9 +1,11 @@
-"""What generation keeps of past tokens: one latent and one rotated key a token and layer.
+"""KV cache of multi-head latent attention: one latent and one rotated key per past token and layer.
 
-Report section 2.1.1: keys and values of all heads follow from the latent (kv_lora_rank, after its norm)
-and the key that the heads share (qk_rope_head_dim, after its rotation), 512 + 64 numbers in V3.
-A token's slot is its position. Rows of different lengths are thus padded on the right, and `slot <=
+Report section 2.1.1: the keys and values of all heads follow from the latent (kv_lora_rank, after its norm)
+and the key that the heads share (qk_rope_head_dim, after its rotation): 512 + 64 values per token in V3.
+A token's slot is its position. Rows of different lengths are therefore padded on the right, and `slot <=
 position` is the whole mask: padding lies behind every token, and is overwritten before it is reached.
+
+Shapes: B batch, T new tokens per row, D dim, S slots.
 """
 
 from typing import NamedTuple
@@ -15,44 +17,44 @@ from dsv3.config.model import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """One layer's part of the cache, as one forward pass sees it."""
+    """One layer's part of the cache during one forward pass."""
 
     entries: Tensor
-    """[batch, slots, kv_lora_rank + qk_rope_head_dim], a view of the cache."""
+    """[B, S, kv_lora_rank + qk_rope_head_dim], a view of the cache."""
     positions: Tensor
-    """[batch, sequence]: the slots of this pass's tokens."""
+    """[B, T]: the slots of this pass's tokens."""
     visible: Tensor | None
-    """[batch, sequence, slots]: what each token sees; None where nothing was held before this pass."""
+    """[B, T, S] bool: the slots that each token sees; None if the cache was empty before this pass."""
 
     def write(self, latent: Tensor, k_rope: Tensor) -> None:
-        """Keep `latent` [batch, sequence, kv_lora_rank] and `k_rope` [batch, sequence, qk_rope_head_dim]."""
+        """Store `latent` [B, T, kv_lora_rank] and `k_rope` [B, T, qk_rope_head_dim] in this pass's slots."""
         rows = torch.arange(len(self.entries), device=self.entries.device).unsqueeze(-1)
         self.entries[rows, self.positions] = torch.cat([latent, k_rope], dim=-1)
 
 
 class CacheStep(NamedTuple):
-    """The cache and the places of new tokens in it, for one forward pass."""
+    """The cache of all layers, and the slots of the new tokens, during one forward pass."""
 
     entries: Tensor
-    """[layers, batch, slots, kv_lora_rank + qk_rope_head_dim], a view of the cache."""
+    """[layers, B, S, kv_lora_rank + qk_rope_head_dim], a view of the cache."""
     positions: Tensor
-    """[batch, sequence]: where the new tokens stand in their rows, padding included."""
+    """[B, T]: the positions of the new tokens in their rows, padding included."""
     visible: Tensor | None
-    """[batch, sequence, slots]: what each token sees; None where nothing was held before this pass."""
+    """[B, T, S] bool: the slots that each token sees; None if the cache was empty before this pass."""
     last: Tensor
-    """[batch]: which of the new tokens is the last of its row, before any padding."""
+    """[B]: the index in T of each row's last new token, before any padding."""
 
     def layer(self, number: int) -> LayerCache:
-        """The part of layer `number`."""
+        """Return the part of layer `number`."""
         return LayerCache(self.entries[number], self.positions, self.visible)
 
     def last_token(self, x: Tensor) -> Tensor:
-        """From `x` [batch, sequence, dim] that of each row's last token: [batch, 1, dim]."""
+        """Select each row's last token from `x` [B, T, D]: [B, 1, D]."""
         return x[torch.arange(len(x), device=x.device), self.last].unsqueeze(1)
 
 
 class LatentCache:
-    """Room for `capacity` tokens in each of `batch` rows, allocated once."""
+    """The KV cache: slots for `capacity` tokens in each of `batch` rows, allocated once."""
 
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -63,9 +65,10 @@ class LatentCache:
         self.lengths = [0] * batch
 
     def extend(self, counts: list[int]) -> CacheStep:
-        """Give slots to the next `counts` [batch] tokens; the pass has max(counts), padded on the right.
+        """Assign slots to the next `counts[b]` tokens of each row b.
 
-        ValueError where a row brings no token or does not fit.
+        The forward pass has T = max(counts) tokens per row, padded on the right. Raises ValueError if a row
+        brings no token or does not fit.
         """
         capacity, longest, sequence = self.entries.shape[2], max(self.lengths), max(counts)
         if min(counts) < 1:
@@ -76,7 +79,7 @@ class LatentCache:
         starts, added = torch.tensor([self.lengths, counts], device=device)
         positions = starts.unsqueeze(-1) + torch.arange(sequence, device=device)
         slots = torch.arange(longest + sequence, device=device)
-        # In an empty cache the causal order among the new tokens says it all, and needs no mask.
+        # With an empty cache the causal order of the new tokens suffices, and attention needs no mask.
         visible = slots <= positions.unsqueeze(-1) if longest else None
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         return CacheStep(self.entries[:, :, : len(slots)], positions, visible, added - 1)

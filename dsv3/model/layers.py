@@ -1,6 +1,6 @@
-"""The small parts: RMSNorm, a linear map that follows its input's dtype, and the SwiGLU feed-forward.
+"""Small layers: RMSNorm, a linear layer that computes in its input's dtype, SwiGLU, and cross-entropy.
 
-Cross-entropy of the next token, over the vocabulary that a rank has logits for.
+No layer has a bias. Weights are fp32 masters, cast to the dtype of the activations where they are used.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Product = Callable[[Tensor, Tensor], Tensor]
-"""From x [..., in_features] and a weight [out_features, in_features] to x W^T, in the dtype of x."""
+Matmul = Callable[[Tensor, Tensor], Tensor]
+"""Matmul: (x [..., in], weight [out, in]) -> x W^T [..., out] in x's dtype."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dim, accumulated in fp32 whatever the dtype of x.
+    """x / rms(x) * weight over the last dim, accumulated in fp32 for every dtype of x.
 
     `eps` has no default on purpose: it belongs to each model's config (HF: rms_norm_eps).
     """
@@ -25,36 +25,36 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` [..., dim]; same shape and dtype."""
+        """Normalize `x` [..., dim]; same shape and dtype."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class Linear(nn.Linear):
     """y = x W^T without bias, computed in the dtype of x.
 
-    The weight may be an fp32 master while x is bf16: it is cast at its use, and its gradient comes
-    back in fp32. Another `product` takes other number formats.
+    The weight may be an fp32 master while x is bf16: it is cast where it is used, and its gradient is
+    fp32. Replace `matmul` to compute in another format (FP8: fp8/convert_model.py).
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.product: Product = linear
+        self.matmul: Matmul = linear
 
     def reset_parameters(self) -> None:
-        """Leave the weight as it is: initialization.py fills every parameter by name."""
+        """Leave the weight unchanged: initialization.py fills every parameter by name."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` [..., in_features] to [..., out_features]."""
-        return self.product(x, self.weight)
+        return self.matmul(x, self.weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of `Linear` in the dtype of `x`."""
+    """Return x W^T in the dtype of `x`; the default matmul of `Linear`."""
     return F.linear(x, weight.to(x.dtype))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)); the dense layers and the shared experts (HF: mlp)."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), of the dense layers and the shared experts (HF: mlp)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -68,23 +68,26 @@ class FeedForward(nn.Module):
         return out
 
 
-IGNORE = -100
-"""The target that does not count: ignore_index of torch's cross-entropy."""
+IGNORE_INDEX = -100
+"""The target of positions that do not count in the loss; ignore_index of torch's cross-entropy."""
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over valid `targets` [batch, sequence] of -log softmax(logits)[target], in fp32 nats."""
+    """Sum -log softmax(logits)[target] over valid targets: a scalar in fp32, in nats.
+
+    logits: [batch, sequence, vocab]; targets: [batch, sequence] int64, IGNORE_INDEX where invalid.
+    """
     flat = logits.float().flatten(0, -2)
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 class LocalVocabularyShard:
-    """Logits are there for every id; parallel/vocabulary.py has one for logits split over ranks."""
+    """The whole vocabulary on one rank; parallel/tensor_parallel.py has the form for sharded logits."""
 
     def cross_entropy_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The function of that name."""
+        """Return the sum of the module's cross_entropy_sum; a scalar in fp32 nats."""
         return cross_entropy_sum(logits, targets)
 
     def gather(self, logits: Tensor) -> Tensor:
-        """The logits [..., vocab] of all ids."""
+        """Return the logits [..., vocab] of the whole vocabulary."""
         return logits

@@ -1,4 +1,11 @@
-"""Mixture of experts: routed experts by grouped matmul, plus shared experts that see every token."""
+"""Mixture of experts (DeepSeekMoE): routed experts by grouped matmul, shared experts for every token.
+
+Report section 2.1.2, equation 12. A layer's forward pass is: route, dispatch tokens to their experts, compute
+the experts' SwiGLU on rows sorted by expert, combine the weighted results. The token dispatch is an object
+that expert parallelism replaces by one with all-to-all exchanges (parallel/expert_parallel.py).
+
+Shapes: B batch, T sequence, D dim, N tokens or rows, E experts, K = top_k.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,28 +19,27 @@ from dsv3.model.layers import FeedForward
 from dsv3.model.router import Router, RouterStats, Routing
 
 ExpertsFunction = Callable[[Tensor, Tensor], Tensor]
-"""From `rows` [rows, dim] sorted by expert and `counts` [experts] of them to results [rows, dim]."""
+"""(rows [N, D] sorted by expert, counts [E] rows per expert) -> results [N, D]."""
 
-GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From rows [rows, in], weights [experts, out, in] and the row numbers [experts] int32 at which each
-expert's rows end to rows W_e^T [rows, out], in the dtype of the rows."""
+GroupedMatmul = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Grouped GEMM: (rows [N, in], weight [E, out, in], ends [E] int32, exclusive) -> [N, out] in rows' dtype."""
 
 
-class Dispatcher(Protocol):
-    """Brings tokens to the experts that they chose, and the results back."""
+class TokenDispatcher(Protocol):
+    """Token dispatch: send tokens to the experts that they chose, and bring the weighted results back."""
 
     def dispatch(self, x: Tensor, routing: Routing) -> Any:
-        """Send `x` [tokens, dim] off; what comes out is for `combine` alone."""
+        """Start to send `x` [N, D] to its experts; the result is only for `combine`."""
 
     def combine(self, dispatched: Any, experts: ExpertsFunction) -> Tensor:
-        """Let `experts` compute and bring the weighted sums [tokens, dim] of their results back."""
+        """Run `experts` on the dispatched rows and return the weighted sums [N, D] of their results."""
 
 
 class Experts(nn.Module):
-    """All routed experts' SwiGLU weights in two stacks, applied by two grouped matmuls.
+    """The SwiGLU weights of all routed experts in two stacks, applied by two grouped matmuls.
 
-    gate_up_proj is [experts, 2 x hidden, dim] with the gate's rows first, down_proj is [experts, dim,
-    hidden]; a released checkpoint holds the same rows one expert at a time.
+    gate_up_proj is [E, 2 x hidden, D] with the gate's rows first, down_proj is [E, D, hidden]. A released
+    checkpoint holds the same rows expert by expert.
     """
 
     def __init__(self, dim: int, config: MoEConfig) -> None:
@@ -41,44 +47,44 @@ class Experts(nn.Module):
         experts, hidden = config.num_experts, config.hidden_dim
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden))
-        self.product: GroupedProduct = grouped_linear
+        self.matmul: GroupedMatmul = grouped_linear
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Map `rows` [rows, dim], sorted by expert with `counts` [experts] rows each, to [rows, dim]."""
-        return apply_experts(rows, counts, self.gate_up_proj, self.down_proj, self.product)
+        """Map `rows` [N, D], sorted by expert with `counts` [E] rows each, to [N, D]."""
+        return apply_experts(rows, counts, self.gate_up_proj, self.down_proj, self.matmul)
 
 
 def apply_experts(
-    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, product: GroupedProduct
+    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, matmul: GroupedMatmul
 ) -> Tensor:
-    """SwiGLU of each expert on its own rows; shapes as in Experts."""
+    """Apply each expert's SwiGLU to its own rows; shapes as in Experts."""
     ends = counts.cumsum(0).to(torch.int32)
-    gate, up = product(rows, gate_up_proj, ends).chunk(2, dim=-1)
-    return product(F.silu(gate) * up, down_proj, ends)
+    gate, up = matmul(rows, gate_up_proj, ends).chunk(2, dim=-1)
+    return matmul(F.silu(gate) * up, down_proj, ends)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The product of `Experts` in the dtype of the rows."""
+    """Multiply each expert's rows by its weight in the dtype of the rows; the default matmul of `Experts`."""
     return F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends)
 
 
-class Spread(torch.autograd.Function):
-    """Row `order[n] // copies` of x at place n: `copies` of every row, in the order of a permutation.
+class PermuteRows(torch.autograd.Function):
+    """Repeat every row of x `copies` times and permute the result: row `order[n] // copies` of x at place n.
 
     Its gradient gathers through the inverse permutation and sums the copies. PyTorch's own gradient
-    of indexing adds with atomics, which is slower and, on CPU too, not the same bits every time.
+    of indexing adds with atomics, which is slower and, on CPU too, not deterministic.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
-        """`x` [rows, dim] and a permutation `order` [rows x copies] with its inverse `place`."""
+        """Permute `x` [N, D] by `order` [N x copies], whose inverse is `place`; returns [N x copies, D]."""
         ctx.save_for_backward(place)
         ctx.copies = copies
         return x[order // copies]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient of x: each row's copies added up."""
+        """Return the gradient of x [N, D]: the sum over each row's copies."""
         (place,) = ctx.saved_tensors
         gathered = gradients[0][place]
         if ctx.copies > 1:
@@ -86,30 +92,32 @@ class Spread(torch.autograd.Function):
         return gathered, None, None, None
 
 
-class LocalDispatcher:
-    """Brings tokens to experts that all live here: sort by expert, compute, weigh, add up.
+def permute_rows(x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
+    """Return x[order // copies] [N x copies, D] by PermuteRows."""
+    return PermuteRows.apply(x, order, place, copies)  # type: ignore[no-any-return, no-untyped-call]
 
-    parallel/expert.py puts one with an all-to-all exchange in its place.
-    """
+
+class LocalTokenDispatcher:
+    """Token dispatch among local experts: permute, compute, unpermute, weighted sum; no communication."""
 
     def dispatch(self, x: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
-        """Nothing has to travel."""
+        """Return the inputs: no row has to be sent."""
         return x, routing
 
     def combine(self, dispatched: tuple[Tensor, Routing], experts: ExpertsFunction) -> Tensor:
-        """Each token's row once for every expert it chose, and their weighted sum."""
+        """Run the experts on K rows per token, sorted by expert; return the weighted sums [N, D]."""
         x, routing = dispatched
         top_k = routing.experts.shape[-1]
         order = routing.experts.flatten().argsort(stable=True)
         place = order.argsort()
-        rows = experts(_spread(x, order, place, top_k), routing.stats.load)
-        # Back in token order: summing a token's top_k rows is a matmul, so no scattered adds.
-        rows = _spread(rows, place, order, 1).unflatten(0, (-1, top_k))
+        rows = experts(permute_rows(x, order, place, top_k), routing.stats.load)
+        # Unpermute to token order: summing a token's top_k rows is then a matmul, without scattered adds.
+        rows = permute_rows(rows, place, order, 1).unflatten(0, (-1, top_k))
         return torch.bmm(routing.weights.to(x.dtype).unsqueeze(1), rows).squeeze(1)
 
 
 class MoE(nn.Module):
-    """Router, routed experts and shared experts of one layer (HF: mlp)."""
+    """The feed-forward of an MoE layer: router, routed experts and shared experts (HF: mlp)."""
 
     def __init__(self, dim: int, config: MoEConfig) -> None:
         super().__init__()
@@ -117,17 +125,13 @@ class MoE(nn.Module):
         self.experts = Experts(dim, config)
         shared_dim = config.num_shared_experts * config.hidden_dim
         self.shared_experts = FeedForward(dim, shared_dim) if shared_dim else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: TokenDispatcher = LocalTokenDispatcher()
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
-        """Map `x` [batch, sequence, dim] to the same shape; also how the router spread it."""
+        """Map `x` [B, T, D] to the same shape; also return the router's statistics."""
         routing: Routing = self.router(x)
         dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing)
-        # Between the two, so that they compute while rows travel.
+        # The shared experts run between dispatch and combine, so that they compute while rows are sent.
         shared = None if self.shared_experts is None else self.shared_experts(x)
         out = self.dispatcher.combine(dispatched, self.experts).view_as(x)
         return out if shared is None else out + shared, routing.stats
-
-
-def _spread(x: Tensor, order: Tensor, place: Tensor, copies: int) -> Tensor:
-    return Spread.apply(x, order, place, copies)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,7 +1,11 @@
-"""The router: which experts a token goes to and with what weight; report section 2.1.2.
+"""The router: choose each token's experts and their weights; report section 2.1.2, equations 12 to 20.
 
-The selection bias decides who is chosen and never how much it counts; it is moved after each
-optimizer step by training/balance.py and receives no gradient.
+Load balance has two parts. The first is the expert bias of auxiliary-loss-free load balancing
+(`selection_bias`): it is added to the scores when experts are chosen, and never to their weights. It receives
+no gradient; training/expert_bias.py moves it after each optimizer step by the load counted here. The second
+is a small sequence-wise balance loss. Group-limited routing bounds the nodes that a token is sent to.
+
+Shapes: B batch, T sequence, D dim, N = B x T tokens, E experts, K = top_k.
 """
 
 from typing import NamedTuple
@@ -14,43 +18,43 @@ from dsv3.config.model import MoEConfig, ScoreFunction
 
 
 class RouterStats(NamedTuple):
-    """What a layer's router tells the training step."""
+    """One MoE layer's routing statistics for the training step."""
 
     load: Tensor
-    """[experts] fp32: how many tokens chose each."""
+    """[E] fp32: tokens per expert."""
     balance_loss: Tensor
-    """Sequence-wise balance term without alpha (eq. 17 to 20), mean over sequences; a scalar.
+    """Sequence-wise balance loss without alpha (eq. 17 to 20), mean over sequences; a scalar.
 
-    Of a sequence split over ranks this and the next are a rank's part."""
+    With sequences sharded over ranks, `balance_loss` and `z_loss` are partial sums; add them over ranks."""
     z_loss: Tensor
-    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5), 0 where off; a scalar."""
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5); a scalar, 0 if off."""
     finite: Tensor
-    """Whether every logit is a finite number; a scalar bool that nothing has waited for."""
+    """Scalar bool, true if every logit is finite; it stays on the device, so nothing waits for it."""
 
 
 class LocalRouterReduction:
-    """The router sees whole sequences; parallel/sequence.py has one for sequences split over ranks."""
+    """Sum over the one rank of a whole sequence; parallel/context_parallel.py sums over several."""
 
     shards = 1
-    """Ranks that a sequence is split over."""
+    """Ranks that a sequence is sharded over."""
 
     def sum(self, counts: Tensor) -> Tensor:
-        """`counts` added up over the ranks of a sequence, without gradient."""
+        """Sum `counts` over the ranks of a sequence, without gradient; same shape."""
         return counts
 
 
 class Routing(NamedTuple):
-    """One layer's decision for `tokens` = batch x sequence tokens."""
+    """The experts that one layer's N tokens go to."""
 
     experts: Tensor
-    """[tokens, top_k] expert numbers."""
+    """[N, K] int64 expert numbers."""
     weights: Tensor
-    """[tokens, top_k] fp32 weights of their outputs."""
+    """[N, K] fp32 weights of the experts' outputs."""
     stats: RouterStats
 
 
 class Router(nn.Module):
-    """Affinities by sigmoid or softmax, group-limited top-k, always in fp32 (HF: mlp.gate)."""
+    """Scores by sigmoid (V3) or softmax (V2), then group-limited top-k; always in fp32 (HF: mlp.gate)."""
 
     load: Tensor
 
@@ -64,28 +68,36 @@ class Router(nn.Module):
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
         self.selection_bias: Tensor | None
         self.register_buffer("selection_bias", bias)
-        # Tokens an expert since the last bias update. Filled outside this module (transformer.py), so
-        # that a forward pass repeated by activation recomputation is not counted twice.
+        # Tokens per expert since the last bias update. Transformer.record_load fills it, outside the layer,
+        # so that a forward pass repeated by activation checkpointing is not counted twice.
         self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
 
     def forward(self, x: Tensor) -> Routing:
-        """Route `x` [batch, sequence, dim]."""
-        # Autocast would turn this matmul into bf16 behind our back.
+        """Route `x` [B, T, D]."""
+        # Autocast would turn this matmul into bf16.
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
         sigmoid = self.config.score_function is ScoreFunction.sigmoid
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
         flat = scores.flatten(0, 1)
-        experts = self.force_balance(flat) if self.config.forced_balance else self.select(flat.detach())
+        experts = (
+            self.force_load_balance(flat)
+            if self.config.forced_balance
+            else self.select_experts(flat.detach())
+        )
         load = torch.bincount(experts.flatten(), minlength=flat.shape[-1]).float()
         z_loss = logits.new_zeros(())
         if self.z_loss:
             z_loss = logits.logsumexp(dim=-1).square().mean() / self.reduction.shards
         stats = RouterStats(load, self.balance_loss(scores), z_loss, logits.detach().isfinite().all())
-        return Routing(experts, self.weigh(flat, experts), stats)
+        return Routing(experts, self.expert_weights(flat, experts), stats)
 
-    def select(self, scores: Tensor) -> Tensor:
-        """Expert numbers [..., top_k] from `scores` [..., experts], bias and group limit applied."""
+    def select_experts(self, scores: Tensor) -> Tensor:
+        """Return expert numbers [..., K] from `scores` [..., E], with expert bias and group limit.
+
+        A group's score is the sum of its two best biased scores (V3), or its best score without a bias (V2).
+        Experts come from the `top_k_groups` best groups only.
+        """
         c = self.config
         choice = scores if self.selection_bias is None else scores + self.selection_bias
         if c.top_k_groups < c.num_groups:
@@ -98,25 +110,25 @@ class Router(nn.Module):
             choice = groups.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(-2)
         return choice.topk(c.top_k, dim=-1, sorted=False).indices
 
-    def force_balance(self, scores: Tensor) -> Tensor:
-        """Expert numbers [tokens, top_k] that follow one another round and round (`forced_balance`)."""
+    def force_load_balance(self, scores: Tensor) -> Tensor:
+        """Deal experts round-robin for benchmarks (`forced_balance`): scores [N, E] -> numbers [N, K]."""
         tokens, experts = scores.shape
         slots = torch.arange(tokens * self.config.top_k, device=scores.device)
         return (slots % experts).view(tokens, self.config.top_k)
 
-    def weigh(self, scores: Tensor, experts: Tensor) -> Tensor:
-        """Weights [..., top_k] of the chosen experts from the unbiased `scores` [..., experts]."""
+    def expert_weights(self, scores: Tensor, experts: Tensor) -> Tensor:
+        """Return weights [..., K] of the chosen `experts` [..., K] from the unbiased `scores` [..., E]."""
         weights = scores.gather(-1, experts)
         if self.config.normalize_top_k:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.config.route_scale
 
     def balance_loss(self, scores: Tensor) -> Tensor:
-        """Mean over sequences of sum_i f_i P_i (eq. 17 to 20); `scores` is [batch, sequence, experts].
+        """Return the mean over sequences of sum_i f_i P_i (eq. 17 to 20), a scalar; `scores` is [B, T, E].
 
         f counts the top-k of the raw scores (eq. 18 has neither bias nor group limit) and carries no
-        gradient; P averages the scores normalised over experts. Where a sequence is split over ranks f is
-        that of the whole, P the rank's part, and so is the result: the ranks' results add up.
+        gradient. P averages the scores normalized over experts. With sequences sharded over ranks, f is
+        that of the whole sequence and P a partial sum, so the ranks' results add up to the loss.
         """
         top_k, num_experts = self.config.top_k, self.config.num_experts
         raw = scores.detach().topk(top_k, dim=-1, sorted=False).indices

@@ -1,11 +1,28 @@
-"""One layer: attention and feed-forward, each behind its norm and around a residual.
+"""DeepSeek-V3 (arXiv 2412.19437): embedding, layers, norm, head, and the depths of multi-token prediction.
 
-Multi-token prediction: one more layer a depth that looks one token further ahead.
+What is special in DeepSeek-V3, and where it stands:
+- Multi-head latent attention: the KV cache holds 576 values per token and layer instead of 32,832, and
+  decoding attends to the cached latents without expanding them. attention.py, kv_cache.py.
+- RoPE on a separate 64-wide part of queries and keys, and YaRN for the context of 128K. rope.py.
+- Fine-grained mixture of experts: 8 of 256 small experts per token plus 1 shared expert; the first 3 of 61
+  layers are dense. moe.py, and `Block` here.
+- Auxiliary-loss-free load balancing: an expert bias decides which experts are chosen, not their weights. The
+  router scores by sigmoid and limits a token to the best 4 of 8 groups of experts. router.py;
+  training/expert_bias.py moves the bias after each optimizer step.
+- A small sequence-wise balance loss on top. router.py.
+- Multi-token prediction: one more layer per depth predicts one token further ahead. `MTPModule` here;
+  training/loss.py has its loss.
+- FP8 matmuls with one scale per 1 x 128 tile or 128 x 128 block: the room dsv3/fp8 replaces `Linear.matmul`
+  and `Experts.matmul`.
 
-Report section 2.2, equations 21 to 25. Embedding and head are the main model's.
+The rest is common: RMSNorm before each sub-layer, SwiGLU (layers.py), no biases, an untied head, normal
+initial weights (initialization.py). generation.py samples text.
 
+The model knows nothing of ranks. Parallel wrappers (dsv3/parallel) replace these attributes, each of which
+has a local form here: `Transformer.sequence_shard` and `vocabulary_shard`, `LatentAttention.gather_latents`
+and `attend`, `MoE.dispatcher`, `Router.reduction`.
 
-The whole model: embedding, layers, norm and head, and the MTP depths behind them.
+Shapes: B batch, T sequence, D dim, E experts, V vocabulary.
 """
 
 from dataclasses import dataclass, fields
@@ -24,7 +41,7 @@ from dsv3.model.router import Router, RouterStats
 
 
 class Block(nn.Module):
-    """A dense or an MoE transformer layer (HF: model.layers.N)."""
+    """One pre-norm transformer layer, dense or MoE (HF: model.layers.N)."""
 
     def __init__(self, config: ModelConfig, dense: bool) -> None:
         super().__init__()
@@ -38,7 +55,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, segments: Segments | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        """Map `x` [batch, sequence, dim] to the same shape; MoE layers also give their router's stats."""
+        """Map `x` [B, T, D] to the same shape; also return the router's statistics (None if dense)."""
         x = x + self.attention(self.attention_norm(x), rotary, segments, cache)
         if isinstance(self.ffn, MoE):
             out, stats = self.ffn(self.ffn_norm(x))
@@ -47,8 +64,9 @@ class Block(nn.Module):
 
 
 class MTPModule(nn.Module):
-    """Depth k: joins the hidden state at position i with the embedding of token i + k.
+    """Depth k of multi-token prediction: join hidden state i with the embedding of token i + k.
 
+    Report section 2.2, equations 21 to 25. Embedding and head are shared with the main model.
     `projection` takes [norm(embedding), norm(hidden)], the order of the released weights (HF:
     eh_proj, enorm, hnorm); the report's eq. 21 writes the two the other way round.
     """
@@ -64,10 +82,11 @@ class MTPModule(nn.Module):
     def forward(
         self, hidden: Tensor, embedded: Tensor, rotary: Tensor, segments: Segments | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        """This depth's hidden state from the previous one and `embedded`, both [batch, sequence, dim].
+        """Return this depth's hidden state [B, T, D] and router statistics.
 
-        What goes from depth to depth, and to the head, has passed the depth's last norm (HF:
-        shared_head.norm), as the first depth's input has passed the main model's.
+        hidden: [B, T, D], the previous depth's hidden state, or the main model's for the first depth; both
+            have passed their last norm (HF: shared_head.norm).
+        embedded: [B, T, D], embeddings of the tokens `k` places ahead.
         """
         joined = torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
         x, stats = self.block(self.projection(joined), rotary, segments)
@@ -75,54 +94,55 @@ class MTPModule(nn.Module):
 
 
 def shift_tokens(tokens: Tensor, depth: int) -> Tensor:
-    """Tokens [batch, sequence] moved `depth` places ahead.
+    """Return `tokens` [B, T] shifted so that position i holds token i + depth.
 
-    The last `depth` places wrap around; their targets lie beyond the row, so the loss ignores them.
+    The last `depth` positions wrap around; their targets lie beyond the row, so the loss ignores them.
     """
     return tokens.roll(-depth, dims=-1)
 
 
 @dataclass
 class ModelOutput:
-    """What a forward pass gives."""
+    """Result of a forward pass."""
 
     logits: Tensor
-    """[batch, sequence, vocab] fp32, for the next token; with a cache [batch, 1, vocab]."""
+    """[B, T, V] fp32, for the next token; with a KV cache [B, 1, V]."""
     mtp_logits: list[Tensor]
-    """One [batch, sequence, vocab] a depth k, for token i + 1 + k; empty in evaluation mode."""
+    """One [B, T, V] fp32 per depth k, for token i + 1 + k; empty in evaluation mode."""
     balance_loss: Tensor
-    """Sum over MoE layers of the sequence-wise balance terms, without alpha; a scalar."""
+    """Sum over MoE layers of the sequence-wise balance losses, without alpha; a scalar."""
     z_loss: Tensor
     """Sum over MoE layers of the router z-losses; a scalar."""
-    broken: Tensor
-    """[MoE layers] bool: where a router's logits were not finite."""
+    nonfinite_routers: Tensor
+    """[MoE layers] bool, true for routers whose logits were not all finite."""
 
 
 @dataclass
 class LayerInputs:
-    """What every layer is told beside the hidden states."""
+    """Inputs that all layers share, besides the hidden states."""
 
     rotary: Tensor
-    """rope.rotary_table of the positions."""
+    """Cosines and sines of the positions, from rope.rotary_table: [.., T, rope_dim / 2, 2] fp32."""
     segments: Segments | None
+    """The documents that attention stays within; None if each row is one."""
 
 
 class LocalSequenceShard:
-    """The model sees whole rows; parallel/context.py has one for rows split over ranks."""
+    """The whole sequence on one rank; parallel/context_parallel.py has the form for sharded sequences."""
 
     def take_local(self, x: Tensor) -> Tensor:
-        """This rank's positions of `x` [..., sequence]."""
+        """Return this rank's positions of `x` [.., T]."""
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """The row again, from every rank's positions `x` [batch, sequence, ..]."""
+        """Gather the whole sequence from each rank's positions `x` [B, T, ..]."""
         return x
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V3 family model; its arguments are the fields of config.ModelConfig.
+    """A model of the DeepSeek-V3 family; its arguments are the fields of ModelConfig (config/model.py).
 
-    `compute_dtype` is the dtype of the activations; weights are cast to it where they are used.
+    `compute_dtype` is the dtype of the activations; weights are fp32 and cast to it where they are used.
     """
 
     def __init__(
@@ -142,8 +162,8 @@ class Transformer(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        own = locals()
-        self.config = ModelConfig(**{f.name: own[f.name] for f in fields(ModelConfig) if f.name in own})
+        given = locals()
+        self.config = ModelConfig(**{f.name: given[f.name] for f in fields(ModelConfig) if f.name in given})
         self.compute_dtype = compute_dtype
         self.embedding: nn.Embedding = nn.Embedding(vocab_size, dim)
         blocks = {str(n): Block(self.config, dense=n < num_dense_layers) for n in range(num_layers)}
@@ -157,10 +177,10 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, documents: Tensor | None = None, cache: CacheStep | None = None
     ) -> ModelOutput:
-        """Logits for `tokens` [batch, sequence]; `documents` (same shape) keeps attention within them.
+        """Compute logits for `tokens` [B, T]; `documents` [B, T] keeps attention within equal numbers.
 
-        With a `cache` (generation, where a row is one document) the tokens follow those that it holds,
-        and each row's last one alone gets logits.
+        With a `cache` (generation, where each row is one document) the tokens follow those in the cache,
+        and only each row's last token gets logits.
         """
         layer_inputs = self.layer_inputs(tokens, documents, cache)
         x, stats = self.run_layers(self.embed(self.sequence_shard.take_local(tokens)), layer_inputs, cache)
@@ -171,7 +191,7 @@ class Transformer(nn.Module):
     def layer_inputs(
         self, tokens: Tensor, documents: Tensor | None, cache: CacheStep | None = None
     ) -> LayerInputs:
-        """What every layer needs to know of `tokens` and `documents`, both [batch, sequence]."""
+        """Compute the rotary table and the document segments of `tokens` and `documents`, both [B, T]."""
         positions = self.sequence_shard.take_local(torch.arange(tokens.shape[-1], device=tokens.device))
         positions = positions if cache is None else cache.positions
         rotary = rotary_table(self.config.rope, self.config.attention.qk_rope_head_dim, positions)
@@ -180,46 +200,50 @@ class Transformer(nn.Module):
     def run_layers(
         self, x: Tensor, layer_inputs: LayerInputs, cache: CacheStep | None = None
     ) -> tuple[Tensor, list[RouterStats]]:
-        """Pass `x` [batch, sequence, dim] through the layers; also what their routers tell."""
+        """Pass `x` [B, T, D] through the layers; also return the statistics of their routers."""
         stats_of_layers: list[RouterStats] = []
         for name, block in self.layers.items():
             layer_cache = None if cache is None else cache.layer(int(name))
             x, stats = block(x, layer_inputs.rotary, layer_inputs.segments, layer_cache)
-            stats_of_layers += self._counted(block, stats)
+            stats_of_layers += self.record_load(block, stats)
         return x, stats_of_layers
 
     def predict(
         self, x: Tensor, tokens: Tensor, layer_inputs: LayerInputs
     ) -> tuple[Tensor, list[Tensor], list[RouterStats]]:
-        """Logits of the next token from the normed `x`, and in training those of every MTP depth.
+        """Compute logits of the next token, and in training those of every MTP depth; also router statistics.
 
-        `tokens` [batch, sequence] are whole rows: depth k joins each position with the token k further.
+        x: [B, T, D], hidden states after the last norm.
+        tokens: [B, T], the whole rows, since depth k joins each position with the token k places ahead.
         """
         logits, mtp_logits = self.head(x).float(), []
         stats_of_layers: list[RouterStats] = []
-        # Evaluation and generation need the next token only.
+        # Evaluation and generation need only the next token.
         for depth, module in enumerate(self.mtp if self.training else (), start=1):
             assert isinstance(module, MTPModule)
             ahead = self.embed(self.sequence_shard.take_local(shift_tokens(tokens, depth)))
             x, stats = module(x, ahead, layer_inputs.rotary, layer_inputs.segments)
-            stats_of_layers += self._counted(module.block, stats)
+            stats_of_layers += self.record_load(module.block, stats)
             mtp_logits.append(self.head(x).float())
         return logits, mtp_logits, stats_of_layers
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Vectors [batch, sequence, dim] of `tokens` [batch, sequence], in the compute dtype."""
+        """Look up the embeddings [B, T, D] of `tokens` [B, T], in the compute dtype."""
         return self.embedding(tokens).to(self.compute_dtype)  # type: ignore[no-any-return]
 
     def routers(self) -> list[Router]:
-        """The routers of every MoE layer in order, the MTP depths' last."""
+        """Return the routers of all MoE layers in order, those of the MTP depths last."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def moe_layers(self) -> list[str]:
-        """The names of the layers of `routers()`."""
+        """Return the names of the layers of `routers()`, in the same order."""
         return [name.removesuffix(".ffn.router") for name, m in self.named_modules() if isinstance(m, Router)]
 
-    def _counted(self, block: nn.Module, stats: RouterStats | None) -> list[RouterStats]:
-        """The layer's stats, if it has a router; in training its load is added up for the bias update."""
+    def record_load(self, block: nn.Module, stats: RouterStats | None) -> list[RouterStats]:
+        """Add the layer's tokens per expert to its router's `load`, which the expert bias update reads.
+
+        Only training counts. Returns the statistics as a list, empty for a layer without a router.
+        """
         if stats is None:
             return []
         if self.training:
@@ -230,7 +254,10 @@ class Transformer(nn.Module):
 
 
 def sum_stats(stats: list[RouterStats], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Balance terms and z-losses summed over layers, and which layers broke; on the device of `like`."""
+    """Return (balance_loss, z_loss, nonfinite_routers) of ModelOutput from each layer's statistics.
+
+    The results are on the device of `like`.
+    """
     if not stats:
         zero = torch.zeros((), device=like.device)
         return zero, zero, zero.new_zeros(0, dtype=torch.bool)

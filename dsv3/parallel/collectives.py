@@ -1,8 +1,8 @@
-"""Collectives that autograd goes through, along the sequence and between experts.
+"""Differentiable collectives: all-gather, reduce-scatter and all-to-all, and an all-reduce without gradient.
 
-They call PyTorch's functional operators, which run on gloo and NCCL, are traced by torch.compile and seen
-by selective recomputation. Each gradient is the transpose of its forward pass: of a gather a sum that is
-scattered, of a scattered sum a gather, of an exchange the exchange back.
+They call PyTorch's functional ops, which run on gloo and NCCL, are traced by torch.compile and are seen by
+selective recomputation. The backward pass of each is its transpose: a reduce-scatter for an all-gather, an
+all-gather for a reduce-scatter, and the reverse all-to-all for an all-to-all.
 """
 
 from typing import Any
@@ -11,82 +11,90 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-OPS = torch.ops._c10d_functional
+from dsv3.distributed.torch_private import COLLECTIVES
 
 
 def all_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """The parts of all ranks of `group` put together along `dim`; their gradients are summed."""
+    """Concatenate `x` of all ranks of `group` along `dim`; the backward pass sums the gradients."""
     return x if group.size() == 1 else _AllGather.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
 
 def reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part along `dim` of the sum of every rank's `x`."""
+    """Return this rank's shard along `dim` of the sum of `x` over the ranks of `group`."""
     return x if group.size() == 1 else _ReduceScatter.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
 
-def start_exchange(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows of `x` [rows, ..] to every rank, `sent[n]` of them to rank n; `received[n]` come from it.
+def start_all_to_all(
+    x: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Start an all-to-all: send `input_splits[n]` rows of `x` [rows, ..] to rank n, get `output_splits[n]`.
 
-    The result must pass `wait` before it is read: what is computed meanwhile overlaps with the exchange.
+    Pass the result through `wait` before reading it; computation in between overlaps with the all-to-all.
     """
-    return _Exchange.apply(x, sent, received, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _AllToAll.apply(x, input_splits, output_splits, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def wait(x: Tensor) -> Tensor:
-    """`x`, once it has arrived."""
-    OPS.wait_tensor(x.detach())
+    """Wait until the started collective behind `x` is done, and return `x`."""
+    COLLECTIVES.wait_tensor(x.detach())
     return x
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, operation: str = "sum") -> Tensor:
-    """`x` of all ranks of `group` summed (or "max"), without gradient."""
+    """Reduce `x` over the ranks of `group` ("sum" or "max"), without gradient."""
     if group.size() == 1:
         return x
-    return OPS.wait_tensor(OPS.all_reduce(x.detach().contiguous(), operation, group.group_name))  # type: ignore[no-any-return]
+    reduced = COLLECTIVES.all_reduce(x.detach().contiguous(), operation, group.group_name)
+    return COLLECTIVES.wait_tensor(reduced)  # type: ignore[no-any-return]
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _gather(x, dim, group)
+        return _all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter_sum(gradients[0], ctx.dim, ctx.group), None, None
+        return _reduce_scatter(gradients[0], ctx.dim, ctx.group), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _scatter_sum(x, dim, group)
+        return _reduce_scatter(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(gradients[0], ctx.dim, ctx.group), None, None
+        return _all_gather(gradients[0], ctx.dim, ctx.group), None, None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+        ctx: Any, x: Tensor, input_splits: list[int], output_splits: list[int], group: dist.ProcessGroup
     ) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return OPS.all_to_all_single(x.contiguous(), received, sent, group.group_name)  # type: ignore[no-any-return]
+        ctx.input_splits, ctx.output_splits, ctx.group = input_splits, output_splits, group
+        sent: Tensor = COLLECTIVES.all_to_all_single(
+            x.contiguous(), output_splits, input_splits, group.group_name
+        )
+        return sent
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        name = ctx.group.group_name
-        back = OPS.all_to_all_single(gradients[0].contiguous(), ctx.sent, ctx.received, name)
-        return OPS.wait_tensor(back), None, None, None
+        gradient, name = gradients[0].contiguous(), ctx.group.group_name
+        received = COLLECTIVES.all_to_all_single(gradient, ctx.input_splits, ctx.output_splits, name)
+        return COLLECTIVES.wait_tensor(received), None, None, None
 
 
-def _gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    parts = OPS.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
-    return torch.cat(OPS.wait_tensor(parts).chunk(group.size()), dim)
+def _all_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    gathered = COLLECTIVES.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+    return torch.cat(COLLECTIVES.wait_tensor(gathered).chunk(group.size()), dim)
 
 
-def _scatter_sum(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+def _reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    # The op scatters dim 0 only.
     stacked = torch.cat(x.chunk(group.size(), dim))
-    return OPS.wait_tensor(OPS.reduce_scatter_tensor(stacked, "sum", group.size(), group.group_name))  # type: ignore[no-any-return]
+    scattered = COLLECTIVES.reduce_scatter_tensor(stacked, "sum", group.size(), group.group_name)
+    return COLLECTIVES.wait_tensor(scattered)  # type: ignore[no-any-return]

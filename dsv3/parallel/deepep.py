@@ -1,9 +1,10 @@
-"""Expert parallelism over DeepEP 1.2.1 (github.com/deepseek-ai/DeepEP): its kernels carry the rows.
+"""Token dispatch over DeepEP 1.2.1 (github.com/deepseek-ai/DeepEP), whose kernels carry the rows.
 
 A row goes once to every rank that has one of its experts, over both levels where `ep` spans nodes. DeepEP
-adds up without weights, so each rank weighs its own results. The gradient of a dispatch is a combine and
-that of a combine a dispatch the same way again (docs/legacy.md there). Rows are bf16, and on their way to
-experts FP8 where that is chosen: a config with fp32 is refused before the launch (backends.py).
+sums without weights, so each rank weighs its own results. The gradient of a dispatch is a combine, and
+that of a combine is a dispatch along the same handle (docs/legacy.md there). Rows are bf16, and on their
+way to experts FP8 where `precision.fp8.dispatch` is set. planning/checks.py refuses an fp32 config before
+the launch.
 """
 
 import importlib
@@ -13,153 +14,150 @@ import torch
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.fp8.operands import decode, encode
+from dsv3.fp8.operands import dequantize_rows, quantize_rows
 from dsv3.model.moe import ExpertsFunction
 from dsv3.model.router import Routing
 from dsv3.parallel.mesh import ParallelMesh
-from dsv3.parallel.token_dispatch import weighted_sums
-from dsv3.planning.checks import NODE, missing
+from dsv3.parallel.token_dispatch import run_local_experts
+from dsv3.planning.checks import DEEPEP_NODE_RANKS, deepep_missing
 
 
-class Arrived(NamedTuple):
-    """What DeepEP hands out; to be read once `event` has been waited for."""
+class ReceivedRows(NamedTuple):
+    """The results of DeepEP's dispatch; read them only after waiting for `event`."""
 
     rows: Any
-    """[received rows, dim], as they travel."""
+    """[received rows, dim], in the wire format."""
     weights: Tensor
     """[received rows, top_k] fp32."""
-    chosen: Tensor
-    """[received rows, top_k]: numbers of experts here, -1 for one that lives elsewhere."""
+    experts: Tensor
+    """[received rows, top_k]: numbers among this rank's experts, -1 for an expert of another rank."""
     handle: Any
-    """The way that the rows came, for DeepEP alone."""
+    """DeepEP's record of the dispatch, for `combine`."""
     event: Any
 
 
 class Dispatched(NamedTuple):
-    """What was sent, which results are differentiated by, and what arrives."""
+    """The sent tensors, by which autograd differentiates the results, and the received ones."""
 
     x: Tensor
     weights: Tensor
-    arrived: Arrived
-    experts: int
-    """Experts that live here."""
+    received: ReceivedRows
+    num_local_experts: int
 
 
-class BF16Rows:
-    """Rows [rows, dim] travel as they are."""
+class BF16Format:
+    """Wire format in which rows [rows, dim] travel as they are."""
 
-    def leave(self, rows: Tensor) -> Any:
-        """What DeepEP is handed."""
+    def encode(self, rows: Tensor) -> Any:
+        """Return what DeepEP sends for `rows`."""
         return rows.contiguous()
 
-    def arrive(self, found: Any) -> Tensor:
-        """The rows in bf16 from what DeepEP hands out."""
-        return found  # type: ignore[no-any-return]
+    def decode(self, received: Any) -> Tensor:
+        """Return the bf16 rows of what DeepEP received."""
+        return received  # type: ignore[no-any-return]
 
 
-class FP8Rows:
-    """Rows travel as a pair, codes and the scales of their 1 x 128 tiles."""
+class FP8Format:
+    """Wire format in which rows travel as a pair: codes, and the scales of their 1 x 128 tiles."""
 
     def __init__(self, power_of_two: bool) -> None:
         self.power_of_two = power_of_two
 
-    def leave(self, rows: Tensor) -> Any:
-        """See BF16Rows."""
-        return encode(rows, self.power_of_two)
+    def encode(self, rows: Tensor) -> Any:
+        """See BF16Format."""
+        return quantize_rows(rows, self.power_of_two)
 
-    def arrive(self, found: Any) -> Tensor:
-        """See BF16Rows."""
-        codes, scales = found
-        return decode(codes, scales, torch.bfloat16)
+    def decode(self, received: Any) -> Tensor:
+        """See BF16Format."""
+        codes, scales = received
+        return dequantize_rows(codes, scales, torch.bfloat16)
 
 
-class DeepEPDispatcher:
-    """The dispatcher of experts that live on the ranks of a deep_ep.Buffer; expert numbers go as `index`."""
+class DeepEPTokenDispatcher:
+    """The TokenDispatcher of experts on the ranks of a deep_ep.Buffer.
 
-    def __init__(self, buffer: Any, index: torch.dtype) -> None:
+    `index_dtype` is the dtype in which that build of DeepEP takes expert numbers.
+    """
+
+    def __init__(self, buffer: Any, index_dtype: torch.dtype) -> None:
         self.buffer = buffer
-        self.index = index
-        self.form: BF16Rows | FP8Rows = BF16Rows()
+        self.index_dtype = index_dtype
+        self.wire_format: BF16Format | FP8Format = BF16Format()
 
     @classmethod
-    def over(cls, mesh: ParallelMesh, dim: int) -> "DeepEPDispatcher":
-        """One for bf16 rows of `dim` on the `ep` axis; every rank of the axis calls it.
+    def from_mesh(cls, mesh: ParallelMesh, dim: int) -> "DeepEPTokenDispatcher":
+        """Build one for bf16 rows of `dim` on the `ep` axis; every rank of the axis calls it.
 
-        UserError where the package cannot be imported.
+        Raise UserError where the package cannot be imported.
         """
         try:
             deep_ep: Any = importlib.import_module("deep_ep")
         except ImportError as error:  # also where it is installed and CUDA's libraries are not
-            raise UserError(missing(str(error))) from None
-        return cls(_buffer(deep_ep.Buffer, mesh, dim), deep_ep.topk_idx_t)
+            raise UserError(deepep_missing(str(error))) from None
+        return cls(_shared_buffer(deep_ep.Buffer, mesh, dim), deep_ep.topk_idx_t)
 
-    def send_in_fp8(self, power_of_two: bool) -> None:
-        """Let rows, and gradients of results, go to experts in FP8; `dim` is a multiple of 128."""
-        self.form = FP8Rows(power_of_two)
+    def dispatch_in_fp8(self, power_of_two: bool) -> None:
+        """Send rows, and gradients of results, to experts in FP8; `dim` is a multiple of 128."""
+        self.wire_format = FP8Format(power_of_two)
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
-        """Start the exchange of `x` [tokens, dim] bf16, which overlaps with what runs before `combine`."""
-        experts: int = routing.stats.load.shape[0]
-        arrived = self._send(x.detach(), routing.weights.detach(), routing.experts.to(self.index), experts)
-        return Dispatched(x, routing.weights, arrived, experts // self.buffer.group_size)
-
-    def _send(self, x: Tensor, weights: Tensor, chosen: Tensor, experts: int) -> Arrived:
-        chosen = chosen.contiguous()
-        per_rank, per_node, per_expert, goes, _ = self.buffer.get_dispatch_layout(chosen, experts)
-        rows, here, received, _, handle, event = self.buffer.dispatch(
-            self.form.leave(x),
+        """Start to send `x` [tokens, dim] bf16; what runs before `combine` overlaps with it."""
+        num_experts: int = routing.stats.load.shape[0]
+        chosen = routing.experts.to(self.index_dtype).contiguous()
+        per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(chosen, num_experts)
+        rows, experts, weights, _, handle, event = self.buffer.dispatch(
+            self.wire_format.encode(x.detach()),
             topk_idx=chosen,
-            topk_weights=weights.contiguous(),
+            topk_weights=routing.weights.detach().contiguous(),
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=goes,
+            is_token_in_rank=in_rank,
             num_tokens_per_expert=per_expert,
             async_finish=True,
         )
-        return Arrived(rows, received, here, handle, event)
+        received = ReceivedRows(rows, weights, experts, handle, event)
+        return Dispatched(x, routing.weights, received, num_experts // self.buffer.group_size)
 
     def combine(self, dispatched: Dispatched, experts: ExpertsFunction) -> Tensor:
-        """Let the rows arrive, compute, and bring the weighted sums [tokens, dim] back."""
-        x, weights, arrived, here = dispatched
-        arrived.event.current_stream_wait()
-        rows, weights = _Arrive.apply(x, weights, arrived, self)  # type: ignore[no-untyped-call]
-        spread, marks = _by_expert(weights, arrived.chosen, here)
-        out = weighted_sums(rows, spread, marks, arrived.chosen.shape[1], experts)
-        return _Return.apply(out, arrived.handle, self)  # type: ignore[no-any-return, no-untyped-call]
+        """Wait for the rows, run `experts` on them, and return the weighted sums [tokens, dim]."""
+        received, num_local = dispatched.received, dispatched.num_local_experts
+        received.event.current_stream_wait()
+        rows, weights = _Dispatch.apply(dispatched.x, dispatched.weights, received, self)  # type: ignore[no-untyped-call]
+        # From [rows, top_k] to [rows, local experts]. The experts of other ranks share a column behind the
+        # last one, which is cut off.
+        column = received.experts.long().masked_fill(received.experts < 0, num_local)
+        table = weights.new_zeros(weights.shape[0], num_local + 1)
+        routing_map = torch.zeros_like(table, dtype=torch.bool).scatter(1, column, True)[:, :num_local]
+        weights = table.scatter(1, column, weights)[:, :num_local]
+        out = run_local_experts(rows, weights, routing_map, received.experts.shape[1], experts)
+        return _Combine.apply(out, received.handle, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _buffer(kind: Any, mesh: ParallelMesh, dim: int) -> Any:
-    """The mesh's deep_ep.Buffer (`kind`); all stages of a rank share it, for it takes hundreds of MiB."""
+def _shared_buffer(buffer_class: Any, mesh: ParallelMesh, dim: int) -> Any:
+    """Return the mesh's deep_ep.Buffer; all stages of a rank share it, for it takes hundreds of MiB."""
     group = mesh.expert.get_group("ep")
-    ranks, row = group.size(), 2 * dim
-    configs = [kind.get_dispatch_config(ranks), kind.get_combine_config(ranks)]
-    nvl = max(config.get_nvl_buffer_size_hint(row, ranks) for config in configs)
-    # A build without NVSHMEM, enough for one node, fails where it is asked for this.
-    rdma = max(config.get_rdma_buffer_size_hint(row, ranks) for config in configs) if ranks > NODE else 0
+    ranks, row_bytes = group.size(), 2 * dim
+    configs = [buffer_class.get_dispatch_config(ranks), buffer_class.get_combine_config(ranks)]
+    nvl = max(config.get_nvl_buffer_size_hint(row_bytes, ranks) for config in configs)
+    # A build without NVSHMEM, which is enough for one node, raises when it is asked for the RDMA size.
+    rdma = 0
+    if ranks > DEEPEP_NODE_RANKS:
+        rdma = max(config.get_rdma_buffer_size_hint(row_bytes, ranks) for config in configs)
     buffer = mesh.expert_buffer
     if buffer is None or buffer.num_nvl_bytes < nvl or buffer.num_rdma_bytes < rdma:
-        mesh.expert_buffer = kind(group, nvl, rdma)
+        mesh.expert_buffer = buffer_class(group, nvl, rdma)
     return mesh.expert_buffer
 
 
-def _by_expert(weights: Tensor, chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """By expert here [rows, experts]: weights, 0 where not chosen, and whether it was chosen."""
-    # The experts of other ranks share a column behind the last one, which is cut off.
-    column = chosen.long().masked_fill(chosen < 0, experts)
-    table = weights.new_zeros(weights.shape[0], experts + 1)
-    marks = torch.zeros_like(table, dtype=torch.bool).scatter(1, column, True)
-    return table.scatter(1, column, weights)[:, :experts], marks[:, :experts]
-
-
-class _Arrive(torch.autograd.Function):
-    """The rows and weights that arrived, as a function of those that were sent."""
+class _Dispatch(torch.autograd.Function):
+    """The received rows and weights as a function of the sent ones; its gradient is a combine."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, arrived: Arrived, sender: DeepEPDispatcher
+        ctx: Any, x: Tensor, weights: Tensor, received: ReceivedRows, dispatcher: DeepEPTokenDispatcher
     ) -> tuple[Tensor, Tensor]:
-        ctx.handle, ctx.buffer = arrived.handle, sender.buffer
-        return sender.form.arrive(arrived.rows), arrived.weights
+        ctx.handle, ctx.buffer = received.handle, dispatcher.buffer
+        return dispatcher.wire_format.decode(received.rows), received.weights
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None, None]:
@@ -168,14 +166,16 @@ class _Arrive(torch.autograd.Function):
         return x, summed, None, None
 
 
-class _Return(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, handle: Any, sender: DeepEPDispatcher) -> Tensor:
-        ctx.handle, ctx.sender = handle, sender
-        return sender.buffer.combine(out.contiguous(), handle)[0]  # type: ignore[no-any-return]
+class _Combine(torch.autograd.Function):
+    """The sums of the ranks' results per token; its gradient is a dispatch along the same handle."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
-        form = ctx.sender.form
-        found = ctx.sender.buffer.dispatch(form.leave(gradients[0]), handle=ctx.handle)[0]
-        return form.arrive(found), None, None
+    def forward(ctx: Any, out: Tensor, handle: Any, dispatcher: DeepEPTokenDispatcher) -> Tensor:
+        ctx.handle, ctx.dispatcher = handle, dispatcher
+        return dispatcher.buffer.combine(out.contiguous(), handle)[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        wire_format, buffer = ctx.dispatcher.wire_format, ctx.dispatcher.buffer
+        received = buffer.dispatch(wire_format.encode(gradients[0]), handle=ctx.handle)[0]
+        return wire_format.decode(received), None, None

@@ -1,87 +1,35 @@
-"""Embedding and head split over the vocabulary, and the cross-entropy of logits split so (loss parallel).
+"""Tensor parallelism (TP) with sequence parallelism between attention and feed-forward.
 
-Each rank of the tensor axis has a run of ids: it looks up those tokens that are its own and sums are
-exchanged; its logits stay where they are, and only three numbers a token travel for the loss.
+Between attention and feed-forward every rank holds a shard of the sequence. Whatever is computed token by
+token - norms, low-rank projections, routers, shared experts - works on that shard with whole weights.
+Attention all-gathers the latents, which are smaller than the hidden states, and computes its own heads. A
+dense feed-forward all-gathers the hidden states and computes its own columns. Both reduce-scatter their
+results back to shards of the sequence.
 
-
-Tensor parallelism with sequence parallelism between: what is split, and what travels.
-
-Between attention and feed-forward every rank holds a part of the sequence. Whatever is computed token by
-token - norms, low-rank projections, routers, shared experts - works on that part with whole weights.
-Attention gathers the latents, which are smaller than the hidden states, and computes its own heads; a
-dense feed-forward gathers the hidden states and computes its own columns; both scatter the sum of their
-results back to parts of the sequence. The head keeps its logits split over the vocabulary.
+The vocabulary is sharded as well: each rank embeds the ids of its own run, and the partial embeddings are
+reduce-scattered. The head keeps its logits sharded, and the cross-entropy works on them (loss parallel), so
+that only three values per token travel for the loss.
 """
 
 from fnmatch import fnmatchcase
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dsv3.model.attention import LatentAttention
-from dsv3.model.layers import IGNORE, FeedForward, LocalVocabularyShard
+from dsv3.model.layers import IGNORE_INDEX, FeedForward, LocalVocabularyShard
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from dsv3.parallel.mesh import ParallelMesh
 
+SEQUENCE_DIM = 1
 
-def embed_split(embedding: nn.Embedding, tokens: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Vectors of this rank's part of the sequence, from `tokens` [batch, sequence] of all tensor ranks."""
-    weight: Tensor = embedding.weight.to_local()  # type: ignore[attr-defined]
-    here = tokens - group.rank() * weight.shape[0]
-    mine = (here >= 0) & (here < weight.shape[0])
-    found = F.embedding(here.clamp(0, weight.shape[0] - 1), weight)
-    return reduce_scatter(found.masked_fill(~mine.unsqueeze(-1), 0.0), 1, group)
-
-
-class VocabularyShard(LocalVocabularyShard):
-    """Logits [batch, sequence, vocab / ranks] on each of the ranks of `group`."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def cross_entropy_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum over valid `targets` [batch, sequence] in fp32 nats; the same number on every rank."""
-        flat = logits.float().flatten(0, -2)
-        return _SplitCrossEntropy.apply(flat, targets.flatten(), self.group)  # type: ignore[no-any-return, no-untyped-call]
-
-    def gather(self, logits: Tensor) -> Tensor:
-        """The logits [..., vocab] of all ids."""
-        return all_gather(logits, logits.ndim - 1, self.group)
-
-
-class _SplitCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-        largest = all_reduce(logits.amax(-1, keepdim=True), group, "max")
-        shifted = logits - largest
-        log_total = all_reduce(shifted.exp().sum(-1, keepdim=True), group).log()
-        here = targets.unsqueeze(-1) - group.rank() * logits.shape[-1]
-        mine = (here >= 0) & (here < logits.shape[-1])
-        here = here.clamp(0, logits.shape[-1] - 1)
-        chosen = all_reduce(shifted.gather(-1, here).masked_fill(~mine, 0.0), group)
-        valid = (targets != IGNORE).unsqueeze(-1)
-        ctx.save_for_backward(shifted, log_total, here, mine, valid)
-        return (log_total - chosen).masked_fill(~valid, 0.0).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        shifted, log_total, here, mine, valid = ctx.saved_tensors
-        change = (shifted - log_total).exp()
-        change.scatter_add_(-1, here, -mine.to(change.dtype))
-        return change * valid * gradients[0], None, None
-
-
-SEQUENCE = 1
-
-SPLIT = {
+SHARD_DIMS = {
     "embedding": 0,
     "*.attention.q_proj": 0,
     "*.attention.q_b_proj": 0,
@@ -92,11 +40,11 @@ SPLIT = {
     "layers.*.ffn.down_proj": 1,
     "head": 0,
 }
-"""Module by module the dim of its weight that is split: 0 its outputs (colwise), 1 its inputs (rowwise)."""
+"""The TP plan: the sharded dim of each module's weight, 0 its outputs (colwise) or 1 its inputs (rowwise)."""
 
 
 class TensorParallel:
-    """Splits heads, dense hidden widths and the vocabulary over the `tp` axis."""
+    """Wrapper that shards heads, dense hidden widths and the vocabulary over the `tp` axis."""
 
     def __call__(self, model: Transformer, mesh: ParallelMesh) -> None:
         """Wrap `model` in place where `tp` is above 1."""
@@ -105,13 +53,14 @@ class TensorParallel:
         axis = mesh.dense["tp"]
         group = axis.get_group()
         for name, module in list(model.named_modules()):
-            dim = split_dim(name)
+            dim = shard_dim(name)
             if dim is not None:
-                _split_weight(module, dim, axis)
-                module.forward = _FORWARDS[dim](module, group)
+                weight = distribute_tensor(module.weight, axis, [Shard(dim)], src_data_rank=None)
+                module.weight = nn.Parameter(weight)
+                module.forward = partial(_rowwise_linear if dim == 1 else _colwise_linear, module, group)
             elif isinstance(module, LatentAttention):
-                module.gather = partial(_gather_latents, group)
-            elif isinstance(module, FeedForward) and split_dim(f"{name}.gate_proj") is not None:
+                module.gather_latents = partial(_gather_latents, group)
+            elif isinstance(module, FeedForward) and shard_dim(f"{name}.gate_proj") is not None:
                 module.register_forward_pre_hook(partial(_gather_input, group))
         if model.embedding is not None:
             model.embedding.forward = partial(_embed, model.embedding, group)  # type: ignore[method-assign]
@@ -120,44 +69,77 @@ class TensorParallel:
             model.vocabulary_shard = VocabularyShard(group)
 
 
-def split_dim(name: str) -> int | None:
-    """The dim that the weight of module `name` is split on; None where it is whole."""
-    return next((dim for pattern, dim in SPLIT.items() if fnmatchcase(name, pattern)), None)
+def shard_dim(name: str) -> int | None:
+    """Return the dim on which the weight of module `name` is sharded; None where it is whole."""
+    return next((dim for pattern, dim in SHARD_DIMS.items() if fnmatchcase(name, pattern)), None)
 
 
-def _split_weight(module: nn.Module, dim: int, axis: DeviceMesh) -> None:
-    weight = distribute_tensor(module.weight, axis, [Shard(dim)], src_data_rank=None)  # type: ignore[arg-type]
-    module.weight = nn.Parameter(weight)
+def _colwise_linear(module: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    return module.matmul(x, module.weight.to_local())  # type: ignore[no-any-return]
 
 
-def _colwise(module: nn.Module, group: dist.ProcessGroup) -> Any:
-    return MethodType(_local_linear, module)
-
-
-def _rowwise(module: nn.Module, group: dist.ProcessGroup) -> Any:
-    return lambda x: reduce_scatter(_local_linear(module, x), SEQUENCE, group)
-
-
-_FORWARDS = {0: _colwise, 1: _rowwise}
-
-
-def _local_linear(module: Any, x: Tensor) -> Tensor:
-    return module.product(x, module.weight.to_local())  # type: ignore[no-any-return]
+def _rowwise_linear(module: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    return reduce_scatter(_colwise_linear(module, group, x), SEQUENCE_DIM, group)
 
 
 def _embed(embedding: nn.Embedding, group: dist.ProcessGroup, tokens: Tensor) -> Tensor:
-    return embed_split(embedding, tokens, group)
+    """Return the embeddings of this rank's sequence shard from `tokens` [batch, sequence] of all TP ranks."""
+    weight: Tensor = embedding.weight.to_local()  # type: ignore[attr-defined]
+    local_id = tokens - group.rank() * weight.shape[0]
+    is_local = (local_id >= 0) & (local_id < weight.shape[0])
+    partial_sum = F.embedding(local_id.clamp(0, weight.shape[0] - 1), weight)
+    return reduce_scatter(partial_sum.masked_fill(~is_local.unsqueeze(-1), 0.0), SEQUENCE_DIM, group)
 
 
 def _gather_input(group: dist.ProcessGroup, module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
-    return (all_gather(arguments[0], SEQUENCE, group),)
+    return (all_gather(arguments[0], SEQUENCE_DIM, group),)
 
 
 def _gather_latents(
     group: dist.ProcessGroup, q_latent: Tensor, latent: Tensor, k_rope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All three in one exchange, whole over the ranks of the axis."""
+    """All-gather the three over the sequence, in one collective."""
     widths = [x.shape[-1] for x in (q_latent, latent, k_rope)]
-    together = all_gather(torch.cat([q_latent, latent, k_rope], dim=-1), SEQUENCE, group)
-    q_latent, latent, k_rope = together.split(widths, dim=-1)
+    joined = all_gather(torch.cat([q_latent, latent, k_rope], dim=-1), SEQUENCE_DIM, group)
+    q_latent, latent, k_rope = joined.split(widths, dim=-1)
     return q_latent, latent, k_rope
+
+
+class VocabularyShard(LocalVocabularyShard):
+    """Logits [batch, sequence, vocab / ranks] on each of the ranks of `group`."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def cross_entropy_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum the cross-entropy over valid `targets` [batch, sequence]: fp32 nats, equal on every rank."""
+        flat = logits.float().flatten(0, -2)
+        return _VocabParallelCrossEntropy.apply(flat, targets.flatten(), self.group)  # type: ignore[no-any-return, no-untyped-call]
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """All-gather the logits [..., vocab] of all ids."""
+        return all_gather(logits, logits.ndim - 1, self.group)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+        # Three all-reduces of one value per token: the largest logit, the softmax's sum, the target's logit.
+        largest = all_reduce(logits.amax(-1, keepdim=True), group, "max")
+        shifted = logits - largest
+        log_total = all_reduce(shifted.exp().sum(-1, keepdim=True), group).log()
+        local_id = targets.unsqueeze(-1) - group.rank() * logits.shape[-1]
+        is_local = (local_id >= 0) & (local_id < logits.shape[-1])
+        local_id = local_id.clamp(0, logits.shape[-1] - 1)
+        target_logit = all_reduce(shifted.gather(-1, local_id).masked_fill(~is_local, 0.0), group)
+        valid = (targets != IGNORE_INDEX).unsqueeze(-1)
+        ctx.save_for_backward(shifted, log_total, local_id, is_local, valid)
+        return (log_total - target_logit).masked_fill(~valid, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        # Softmax minus the one-hot target.
+        shifted, log_total, local_id, is_local, valid = ctx.saved_tensors
+        gradient = (shifted - log_total).exp()
+        gradient.scatter_add_(-1, local_id, -is_local.to(gradient.dtype))
+        return gradient * valid * gradients[0], None, None

@@ -1,14 +1,18 @@
-"""Rows to several places at once, and their sums back: the data movement of expert parallelism.
+"""Token dispatch: send every token's row to the ranks of its experts and bring the weighted sums back.
 
-A route is made of a table [rows, places] that says where each row goes. Both directions only gather, so
-that no gradient is added up by atomics: results are the same bits every time.
+`AllToAllTokenDispatcher` is the default backend of expert parallelism; deepep.py has the other one. It
+sends a row to a rank once, however many of the token's experts live there, together with the router
+weights of all of them. The rank adds the experts' weighted results up, so that one row comes back. Where
+`ep` spans nodes there are two levels: a row crosses to each node once, to the rank of the same number
+there, and is passed on within the node. The host reads the row counts once per layer and level, because
+all_to_all (NCCL's too) needs them as integers.
 
+Rows are permuted into the order of their destinations and unpermuted on the way back. Both directions
+only gather, so that no gradient is added up by atomics: results are the same bits every time.
 
-How rows travel to their experts and back: as they are, or there in FP8 and back as they are.
-
-In FP8 what goes to the experts is quantised, rows in the forward pass and the gradients of their results in
-the backward pass; weighted sums and the gradients of rows come back in the compute dtype (DeepSeek-V3's
-report, section 3.3.3).
+FP8 dispatch quantizes the rows that go to experts: activations in the forward pass, gradients of results in
+the backward pass. Weighted sums and gradients of rows come back in the compute dtype (DeepSeek-V3 report,
+section 3.3.3).
 """
 
 from collections.abc import Callable
@@ -19,155 +23,236 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.fp8.operands import pack, unpack
+from dsv3.fp8.operands import pack_rows, unpack_rows
 from dsv3.model.moe import ExpertsFunction
-from dsv3.parallel.collectives import start_exchange, wait
+from dsv3.model.router import Routing
+from dsv3.parallel.collectives import start_all_to_all, wait
 
 
-class Route(NamedTuple):
-    """Which rows go where, sorted by place."""
+class Permutation(NamedTuple):
+    """Copies of rows in the order of their destinations: ranks of a group, or experts of this rank."""
 
     source: Tensor
-    """[copies] the row that each copy is of; all of place 0 first."""
-    place: Tensor
-    """[copies] where it goes."""
-    slots: Tensor
-    """[rows, most places a row] the copies of a row; `copies` (one past the last) where it has fewer."""
+    """[copies] the row that each copy is of; the copies for destination 0 come first."""
+    destination: Tensor
+    """[copies] the destination of each copy."""
+    copies_of_row: Tensor
+    """[rows, most copies per row] the copies of each row, padded with `copies` (one past the last)."""
     counts: Tensor
-    """[places] copies that go to each."""
+    """[destinations] copies per destination."""
 
 
-def make_route(goes: Tensor, most: int) -> Route:
-    """The route of `goes` [rows, places] bool, with at most `most` places a row."""
-    by_place = goes.t()
-    place, source = by_place.nonzero(as_tuple=True)
-    number = (by_place.flatten().cumsum(0) - 1).view_as(by_place).t()
-    # A row's own places first; the others point at the row of zeros behind the last copy.
-    first = (~goes).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-    slots = number.gather(1, first).masked_fill(~goes.gather(1, first), len(source))
-    return Route(source, place, slots, goes.sum(0))
+def make_permutation(routing_map: Tensor, max_copies: int) -> Permutation:
+    """Return the permutation for `routing_map` [rows, destinations] bool.
 
-
-def send(x: Tensor, route: Route) -> Tensor:
-    """The copies [copies, dim] of the rows of `x` [rows, dim], in the order of the route."""
-    return _Send.apply(x, route.source, route.slots)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def bring_back(copies: Tensor, route: Route) -> Tensor:
-    """For every row the sum [rows, dim] of its `copies` [copies, dim]."""
-    return _BringBack.apply(copies, route.source, route.slots)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def weighted_sums(
-    rows: Tensor, weights: Tensor, chosen: Tensor, top_k: int, experts: ExpertsFunction
-) -> Tensor:
-    """For each of `rows` [rows, dim] the weighted sum of its results over the experts here.
-
-    `weights` [rows, experts] count where `chosen` [rows, experts] says so, at most `top_k` times a row.
+    A row has at most `max_copies` destinations.
     """
-    route = make_route(chosen, min(top_k, chosen.shape[1]))
-    out = experts(send(rows, route), route.counts)
-    taken = weights[route.source, route.place].to(out.dtype)
-    return bring_back(out * taken.unsqueeze(1), route)
+    by_destination = routing_map.t()
+    destination, source = by_destination.nonzero(as_tuple=True)
+    number = (by_destination.flatten().cumsum(0) - 1).view_as(by_destination).t()
+    # A row's own destinations first; the padding points at the row of zeros behind the last copy.
+    first = (~routing_map).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_copies]
+    copies_of_row = number.gather(1, first).masked_fill(~routing_map.gather(1, first), len(source))
+    return Permutation(source, destination, copies_of_row, routing_map.sum(0))
 
 
-class _Send(torch.autograd.Function):
+def permute(x: Tensor, permutation: Permutation) -> Tensor:
+    """Return the copies [copies, dim] of the rows of `x` [rows, dim], sorted by destination."""
+    return _Permute.apply(x, permutation.source, permutation.copies_of_row)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def unpermute(copies: Tensor, permutation: Permutation) -> Tensor:
+    """Return for every row the sum [rows, dim] of its `copies` [copies, dim]."""
+    return _Unpermute.apply(copies, permutation.source, permutation.copies_of_row)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def run_local_experts(
+    rows: Tensor, weights: Tensor, routing_map: Tensor, top_k: int, experts: ExpertsFunction
+) -> Tensor:
+    """Return for each of `rows` [rows, dim] the weighted sum of its results over this rank's experts.
+
+    `weights` [rows, experts] count where `routing_map` [rows, experts] is true: at most `top_k` per row.
+    """
+    permutation = make_permutation(routing_map, min(top_k, routing_map.shape[1]))
+    out = experts(permute(rows, permutation), permutation.counts)
+    weight = weights[permutation.source, permutation.destination].to(out.dtype)
+    return unpermute(out * weight.unsqueeze(1), permutation)
+
+
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
+    def forward(ctx: Any, x: Tensor, source: Tensor, copies_of_row: Tensor) -> Tensor:
+        ctx.save_for_backward(copies_of_row)
         return x[source]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_slots(gradients[0], ctx.saved_tensors[0]), None, None
+        return _sum_copies(gradients[0], ctx.saved_tensors[0]), None, None
 
 
-class _BringBack(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, copies: Tensor, source: Tensor, slots: Tensor) -> Tensor:
+    def forward(ctx: Any, copies: Tensor, source: Tensor, copies_of_row: Tensor) -> Tensor:
         ctx.save_for_backward(source)
-        return _sum_slots(copies, slots)
+        return _sum_copies(copies, copies_of_row)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return gradients[0][ctx.saved_tensors[0]], None, None
 
 
-def _sum_slots(copies: Tensor, slots: Tensor) -> Tensor:
+def _sum_copies(copies: Tensor, copies_of_row: Tensor) -> Tensor:
     padded = torch.cat([copies, copies.new_zeros(1, copies.shape[1])])
-    return padded[slots].sum(1)
+    return padded[copies_of_row].sum(1)
 
 
-class Exchange(NamedTuple):
-    """Rows from this rank to each rank of `group`, and to this rank from each."""
+class AllToAllSplits(NamedTuple):
+    """Row counts of one all-to-all: from this rank to each rank of `group`, and from each to this rank."""
 
-    sent: list[int]
-    received: list[int]
+    input_splits: list[int]
+    output_splits: list[int]
     group: dist.ProcessGroup
+
+    def reversed(self) -> "AllToAllSplits":
+        """Return the splits of the all-to-all that brings the rows back."""
+        return AllToAllSplits(self.output_splits, self.input_splits, self.group)
 
 
 class Transport(Protocol):
-    """Carries rows."""
+    """The form in which rows travel between ranks."""
 
-    def go(self, rows: Tensor, exchange: Exchange) -> Callable[[], Tensor]:
-        """Start to send `rows` [sent rows, dim]; what comes out waits for the [received rows, dim]."""
+    def dispatch(self, rows: Tensor, splits: AllToAllSplits) -> Callable[[], Tensor]:
+        """Start to send `rows` [sent rows, dim]; return a function that waits for [received rows, dim]."""
 
-    def back(self, rows: Tensor, exchange: Exchange) -> Tensor:
-        """Send results [received rows, dim] the way back: [sent rows, dim]."""
+    def combine(self, rows: Tensor, splits: AllToAllSplits) -> Tensor:
+        """Send results [received rows, dim] back to where their rows came from: [sent rows, dim]."""
 
 
 class PlainTransport:
-    """Rows travel in the dtype they have."""
+    """Rows travel in their own dtype."""
 
-    def go(self, rows: Tensor, exchange: Exchange) -> Callable[[], Tensor]:
+    def dispatch(self, rows: Tensor, splits: AllToAllSplits) -> Callable[[], Tensor]:
         """See Transport."""
-        return partial(wait, start_exchange(rows, *exchange))
+        return partial(wait, start_all_to_all(rows, *splits))
 
-    def back(self, rows: Tensor, exchange: Exchange) -> Tensor:
+    def combine(self, rows: Tensor, splits: AllToAllSplits) -> Tensor:
         """See Transport."""
-        return wait(start_exchange(rows, *_reversed(exchange)))
+        return wait(start_all_to_all(rows, *splits.reversed()))
 
 
 class FP8Transport:
-    """Rows and gradients of results travel to experts in FP8."""
+    """Rows, and gradients of results, travel to experts in FP8."""
 
     def __init__(self, power_of_two: bool) -> None:
         self.power_of_two = power_of_two
 
-    def go(self, rows: Tensor, exchange: Exchange) -> Callable[[], Tensor]:
+    def dispatch(self, rows: Tensor, splits: AllToAllSplits) -> Callable[[], Tensor]:
         """See Transport."""
-        begun = start_exchange(pack(rows, self.power_of_two), *exchange)
-        # Bytes have no gradient: `rows` go along to be what the result is differentiated by.
-        return partial(_Arrive.apply, rows, begun, exchange)
+        in_flight = start_all_to_all(pack_rows(rows, self.power_of_two), *splits)
+        # Bytes have no gradient: `rows` come along so that the result has something to be differentiated by.
+        return partial(_FP8Dispatch.apply, rows, in_flight, splits)
 
-    def back(self, rows: Tensor, exchange: Exchange) -> Tensor:
+    def combine(self, rows: Tensor, splits: AllToAllSplits) -> Tensor:
         """See Transport."""
-        return _Return.apply(rows, exchange, self.power_of_two)  # type: ignore[no-any-return, no-untyped-call]
+        return _FP8Combine.apply(rows, splits, self.power_of_two)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _reversed(exchange: Exchange) -> Exchange:
-    return Exchange(exchange.received, exchange.sent, exchange.group)
-
-
-class _Arrive(torch.autograd.Function):
+class _FP8Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, begun: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return unpack(wait(begun), rows.shape[1], rows.dtype)
+    def forward(ctx: Any, rows: Tensor, in_flight: Tensor, splits: AllToAllSplits) -> Tensor:
+        ctx.splits = splits
+        return unpack_rows(wait(in_flight), rows.shape[1], rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return wait(start_exchange(gradients[0], *_reversed(ctx.exchange))), None, None
+        return wait(start_all_to_all(gradients[0], *ctx.splits.reversed())), None, None
 
 
-class _Return(torch.autograd.Function):
+class _FP8Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: Exchange, power_of_two: bool) -> Tensor:
-        ctx.exchange, ctx.power_of_two = exchange, power_of_two
-        return wait(start_exchange(rows, *_reversed(exchange)))
+    def forward(ctx: Any, rows: Tensor, splits: AllToAllSplits, power_of_two: bool) -> Tensor:
+        ctx.splits, ctx.power_of_two = splits, power_of_two
+        return wait(start_all_to_all(rows, *splits.reversed()))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradients[0]
-        packed = wait(start_exchange(pack(gradient, ctx.power_of_two), *ctx.exchange))
-        return unpack(packed, gradient.shape[1], gradient.dtype), None, None
+        packed = wait(start_all_to_all(pack_rows(gradient, ctx.power_of_two), *ctx.splits))
+        return unpack_rows(packed, gradient.shape[1], gradient.dtype), None, None
+
+
+class CombineHandle(NamedTuple):
+    """One dispatched all-to-all, kept for the way back."""
+
+    permutation: Permutation
+    splits: AllToAllSplits
+
+
+class DispatchedRows(NamedTuple):
+    """Rows on their way to this rank, with what this rank needs to process them."""
+
+    wait: Callable[[], Tensor]
+    """Waits for the rows and returns them: [received rows, dim]."""
+    weights: Tensor
+    """[received rows, experts behind this rank] fp32, 0 for experts not chosen."""
+    routing_map: Tensor
+    """[received rows, experts behind this rank] bool: true for the experts that the token chose."""
+    top_k: int
+    """Experts per token."""
+    handle: CombineHandle
+
+
+class AllToAllTokenDispatcher:
+    """The TokenDispatcher of experts that live on several ranks, by all-to-all over each of `groups`."""
+
+    def __init__(self, groups: list[dist.ProcessGroup]) -> None:
+        self.groups = groups
+        self.transport: Transport = PlainTransport()
+
+    def dispatch_in_fp8(self, power_of_two: bool) -> None:
+        """Send rows, and gradients of results, to experts in FP8."""
+        self.transport = FP8Transport(power_of_two)
+
+    def dispatch(self, x: Tensor, routing: Routing) -> DispatchedRows:
+        """Start the first all-to-all of `x` [tokens, dim]; what runs before `combine` overlaps with it."""
+        num_experts, top_k = routing.stats.load.shape[0], routing.experts.shape[1]
+        weights = x.new_zeros(x.shape[0], num_experts, dtype=torch.float32)
+        routing_map = torch.zeros_like(weights, dtype=torch.bool).scatter(1, routing.experts, True)
+        weights = weights.scatter(1, routing.experts, routing.weights)
+        return self._dispatch_level(x, weights, routing_map, top_k, self.groups[0])
+
+    def combine(self, dispatched: DispatchedRows, experts: ExpertsFunction) -> Tensor:
+        """Wait for the rows, run `experts` on them, and return the weighted sums [tokens, dim]."""
+        handles = [dispatched.handle]
+        for group in self.groups[1:]:
+            dispatched = self._dispatch_level(
+                dispatched.wait(), dispatched.weights, dispatched.routing_map, dispatched.top_k, group
+            )
+            handles.append(dispatched.handle)
+        out = run_local_experts(
+            dispatched.wait(), dispatched.weights, dispatched.routing_map, dispatched.top_k, experts
+        )
+        for handle in reversed(handles):
+            out = unpermute(self.transport.combine(out, handle.splits), handle.permutation)
+        return out
+
+    def _dispatch_level(
+        self, x: Tensor, weights: Tensor, routing_map: Tensor, top_k: int, group: dist.ProcessGroup
+    ) -> DispatchedRows:
+        """Send each row of `x` once to every rank of `group` behind which it has an expert."""
+        ranks = group.size()
+        to_rank = routing_map.unflatten(1, (ranks, -1)).any(-1)
+        permutation = make_permutation(to_rank, min(top_k, ranks))
+        ones = [1] * ranks
+        received = wait(start_all_to_all(permutation.counts, ones, ones, group))
+        # The one time that the host waits for the device.
+        input_splits, output_splits = torch.stack([permutation.counts, received]).tolist()
+        splits = AllToAllSplits(input_splits, output_splits, group)
+        wait_for_rows = self.transport.dispatch(permute(x, permutation), splits)
+        # Each copy takes along the weights of the experts behind its own destination.
+        copies = (permutation.source, permutation.destination)
+        weights = weights.unflatten(1, (ranks, -1))[copies]
+        marks = routing_map.unflatten(1, (ranks, -1))[copies].to(weights.dtype)
+        both = wait(start_all_to_all(torch.cat([weights, marks], dim=1), *splits))
+        weights, marks = both.chunk(2, dim=1)
+        return DispatchedRows(wait_for_rows, weights, marks > 0, top_k, CombineHandle(permutation, splits))

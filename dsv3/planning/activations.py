@@ -1,98 +1,106 @@
-"""What a forward pass keeps for the backward pass, in bytes, as closed forms of the model's sizes.
+"""Activation memory: bytes saved for the backward pass, as closed forms of the model's sizes.
 
-Each term is a tensor that autograd saves in dsv3/model or dsv3/parallel, read off with
-saved_tensors_hooks (the test does it again on one process). `c` is the byte size of the compute dtype;
-norms, router and logits keep fp32.
+Each term is a tensor that autograd saves in dsv3/model or dsv3/parallel, as saved_tensors_hooks shows (the
+test reads them again on one process). `c` is the bytes per value of the compute dtype; norms, router and
+logits are fp32.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import Kept
-from dsv3.planning import expert_copies
+from dsv3.config.parallel import SavedOp
+from dsv3.planning.dispatch_volume import dispatch_levels
 from dsv3.planning.layout import ParallelDims
 
 FP32 = 4
 
 INDEX = 8
+"""Bytes of an int64 index."""
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """Bytes a token of the rank's part of a row: `split` is shared by its tp ranks, `whole` is on each."""
+    """Bytes per token of a rank's part of a sequence, `sharded` over its tp ranks or `replicated` on each."""
 
-    split: int
-    whole: int = 0
+    sharded: int
+    replicated: int = 0
 
     def __add__(self, other: "TokenBytes") -> "TokenBytes":
-        return TokenBytes(self.split + other.split, self.whole + other.whole)
+        return TokenBytes(self.sharded + other.sharded, self.replicated + other.replicated)
 
     def on_rank(self, tokens: int, tp: int) -> int:
-        """Bytes on one rank for `tokens` tokens, rounded up."""
-        return -(-tokens * self.split // tp) + tokens * self.whole
+        """Return the bytes on one rank for `tokens` tokens, rounded up."""
+        return -(-tokens * self.sharded // tp) + tokens * self.replicated
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Saved activations of a model computing in dtypes of `compute` bytes; none grows with the square.
+    """Saved activations of a model, linear in the sequence length.
 
-    `fused_kernels` stands for a norm in one kernel: true on GPUs; on CPU the normalised input is kept.
-    Under context parallelism the rank with the last part of a row is meant: it expands all of its keys.
+    Under context parallelism they are those of the rank with the last part of a sequence, which expands all
+    of its keys.
     """
 
     config: ModelConfig
     compute: int
+    """Bytes per value of the compute dtype."""
     fused_kernels: bool = True
+    """A norm is one kernel, as on GPUs; on CPU the normalized input is saved too."""
     degrees: ParallelDims = field(default_factory=ParallelDims)
     ranks_per_node: int | None = None
 
     def block(self, dense: bool) -> TokenBytes:
-        """One layer; a token's experts count where the token is from, as with an even load."""
+        """Return a layer's bytes without activation checkpointing.
+
+        A token's experts count on the rank that it comes from, as under an even load.
+        """
         return self._attention() + (self._dense_ffn() if dense else self._moe())
 
     def block_input(self) -> TokenBytes:
-        """All that full recomputation keeps of a layer."""
+        """Return a layer's bytes under full activation checkpointing: its input."""
         return TokenBytes(self.compute * self.config.dim)
 
-    def kept(self, dense: bool, keep: Sequence[Kept]) -> TokenBytes:
-        """What selective recomputation keeps of a layer: its input and the results of the operators named."""
-        a, c = self.config.attention, self.compute
+    def selective(self, dense: bool, keep: Sequence[SavedOp]) -> TokenBytes:
+        """Return a layer's bytes under selective activation checkpointing: its input, results of `keep`."""
+        a, c, moe = self.config.attention, self.compute, self.config.moe
         kept = self.block_input()
-        if Kept.attention in keep:
+        if SavedOp.attention in keep:
             kept += TokenBytes(a.heads * (c * a.v_head_dim + FP32))
-        if Kept.matmuls in keep:
+        if SavedOp.matmuls in keep:
             kept += self._attention_matmuls() + self._ffn_matmuls(dense)
-        if not dense and Kept.experts in keep:
-            moe = self.config.moe
+        if not dense and SavedOp.experts in keep:
             kept += TokenBytes(moe.top_k * c * (2 * moe.hidden_dim + self.config.dim))
-        if not dense and Kept.exchange in keep:
-            kept += self._exchanged()
+        if not dense and SavedOp.exchange in keep:
+            # Rows with their weights that arrive for the experts here, and rows that come back.
+            levels = dispatch_levels(moe, self.degrees.ep, self.ranks_per_node)
+            row = c * self.config.dim
+            kept += TokenBytes(round(sum(one.rows * (2 * row + 2 * FP32 * one.experts) for one in levels)))
         return kept
 
     def mtp_join(self) -> TokenBytes:
-        """An MTP depth besides its layer and logits: two norms whose outputs live on in one concatenation."""
+        """Return an MTP depth's bytes besides its layer and logits: two norms before its projection."""
         return TokenBytes(2 * self._norm(self.config.dim))
 
     def logits(self) -> TokenBytes:
-        """The norm before the head, fp32 logits, and their log-softmax, once a prediction."""
+        """Return a prediction's bytes: the norm before the head, fp32 logits, and their log-softmax."""
         output = self.compute * self.config.dim
         return TokenBytes(self._norm(self.config.dim) - output + 2 * FP32 * self.config.vocab_size, output)
 
     def _norm(self, dim: int) -> int:
-        """Input in fp32, output in the compute dtype; unfused also the normalised input."""
+        """Count input in fp32, output in the compute dtype, rms; unfused also the normalized input."""
         return dim * (FP32 + self.compute + (0 if self.fused_kernels else FP32)) + FP32
 
     def _attention(self) -> TokenBytes:
         a, c, cp = self.config.attention, self.compute, self.degrees.cp
         queries = a.heads * (c * a.qk_head_dim + FP32)
         keys_values = c * a.heads * (a.qk_head_dim + a.qk_nope_head_dim + a.v_head_dim)
-        # Under cp the two chunks' outputs are put together, and both forms are saved.
+        # Under cp the two chunks' outputs are concatenated, and both forms are saved.
         out = c * a.heads * a.v_head_dim * (2 if cp > 1 else 1)
         return TokenBytes(self._norm(self.config.dim) + queries + cp * keys_values + out) + self._latents()
 
     def _latents(self) -> TokenBytes:
-        """The latents' norms on the rank's own tokens; their outputs there, or gathered."""
+        """Count the latents' norms on the rank's own tokens; their outputs there, or gathered."""
         a, c = self.config.attention, self.compute
         q, kv = a.q_lora_rank or 0, a.kv_lora_rank
         inputs = sum(self._norm(width) - c * width for width in (q, kv) if width)
@@ -107,29 +115,23 @@ class Activations:
 
     def _dense_ffn(self) -> TokenBytes:
         c, dim = self.compute, self.config.dim
-        split = self._norm(dim) - c * dim + 4 * c * self.config.dense_hidden_dim
-        return TokenBytes(split, c * dim)
+        sharded = self._norm(dim) - c * dim + 4 * c * self.config.dense_hidden_dim
+        return TokenBytes(sharded, c * dim)
 
     def _moe(self) -> TokenBytes:
         moe, c, dim = self.config.moe, self.compute, self.config.dim
         router = FP32 * (moe.num_experts + 2 * moe.top_k) + (0 if c == FP32 else FP32 * dim)
-        # A row in and out, gate and up, silu(gate), and its product with up; the last four also shared.
+        # A row in and out, gate, up, silu(gate), and its product with up; shared experts save the last four.
         routed = moe.top_k * (c * (2 * dim + 4 * moe.hidden_dim) + 3 * INDEX)
         shared = 4 * c * moe.num_shared_experts * moe.hidden_dim
         return TokenBytes(self._norm(dim) + router + routed + shared)
-
-    def _exchanged(self) -> TokenBytes:
-        """Rows and weights of what arrives for the experts here, and of what comes back."""
-        levels = expert_copies.levels(self.config.moe, self.degrees.ep, self.ranks_per_node)
-        row = self.compute * self.config.dim
-        return TokenBytes(round(sum(one.copies * (2 * row + 2 * FP32 * one.experts) for one in levels)))
 
     def _attention_matmuls(self) -> TokenBytes:
         a, c = self.config.attention, self.compute
         latents = (a.q_lora_rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim
         keys_values = self.degrees.cp * a.heads * (a.qk_nope_head_dim + a.v_head_dim)
-        split = c * (latents + a.heads * a.qk_head_dim + keys_values)
-        return TokenBytes(split, c * self.config.dim)
+        sharded = c * (latents + a.heads * a.qk_head_dim + keys_values)
+        return TokenBytes(sharded, c * self.config.dim)
 
     def _ffn_matmuls(self, dense: bool) -> TokenBytes:
         moe, c, dim = self.config.moe, self.compute, self.config.dim

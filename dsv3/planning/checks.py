@@ -1,115 +1,98 @@
-"""What parallel.expert.backend=deepep needs, asked before any process starts; imports no torch.
+"""Checks of a run before any process starts: DeepEP, FP8, and weights that fit the ranks at all; no torch.
 
-The numbers are those of DeepEP 1.2.1: groups for which it has a tuned config, and nodes of 8 GPUs.
-
-
-What precision.fp8 needs, asked before any process starts; imports no torch.
-
-Whether a model can be held at all: what evaluation and generation need at least.
+The numbers about DeepEP are those of version 1.2.1: group sizes for which it has a tuned config, and nodes of
+8 GPUs.
 """
 
 import importlib.util
 
 from dsv3.config.hardware import HardwareConfig
 from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import KEY, ExchangeBackend
+from dsv3.config.parallel import KEY, DispatchBackend
 from dsv3.config.precision import ComputeType, FP8Engine, Granularity
 from dsv3.config.root import Config
-from dsv3.errors import UserError, join, nearest_of
+from dsv3.errors import UserError, closest_values, comma_separated
 from dsv3.planning import parameters
 from dsv3.planning.layout import ParallelDims, expert_degrees
 from dsv3.planning.plan import Plan
-from dsv3.planning.sharding import BLOCK
+from dsv3.planning.sharding import FP8_BLOCK
 
-SIZES = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
-"""Ranks that one exchange can have."""
+DEEPEP_SIZES = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+"""Ranks that one exchange of DeepEP can have."""
 
-NODE = 8
-"""Ranks of a node where an exchange spans several."""
+DEEPEP_NODE_RANKS = 8
+"""Ranks per node if an exchange of DeepEP spans several nodes."""
 
-_NAME = "parallel.expert.backend=deepep"
+_DEEPEP = "parallel.expert.backend=deepep"
 
-_ELSE = "take parallel.expert.backend=all_to_all"
+_ALL_TO_ALL = "take parallel.expert.backend=all_to_all"
 
 
-def check_backend(config: Config, plan: Plan) -> None:
-    """Raise UserError where DeepEP is chosen and cannot carry what this job sends, or is not here."""
+def check_expert_backend(config: Config, plan: Plan) -> None:
+    """Raise UserError if DeepEP is configured but cannot do this job's token dispatch, or is missing."""
     expert, degrees = config.parallel.expert, plan.degrees
-    if degrees.ep == 1 or expert is None or expert.backend is not ExchangeBackend.deepep:
+    ep, per_node, dim = degrees.ep, plan.shape.ranks_per_node, plan.model.dim
+    if ep == 1 or expert is None or expert.backend is not DispatchBackend.deepep:
         return
     if plan.hardware.name == "cpu":
-        raise UserError(f"{_NAME} needs CUDA GPUs, and hardware.name=cpu here: {_ELSE}")
+        raise UserError(f"{_DEEPEP} needs CUDA GPUs, and hardware.name=cpu here: {_ALL_TO_ALL}")
     compute = config.precision.compute
     if compute is not ComputeType.bf16:
         raise UserError(
-            f"{_NAME} carries bf16 rows, and precision.compute={compute.name} here: take precision=bf16, "
-            f"or {_ELSE}"
+            f"{_DEEPEP} carries bf16 rows, and precision.compute={compute.name} here: take precision=bf16, "
+            f"or {_ALL_TO_ALL}"
         )
-    if config.precision.fp8 is not None and config.precision.fp8.dispatch:
-        _check_tiles(plan.model.dim)
-    _check_size(plan)
-    _check_nodes(degrees.ep, plan.shape.ranks_per_node)
+    if config.precision.fp8 is not None and config.precision.fp8.dispatch and dim % FP8_BLOCK:
+        below = dim // FP8_BLOCK * FP8_BLOCK
+        works = comma_separated(sorted({max(FP8_BLOCK, below), below + FP8_BLOCK}))
+        raise UserError(
+            f"{_DEEPEP} carries FP8 rows in whole tiles of {FP8_BLOCK}, and model.dim={dim} here: "
+            f"nearest that work: {works}; or take precision.fp8.dispatch=false, or {_ALL_TO_ALL}"
+        )
+    if ep not in DEEPEP_SIZES:
+        near = closest_values(set(expert_degrees(degrees, plan.model)) & set(DEEPEP_SIZES), ep)
+        fix = f"nearest that work: {comma_separated(near)}; or" if near else "no value works:"
+        raise UserError(f"{KEY}.ep={ep} is no size that {_DEEPEP} has; {fix} {_ALL_TO_ALL}")
+    # One exchange stays within a node, or takes whole nodes of 8.
+    spans_nodes = ep > DEEPEP_NODE_RANKS
+    if per_node is not None and (per_node != DEEPEP_NODE_RANKS if spans_nodes else per_node % ep):
+        needs = f"nodes of {DEEPEP_NODE_RANKS} ranks" if spans_nodes else f"nodes of a multiple of {ep} ranks"
+        raise UserError(
+            f"{_DEEPEP} with {KEY}.ep={ep} needs {needs}, and a node has {per_node} here: {_ALL_TO_ALL}"
+        )
     # A plan is made anywhere; a job that Slurm will start may find the package there.
     if config.task.uses_model and not config.launch.submits and importlib.util.find_spec("deep_ep") is None:
-        raise UserError(missing("no module of this name here"))
+        raise UserError(deepep_missing("no module of this name here"))
 
 
-def missing(why: str) -> str:
-    """The message for a package that cannot be imported."""
+def deepep_missing(why: str) -> str:
+    """Return the message for a deep_ep package that cannot be imported."""
     return (
-        f"{_NAME} needs the package deep_ep (1.2.1, github.com/deepseek-ai/DeepEP): {why}\n"
-        f"install it into this environment, or {_ELSE}"
-    )
-
-
-def _check_tiles(dim: int) -> None:
-    if dim % BLOCK:
-        works = join(sorted({max(BLOCK, dim // BLOCK * BLOCK), (dim // BLOCK + 1) * BLOCK}))
-        raise UserError(
-            f"{_NAME} carries FP8 rows in whole tiles of {BLOCK}, and model.dim={dim} here: nearest that "
-            f"work: {works}; or take precision.fp8.dispatch=false, or {_ELSE}"
-        )
-
-
-def _check_size(plan: Plan) -> None:
-    ep = plan.degrees.ep
-    if ep not in SIZES:
-        works = nearest_of(set(expert_degrees(plan.degrees, plan.model)) & set(SIZES), ep)
-        near = f"nearest that work: {join(works)}; or {_ELSE}" if works else f"no value works: {_ELSE}"
-        raise UserError(f"{KEY}.ep={ep} is no size that {_NAME} has; {near}")
-
-
-def _check_nodes(ep: int, ranks_per_node: int | None) -> None:
-    """One exchange stays within a node, or takes whole nodes of 8."""
-    if ranks_per_node is None or (ranks_per_node == NODE if ep > NODE else ranks_per_node % ep == 0):
-        return
-    needs = f"nodes of {NODE} ranks" if ep > NODE else f"nodes of a multiple of {ep} ranks"
-    raise UserError(
-        f"{_NAME} with {KEY}.ep={ep} needs {needs}, and a node has {ranks_per_node} here: {_ELSE}"
+        f"{_DEEPEP} needs the package deep_ep (1.2.1, github.com/deepseek-ai/DeepEP): {why}\n"
+        f"install it into this environment, or {_ALL_TO_ALL}"
     )
 
 
 HOPPER = ("h100", "h200", "h800")
-"""Hardware that has block-wise scales in its tensor cores, as cuBLAS uses them."""
-
-_OTHERWISE = "take precision=bf16, or precision.fp8.engine=emulated, which computes the same and is slow"
+"""Hardware whose tensor cores have block-wise scales, as cuBLAS uses them."""
 
 
 def check_fp8(config: Config, plan: Plan) -> None:
-    """Raise UserError where the hardware of `plan` has no engine, or settings exclude each other."""
+    """Raise UserError if the plan's hardware has no FP8 engine, or if FP8 settings exclude each other."""
     fp8, on = config.precision.fp8, plan.hardware.name
     if fp8 is None:
         return
+    otherwise = "take precision=bf16, or precision.fp8.engine=emulated, which computes the same and is slow"
     fast = fp8.engine is FP8Engine.scaled_mm or (fp8.engine is FP8Engine.auto and on != "cpu")
     if fast and on not in HOPPER:
         raise UserError(
             f"precision.fp8.engine={fp8.engine.name} needs a Hopper GPU ({', '.join(HOPPER)}), and "
-            f"hardware.name={on} here: {_OTHERWISE}"
+            f"hardware.name={on} here: {otherwise}"
         )
     by_tensor = "precision.fp8.granularity=tensor"
     if fp8.granularity is Granularity.tensor:
         if fast:
-            raise UserError(f"{by_tensor} is emulated only, to show what it does: {_OTHERWISE}")
+            raise UserError(f"{by_tensor} is emulated only, to show what it does: {otherwise}")
         for name in ("dispatch", "gather"):
             if getattr(fp8, name):
                 raise UserError(
@@ -123,24 +106,25 @@ def check_fp8(config: Config, plan: Plan) -> None:
         )
 
 
-# Parameters are fp32 whatever the precision; they are cast where they are used.
-BYTES = 4
+PARAMETER_BYTES = 4
+"""Parameters are fp32 under every precision; they are cast where they are used."""
 
 GIB = 2**30
 
 
-def require_room(model: ModelConfig, degrees: ParallelDims, hardware: HardwareConfig) -> None:
-    """UserError where a rank's share of the weights alone is more than its memory.
+def require_weights_fit(model: ModelConfig, degrees: ParallelDims, hardware: HardwareConfig) -> None:
+    """Raise UserError if a rank's share of the weights alone exceeds its memory.
 
-    A lower bound: it is even over all ranks but replicas, and leaves activations and caches out.
+    It is a lower bound for evaluation and generation: an even share over all ranks but replicas, without
+    activations and caches.
     """
     ranks = degrees.world_size // degrees.dp_replicate
-    count, room = parameters.total(model), hardware.memory_bytes
-    if room is None or count * BYTES <= ranks * room:
+    size, room = parameters.total(model) * PARAMETER_BYTES, hardware.memory_bytes
+    if room is None or size <= ranks * room:
         return
-    least = -(-count * BYTES // room)
     raise UserError(
-        f"{count:,} parameters on {degrees.world_size:,} ranks of hardware={hardware.name} do not fit: the "
-        f"weights alone take {count * BYTES / ranks / GIB:,.2f} GiB of a rank, which has {room / GIB:,.2f}\n"
-        f"parallel=fsdp with {least:,} or more ranks shares them out; is it the right model=?"
+        f"{parameters.total(model):,} parameters on {degrees.world_size:,} ranks of hardware={hardware.name} "
+        f"do not fit: the weights alone take {size / ranks / GIB:,.2f} GiB of a rank, which has "
+        f"{room / GIB:,.2f}\n"
+        f"parallel=fsdp with {-(-size // room):,} or more ranks shares them out; is it the right model=?"
     )

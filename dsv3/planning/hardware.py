@@ -1,6 +1,6 @@
-"""What the ranks run on: the `hardware` group's dataclass, and what `auto` finds out.
+"""Detect the hardware: GPUs by nvidia-smi, host memory by /proc and cgroups; no torch.
 
-Memory is that of the data sheets, in GB of 10^9 bytes: about 6 % under what the devices report, which
+Device memory is that of the data sheets, in GB of 10^9 bytes: about 6 % below what devices report, which
 leaves room for the CUDA context, NCCL's buffers and fragmentation.
 """
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.config.hardware import NAMED, HardwareConfig
-from dsv3.config.root import CONF
+from dsv3.config.registry import CONF
 
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
 
 QUERY_SECONDS = 5.0
 
 
-def ask_nvidia_smi() -> str:
-    """A line `name, MiB` for each GPU, or an empty string where there is none to ask."""
+def query_nvidia_smi() -> str:
+    """Return a line `name, MiB` per GPU, or an empty string if nvidia-smi does not answer."""
     try:
         return subprocess.run(QUERY, capture_output=True, text=True, timeout=QUERY_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -30,23 +30,25 @@ def ask_nvidia_smi() -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where `detect` looks; tests put their own answers in."""
+    """The sources that detect_hardware reads; tests put their own answers in."""
 
-    nvidia_smi: Callable[[], str] = ask_nvidia_smi
+    nvidia_smi: Callable[[], str] = query_nvidia_smi
     root: Path = Path("/")
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
-def detect(config: HardwareConfig, ranks_per_node: int, machine: Machine | None = None) -> HardwareConfig:
-    """`config` with what only the machine knows filled in.
+def detect_hardware(
+    config: HardwareConfig, ranks_per_node: int, machine: Machine | None = None
+) -> HardwareConfig:
+    """Return `config` with what only this machine can tell.
 
-    `auto` becomes the GPU here or `cpu`; `cpu` without `memory_bytes` gets its rank's share of the
-    host's. Everything else is returned as it is: a plan for an h800 is made on a laptop.
+    `auto` becomes the GPU of this machine or `cpu`; `cpu` without `memory_bytes` gets its rank's share of the
+    host's. Everything else is returned unchanged: a plan for an h800 may be made on a laptop.
     """
     machine = machine or Machine()
     if config.name == "auto":
         found = _detect_gpu(machine)
-        # Numbers given on the command line (hardware.memory_bytes=...) win over those found.
+        # Numbers given on the command line (hardware.memory_bytes=...) win over detected ones.
         given = {key: value for key, value in vars(config).items() if value is not None and key != "name"}
         config = replace(found or HardwareConfig(name="cpu"), **given)
     if config.name == "cpu" and config.memory_bytes is None:
@@ -56,7 +58,7 @@ def detect(config: HardwareConfig, ranks_per_node: int, machine: Machine | None 
 
 
 def host_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that all ranks of this node share: the host's memory or the cgroup's limit, the smaller."""
+    """Return the bytes that all ranks of this node share: the host's memory, or a smaller cgroup limit."""
     total = re.search(r"^MemTotal:\s*(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
     limits = [int(total[1]) * 1024] if total else []
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -69,7 +71,7 @@ def host_memory(root: Path = Path("/")) -> int | None:
 
 
 def visible_gpus(machine: Machine | None = None) -> list[str]:
-    """A line `name, MiB` for each GPU of this node that CUDA_VISIBLE_DEVICES leaves to be seen."""
+    """Return a line `name, MiB` per GPU of this node that CUDA_VISIBLE_DEVICES leaves visible."""
     machine = machine or Machine()
     visible = machine.environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
@@ -80,7 +82,7 @@ def visible_gpus(machine: Machine | None = None) -> list[str]:
     chosen = [entry.strip() for entry in visible.split(",")]
     if all(entry.isdigit() for entry in chosen):
         return [lines[int(entry)] for entry in chosen if int(entry) < len(lines)]
-    return lines[: len(chosen)]  # of UUIDs only their count is known here
+    return lines[: len(chosen)]  # UUIDs: only their count is known here
 
 
 def _detect_gpu(machine: Machine) -> HardwareConfig | None:
@@ -89,22 +91,21 @@ def _detect_gpu(machine: Machine) -> HardwareConfig | None:
         return None
     sizes = [int(mib) * 2**20 for _, mib in rows if mib.strip().isdigit()]
     named = NAMED.search(rows[0][0])
-    found = _from_table(named[1].lower()) if named else HardwareConfig(name=rows[0][0].strip())
-    # The smaller of table and report: an A100 may have 40 GB, and one small GPU is what limits a run.
+    if named:
+        import yaml  # 15 ms that only a machine with a known GPU spends
+
+        preset: dict[str, Any] = yaml.safe_load((CONF / "hardware" / f"{named[1].lower()}.yaml").read_text())
+        del preset["defaults"]
+        found = HardwareConfig(**preset)
+    else:
+        found = HardwareConfig(name=rows[0][0].strip())
+    # The smaller of preset and report: an A100 may have 40 GB, and the smallest GPU limits a run.
     known = [*sizes, *([found.memory_bytes] if found.memory_bytes else [])]
     return replace(found, memory_bytes=min(known, default=None))
 
 
-def _from_table(name: str) -> HardwareConfig:
-    import yaml  # 15 ms that only a machine with a known GPU spends
-
-    numbers: dict[str, Any] = yaml.safe_load((CONF / "hardware" / f"{name}.yaml").read_text())
-    del numbers["defaults"]
-    return HardwareConfig(**numbers)
-
-
 def _limits(mount: Path, own: str, name: str) -> list[int]:
-    """The limits of a cgroup and all above it; inside a container the own path may not exist."""
+    """Return the memory limits of a cgroup and its parents; inside a container its own path may not exist."""
     path = mount / own.lstrip("/")
     texts = [_read(folder / name).strip() for folder in (path, *path.parents) if folder.is_relative_to(mount)]
     return [int(text) for text in texts if text.isdigit()]

@@ -1,19 +1,14 @@
-"""How many ranks each axis has: as typed, and resolved (docs/parallelism.md).
+"""Layout: parallel degrees, auto degrees, and the constraints between degrees, model, schedule and batch.
 
-ParallelDims that fit a world and a model, from those that are typed.
+Plain integers: a layout is refused here before any process starts, in a line or two that name the key, the
+numbers and the nearest values that work (docs/parallelism.md).
 
-What `auto` stands for, one axis after the other, each in what the typed degrees leave of the world:
-- pp: the fewest stages that leave at most 256 ranks to a stage; FSDP's exchanges grow slow beyond.
-- tp: as many as divide heads, vocabulary and dense width, at most the 8 GPUs of a node.
-- cp: the fewest, by powers of two, that leave a rank at most 8,192 tokens of a row.
-- dp_shard (null too): all that is left; where it is typed, dp_replicate takes that.
-- ep: as many as divide the ranks of a stage and the experts.
-
-
-The laws that bind degrees, model, schedule and batch (docs/parallelism.md).
-
-Plain integers: a layout is refused here before any process starts, in a line or two that name the key,
-the numbers and the nearest values that work.
+Auto degrees are chosen axis by axis, each within what the typed degrees leave of the world:
+- pp: the fewest stages that leave at most 256 ranks per stage; FSDP's collectives grow slow beyond.
+- tp: the largest that divides heads, vocabulary and dense width, at most the 8 GPUs of a node.
+- cp: the smallest power of two that leaves a rank at most 8,192 tokens of a sequence.
+- dp_shard (null too): all ranks that are left; if it is typed, dp_replicate takes them.
+- ep: the largest that divides the ranks of a stage and the experts.
 """
 
 import math
@@ -21,14 +16,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import KEY, DegreesConfig, ParallelConfig, PipelineConfig
-from dsv3.errors import UserError, join, nearest_multiples, nearest_of
+from dsv3.config.parallel import KEY, WORLD_AXES, DegreesConfig, ParallelConfig, PipelineConfig
+from dsv3.errors import UserError, closest_multiples, closest_values, comma_separated
 from dsv3.planning.pipeline_stages import check_microbatches, reshard_after_forward, split_layers, stage_count
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Resolved degrees; experts borrow a pipeline stage's dense ranks, so `ep` is no factor of the world."""
+    """Resolved degrees; experts borrow the dense ranks of a stage, so `ep` is no factor of the world size."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -44,7 +39,7 @@ class ParallelDims:
 
     @property
     def splits_rows(self) -> bool:
-        """Whether no rank has whole rows, whole heads and all layers."""
+        """True if no rank has whole sequences, all heads and all layers."""
         return self.pp * self.cp * self.tp > 1
 
     @property
@@ -54,40 +49,45 @@ class ParallelDims:
 
     @property
     def fsdp_size(self) -> int:
-        """Ranks that a tensor-parallel part is sharded over."""
+        """Ranks over which FSDP shards a weight that tp splits."""
         return self.dp_shard * self.cp
 
     @property
     def replicated_fsdp_size(self) -> int:
-        """Ranks that parameters which every rank uses whole are sharded over; ep divides them."""
+        """Ranks over which FSDP shards a weight that tp would replicate; ep divides their number."""
         return self.dp_shard * self.cp * self.tp
 
     @property
     def efsdp_size(self) -> int:
-        """Ranks one expert-parallel rank's experts are sharded over: what ep leaves of its ranks."""
+        """Ranks over which FSDP shards the experts of one expert-parallel rank: those that ep leaves."""
         return self.replicated_fsdp_size // self.ep
 
     def to_json(self) -> dict[str, int]:
-        """The degrees by name."""
+        """Return the degrees by name."""
         return asdict(self)
 
 
 STAGE_RANKS = 256
+"""Most ranks of a stage with pp=auto."""
 
 NODE_RANKS = 8
+"""Largest tp with tp=auto."""
 
-ROW_TOKENS = 8192
+SEQUENCE_TOKENS = 8192
+"""Most tokens of a sequence per rank with cp=auto."""
 
 
-def fill(config: DegreesConfig, world_size: int, model: ModelConfig, sequence_length: int) -> ParallelDims:
-    """ParallelDims whose product is `world_size`; `sequence_length` in tokens.
+def fill_auto_degrees(
+    config: DegreesConfig, world_size: int, model: ModelConfig, sequence_length: int
+) -> ParallelDims:
+    """Return degrees whose product is `world_size`, with `auto` replaced; `sequence_length` in tokens.
 
-    Raises UserError where there are none.
+    Raises UserError if no degrees fit.
     """
     degrees = ParallelDims(**config.typed)
     if world_size % degrees.world_size:
         raise UserError(_product_message(config, degrees, world_size))
-    for axis, choose in (("pp", _pp), ("tp", _tp), ("cp", _cp)):
+    for axis, choose in (("pp", _auto_pp), ("tp", _auto_tp), ("cp", _auto_cp)):
         if config.is_auto(axis):
             free = world_size // degrees.world_size
             degrees = replace(degrees, **{axis: choose(free, degrees, model, sequence_length)})
@@ -104,13 +104,13 @@ def fill(config: DegreesConfig, world_size: int, model: ModelConfig, sequence_le
 
 
 def expert_degrees(degrees: ParallelDims, model: ModelConfig) -> list[int]:
-    """The values of ep that the ranks of a stage and the experts can have, in order."""
+    """List, in order, the values of ep that divide the ranks of a stage and the experts."""
     both = math.gcd(degrees.replicated_fsdp_size, model.moe.num_experts)
     return [ep for ep in _divisors(both) if shards_experts_evenly(replace(degrees, ep=ep), model)]
 
 
 def shards_experts_evenly(degrees: ParallelDims, model: ModelConfig) -> bool:
-    """Whether FSDP can cut an expert-parallel rank's experts: one by one, or each in equal runs of rows."""
+    """Return True if FSDP can shard an expert-parallel rank's experts: whole, or each by equal rows."""
     shards, moe = degrees.efsdp_size, model.moe
     if moe.num_experts // degrees.ep >= shards:
         return True
@@ -118,29 +118,28 @@ def shards_experts_evenly(degrees: ParallelDims, model: ModelConfig) -> bool:
 
 
 def tensor_degrees(model: ModelConfig) -> list[int]:
-    """The values of tp that the model's widths can have, in order."""
+    """List, in order, the values of tp that divide the model's widths."""
     dense = model.dense_hidden_dim if model.num_dense_layers else 0
     return list(_divisors(math.gcd(model.attention.heads, model.vocab_size, dense)))
 
 
-def _pp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
-    small = [n for n in _divisors(free) if degrees.world_size * (free // n) <= STAGE_RANKS]
-    return next((n for n in small if n <= model.num_layers), 1)
+def _auto_pp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
+    enough = [n for n in _divisors(free) if degrees.world_size * (free // n) <= STAGE_RANKS]
+    return next((n for n in enough if n <= model.num_layers), 1)
 
 
-def _tp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
-    right = set(tensor_degrees(model)) & set(_divisors(free))
-    return max(tp for tp in right if tp <= NODE_RANKS and sequence_length % (degrees.cp * tp) == 0)
+def _auto_tp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
+    candidates = set(tensor_degrees(model)) & set(_divisors(free))
+    return max(tp for tp in candidates if tp <= NODE_RANKS and sequence_length % (degrees.cp * tp) == 0)
 
 
-def _cp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
-    right = [1]
-    while right[-1] * ROW_TOKENS < sequence_length:
-        cp = 2 * right[-1]
-        if free % cp or sequence_length % math.lcm(2 * cp, cp * degrees.tp):
+def _auto_cp(free: int, degrees: ParallelDims, model: ModelConfig, sequence_length: int) -> int:
+    cp = 1
+    while cp * SEQUENCE_TOKENS < sequence_length:
+        if free % (2 * cp) or sequence_length % math.lcm(4 * cp, 2 * cp * degrees.tp):
             break
-        right.append(cp)
-    return right[-1]
+        cp *= 2
+    return cp
 
 
 def _divisors(number: int) -> Iterator[int]:
@@ -148,13 +147,13 @@ def _divisors(number: int) -> Iterator[int]:
 
 
 def _product_message(config: DegreesConfig, degrees: ParallelDims, world_size: int) -> str:
-    """Which degree to change, or which world to take, when the product law is broken."""
+    """Return the error for degrees whose product is not the world size, with degrees or worlds that work."""
     shard_given = not config.is_auto("dp_shard")
     rest = degrees.world_size // degrees.dp_shard
-    axes = ["pp", "dp_replicate", *(["dp_shard"] if shard_given else []), "cp", "tp"]
+    axes = [axis for axis in WORLD_AXES if shard_given or axis != "dp_shard"]
     product = " x ".join(f"{axis}={getattr(degrees, axis)}" for axis in axes)
     if not shard_given:
-        near = join(nearest_multiples(rest, world_size))
+        near = comma_separated(closest_multiples(rest, world_size))
         told = f"{KEY}: {product} leaves no whole dp_shard of a world of {world_size} ranks"
         return f"{told}\nnearest worlds (launch.nproc x launch.nnodes) that work: {near}"
     told = f"{KEY}: {product} is {degrees.world_size} ranks, but the world has {world_size}"
@@ -170,24 +169,24 @@ _WRAPPERS = {
     "tp": ("tensor", "tp_ep or full"),
     "ep": ("expert", "tp_ep or full"),
 }
-"""The wrapper that carries an axis out, and presets that have it."""
+"""Per axis, the config node of its wrapper, and the presets that have it."""
 
 
-def resolve(
+def resolve_degrees(
     parallel: ParallelConfig, world_size: int, model: ModelConfig, sequence_length: int
 ) -> ParallelDims:
-    """The degrees on `world_size` ranks; UserError where they break a law, those of the batch left out."""
-    degrees = fill(parallel.degrees, world_size, model, sequence_length)
+    """Return the degrees on `world_size` ranks; raise UserError for a constraint of model or stages."""
+    degrees = fill_auto_degrees(parallel.degrees, world_size, model, sequence_length)
     check_model(degrees, model)
     check_stages(parallel, degrees, model)
     return degrees
 
 
 def check_model(degrees: ParallelDims, model: ModelConfig) -> None:
-    """Raise UserError where heads, vocabulary, dense width or experts do not divide as `degrees` ask."""
+    """Raise UserError if `degrees` do not divide heads, vocabulary, dense width or experts."""
     heads, vocab, experts = model.attention.heads, model.vocab_size, model.moe.num_experts
     dense = model.dense_hidden_dim if model.num_dense_layers else 0
-    # What is suggested passes the other laws on the same axis too.
+    # The suggestions meet the other constraints on the same axis too.
     works = tensor_degrees(model)
     _require_divides("tp", degrees.tp, "model.attention.heads", heads, works)
     _require_divides("tp", degrees.tp, "model.vocab_size", vocab, works)
@@ -199,12 +198,12 @@ def check_model(degrees: ParallelDims, model: ModelConfig) -> None:
         raise UserError(
             f"{KEY}.ep={degrees.ep} cuts {experts // degrees.ep} experts into {degrees.efsdp_size} "
             f"shards, which do not divide 2 x model.moe.hidden_dim={2 * model.moe.hidden_dim} and "
-            f"model.dim={model.dim}\n{_near(nearest_of(works, degrees.ep))}; or raise dp_replicate"
+            f"model.dim={model.dim}\n{_near(closest_values(works, degrees.ep))}; or raise dp_replicate"
         )
 
 
 def check_stages(parallel: ParallelConfig, degrees: ParallelDims, model: ModelConfig) -> None:
-    """Raise UserError where the layers cannot be cut into stages as pipeline and schedule ask."""
+    """Raise UserError if the layers cannot be split into the stages of pipeline and schedule."""
     reshard_after_forward(parallel, degrees.pp)
     if degrees.pp > model.num_layers:
         raise UserError(
@@ -216,8 +215,8 @@ def check_stages(parallel: ParallelConfig, degrees: ParallelDims, model: ModelCo
         split_layers(model, stage_count(parallel, degrees.pp), pipeline.split)
 
 
-def check_wrapped(parallel: ParallelConfig, degrees: ParallelDims) -> None:
-    """Raise UserError for a degree that nothing in this config would carry out."""
+def check_wrappers(parallel: ParallelConfig, degrees: ParallelDims) -> None:
+    """Raise UserError for a degree above 1 whose wrapper is null in this config."""
     for axis, (wrapper, presets) in _WRAPPERS.items():
         degree = getattr(degrees, axis)
         if degree > 1 and getattr(parallel, wrapper) is None:
@@ -231,7 +230,7 @@ def check_wrapped(parallel: ParallelConfig, degrees: ParallelDims) -> None:
 
 
 def check_sequence(degrees: ParallelDims, sequence_length: int) -> None:
-    """Raise UserError where a row of `sequence_length` tokens cannot be cut as `degrees` ask."""
+    """Raise UserError if `degrees` do not divide a sequence of `sequence_length` tokens."""
     cp, tp = degrees.cp, degrees.tp
     zigzag = 2 * cp if cp > 1 else 1
     works = math.lcm(zigzag, cp * tp)
@@ -242,7 +241,7 @@ def check_sequence(degrees: ParallelDims, sequence_length: int) -> None:
 def check_batch(
     degrees: ParallelDims, sequence_length: int, global_batch_size: int, microbatch_size: int
 ) -> None:
-    """Raise UserError where a sequence or the global batch cannot be cut as `degrees` ask."""
+    """Raise UserError if `degrees` do not divide a sequence or the global batch; sizes in sequences."""
     check_sequence(degrees, sequence_length)
     unit = microbatch_size * degrees.data_parallel
     factors = (
@@ -255,7 +254,7 @@ def check_batch(
 def check_schedule(
     parallel: ParallelConfig, degrees: ParallelDims, global_batch_size: int, microbatch_size: int
 ) -> None:
-    """Raise UserError where the pipeline's schedule cannot run the microbatches of a step."""
+    """Raise UserError if the pipeline's schedule cannot run the microbatches of a step."""
     if degrees.pp > 1:
         unit, stages = microbatch_size * degrees.data_parallel, stage_count(parallel, degrees.pp)
         count = global_batch_size // unit
@@ -264,15 +263,15 @@ def check_schedule(
 
 def _require_divides(axis: str, degree: int, of: str, number: int, works: list[int]) -> None:
     if number % degree:
-        near = _near(nearest_of(works, degree))
+        near = _near(closest_values(works, degree))
         raise UserError(f"{KEY}.{axis}={degree} does not divide {of}={number}; {near}")
 
 
 def _require_multiple(key: str, value: int, unit: int, factors: str, works: int) -> None:
     if value % unit:
-        near = _near(nearest_multiples(works, value))
+        near = _near(closest_multiples(works, value))
         raise UserError(f"{key}={value} is not a multiple of {unit} ({factors}); {near}")
 
 
 def _near(numbers: list[int]) -> str:
-    return f"nearest that work: {join(numbers)}" if numbers else "no value works"
+    return f"nearest that work: {comma_separated(numbers)}" if numbers else "no value works"

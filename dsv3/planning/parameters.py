@@ -1,17 +1,13 @@
-"""Every weight of a model as numbers: its shape, the component it counts to, how it is split.
+"""Every weight of a model as integers: shape, component, and the dim that tensor parallelism splits.
 
-The one table that parameter counts, FLOPs and memory are computed from; it mirrors the modules of
-dsv3/model and is held to them by a test on the meta device.
+Parameter counts, FLOPs, memory and traffic are all computed from this one table. It mirrors the modules of
+dsv3/model; a test holds it to them on the meta device.
 
-
-How many parameters a model has, by component.
-
-Training FLOPs a token, by both conventions in use, and the utilisation they give.
-
-A token costs 6 FLOPs a matmul weight it meets (2 forward, 4 backward) and, a layer, 6 x heads x
-(qk + v head dims) for every position it attends to. Peers disagree about those positions: `causal`
-counts the half of the square that is computed, `full_square` (PaLM, arXiv 2204.02311, appendix B)
-counts all of it. Recomputation is never counted: MFU, not HFU.
+Training FLOPs per token, by both conventions in use: a token costs 6 FLOPs per matmul weight that it meets
+(2 forward, 4 backward) and, per layer, 6 x heads x (qk + v head dims) for every position that it attends to.
+Publications disagree about those positions: `causal` counts the half of the square that is computed,
+`full_square` (PaLM, arXiv 2204.02311, appendix B) counts all of it. Recomputation is never counted, so a rate
+over the hardware's peak is the MFU and not the HFU (training/loop.py computes it).
 """
 
 import math
@@ -23,7 +19,7 @@ from dsv3.config.model import ModelConfig
 
 
 class Component(Enum):
-    """What a weight belongs to."""
+    """The part of the model that a weight belongs to."""
 
     embedding = "embedding"
     head = "head"
@@ -38,9 +34,9 @@ class Component(Enum):
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter; `tensor_dim` is the dim that tensor parallelism splits (None: every tp rank has it all).
+    """A parameter; `tensor_dim` is the dim that tensor parallelism splits (None: replicated over tp ranks).
 
-    Routed experts are one stack [experts, rows, columns], split by expert parallelism instead.
+    Routed experts are one stack [experts, rows, columns], which expert parallelism splits instead.
     """
 
     component: Component
@@ -49,60 +45,50 @@ class Weight:
 
     @property
     def numel(self) -> int:
-        """Numbers in the weight."""
+        """Elements of the weight."""
         return math.prod(self.shape)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a matmul reads it: everything but the norms and the embedding's lookup table."""
+        """True if a matmul reads the weight: all but the norms and the embedding's lookup table."""
         return self.component not in (Component.norms, Component.embedding)
 
 
 def embedding(config: ModelConfig) -> list[Weight]:
-    """The input embedding, split over the vocabulary."""
+    """Return the input embedding, split over the vocabulary."""
     return [Weight(Component.embedding, (config.vocab_size, config.dim), 0)]
 
 
 def output(config: ModelConfig) -> list[Weight]:
-    """The last norm and the head, which is split over the vocabulary."""
+    """Return the last norm and the head, which is split over the vocabulary."""
     return [_norm(config.dim), Weight(Component.head, (config.vocab_size, config.dim), 0)]
 
 
 def block(config: ModelConfig, dense: bool) -> list[Weight]:
-    """One layer with its two norms (model/block.py)."""
+    """Return the weights of one layer with its two norms (model/transformer.py, Block)."""
     feed_forward = _dense_ffn(config) if dense else _moe(config)
     return [_norm(config.dim), *_attention(config), _norm(config.dim), *feed_forward]
 
 
 def layers(config: ModelConfig) -> list[list[Weight]]:
-    """The layers of the main model in order."""
+    """Return the weights of each layer of the main model, in order."""
     return [block(config, n < config.num_dense_layers) for n in range(config.num_layers)]
 
 
 def mtp_modules(config: ModelConfig) -> list[list[Weight]]:
-    """The MTP depths without the embedding and head they share (model/mtp.py)."""
+    """Return the weights of each MTP depth, without the shared embedding and head."""
     return [[*mtp_join(config), *block(config, dense=False)] for _ in range(config.mtp_depths)]
 
 
 def mtp_join(config: ModelConfig) -> list[Weight]:
-    """What an MTP depth has around its layer: three norms and the projection."""
+    """Return the weights of an MTP depth around its layer: three norms and the projection."""
     projection = Weight(Component.mtp_projection, (config.dim, 2 * config.dim))
     return [projection, *(_norm(config.dim) for _ in range(3))]
 
 
 def main_model(config: ModelConfig) -> list[Weight]:
-    """Every weight but those of the MTP depths."""
+    """Return every weight except those of the MTP depths."""
     return [*embedding(config), *(w for layer in layers(config) for w in layer), *output(config)]
-
-
-def active_matmul_parameters(of: Iterable[Weight], config: ModelConfig) -> int:
-    """Matmul weights that one token meets: of the routed experts its top_k, of the embedding none."""
-    experts, chosen = config.moe.num_experts, config.moe.top_k
-    return sum(
-        weight.numel // experts * chosen if weight.component is Component.experts else weight.numel
-        for weight in of
-        if weight.is_matrix
-    )
 
 
 def _norm(dim: int) -> Weight:
@@ -110,7 +96,7 @@ def _norm(dim: int) -> Weight:
 
 
 def _attention(config: ModelConfig) -> list[Weight]:
-    # The projections to the small latents stay whole under tp: only what has heads is split.
+    # tp splits the projections that have heads; those to the small latents are replicated.
     a, dim, part = config.attention, config.dim, Component.attention
     queries = [Weight(part, (a.heads * a.qk_head_dim, a.q_lora_rank or dim), 0)]
     if a.q_lora_rank is not None:
@@ -136,79 +122,51 @@ def _moe(config: ModelConfig) -> list[Weight]:
         Weight(Component.experts, (moe.num_experts, 2 * moe.hidden_dim, dim)),
         Weight(Component.experts, (moe.num_experts, dim, moe.hidden_dim)),
     ]
-    # Shared experts work on sequence shards under tp and are whole on every tp rank.
+    # Under tp the shared experts work on sequence shards and are replicated on every tp rank.
     hidden = moe.num_shared_experts * moe.hidden_dim
     up, down = (Weight(Component.shared_experts, shape) for shape in ((hidden, dim), (dim, hidden)))
     return [*routed, up, up, down] if hidden else routed
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of each component over the main model's layers; `mtp` is all of the MTP depths."""
-
-    embedding: int
-    head: int
-    attention: int
-    dense_ffn: int
-    router: int
-    experts: int
-    shared_experts: int
-    norms: int
-    mtp: int
-
-    @property
-    def total(self) -> int:
-        """All of them: shared embedding and head once."""
-        return sum(vars(self).values())
-
-
-def count(config: ModelConfig) -> ParameterCounts:
-    """Parameters by component, selection biases (buffers) left out."""
-    main = main_model(config)
-    names = [c.value for c in Component if c is not Component.mtp_projection]
-    counts = {name: numel(w for w in main if w.component.value == name) for name in names}
-    return ParameterCounts(**counts, mtp=sum(map(numel, mtp_modules(config))))
+def numel(of: Iterable[Weight]) -> int:
+    """Count the elements of several weights."""
+    return sum(weight.numel for weight in of)
 
 
 def total(config: ModelConfig) -> int:
-    """Parameters with the MTP depths, shared embedding and head once."""
-    return count(config).total
+    """Count all parameters with the MTP depths; shared embedding and head once, no expert biases."""
+    return total_without_mtp(config) + sum(map(numel, mtp_modules(config)))
 
 
 def total_without_mtp(config: ModelConfig) -> int:
-    """Parameters of the main model: what a released checkpoint's size is named after."""
+    """Count the parameters of the main model, after which a released checkpoint's size is named."""
     return numel(main_model(config))
 
 
 def active(config: ModelConfig) -> int:
-    """Parameters one token uses: top_k routed experts and everything else, both embeddings, no MTP."""
+    """Count the parameters that one token uses: top_k routed experts, all else, both embeddings, no MTP."""
     moe_layers = config.num_layers - config.num_dense_layers
     idle = config.moe.num_experts - config.moe.top_k
     return total_without_mtp(config) - moe_layers * idle * expert(config)
 
 
 def expert(config: ModelConfig) -> int:
-    """Parameters of one routed expert: gate, up and down."""
+    """Count the parameters of one routed expert: gate, up and down."""
     return 3 * config.dim * config.moe.hidden_dim
 
 
-def attention_per_layer(config: ModelConfig) -> int:
-    """Parameters of one layer's attention without the norms of its latents."""
-    return numel(w for w in block(config, dense=False) if w.component is Component.attention)
-
-
-def biases(config: ModelConfig) -> int:
-    """Selection biases: fp32 buffers, one an expert in every MoE layer, the MTP depths' too."""
-    return config.num_moe_layers * config.moe.num_experts if config.moe.selection_bias else 0
-
-
-def numel(of: Iterable[Weight]) -> int:
-    """Numbers in several weights."""
-    return sum(weight.numel for weight in of)
+def active_matmul_parameters(of: Iterable[Weight], config: ModelConfig) -> int:
+    """Count the matmul weights that one token meets: top_k of the routed experts, no embedding."""
+    experts, chosen = config.moe.num_experts, config.moe.top_k
+    return sum(
+        weight.numel // experts * chosen if weight.component is Component.experts else weight.numel
+        for weight in of
+        if weight.is_matrix
+    )
 
 
 class FlopsConvention(Enum):
-    """Which part of the attention square counts."""
+    """The part of the attention square that counts."""
 
     causal = "causal"
     full_square = "full_square"
@@ -220,34 +178,17 @@ def training_flops_per_token(
     convention: FlopsConvention = FlopsConvention.causal,
     mtp: bool = True,
 ) -> int:
-    """FLOPs a token, forward and backward, at `sequence_length` tokens; with MTP unless `mtp` is off.
+    """Return FLOPs per token, forward and backward, at `sequence_length` tokens; without MTP if `mtp` is off.
 
     6 x active matmul weights (input embedding left out) + 3 x layers x heads x (qk + v head dims) x
     sequence (causal), twice the last term for the full square. An MTP depth adds its projection, its
     layer and another pass through the head.
     """
     depths = config.mtp_depths if mtp else 0
+    head = config.vocab_size * config.dim
+    matmul = active_matmul_parameters(main_model(config), config)
+    matmul += sum(active_matmul_parameters(depth, config) + head for depth in mtp_modules(config)[:depths])
     attention = 3 * config.attention.heads * (config.attention.qk_head_dim + config.attention.v_head_dim)
     if convention is FlopsConvention.full_square:
         attention *= 2
-    active_matmul_parameters = 6 * active_matmul_weights(config, depths)
-    return active_matmul_parameters + (config.num_layers + depths) * attention * sequence_length
-
-
-def active_matmul_weights(config: ModelConfig, mtp_depths: int) -> int:
-    """Matmul weights that one token meets, the shared head once a prediction."""
-    main = active_matmul_parameters(main_model(config), config)
-    head = config.vocab_size * config.dim
-    return main + sum(
-        active_matmul_parameters(module, config) + head for module in mtp_modules(config)[:mtp_depths]
-    )
-
-
-def mfu(
-    tokens_per_second: float, flops_per_token: float, peak_flops: float | None, devices: int
-) -> float | None:
-    """Model FLOPs utilisation from 0 to 1; None where the peak (FLOP/s a device) is unknown.
-
-    `tokens_per_second` is that of all `devices` together.
-    """
-    return None if peak_flops is None else tokens_per_second * flops_per_token / (peak_flops * devices)
+    return 6 * matmul + (config.num_layers + depths) * attention * sequence_length

@@ -1,13 +1,10 @@
-"""In which order a pipeline rank works: what it holds at once and when it waits follow from that.
+"""Pipeline schedules: the order in which a rank runs its microbatches, and the bubble that follows from it.
 
-The orders are those of torch.distributed.pipelining.schedules, which the test compares them with.
-
-
-How long ranks wait for one another, in shares of a step.
+The memory that a rank needs at once follows from the order too. The orders are those of
+torch.distributed.pipelining.schedules; tests/planning/test_pipeline_schedules.py compares them.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,15 +13,15 @@ from dsv3.planning.pipeline_stages import stages_of_rank
 
 
 class Action(NamedTuple):
-    """One microbatch at one stage. F: forward, B: backward, or its halves I (inputs) and W (weights)."""
+    """One microbatch at one stage; kind F (forward), B (backward), or its halves I (inputs), W (weights)."""
 
     kind: str
     stage: int
     microbatch: int
 
 
-class _Order(list[Action]):
-    """Actions in order; each takes the next microbatch of its kind and stage."""
+class _ActionList(list[Action]):
+    """Actions in order; each gets the next microbatch of its kind and stage."""
 
     def __init__(self) -> None:
         self.done: Counter[tuple[str, int]] = Counter()
@@ -46,150 +43,132 @@ class _Order(list[Action]):
 
 
 @lru_cache(maxsize=1024)
-def order(schedule: Schedule, rank: int, pp: int, per_rank: int, microbatches: int) -> tuple[Action, ...]:
-    """What rank `rank` of `pp`, with `per_rank` stages, does in a step of `microbatches`."""
+def schedule_actions(
+    schedule: Schedule, rank: int, pp: int, per_rank: int, microbatches: int
+) -> tuple[Action, ...]:
+    """Return the actions of rank `rank` of `pp`, with `per_rank` stages, in a step of `microbatches`."""
     stages = stages_of_rank(schedule, rank, pp, per_rank)
     if schedule is Schedule.ZBVZeroBubble:
-        made = _zbv(rank, pp, microbatches, *stages)
+        actions = _zbv(rank, pp, microbatches, *stages)
     elif schedule is Schedule.DualPipeV:
-        made = _dualpipe_v(rank, pp, microbatches, *stages)
+        actions = _dualpipe_v(rank, pp, microbatches, *stages)
     elif schedule in (Schedule.GPipe, Schedule["1F1B"]):
+        stage, actions = stages[0], _ActionList()
         warmup = microbatches if schedule is Schedule.GPipe else min(microbatches, pp - rank)
-        made = _one_stage(stages[0], warmup, microbatches)
+        actions.add(*[("F", stage)] * warmup)
+        actions.add(*[("B", stage), ("F", stage)] * (microbatches - warmup))
+        actions.add(*[("B", stage)] * warmup)
     else:
-        made = _interleaved(schedule is Schedule.InterleavedZeroBubble, rank, pp, stages, microbatches)
-    return tuple(action for action in made if action.microbatch < microbatches)
+        actions = _interleaved(schedule is Schedule.InterleavedZeroBubble, rank, pp, stages, microbatches)
+    return tuple(action for action in actions if action.microbatch < microbatches)
 
 
-def _one_stage(stage: int, warmup: int, microbatches: int) -> _Order:
-    made = _Order()
-    made.add(*[("F", stage)] * warmup)
-    made.add(*[("B", stage), ("F", stage)] * (microbatches - warmup))
-    made.add(*[("B", stage)] * warmup)
-    return made
-
-
-def _interleaved(zero_bubble: bool, rank: int, pp: int, stages: list[int], microbatches: int) -> _Order:
-    """A round of microbatches through one stage, then the next (arXiv 2104.04473, 2.2; 2401.10241)."""
+def _interleaved(zero_bubble: bool, rank: int, pp: int, stages: list[int], microbatches: int) -> _ActionList:
+    """Run a round of microbatches through one stage, then the next (arXiv 2104.04473, 2.2; 2401.10241)."""
     a_round = microbatches // max(1, microbatches // pp)
     operations = microbatches * len(stages)
     warmup = min((len(stages) - 1) * a_round + (1 if zero_bubble else 2) * (pp - 1 - rank), operations)
     forwards = [stages[n // a_round % len(stages)] for n in range(operations)]
     backwards = [stages[-1 - n // a_round % len(stages)] for n in range(operations)]
-    made = _Order()
-    made.add(*[("F", stage) for stage in forwards[:warmup]])
+    actions = _ActionList()
+    actions.add(*[("F", stage) for stage in forwards[:warmup]])
     for number, stage in enumerate(backwards):
         if warmup + number < operations:
-            made.add(("F", forwards[warmup + number]))
-        made.add(("I" if zero_bubble else "B", stage))
+            actions.add(("F", forwards[warmup + number]))
+        actions.add(("I" if zero_bubble else "B", stage))
         if zero_bubble and number >= rank:
-            made.add_weights()
-    while made.weights_due:
-        made.add_weights()
-    return made
+            actions.add_weights()
+    while actions.weights_due:
+        actions.add_weights()
+    return actions
 
 
-def _zbv(rank: int, pp: int, microbatches: int, front: int, back: int) -> _Order:
-    """The V of arXiv 2401.10241, section 6, made for 2 pp - 1 microbatches at least."""
-    made, enough = _Order(), max(2 * pp - 1, microbatches)
+def _zbv(rank: int, pp: int, microbatches: int, front: int, back: int) -> _ActionList:
+    """Build the V of arXiv 2401.10241, section 6, for 2 pp - 1 microbatches or more."""
+    actions, enough = _ActionList(), max(2 * pp - 1, microbatches)
     work = {stage: [("F", stage), ("I", stage), ("W", stage)] for stage in (front, back)}
-    made.add(*[("F", front)] * (2 * (pp - rank) - 1))
-    made.add(*[("F", back), ("F", front)] * rank)
-    made.add(*work[back] * (pp - rank))
-    while made.done["F", back] < made.done["F", front] or made.done["F", front] < enough:
-        made.add(*work[front][0 if made.done["F", front] < enough else 1 :], *work[back])
-    made.add(*[("I", front), ("I", back)] * rank)
-    made.add(*[("I", front), ("W", front)] * (pp - rank))
+    actions.add(*[("F", front)] * (2 * (pp - rank) - 1))
+    actions.add(*[("F", back), ("F", front)] * rank)
+    actions.add(*work[back] * (pp - rank))
+    while actions.done["F", back] < actions.done["F", front] or actions.done["F", front] < enough:
+        actions.add(*work[front][0 if actions.done["F", front] < enough else 1 :], *work[back])
+    actions.add(*[("I", front), ("I", back)] * rank)
+    actions.add(*[("I", front), ("W", front)] * (pp - rank))
     for stage in (back, front):
-        made.add(*[("W", stage)] * (made.done["I", stage] - made.done["W", stage]))
-    return made
+        actions.add(*[("W", stage)] * (actions.done["I", stage] - actions.done["W", stage]))
+    return actions
 
 
-def _dualpipe_v(rank: int, pp: int, microbatches: int, front: int, back: int) -> _Order:
-    """One half of DualPipe, folded into a V (arXiv 2412.19437, section 3.2.1)."""
-    made, after = _Order(), pp - rank - 1
-    made.add(*[("F", front)] * (2 * after))
-    made.add(*[("F", front), ("F", back)] * (rank + 1))
+def _dualpipe_v(rank: int, pp: int, microbatches: int, front: int, back: int) -> _ActionList:
+    """Build one half of DualPipe, folded into a V (arXiv 2412.19437, section 3.2.1)."""
+    actions, after = _ActionList(), pp - rank - 1
+    actions.add(*[("F", front)] * (2 * after))
+    actions.add(*[("F", front), ("F", back)] * (rank + 1))
     for _ in range(after):
-        made.add(("I", back))
-        made.add_weights()
-        made.add(("F", back))
+        actions.add(("I", back))
+        actions.add_weights()
+        actions.add(("F", back))
     steady = microbatches - 2 * pp + rank + 1
-    made.add(*[("F", front), ("B", back), ("F", back), ("B", front)] * steady)
-    made.add(*[("B", back), ("F", back), ("B", front)] * after)
-    # In the second half of what is left, weights wait so that inputs' gradients leave sooner.
+    actions.add(*[("F", front), ("B", back), ("F", back), ("B", front)] * steady)
+    actions.add(*[("B", back), ("F", back), ("B", front)] * after)
+    # In the second half of the rest, weight gradients wait so that input gradients are sent sooner.
     whole = 2 * ((rank + 1) // 2) + (1 - rank % 2)
     left = [("B" if n < whole else "I", (back, front)[n % 2]) for n in range(2 * (rank + 1))]
-    made.add(*left)
+    actions.add(*left)
     for _ in range(after):
-        made.add_weights()
-        made.add(("I", front))
-    while made.weights_due:
-        made.add_weights()
-    return made
+        actions.add_weights()
+        actions.add(("I", front))
+    while actions.weights_due:
+        actions.add_weights()
+    return actions
 
 
-# A backward pass costs two forward passes, each of its halves one.
 _DURATION = {"F": 1, "B": 2, "I": 1, "W": 1}
+"""Time units: a backward pass costs two forward passes, each of its halves one."""
 
-# Beyond so many rounds of pp microbatches more of them lengthen a step, not the waiting.
 _ROUNDS = 4
+"""Beyond so many rounds of pp microbatches, more microbatches lengthen a step but not the waiting."""
 
 
 @lru_cache(maxsize=256)
 def bubble(schedule: Schedule, pp: int, per_rank: int, microbatches: int) -> float:
-    """The share of a step (0 to 1) in which a pipeline rank waits; stages cost the same, sending nothing.
+    """Return the share of a step (0 to 1) in which a pipeline rank waits for others.
 
-    GPipe and 1F1B: (pp - 1) / (microbatches + pp - 1), with per_rank virtual stages interleaved
-    (pp - 1) / (per_rank x microbatches + pp - 1). The others follow from simulating their order.
+    Stages are taken to cost the same, and sending to cost nothing. GPipe and 1F1B: (pp - 1) / (microbatches +
+    pp - 1), with per_rank virtual stages interleaved (pp - 1) / (per_rank x microbatches + pp - 1). The other
+    schedules follow from simulating their order.
     """
     if pp == 1:
         return 0.0
-    few = _few(pp, microbatches)
-    waiting = _span(schedule, pp, per_rank, few) - 3 * per_rank * few
+    # Fewer microbatches, in rounds of the same size (interleaved schedules have such), wait as long.
+    rounds = max(1, microbatches // pp)
+    few = microbatches if rounds <= _ROUNDS else microbatches // rounds * _ROUNDS
+    waiting = _simulate_step(schedule, pp, per_rank, few) - 3 * per_rank * few
     return waiting / (waiting + 3 * per_rank * microbatches)
 
 
-def _few(pp: int, microbatches: int) -> int:
-    """Fewer microbatches, in rounds of the same size (interleaved schedules have such): as much waiting."""
-    rounds = max(1, microbatches // pp)
-    if rounds <= _ROUNDS:
-        return microbatches
-    return microbatches // rounds * _ROUNDS
-
-
-def _span(schedule: Schedule, pp: int, per_rank: int, microbatches: int) -> int:
-    """Time from the first action to the last, every rank working in its order as soon as it can."""
-    waiting = {rank: iter(order(schedule, rank, pp, per_rank, microbatches)) for rank in range(pp)}
-    heads: dict[int, Action | None] = {rank: next(actions) for rank, actions in waiting.items()}
+def _simulate_step(schedule: Schedule, pp: int, per_rank: int, microbatches: int) -> int:
+    """Return the time units of a step if every rank works in its order as soon as it can."""
+    queues = {rank: iter(schedule_actions(schedule, rank, pp, per_rank, microbatches)) for rank in range(pp)}
+    heads: dict[int, Action | None] = {rank: next(actions) for rank, actions in queues.items()}
+    # When each (forward?, stage, microbatch) was done, and how far each rank has come.
     ends: dict[tuple[bool, int, int], int] = {}
     now = dict.fromkeys(heads, 0)
     while any(heads.values()):
-        for rank in heads:
-            heads[rank] = _work(heads[rank], waiting[rank], ends, now, rank, pp * per_rank)
+        for rank, head in heads.items():
+            # Let the rank work until it waits for another.
+            while head is not None:
+                forward = head.kind == "F"
+                source = head.stage + (-1 if forward else 1)
+                start = now[rank]
+                if head.kind != "W" and 0 <= source < pp * per_rank:
+                    arrived = ends.get((forward, source, head.microbatch))
+                    if arrived is None:
+                        break
+                    start = max(start, arrived)
+                now[rank] = start + _DURATION[head.kind]
+                if head.kind != "W":
+                    ends[forward, head.stage, head.microbatch] = now[rank]
+                head = next(queues[rank], None)
+            heads[rank] = head
     return max(now.values())
-
-
-def _work(
-    head: Action | None,
-    rest: Iterator[Action],
-    ends: dict[tuple[bool, int, int], int],
-    now: dict[int, int],
-    rank: int,
-    stages: int,
-) -> Action | None:
-    """Let a rank work until it waits for another; the action it waits with."""
-    while head is not None:
-        forward = head.kind == "F"
-        source = head.stage + (-1 if forward else 1)
-        start = now[rank]
-        if head.kind != "W" and 0 <= source < stages:
-            arrived = ends.get((forward, source, head.microbatch))
-            if arrived is None:
-                return head
-            start = max(start, arrived)
-        now[rank] = start + _DURATION[head.kind]
-        if head.kind != "W":
-            ends[forward, head.stage, head.microbatch] = now[rank]
-        head = next(rest, None)
-    return None

@@ -1,39 +1,41 @@
-"""The plan of a run: what a layout costs before anything is started."""
+"""The plan of a run: memory, traffic and bubble of a layout, before anything is started."""
 
 from dataclasses import dataclass
 
 from dsv3.config.hardware import HardwareConfig
 from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import ExchangeBackend, Kept, ParallelConfig, PipelineConfig
-from dsv3.config.precision import PrecisionConfig
+from dsv3.config.parallel import DispatchBackend, ParallelConfig, PipelineConfig, SavedOp
+from dsv3.config.precision import MomentType
 from dsv3.config.root import Config
+from dsv3.config.training import OptimizerConfig
 from dsv3.planning import parameters
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import MemoryBytes, rank_memory
 from dsv3.planning.parameters import FlopsConvention, training_flops_per_token
 from dsv3.planning.pipeline_schedules import bubble
-from dsv3.planning.pipeline_stages import Pipelining, reshard_after_forward, stages_per_rank
+from dsv3.planning.pipeline_stages import PipelineShape, reshard_after_forward, stages_per_rank
 from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
 from dsv3.planning.traffic import TrafficBytes, rank_traffic
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
 
-MOMENTS_BYTES = {"fp32": 8, "bf16": 4}
+ASSUMED_STATE_BYTES = 8
+"""Optimizer state per parameter of an optimizer that the config does not know: that of AdamW in fp32."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Layout, sizes and costs of a run; `hardware` has been detected.
-
-    `memory` is the fullest rank's, `traffic` that of the rank that sends most.
-    """
+    """Layout, sizes and costs of a run."""
 
     model: ModelConfig
     degrees: ParallelDims
     hardware: HardwareConfig
+    """As detected."""
     shape: StepShape
     memory: MemoryBytes
+    """That of the fullest rank."""
     traffic: TrafficBytes
+    """That of the rank that sends most."""
 
     @property
     def world_size(self) -> int:
@@ -42,22 +44,22 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the fullest rank fits its device; None where the device's memory is unknown."""
+        """True if the fullest rank fits its device; None if the device's memory is unknown."""
         limit = self.hardware.memory_bytes
         return None if limit is None else self.memory.total <= limit
 
     @property
     def bubble(self) -> float:
-        """The share of a step in which a pipeline rank waits for others."""
+        """Share of a step, from 0 to 1, in which a pipeline rank waits for others."""
         p = self.shape.pipelining
         return bubble(p.schedule, self.degrees.pp, p.per_rank, self.shape.microbatches)
 
     def flops_per_token(self, convention: FlopsConvention) -> int:
-        """Training FLOPs a token with the MTP depths."""
+        """Return training FLOPs per token, with the MTP depths."""
         return training_flops_per_token(self.model, self.shape.sequence_length, convention)
 
     def to_json(self) -> dict[str, object]:
-        """The contract of `task=plan task.format=json`; what is not computed yet is None."""
+        """Return the contract of `task=plan task.format=json`; values that are not computed yet are None."""
         return {
             "degrees": self.degrees.to_json(),
             "world_size": self.world_size,
@@ -74,58 +76,53 @@ class Plan:
 
 
 def make_plan(config: Config, degrees: ParallelDims, hardware: HardwareConfig) -> Plan:
-    """The plan of a completed config on resolved `degrees` of detected `hardware`."""
-    train, parallel, on_cpu = config.train, config.parallel, hardware.name == "cpu"
+    """Plan a completed config on resolved `degrees` and detected `hardware`."""
+    train, parallel, expert = config.train, config.parallel, config.parallel.expert
+    precision, on_cpu = config.precision, hardware.name == "cpu"
+    # DeepEP's exchange is no operator of PyTorch, so activation checkpointing cannot keep its result.
+    deepep = expert is not None and expert.backend is DispatchBackend.deepep
+    keep = tuple(op for op in config.recompute.keep if not (deepep and op is SavedOp.exchange))
+    # As configured for the experts, as launched, or as many as the hardware has; None is one node.
+    configured = expert and expert.ranks_per_node
     shape = StepShape(
         microbatch_size=train.microbatch,
         sequence_length=train.length,
         microbatches=train.batch // (train.microbatch * degrees.data_parallel),
         recompute=config.recompute.mode,
         reshard_after_forward=reshard_after_forward(parallel, degrees.pp),
-        state=_state_bytes(config.precision),
+        state=state_bytes(config.optimizer, precision.moments, COMPUTE_BYTES[precision.compute.name]),
         fused_kernels=not on_cpu,
-        keep=_kept(config),
-        pipelining=_pipelining(parallel, degrees.pp),
+        keep=keep,
+        pipelining=_pipeline_shape(parallel, degrees.pp),
         cpu_offload=parallel.fsdp is not None and parallel.fsdp.cpu_offload and not on_cpu,
-        staged=config.checkpoint.async_save and on_cpu,
-        ranks_per_node=_ranks_per_node(config, hardware),
-        fp8=_fp8(config.precision),
+        host_copies=config.checkpoint.async_save and on_cpu,
+        ranks_per_node=configured or config.launch.nproc or hardware.devices_per_node,
+        fp8=None if precision.fp8 is None else FP8Shape(precision.fp8.dispatch, precision.fp8.gather),
     )
-    return plan_shape(config.model, degrees, hardware, shape)
+    return plan_from_shape(config.model, degrees, hardware, shape)
 
 
-def plan_shape(model: ModelConfig, degrees: ParallelDims, hardware: HardwareConfig, shape: StepShape) -> Plan:
-    """The plan of `model` in steps of `shape` on `degrees` of detected `hardware`."""
+def plan_from_shape(
+    model: ModelConfig, degrees: ParallelDims, hardware: HardwareConfig, shape: StepShape
+) -> Plan:
+    """Plan `model` with steps of `shape` on `degrees` and detected `hardware`."""
     memory, traffic = rank_memory(model, degrees, shape), rank_traffic(model, degrees, shape)
     return Plan(model, degrees, hardware, shape, memory, traffic)
 
 
-def _state_bytes(precision: PrecisionConfig) -> StateBytes:
-    moments, compute = MOMENTS_BYTES[precision.moments.name], COMPUTE_BYTES[precision.compute.name]
-    return StateBytes(optimizer=moments, compute=compute)
+def state_bytes(optimizer: OptimizerConfig, moments: MomentType, compute: int) -> StateBytes:
+    """Return the bytes per parameter with `optimizer`; one with unknown state counts as AdamW."""
+    known = optimizer.state_bytes_per_parameter(moments)
+    if known is None:
+        return StateBytes(
+            optimizer=ASSUMED_STATE_BYTES, compute=compute, unknown_optimizer=optimizer._target_
+        )
+    return StateBytes(optimizer=known, compute=compute)
 
 
-def _fp8(precision: PrecisionConfig) -> FP8Shape | None:
-    chosen = precision.fp8
-    return None if chosen is None else FP8Shape(chosen.dispatch, chosen.gather)
-
-
-def _pipelining(parallel: ParallelConfig, pp: int) -> Pipelining:
+def _pipeline_shape(parallel: ParallelConfig, pp: int) -> PipelineShape:
     if pp == 1:
-        return Pipelining()
+        return PipelineShape()
     pipeline = parallel.pipeline or PipelineConfig()
-    per_rank = stages_per_rank(parallel.schedule, pipeline)
-    return Pipelining(parallel.schedule, per_rank, None if pipeline.split is None else tuple(pipeline.split))
-
-
-def _kept(config: Config) -> tuple[Kept, ...]:
-    """What selective recomputation keeps; DeepEP's exchange is no operator of PyTorch, and is repeated."""
-    expert = config.parallel.expert
-    repeated = expert is not None and expert.backend is ExchangeBackend.deepep
-    return tuple(kept for kept in config.recompute.keep if not (repeated and kept is Kept.exchange))
-
-
-def _ranks_per_node(config: Config, hardware: HardwareConfig) -> int | None:
-    """As typed for the experts, as launched, or as many as the hardware has; None is one node."""
-    typed = config.parallel.expert and config.parallel.expert.ranks_per_node
-    return typed or config.launch.nproc or hardware.devices_per_node
+    split = None if pipeline.split is None else tuple(pipeline.split)
+    return PipelineShape(parallel.schedule, stages_per_rank(parallel.schedule, pipeline), split)

@@ -1,29 +1,27 @@
-"""task=generate: text that continues a prompt."""
+"""task=generate: sample text that continues a prompt; model/generation.py has the sampling itself."""
 
 from pathlib import Path
 
-from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.config.task import SamplingConfig
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import join_process_group
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 from dsv3.parallel.parallel_model import ParallelModel
-from dsv3.tasks.setup import load_model, stored_tokenizer
+from dsv3.tasks.setup import load_model, require_checkpoint, stored_tokenizer
 
 
-class Generate:
-    """Prints the prompt and what the model makes of it; stdout holds that text and nothing else."""
+class GenerateTask:
+    """Prints the prompt and the text that the model continues it with; stdout holds nothing else."""
 
     def __init__(self, prompt: str, max_tokens: int, temperature: float, top_p: float) -> None:
         self.prompt = prompt
         self.sampling = SamplingConfig(max_tokens, temperature, top_p)
 
     def run(self, job: Job) -> None:
-        """Load, sample with train.seed, print."""
+        """Load the checkpoint, sample with train.seed and print."""
         with join_process_group(job.config.launch.timeout) as ranks:
-            directory = find_checkpoint(require_checkpoint(job))
-            tokenizer = _tokenizer(job, directory)
+            tokenizer = _load_tokenizer(job, require_checkpoint(job))
             model, ranks = load_model(job, ranks)
             text = sample_text(model, tokenizer, self.sampling, self.prompt, job.config.train.seed)
             if ranks.is_main:
@@ -33,36 +31,36 @@ class Generate:
 def sample_text(
     model: ParallelModel, tokenizer: Tokenizer, sampling: SamplingConfig, prompt: str, seed: int
 ) -> str:
-    """Text that continues `prompt`, as a document's beginning; all ranks call it together."""
+    """Return sampled text that continues `prompt`, which begins a document; all ranks call it together.
+
+    UserError for an empty prompt that the tokenizer cannot begin; RunFailed where logits are nonfinite.
+    """
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     ids = begin + tokenizer.encode(prompt)
     if not ids:
         raise UserError(
             "task.prompt is empty and the tokenizer has no begin-of-sentence token: give a prompt"
         )
-    how = (sampling.max_tokens, sampling.temperature, sampling.top_p)
     try:
-        return tokenizer.decode(model.generate([ids], *how, seed, tokenizer.eos)[0])
+        sampled = model.generate(
+            [ids], sampling.max_tokens, sampling.temperature, sampling.top_p, seed, tokenizer.eos
+        )
     except FloatingPointError as error:
         raise RunFailed(f"no text can be sampled: {error}") from None
+    return tokenizer.decode(sampled[0])
 
 
-def require_checkpoint(job: Job) -> str:
-    """checkpoint.load, which this task cannot do without."""
-    if job.config.checkpoint.load is None:
-        raise UserError(
-            "checkpoint.load is missing: give a run or checkpoint directory, checkpoint.load=PATH"
-        )
-    return job.config.checkpoint.load
+def _load_tokenizer(job: Job, checkpoint: Path) -> Tokenizer:
+    """Return the checkpoint's tokenizer, or the one of tokenizer.path.
 
-
-def _tokenizer(job: Job, directory: Path) -> Tokenizer:
-    tokenizer = stored_tokenizer(job.config, directory, job.overrides)
+    UserError where there is none, or it has more ids than the model's vocabulary.
+    """
+    tokenizer = stored_tokenizer(job.config, checkpoint, job.overrides)
     if tokenizer is None:
         path = getattr(job.config.tokenizer, "path", None)
         if path is None:
             raise UserError(
-                f"{directory} carries no tokenizer: give one, tokenizer=local tokenizer.path=PATH"
+                f"{checkpoint} carries no tokenizer: give one, tokenizer=local tokenizer.path=PATH"
             )
         tokenizer = Tokenizer.from_file(path)
     if tokenizer.size > job.config.model.vocab_size:

@@ -1,7 +1,4 @@
-"""Data for a task: prepared once by rank 0, then found in the cache by the others.
-
-A model with the weights of `checkpoint.load`.
-"""
+"""Set up what several tasks need: the data, the tokenizer, the mesh, and a model with its weights."""
 
 from pathlib import Path
 
@@ -13,23 +10,28 @@ from dsv3.config.strict import build
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import RankContext
+from dsv3.errors import UserError
 from dsv3.launch.job import Job
-from dsv3.parallel.mesh import ParallelMesh, build_mesh, place
+from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 
 
 def prepare_data(
     config: Config, ranks: RankContext, tokenizer: Tokenizer | None = None, evaluate: bool = False
 ) -> PreparedData:
-    """The configured data and tokenizer (or the one given), checked against the model's vocabulary."""
+    """Return the configured data, tokenized by `tokenizer` or else by the configured one.
+
+    The first rank of each node fills the data cache, where the others find the result. With `evaluate` only
+    the held-out rows are needed. UserError for token ids that the model's vocabulary lacks.
+    """
     source = build(config.data)
-    chosen = tokenizer or build(config.tokenizer)
+    tokenizer = tokenizer or build(config.tokenizer)
 
     def prepare() -> PreparedData:
-        data: PreparedData = source.prepare(chosen, config.train.length, config.train.seed, evaluate)
+        data: PreparedData = source.prepare(tokenizer, config.train.length, config.train.seed, evaluate)
         return data
 
-    # One process does the work and the rest find it done. A failure of rank 0 ends the others too.
+    # One process does the work and the rest find it done. A failure of that process ends the others too.
     data = prepare() if ranks.local_rank == 0 else None
     ranks.barrier()
     data = data or prepare()
@@ -38,32 +40,45 @@ def prepare_data(
 
 
 def stored_tokenizer(config: Config, checkpoint: Path, overrides: list[str]) -> Tokenizer | None:
-    """The tokenizer that lies with a checkpoint, unless the user chose another."""
-    chosen = any(o.lstrip("+").startswith("tokenizer") for o in overrides)
+    """Return the tokenizer stored with a checkpoint; None where there is none or the user chose another."""
+    is_chosen = any(override.lstrip("+").startswith("tokenizer") for override in overrides)
     folder = checkpoint / TOKENIZER_DIR
     if (checkpoint / "tokenizer.json").is_file():
         folder = checkpoint  # a HuggingFace checkpoint
-    return Tokenizer.from_file(folder) if folder.is_dir() and not chosen else None
+    return Tokenizer.from_file(folder) if folder.is_dir() and not is_chosen else None
 
 
-def job_mesh(job: Job, ranks: RankContext) -> ParallelMesh | None:
-    """The mesh of the job's layout; None where this process is alone."""
+def require_checkpoint(job: Job) -> Path:
+    """Return the checkpoint that checkpoint.load names; UserError where it is not given or not found."""
+    if job.config.checkpoint.load is None:
+        raise UserError(
+            "checkpoint.load is missing: give a run or checkpoint directory, checkpoint.load=PATH"
+        )
+    return find_checkpoint(job.config.checkpoint.load)
+
+
+def build_mesh(job: Job, ranks: RankContext) -> ParallelMesh | None:
+    """Return the device mesh of the job's layout, None where this process is alone."""
     if ranks.world == 1:
         return None
     expert = job.config.parallel.expert
-    node = expert.ranks_per_node if expert is not None else None
-    return build_mesh(job.plan.degrees, ranks.device.type, node)
+    ranks_per_node = expert.ranks_per_node if expert is not None else None
+    return ParallelMesh(job.plan.degrees, ranks.device.type, ranks_per_node)
 
 
 def load_model(job: Job, ranks: RankContext) -> tuple[ParallelModel, RankContext]:
-    """The configured model on this rank, filled from the checkpoint, and the rank with its share of rows."""
+    """Return the configured model with the weights of checkpoint.load, and `ranks` with its data shard.
+
+    Without checkpoint.load the model has its initial weights. UserError for a checkpoint that is damaged or
+    of another model.
+    """
     path = job.config.checkpoint.load
     checkpoint = None if path is None else find_checkpoint(path)
     if checkpoint is not None:
         verify_together(checkpoint, ranks)
         require_weights(job.config.model, checkpoint)  # before memory is taken
-    mesh = job_mesh(job, ranks)
+    mesh = build_mesh(job, ranks)
     model = build_parallel_model(job.config, mesh, ranks.device)
     if checkpoint is not None:
-        load_weights(model.parts, checkpoint)
-    return model, place(ranks, mesh)
+        load_weights(model.model_parts, checkpoint)
+    return model, assign_data_shard(ranks, mesh)

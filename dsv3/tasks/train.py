@@ -1,68 +1,234 @@
-"""What a finished training run tells its user.
-
-task=train: put everything together, run the loop, tell how it went.
-"""
+"""task=train: put model, data, optimizer and callbacks together, run the loop, tell how it went."""
 
 import math
 import shlex
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+
+import torch
 
 from dsv3.checkpoint.directory import TOKENIZER_DIR, Progress, find_checkpoint
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.manifest import verify_together
 from dsv3.config.precision import FP8Engine
+from dsv3.config.registry import command
 from dsv3.config.root import Config
 from dsv3.config.strict import build, to_yaml
 from dsv3.config.task import SamplingConfig
 from dsv3.convert.live_export import export_hf
-from dsv3.data.loader import Loader
+from dsv3.data.loader import DataLoader
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import RankContext, join_process_group, make_deterministic
 from dsv3.distributed.signals import Stopped, StopRequest, stop_on_signal
-from dsv3.fp8.convert_model import engine_of
+from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.job import Job
-from dsv3.launch.run_dir import check_same_data, describe_run, make_run_dir
+from dsv3.launch.run_dir import check_same_data, make_run_dir, write_run_files
 from dsv3.metrics import jsonl
 from dsv3.metrics.console import Console
 from dsv3.metrics.loggers import Logger
-from dsv3.metrics.plots import loss_curve
+from dsv3.metrics.plots import plot_loss_curve
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
-from dsv3.parallel.mesh import place
+from dsv3.parallel.mesh import assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.parameters import training_flops_per_token
 from dsv3.tasks.generate import sample_text
-from dsv3.tasks.setup import job_mesh, prepare_data, stored_tokenizer
-from dsv3.training.evaluation import evaluate
-from dsv3.training.loop import Hooks, Loop, Rates
+from dsv3.tasks.setup import build_mesh, prepare_data, stored_tokenizer
+from dsv3.training import callbacks
+from dsv3.training.callbacks import Callback, TrainingRun
+from dsv3.training.loop import Loop, Throughput
 from dsv3.training.optimizer import build_optimizer
-from dsv3.training.profiler import profiler
 from dsv3.training.step import TrainStep
 
+SAMPLING = SamplingConfig()
+SAMPLE_PROMPT = "def "
 
-def conclude(console: Console, directory: Path, following: list[str]) -> None:
-    """Draw loss.png, print the table of results and, as the command to try next, `following`."""
-    rows = jsonl.read(directory / "metrics.jsonl")
+
+class TrainTask:
+    """Trains in the run directory, from step 0 or from where the run stopped."""
+
+    def run(self, job: Job) -> float | None:
+        """Return the last held-out loss, a sweep's objective; raise Stopped when a signal ended the run."""
+        make_deterministic(job.config.train.deterministic, job.config.train.seed)
+        with (
+            join_process_group(job.config.launch.timeout) as ranks,
+            stop_on_signal(alone=ranks.world == 1) as stop,
+        ):
+            return _train(job, ranks, stop)
+
+
+def _train(job: Job, world: RankContext, stop: StopRequest) -> float | None:
+    """Train on this rank of `world`, which reads the data share that the layout gives it."""
+    config = job.config
+    data = prepare_data(config, world, _own_tokenizer(job))
+    if config.run.resume:
+        check_same_data(data.fingerprint, job.run_dir)
+    mesh = build_mesh(job, world)
+    model = build_parallel_model(config, mesh, world.device)
+    optimizer = build_optimizer(config.optimizer, model.model_parts, config.precision.moments)
+    ranks = assign_data_shard(world, mesh)
+    job.run_dir = directory = world.broadcast_object(make_run_dir(job) if world.is_main else job.run_dir)
+    world.watch(directory)
+    manager = CheckpointManager(directory, config.checkpoint, world)
+    progress = _restore(config, directory, world, manager, model, optimizer)
+    log_path = directory / "log.txt"
+    console = Console(config.train.log_every, log_path=log_path, quiet=not ranks.is_main)
+    run = TrainingRun(config, directory, ranks, model.forward_backward, optimizer, progress, console)
+    with ExitStack() as stack:
+        stack.callback(console.close)
+        if ranks.is_main:
+            _describe(job, run, data)
+            run.logger = _open_logger(run, stack)
+        layers = config.model.moe_layers()
+        metrics = directory / "metrics.jsonl"
+        recorder = Recorder(metrics, ranks, config.train.log_every, console, run.logger, layers)
+        listed = _build_callbacks(run, model, data, manager, recorder)
+        console.start(config.train.steps, progress.step)
+        if not _build_loop(job, run, data, listed, stop).train():
+            resume = shlex.join([*command("train"), f"resume={directory}"])
+            raise Stopped(f"stopped after step {progress.step} and saved; go on: {resume}")
+        if ranks.is_main:
+            _conclude(run, data)
+        return recorder.latest.evaluation_loss if recorder.latest else None
+
+
+def _build_callbacks(
+    run: TrainingRun, model: ParallelModel, data: PreparedData, manager: CheckpointManager, recorder: Recorder
+) -> list[Callback]:
+    """Return what happens between two steps, in this order; train.callbacks come last."""
+    train, profile, tokenizer = run.config.train, run.config.profile, data.tokenizer
+
+    def export(folder: Path) -> None:
+        export_hf(model, folder, run.directory / TOKENIZER_DIR, run.ranks)
+
+    listed: list[Callback] = [
+        callbacks.Evaluate(data.held_out, train.evaluate_every),
+        callbacks.RecordMetrics(recorder, train.log_every),
+        callbacks.SaveCheckpoint(manager, recorder, train.checkpoint_every),
+    ]
+    if tokenizer is not None:  # data that is token ids already has no text to show
+
+        def sample(seed: int) -> str:
+            return sample_text(model, tokenizer, SAMPLING, SAMPLE_PROMPT, seed)
+
+        listed.append(callbacks.Sample(sample, SAMPLE_PROMPT, train.generate_every))
+    listed.append(callbacks.ExportHF(export, train.export_hf_every))
+    listed.append(callbacks.CollectGarbage(train.collect_garbage_every))
+    if profile.enabled:
+        listed.append(callbacks.Profile(profile))
+    return [*listed, *(build(node) for node in train.callbacks.values())]
+
+
+def _build_loop(
+    job: Job, run: TrainingRun, data: PreparedData, listed: list[Callback], stop: StopRequest
+) -> Loop:
+    """Return the loop over the training rows."""
+    config, ranks = run.config, run.ranks
+    train, length = config.train, data.sequence_length
+    assert data.train is not None
+    in_fp8 = fp8_engine_name(run.forward_backward.model_parts) == FP8Engine.scaled_mm.name
+    dtype = "fp8" if in_fp8 else config.precision.compute.name
+    peak = getattr(job.hardware, f"peak_flops_{dtype}")
+    throughput = Throughput(
+        sequences_per_step=train.batch,
+        tokens_per_step=train.batch * length,
+        flops_per_token=training_flops_per_token(config.model, length),
+        peak_flops=peak and peak * ranks.world,
+    )
+    step = TrainStep(run.forward_backward, run.optimizer, ranks, train.clip_norm)
+    loader = DataLoader(data.train, train.batch, train.microbatch, ranks.data_rank, ranks.data_world)
+    return Loop(run, step, loader, build(config.schedule), throughput, listed, stop)
+
+
+def _own_tokenizer(job: Job) -> Tokenizer | None:
+    """Return the tokenizer whose ids the weights know: the run's own, or that of checkpoint.load."""
+    if job.config.run.resume:
+        folder = job.run_dir / TOKENIZER_DIR
+        return Tokenizer.from_file(folder) if folder.is_dir() else None
+    if job.config.checkpoint.load:
+        return stored_tokenizer(job.config, find_checkpoint(job.config.checkpoint.load), job.overrides)
+    return None
+
+
+def _restore(
+    config: Config,
+    directory: Path,
+    world: RankContext,
+    manager: CheckpointManager,
+    model: ParallelModel,
+    optimizer: torch.optim.Optimizer,
+) -> Progress:
+    """Continue from the newest checkpoint, or take the weights of checkpoint.load, or start at step 0."""
+    progress = manager.restore(model.model_parts, optimizer) if config.run.resume else None
+    if progress is None and config.checkpoint.load:
+        checkpoint = find_checkpoint(config.checkpoint.load)
+        verify_together(checkpoint, world)
+        load_weights(model.model_parts, checkpoint)
+    progress = progress or Progress()
+    metrics = directory / "metrics.jsonl"
+    if world.is_main and metrics.exists():
+        jsonl.truncate_after(metrics, progress.step)
+    return progress
+
+
+def _describe(job: Job, run: TrainingRun, data: PreparedData) -> None:
+    """Write the files that describe the run, and say what the user may not expect."""
+    if data.tokenizer is not None:
+        data.tokenizer.save(run.directory / TOKENIZER_DIR)
+    write_run_files(job, {"fingerprint": data.fingerprint, **data.summary})
+    if fp8_engine_name(run.forward_backward.model_parts) == FP8Engine.emulated.name:
+        device = run.ranks.device.type
+        run.console.message(f"FP8 products are emulated on {device}: the same numbers, slower")
+    for note in job.notes:
+        run.console.message(note)
+    if run.step:
+        run.console.message(f"going on after step {run.step} of {run.directory}")
+
+
+def _open_logger(run: TrainingRun, stack: ExitStack) -> Logger:
+    """Return the configured logger, opened; `stack` finishes it with the run's exit code."""
+    logger: Logger = build(run.config.logger)
+    stack.push(lambda kind, *_: logger.finish(0 if kind is None else 1))
+    files = [run.directory / name for name in ("config.yaml", "plan.txt")]
+    logger.open(run.directory, to_yaml(run.config), files, run.console.message)
+    return logger
+
+
+def _conclude(run: TrainingRun, data: PreparedData) -> None:
+    """Draw loss.png, print the table of results and the command to try next."""
+    rows = jsonl.read_rows(run.directory / "metrics.jsonl")
     if rows:
-        loss_curve(rows, directory / "loss.png", f"Loss of {directory.name}")
-        console.table("Done", _results(rows, directory))
-    console.next_command(shlex.join(["python", "train.py", *following]))
+        plot_loss_curve(rows, run.directory / "loss.png", f"Loss of {run.directory.name}")
+        run.console.table("Done", _results(rows, run.directory))
+    load = f"checkpoint.load={run.directory}"
+    if run.step < run.config.train.steps:  # train.stop_after
+        following = [f"resume={run.directory}"]
+    elif data.tokenizer is None:
+        path = getattr(run.config.data, "path", "")
+        following = ["task=evaluate", load, "data=tokens", f"data.path={path}"]
+    else:
+        following = ["task=generate", load, "task.prompt=import "]
+    run.console.next_command(shlex.join([*command("train"), *following]))
 
 
 def _results(rows: list[MetricsRow], directory: Path) -> list[tuple[str, str]]:
+    """Return the table of a finished run: losses in nats, throughput, memory and where the files are."""
+
+    def shown(loss: float | None) -> str:
+        return "unknown" if loss is None else f"{loss:.4f}"
+
     evaluations = [row.evaluation_loss for row in rows if row.evaluation_loss is not None]
     rates = [row.tokens_per_second for row in rows if row.tokens_per_second is not None]
     results = [
         ("steps", f"{rows[-1].step}, {rows[-1].tokens:,} tokens"),
-        ("first loss", _loss(rows[0].loss)),
-        ("last loss", _loss(rows[-1].loss)),
+        ("first loss", shown(rows[0].loss)),
+        ("last loss", shown(rows[-1].loss)),
     ]
     if evaluations:
-        results.append(("held-out loss", f"{_loss(evaluations[-1])} (first {_loss(evaluations[0])})"))
+        results.append(("held-out loss", f"{shown(evaluations[-1])} (first {shown(evaluations[0])})"))
         results.append(("held-out perplexity", f"{math.exp(min(evaluations[-1], 700.0)):.2f}"))
     if rates:
         results.append(("tokens/s", f"{median(rates):,.0f}"))
@@ -70,181 +236,3 @@ def _results(rows: list[MetricsRow], directory: Path) -> list[tuple[str, str]]:
     results.append(("written to", f"{directory}"))
     results.append(("", "metrics.jsonl, loss.png, checkpoints/, config.yaml, plan.txt, log.txt"))
     return results
-
-
-def _loss(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
-
-
-SAMPLING = SamplingConfig()
-
-SAMPLE_PROMPT = "def "
-
-
-class Train:
-    """Trains in RUN_DIR, from step 0 or from where the run stopped."""
-
-    def run(self, job: Job) -> float | None:
-        """The last held-out loss, which is a sweep's objective; Stopped when a signal ended the run."""
-        make_deterministic(job.config.train.deterministic, job.config.train.seed)
-        with (
-            join_process_group(job.config.launch.timeout) as ranks,
-            stop_on_signal(alone=ranks.world == 1) as stop,
-        ):
-            return _Run(job, ranks, stop).run()
-
-
-class _Run:
-    """One training run on one rank: what Train.run puts together, in the order it is needed."""
-
-    def __init__(self, job: Job, ranks: RankContext, stop: StopRequest) -> None:
-        self.job = job
-        self.config: Config = job.config
-        self.ranks = ranks
-        self.stop = stop
-        self.data: PreparedData = prepare_data(self.config, ranks, self._stored_tokenizer())
-        if self.config.run.resume:
-            check_same_data(self.data.fingerprint, job.run_dir)
-        mesh = job_mesh(job, ranks)
-        self.model: ParallelModel = build_parallel_model(self.config, mesh, ranks.device)
-        moments = self.config.precision.moments
-        self.optimizer = build_optimizer(self.config.optimizer, self.model.parts, moments)
-        self.ranks = place(ranks, mesh)
-        self.directory: Path = ranks.broadcast_object(make_run_dir(job) if ranks.is_main else job.run_dir)
-        job.run_dir = self.directory
-        ranks.watch(self.directory)
-        self.manager = CheckpointManager(self.directory, self.config.checkpoint, ranks)
-        self.progress = self._restore()
-        self.logger: Logger | None = None
-        self.console = Console(
-            self.config.train.log_every, log_path=self.directory / "log.txt", quiet=not ranks.is_main
-        )
-
-    def run(self) -> float | None:
-        with ExitStack() as stack:
-            stack.callback(self.console.close)
-            stack.push(self._finish_save)
-            if self.ranks.is_main:
-                self._describe()
-            logger = self.logger = self._open_logger(stack)
-            path, every = self.directory / "metrics.jsonl", self.config.train.log_every
-            layers = self.config.model.moe_layers()
-            recorder = Recorder(path, self.ranks, every, self.console, logger, layers)
-            stack.callback(recorder.close)
-            profile = stack.enter_context(profiler(self.config.profile, self.directory, self.ranks))
-            loop = self._loop(recorder, Hooks(self._evaluate, self._generate, self._export, profile))
-            self.console.start(self.config.train.steps, self.progress.step)
-            finished = loop.run()
-            recorder.close()
-            if not finished:
-                raise Stopped(f"stopped after step {self.progress.step} and saved; go on: {self._resume()}")
-            self._generate(self.progress.step)
-            if self.ranks.is_main:
-                conclude(self.console, self.directory, self._following())
-            return recorder.latest.evaluation_loss if recorder.latest else None
-
-    def _export(self, step: int) -> None:
-        """The weights as HuggingFace's, in hf/step-N of the run."""
-        export_hf(
-            self.model, self.directory / "hf" / f"step-{step}", self.directory / TOKENIZER_DIR, self.ranks
-        )
-
-    def _stored_tokenizer(self) -> Tokenizer | None:
-        """The one whose ids the weights know: the run's own, or that of the checkpoint it begins with."""
-        if self.config.run.resume:
-            folder = self.job.run_dir / TOKENIZER_DIR
-            return Tokenizer.from_file(folder) if folder.is_dir() else None
-        if self.config.checkpoint.load:
-            checkpoint = find_checkpoint(self.config.checkpoint.load)
-            return stored_tokenizer(self.config, checkpoint, self.job.overrides)
-        return None
-
-    def _restore(self) -> Progress:
-        """Continue from the newest checkpoint, or take the weights of `checkpoint.load`, or start anew."""
-        metrics = self.directory / "metrics.jsonl"
-        progress = self.manager.restore(self.model.parts, self.optimizer) if self.config.run.resume else None
-        if progress is None and self.config.checkpoint.load:
-            checkpoint = find_checkpoint(self.config.checkpoint.load)
-            verify_together(checkpoint, self.ranks)
-            load_weights(self.model.parts, checkpoint)
-        progress = progress or Progress()
-        if self.ranks.is_main and metrics.exists():
-            jsonl.cut_back(metrics, progress.step)
-        return progress
-
-    def _describe(self) -> None:
-        if self.data.tokenizer is not None:
-            self.data.tokenizer.save(self.directory / TOKENIZER_DIR)
-        describe_run(self.job, {"fingerprint": self.data.fingerprint, **self.data.summary})
-        if engine_of(self.model.parts) == FP8Engine.emulated.name:
-            self.console.message(
-                f"FP8 products are emulated on {self.ranks.device.type}: the same numbers, slower"
-            )
-        if self.progress.step:
-            self.console.message(f"going on after step {self.progress.step} of {self.directory}")
-
-    def _open_logger(self, stack: ExitStack) -> Logger | None:
-        if not self.ranks.is_main:
-            return None
-        logger: Logger = build(self.config.logger)
-        stack.push(lambda kind, error, trace: logger.finish(0 if kind is None else 1))
-        files = [self.directory / name for name in ("config.yaml", "plan.txt")]
-        logger.open(self.directory, to_yaml(self.config), files, self.console.message)
-        return logger
-
-    def _loop(self, recorder: Recorder, hooks: Hooks) -> Loop:
-        config, train = self.config, self.config.train
-        assert self.data.train is not None
-        length = self.data.sequence_length
-        flops = training_flops_per_token(config.model, length)
-        fast = engine_of(self.model.parts) == FP8Engine.scaled_mm.name
-        multiplies_in = "fp8" if fast else config.precision.compute.name
-        peak = getattr(self.job.hardware, f"peak_flops_{multiplies_in}")
-        peak = peak and peak * self.ranks.world
-        rates = Rates(train.batch, train.batch * length, flops, peak)
-        step = TrainStep(self.model.forward_backward, self.optimizer, self.ranks, train.clip_norm)
-        loader = Loader(
-            self.data.train, train.batch, train.microbatch, self.ranks.data_rank, self.ranks.data_world
-        )
-        return Loop(
-            train, config.optimizer.lr, build(config.schedule), step, loader, recorder, self.manager,
-            rates, hooks, self.progress, self.stop, self.ranks,
-        )  # fmt: skip
-
-    def _finish_save(self, kind: type[BaseException] | None, *_: object) -> None:
-        """A run that fails has a sound checkpoint in flight perhaps: it is the last one, so wait for it."""
-        if kind is not None:
-            with suppress(Exception):
-                self.manager.wait()
-
-    def _evaluate(self) -> float:
-        train, rows = self.config.train, self.data.held_out
-        return evaluate(
-            self.model.forward_backward, rows, train.microbatch, self.ranks, train.evaluate_batches
-        ).loss
-
-    def _generate(self, step: int) -> None:
-        """Show a sample, on all ranks together; data that is ids already has no text to show."""
-        if self.data.tokenizer is None:
-            return
-        text = sample_text(self.model, self.data.tokenizer, SAMPLING, SAMPLE_PROMPT, step)
-        self.console.sample(SAMPLE_PROMPT, text)
-        if self.logger is not None:
-            self.logger.text("sample", SAMPLE_PROMPT + text, step)
-
-    def _following(self) -> list[str]:
-        """The command to try next: go on where it was to stop early, else use the model."""
-        load = f"checkpoint.load={self.directory}"
-        if self.progress.step < self.config.train.steps:
-            return [f"resume={self.directory}"]
-        if self.data.tokenizer is None:
-            return [
-                "task=evaluate",
-                load,
-                "data=tokens",
-                f"data.path={getattr(self.config.data, 'path', '')}",
-            ]
-        return ["task=generate", load, "task.prompt=import "]
-
-    def _resume(self) -> str:
-        return shlex.join(["python", "train.py", f"resume={self.directory}"])

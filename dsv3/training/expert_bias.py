@@ -1,6 +1,9 @@
-"""The selection bias's move after each optimizer step (report section 2.1.2, loss-free balancing).
+"""Move the expert bias after each optimizer step: aux-loss-free load balancing (report, section 2.1.2).
 
-Routers come by their place among all MoE layers, for a rank may hold those of some layers only.
+The router adds the bias (`Router.selection_bias`) to an expert's score when it chooses experts, never to the
+weight of the expert's output (model/router.py). The load is counted in the forward pass, by `Router.load`.
+
+Routers come by their place among all MoE layers of the model, because a rank may hold some layers only.
 """
 
 from collections.abc import Callable
@@ -11,14 +14,16 @@ from torch import Tensor
 from dsv3.model.router import Router
 
 Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks."""
 
 
-def take_load(
+def take_expert_load(
     routers: dict[int, Router], shape: tuple[int, int], reduce: Reduce, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Load [all MoE layers, experts] of the step's whole global batch; the counters start again from 0.
+    """Return the tokens per expert in the step's global batch, and reset the routers' counters to 0.
 
-    `reduce` sums over all ranks: every token of a layer is counted on one of them alone.
+    The load is fp32 of `shape` [all MoE layers, experts]. `reduce` sums over all ranks: every token of a
+    layer is counted on one of them alone.
     """
     load = torch.zeros(shape, device=device)
     for place, router in routers.items():
@@ -28,14 +33,18 @@ def take_load(
 
 
 @torch.no_grad()
-def update_biases(routers: dict[int, Router], load: Tensor, speed: float) -> None:
-    """b += speed * sign(mean load - load): an overloaded expert gets less likely to be chosen."""
+def update_expert_bias(routers: dict[int, Router], load: Tensor, speed: float) -> None:
+    """Move each bias by `speed`: up for an expert below its layer's mean load, down for one above.
+
+    b += speed * sign(mean load - load), with the `load` [all MoE layers, experts] of the global batch.
+    Routers without a bias stay as they are.
+    """
     for place, router in routers.items():
         if router.selection_bias is not None:
             router.selection_bias += speed * torch.sign(load[place].mean() - load[place])
 
 
-def selection_biases(routers: dict[int, Router]) -> Tensor:
-    """The biases [layers, experts] of the layers that have one."""
+def stack_expert_bias(routers: dict[int, Router]) -> Tensor:
+    """Return the biases [layers, experts] of the routers that have one, zeros [1, 1] where none has."""
     biases = [router.selection_bias for router in routers.values() if router.selection_bias is not None]
     return torch.stack(biases) if biases else torch.zeros(1, 1)

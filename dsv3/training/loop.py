@@ -1,31 +1,27 @@
-"""The training loop: steps, and what happens between them."""
+"""The training loop: take optimizer steps, and call the callbacks between them."""
 
-import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
-from dsv3.checkpoint.directory import Progress
-from dsv3.checkpoint.manager import CheckpointManager
-from dsv3.config.training import TrainConfig
-from dsv3.data.loader import Loader
-from dsv3.distributed.process_group import RankContext
+from dsv3.data.loader import DataLoader
 from dsv3.distributed.signals import StopRequest
-from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
-from dsv3.training.schedule import Schedule
-from dsv3.training.step import TrainStep, Weights
+from dsv3.training.callbacks import Callback, TrainingRun
+from dsv3.training.schedule import Schedule, StepHyperparameters
+from dsv3.training.step import TrainStep
 
 
 @dataclass
-class Rates:
-    """Constants that turn a step's seconds into rates."""
+class Throughput:
+    """Turns a step's seconds into tokens per second and MFU."""
 
     sequences_per_step: int
     tokens_per_step: int
     flops_per_token: float
     peak_flops: float | None
-    """Of all devices together; None where it is unknown (CPU)."""
+    """FLOP/s of all devices together; None where it is unknown (CPU)."""
 
     def fill(self, row: MetricsRow, seconds: float) -> None:
         """Set the row's tokens_per_second and mfu."""
@@ -35,85 +31,47 @@ class Rates:
 
 
 @dataclass
-class Hooks:
-    """What the loop calls now and then; each is called by all ranks together."""
-
-    evaluate: Callable[[], float]
-    generate: Callable[[int], None]
-    export: Callable[[int], None]
-    profile: Callable[[], None] = field(default=lambda: None)
-
-
-@dataclass
 class Loop:
-    """Everything one training run needs, put together by tasks/train.py."""
+    """One training run from its progress to the last step; tasks/train.py puts it together."""
 
-    config: TrainConfig
-    peak_lr: float
-    schedule: Schedule
+    run: TrainingRun
     step: TrainStep
-    loader: Loader
-    recorder: Recorder
-    manager: CheckpointManager
-    rates: Rates
-    hooks: Hooks
-    progress: Progress
+    loader: DataLoader
+    schedule: Schedule
+    throughput: Throughput
+    callbacks: Sequence[Callback]
     stop: StopRequest
-    ranks: RankContext
 
-    def run(self) -> bool:
-        """Train to the last step; False when a signal ended it early. Always leaves a checkpoint."""
-        last = min(self.config.steps, self.config.stop_after or self.config.steps)
-        # Collections at random moments make the ranks wait for one another.
-        gc.disable()
-        try:
-            while self.progress.step < last:
+    def train(self) -> bool:
+        """Train to train.steps or train.stop_after; return False when a signal ended the run early."""
+        train, progress = self.run.config.train, self.run.progress
+        last = min(train.steps, train.stop_after or train.steps)
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.push(lambda kind, *_, close=callback.close: close(kind is not None))
+                callback.on_train_start(self.run)
+            finished = True
+            while finished and progress.step < last:
                 self._advance()
-                # A failed save too is seen by all at once: the next one raises it on every rank.
-                if self.ranks.any(self.stop.requested or self.manager.failed):
-                    self._save(wait=True)
-                    return False
-            self._save(wait=True)
-        finally:
-            gc.enable()
-        return True
+                # All ranks agree to stop at the same step.
+                wants_stop = any(callback.wants_stop for callback in self.callbacks)
+                finished = not self.run.ranks.any(self.stop.requested or wants_stop)
+            for callback in self.callbacks:
+                callback.on_train_end(self.run, finished)
+        return finished
 
     def _advance(self) -> None:
+        """Take one step and call the callbacks."""
         started = time.perf_counter()
-        progress, config = self.progress, self.config
+        run, progress = self.run, self.run.progress
         step = progress.step + 1
-        weights = Weights.at(step, self.schedule.total_steps, self.peak_lr * self.schedule(step), config)
-        figures = self.step(self.loader.microbatches(progress.samples), weights)
+        lr = run.config.optimizer.lr * self.schedule(step)
+        now = StepHyperparameters.at(step, self.schedule.total_steps, lr, run.config.train)
+        run.metrics = self.step(self.loader.microbatches(progress.samples), now)
         progress.step = step
-        progress.samples += self.rates.sequences_per_step
-        progress.tokens += self.rates.tokens_per_step
-        row = MetricsRow(step=step, tokens=progress.tokens, lr=weights.lr)
-        self.rates.fill(row, time.perf_counter() - started)
-        if _due(step, config.evaluate_every) or step == config.steps:
-            row.evaluation_loss = self.hooks.evaluate()
-        progress.evaluation_loss = row.evaluation_loss
-        self.recorder.add(row, figures)
-        self._between(step)
-
-    def _between(self, step: int) -> None:
-        config = self.config
-        if _due(step, config.log_every):
-            self.recorder.flush()
-        if _due(step, config.generate_every) and step < config.steps:
-            self.hooks.generate(step)
-        if _due(step, config.export_hf_every):
-            self.hooks.export(step)
-        if _due(step, config.checkpoint_every) and step < config.steps:
-            self._save()
-        if _due(step, config.collect_garbage_every):
-            gc.collect(1)
-        self.hooks.profile()
-
-    def _save(self, wait: bool = False) -> None:
-        # Rows first: a checkpoint must never be ahead of metrics.jsonl.
-        self.recorder.flush()
-        self.manager.save(self.step.forward_backward.parts, self.step.optimizer, self.progress, wait)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+        progress.samples += self.throughput.sequences_per_step
+        progress.tokens += self.throughput.tokens_per_step
+        run.row = MetricsRow(step=step, tokens=progress.tokens, lr=now.lr)
+        self.throughput.fill(run.row, time.perf_counter() - started)
+        for callback in self.callbacks:
+            callback.on_step_end(run)

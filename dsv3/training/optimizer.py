@@ -1,6 +1,7 @@
-"""AdamW whose two moments are stored in bf16, as DeepSeek-V3's are (report, section 3.3.3).
+"""Build the optimizer, clip gradients, and AdamW with bf16 moments.
 
-The optimizer and its view of the parameters.
+DeepSeek-V3 stores the two moments of AdamW in bf16 (report, section 3.3.3): BF16MomentAdamW, chosen by
+precision.moments=bf16.
 """
 
 import math
@@ -14,18 +15,21 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from dsv3.checkpoint.state import local_tensor
 from dsv3.config.precision import MomentType
 from dsv3.config.strict import build
 from dsv3.config.training import OptimizerConfig, check_moments
 from dsv3.distributed.process_group import RankContext
+from dsv3.distributed.torch_private import foreach_add_, foreach_copy_, foreach_mul_, foreach_norm
 
-PORTION = 2**22
-"""Numbers that are updated together, whose moments take 32 MiB in fp32: enough to keep a GPU busy."""
+CHUNK_ELEMENTS = 2**22
+"""Elements per update call. Their fp32 moments take 32 MiB: enough to keep a GPU busy."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""PyTorch's names of the running means of the gradient and of its square."""
 
 
-class Piece(NamedTuple):
+class RowSlice(NamedTuple):
     """Rows of a parameter on this rank, the same rows of its gradient and moments, and the steps so far."""
 
     parameter: Tensor
@@ -36,11 +40,11 @@ class Piece(NamedTuple):
 
 
 class BF16MomentAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW in fp32 arithmetic; only what is kept of the moments is rounded to bf16.
+    """torch.optim.AdamW in fp32 arithmetic, with moments that are stored in bf16.
 
-    A step moves the parameters by the moments before they are rounded (to nearest, ties to even).
-    Parameters are fp32, plain or DTensor with gradients placed alike; all is elementwise, so that a rank
-    updates what it holds.
+    A step updates the parameters by the fp32 moments and then rounds those (to nearest, ties to even).
+    Parameters are fp32 tensors, or DTensors whose gradients have the same placements. The update is
+    elementwise, so a rank updates its own shards without communication.
     """
 
     def __init__(
@@ -56,103 +60,101 @@ class BF16MomentAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; the closure's loss, if one is given."""
+        """Update every parameter that has a gradient; return the loss of `closure` if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not moved:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not trained:
                 continue
-            steps = [self._state_of(parameter, group)["step"] for parameter in moved]
-            pieces = (piece for parameter in moved for piece in _pieces(parameter, self.state[parameter]))
-            for portion in _portions(pieces):
-                _update(portion, group)
-            # Each piece counted a copy of its own: the pieces of a parameter are in one step together.
-            torch._foreach_add_(steps, 1)
+            steps = [self._get_state(parameter, group)["step"] for parameter in trained]
+            slices = (rows for parameter in trained for rows in _split_rows(parameter, self.state[parameter]))
+            for chunk in _group_into_chunks(slices):
+                _update(chunk, group)
+            # Each slice counted a step on a copy of its own: all slices of a parameter take the same step.
+            foreach_add_(steps, 1)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; moments of any dtype, which PyTorch casts to the parameters', are bf16 again."""
+        """Load a state. PyTorch casts its moments to the parameters' dtype; cast them back to bf16."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             state.update({key: state[key].bfloat16() for key in MOMENTS if key in state})
 
-    def _state_of(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameter's state, zeros where it has none yet, by PyTorch's names."""
+    def _get_state(self, parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the parameter's state by PyTorch's names; create it with zeros at the first step."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            # As in torch.optim.AdamW: only the fused kernel wants the count beside the parameter.
+            # As in torch.optim.AdamW: only the fused kernel needs the step count on the parameter's device.
             state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
             for key in MOMENTS:
                 state[key] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         return state
 
 
-def _pieces(parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator[Piece]:
-    """The parameter in runs of rows (of dim 0) of at most PORTION numbers, or of one row."""
+def _split_rows(parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator[RowSlice]:
+    """Split a parameter along dim 0 into slices of at most CHUNK_ELEMENTS elements, at least one row each."""
     assert parameter.grad is not None
     tensors = (parameter.data, parameter.grad, *(state[key] for key in MOMENTS))
-    held = [torch.atleast_1d(local(tensor)) for tensor in tensors]
-    numbers, rows = held[0].numel(), len(held[0])
-    if numbers:
-        at_once = max(1, PORTION * rows // numbers)
-        for part in zip(*(tensor.split(at_once) for tensor in held), strict=True):
-            yield Piece._make((*part, state["step"].clone()))
+    local = [torch.atleast_1d(local_tensor(tensor)) for tensor in tensors]
+    elements, rows = local[0].numel(), len(local[0])
+    if elements:
+        rows_per_slice = max(1, CHUNK_ELEMENTS * rows // elements)
+        for same_rows in zip(*(tensor.split(rows_per_slice) for tensor in local), strict=True):
+            yield RowSlice._make((*same_rows, state["step"].clone()))
 
 
-def _portions(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces that are updated by one call: as many as have PORTION numbers, or one."""
-    portion: list[Piece] = []
-    numbers = 0
-    for piece in pieces:
-        if portion and numbers + piece.parameter.numel() > PORTION:
-            yield portion
-            portion, numbers = [], 0
-        portion.append(piece)
-        numbers += piece.parameter.numel()
-    if portion:
-        yield portion
+def _group_into_chunks(slices: Iterable[RowSlice]) -> Iterator[list[RowSlice]]:
+    """Group slices for one update call each: at most CHUNK_ELEMENTS elements together, at least one slice."""
+    chunk: list[RowSlice] = []
+    elements = 0
+    for rows in slices:
+        if chunk and elements + rows.parameter.numel() > CHUNK_ELEMENTS:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(rows)
+        elements += rows.parameter.numel()
+    if chunk:
+        yield chunk
 
 
-def _update(portion: list[Piece], group: dict[str, Any]) -> None:
-    """One step of PyTorch's AdamW on fp32 copies of the moments, which are then rounded back."""
-    exp_avgs = [piece.exp_avg.float() for piece in portion]
-    exp_avg_sqs = [piece.exp_avg_sq.float() for piece in portion]
+def _update(chunk: list[RowSlice], group: dict[str, Any]) -> None:
+    """Take one step of PyTorch's AdamW with fp32 copies of the moments; round the new moments to bf16."""
+    exp_avgs = [rows.exp_avg.float() for rows in chunk]
+    exp_avg_sqs = [rows.exp_avg_sq.float() for rows in chunk]
     beta1, beta2 = group["betas"]
     adamw(
-        [piece.parameter for piece in portion], [piece.gradient for piece in portion],
-        exp_avgs, exp_avg_sqs, [], [piece.step for piece in portion],
+        [rows.parameter for rows in chunk], [rows.gradient for rows in chunk],
+        exp_avgs, exp_avg_sqs, [], [rows.step for rows in chunk],
         fused=group["fused"], foreach=group["foreach"],
         amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
-    torch._foreach_copy_([piece.exp_avg for piece in portion], exp_avgs)
-    torch._foreach_copy_([piece.exp_avg_sq for piece in portion], exp_avg_sqs)
-
-
-BF16_MOMENTS = "dsv3.training.optimizer.BF16MomentAdamW"
+    foreach_copy_([rows.exp_avg for rows in chunk], exp_avgs)
+    foreach_copy_([rows.exp_avg_sq for rows in chunk], exp_avg_sqs)
 
 
 def build_optimizer(
-    config: OptimizerConfig, parts: Sequence[nn.Module], moments: MomentType = MomentType.fp32
+    config: OptimizerConfig, model_parts: Sequence[nn.Module], moments: MomentType = MomentType.fp32
 ) -> torch.optim.Optimizer:
-    """Instantiate the configured optimizer; norm weights are left out of weight decay.
+    """Build the configured optimizer for the parameters of `model_parts`; norm weights do not decay.
 
-    A group holds parameters of one mesh, as one multi-tensor update cannot span several. InvalidValue for
-    `moments` that the optimizer cannot keep.
+    The parameters of a group lie on one device mesh, because one multi-tensor update cannot span several.
+    InvalidValue for `moments` that the optimizer cannot store.
     """
     check_moments(config, moments)
     if moments is MomentType.bf16:
-        config = replace(config, _target_=BF16_MOMENTS)
-    grouped: dict[tuple[Any, bool], list[nn.Parameter]] = {}
-    for parameter in (p for part in parts for p in part.parameters()):
+        config = replace(config, _target_="dsv3.training.optimizer.BF16MomentAdamW")
+    by_group: dict[tuple[Any, bool], list[nn.Parameter]] = {}
+    for parameter in (p for part in model_parts for p in part.parameters()):
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        grouped.setdefault((mesh, parameter.ndim > 1), []).append(parameter)
+        is_matrix = parameter.ndim > 1
+        by_group.setdefault((mesh, is_matrix), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": members} if decays else {"params": members, "weight_decay": 0.0}
-        for (_, decays), members in grouped.items()
+        {"params": members} if is_matrix else {"params": members, "weight_decay": 0.0}
+        for (_, is_matrix), members in by_group.items()
     ]
     # `params` goes through a partial: Hydra would try to copy tensors handed to it as config.
     optimizer: torch.optim.Optimizer = build(config, _partial_=True)(params=groups)
@@ -160,42 +162,32 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the step's learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 @torch.no_grad()
-def clip_gradients(parts: Sequence[nn.Module], max_norm: float, ranks: RankContext) -> Tensor:
-    """Scale all gradients to a norm of at most `max_norm`; the norm before, over the whole model, a scalar.
+def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float, ranks: RankContext) -> Tensor:
+    """Clip all gradients to a common norm of at most `max_norm`; return the norm before clipping.
 
-    Each rank adds the squares of what it holds, divided by the ranks that hold the same.
+    The norm (an fp32 scalar) is that of the whole model's gradient, on any layout: ranks add the squared
+    norms of their shards, each divided by the number of ranks that hold the same shard.
     """
-    gradients = [
-        p.grad for part in parts for p in part.parameters() if p.grad is not None and not is_replica(p)
-    ]
-    norms = torch._foreach_norm([local(gradient) for gradient in gradients])
-    shares = torch.tensor([1.0 / replicas(gradient) for gradient in gradients], device=ranks.device)
+    trained = [p for part in model_parts for p in part.parameters() if p.grad is not None]
+    # A parameter of two pipeline stages (the embedding, which MTP shares) counts on one of them only.
+    counted = [p.grad for p in trained if p.grad is not None and not getattr(p, "is_replica", False)]
+    norms = foreach_norm([local_tensor(gradient) for gradient in counted])
+    shares = torch.tensor([1.0 / replicas(gradient) for gradient in counted], device=ranks.device)
     norm = ranks.sum((torch.stack(norms).square() * shares).sum()).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    held = [local(p.grad) for part in parts for p in part.parameters() if p.grad is not None]
-    torch._foreach_mul_(held, scale)
+    foreach_mul_([local_tensor(p.grad) for p in trained if p.grad is not None], scale)
     return norm
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def replicas(tensor: Tensor) -> int:
-    """Ranks that hold the same part of a tensor."""
+    """Return the number of ranks that hold the same shard of `tensor`, 1 for a plain tensor."""
     if not isinstance(tensor, DTensor):
         return 1
     mesh = tensor.device_mesh
     return math.prod(mesh.size(axis) for axis, p in enumerate(tensor.placements) if p.is_replicate())
-
-
-def is_replica(parameter: nn.Parameter) -> bool:
-    """Whether another pipeline stage holds this parameter too and counts it."""
-    return getattr(parameter, "is_replica", False)

@@ -1,13 +1,41 @@
-"""Courses of the learning rate: each gives, for a step from 1, a factor of the optimizer's peak lr."""
+"""Learning-rate schedules, and the other hyperparameters that change from step to step.
+
+A schedule maps an optimizer step, from 1, to a factor of the optimizer's peak learning rate (optimizer.lr).
+"""
 
 import math
+from dataclasses import dataclass
+
+from dsv3.config.training import TrainConfig
+
+
+@dataclass(frozen=True)
+class StepHyperparameters:
+    """The learning rate, the loss weights and the speed of the expert bias in one optimizer step."""
+
+    lr: float
+    mtp_weight: float
+    balance_weight: float
+    """Alpha of the sequence-wise balance loss (eq. 17)."""
+    bias_speed: float
+    """Gamma: how far the expert bias moves per step (aux-loss-free load balancing)."""
+    z_loss_weight: float = 0.0
+
+    @classmethod
+    def at(cls, step: int, total_steps: int, lr: float, config: TrainConfig) -> "StepHyperparameters":
+        """Return the hyperparameters of `step` (from 1) in a run of `total_steps`."""
+        share = step / total_steps
+        mtp, balance = config.mtp_loss, config.balance
+        mtp_weight = mtp.weight if share <= mtp.switch_at else mtp.final_weight
+        bias_speed = balance.bias_speed if share <= balance.bias_until else 0.0
+        return cls(lr, mtp_weight, balance.loss_weight, bias_speed, balance.z_loss_weight)
 
 
 class Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then what a subclass says about the share of the run.
+    """Base class: linear warm-up from 0 over `warmup_steps`, then the factor of the subclass.
 
-    The factor at the last warm-up step is 1. `share` counts whole steps: 0 before the first, 1 at the
-    last of `total_steps`; beyond it the course stays where it ended.
+    The factor is 1 at the last warm-up step. `after_warmup` depends on the share of the run that is done:
+    step / total_steps. Past `total_steps` the factor stays as it was there.
     """
 
     def __init__(self, warmup_steps: int, total_steps: int) -> None:
@@ -15,13 +43,13 @@ class Schedule:
         self.total_steps = total_steps
 
     def __call__(self, step: int) -> float:
-        """Factor of the peak learning rate for optimizer step `step` (from 1)."""
+        """Return the factor of the peak learning rate for optimizer step `step` (from 1)."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
         return self.after_warmup(min(step / self.total_steps, 1.0))
 
     def after_warmup(self, share: float) -> float:
-        """Factor at `share` of the run."""
+        """Return the factor at `share` of the run, 0 to 1."""
         raise NotImplementedError
 
 
@@ -33,13 +61,13 @@ class WarmupCosine(Schedule):
         self.final = final
 
     def after_warmup(self, share: float) -> float:
-        """Factor at `share` of the run."""
+        """Return the factor at `share` of the run, 0 to 1."""
         start = min(self.warmup_steps / self.total_steps, 1.0)
         return _cosine((share - start) / (1.0 - start) if start < 1.0 else 1.0, 1.0, self.final)
 
 
 class WarmupStableDecay(Schedule):
-    """1 until the last `decay` share of the run, then a straight line to `final`."""
+    """Constant 1 (stable), then a straight line to `final` over the last `decay` share of the run (WSD)."""
 
     def __init__(self, warmup_steps: int, total_steps: int, decay: float, final: float) -> None:
         super().__init__(warmup_steps, total_steps)
@@ -47,7 +75,7 @@ class WarmupStableDecay(Schedule):
         self.final = final
 
     def after_warmup(self, share: float) -> float:
-        """Factor at `share` of the run."""
+        """Return the factor at `share` of the run, 0 to 1."""
         left = 1.0 - share
         if left >= self.decay:
             return 1.0
@@ -55,7 +83,7 @@ class WarmupStableDecay(Schedule):
 
 
 class Steps(Schedule):
-    """Multiplied by `factor` once each share of `at` has passed (V2-Lite: 0.316 at 80 % and 90 %)."""
+    """Step decay: times `factor` after each share of the run in `at` (V2-Lite: 0.316 at 0.8 and 0.9)."""
 
     def __init__(self, warmup_steps: int, total_steps: int, at: list[float], factor: float) -> None:
         super().__init__(warmup_steps, total_steps)
@@ -63,15 +91,15 @@ class Steps(Schedule):
         self.factor = factor
 
     def after_warmup(self, share: float) -> float:
-        """Factor at `share` of the run."""
+        """Return the factor at `share` of the run, 0 to 1."""
         return self.factor ** sum(share > passed for passed in self.at)
 
 
 class DeepSeekV3(Schedule):
-    """The report's course over 14.8T tokens (section 4.2), stretched to the run.
+    """The schedule of the report over 14.8T tokens (section 4.2), stretched to the length of the run.
 
-    Constant to 10T, cosine to a tenth over 4.3T, that tenth for 333B, and 7.3e-6 / 2.2e-4 for the last
-    167B.
+    It is constant for 10T tokens, falls along a cosine to a tenth over 4.3T, keeps that tenth for 333B, and
+    has 7.3e-6 / 2.2e-4 for the last 167B.
     """
 
     # Billions of tokens as whole numbers: 14.633 / 14.8 would round to just below the boundary.
@@ -82,7 +110,7 @@ class DeepSeekV3(Schedule):
     last = 7.3e-6 / 2.2e-4
 
     def after_warmup(self, share: float) -> float:
-        """Factor at `share` of the run."""
+        """Return the factor at `share` of the run, 0 to 1."""
         if share <= self.constant_until:
             return 1.0
         if share <= self.decayed_at:
@@ -92,5 +120,5 @@ class DeepSeekV3(Schedule):
 
 
 def _cosine(progress: float, start: float, end: float) -> float:
-    """A half cosine from `start` at 0 to `end` at 1."""
+    """Return the value at `progress` (0 to 1) of a half cosine from `start` to `end`."""
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))

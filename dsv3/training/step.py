@@ -1,43 +1,100 @@
-"""One optimizer step: forward and backward over the microbatches, clip, update, move the biases."""
+"""One optimizer step: forward and backward over the microbatches (gradient accumulation), clip, update.
 
-from dataclasses import dataclass
+After the update the expert bias moves (aux-loss-free load balancing, expert_bias.py).
+"""
+
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dsv3.config.training import TrainConfig
 from dsv3.data.batch import Batch
 from dsv3.distributed.process_group import RankContext
-from dsv3.fp8.convert_model import engine_of, take_broken_tiles
+from dsv3.fp8.convert_model import fp8_engine_name, take_nonfinite_tiles
 from dsv3.metrics import expert_load
-from dsv3.training.expert_bias import selection_biases, take_load, update_biases
-from dsv3.training.forward_backward import ForwardBackward, LossWeights, placed_routers
-from dsv3.training.loss import LossDenominators, valid_tokens
+from dsv3.model.router import Router
+from dsv3.model.transformer import Transformer
+from dsv3.training.expert_bias import stack_expert_bias, take_expert_load, update_expert_bias
+from dsv3.training.loss import LossDenominators, LossSums, loss_terms, valid_tokens
 from dsv3.training.optimizer import clip_gradients, set_learning_rate
+from dsv3.training.schedule import StepHyperparameters
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What a step's loss terms and its bias update are weighed with."""
+class ForwardBackward(Protocol):
+    """Takes microbatches through the model: whole (below), or in stages (parallel/pipeline_parallel.py)."""
 
-    lr: float
-    mtp: float
-    balance: float
-    bias_speed: float
-    z: float = 0.0
+    model_parts: list[Transformer]
+    """What this rank holds of the model: all of it, or its pipeline stages."""
 
-    @classmethod
-    def at(cls, step: int, total_steps: int, lr: float, config: TrainConfig) -> "Weights":
-        """The weights of `step` (from 1) in a run of `total_steps`."""
-        share = step / total_steps
-        mtp, balance = config.mtp_loss, config.balance
-        mtp_weight = mtp.weight if share <= mtp.switch_at else mtp.final_weight
-        bias_speed = balance.bias_speed if share <= balance.bias_until else 0.0
-        return cls(lr, mtp_weight, balance.loss_weight, bias_speed, balance.z_loss_weight)
+    def train(
+        self, microbatches: list[Batch], denominators: LossDenominators, step: StepHyperparameters
+    ) -> LossSums:
+        """Accumulate the gradients of this rank's `microbatches`; return their loss sums."""
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Return the summed next-token cross-entropy of `batch`, 0 where another rank has it; a scalar."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return the logits [batch, sequence, vocab] of `tokens` [batch, sequence], on every rank."""
+
+
+class LocalForwardBackward:
+    """Runs a model without pipeline stages: one forward and one backward per microbatch."""
+
+    def __init__(self, model: Transformer, document_mask: bool) -> None:
+        self.model = model
+        self.model_parts = [model]
+        self.document_mask = document_mask
+
+    def train(
+        self, microbatches: list[Batch], denominators: LossDenominators, step: StepHyperparameters
+    ) -> LossSums:
+        """See ForwardBackward."""
+        sums = []
+        for batch in microbatches:
+            output = self.model(batch.tokens, batch.documents if self.document_mask else None)
+            shards = (self.model.vocabulary_shard, self.model.sequence_shard)
+            terms = loss_terms(output, batch, denominators, *shards)
+            terms.total(step).backward()  # gradients accumulate over the microbatches
+            main, mtp, balance = (term.detach() for term in (terms.main, terms.mtp, terms.balance))
+            sums.append(LossSums(main, mtp, balance, output.nonfinite_routers.float()))
+        return LossSums.added_up(sums)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """See ForwardBackward."""
+        logits = self.model(batch.tokens, batch.documents if self.document_mask else None).logits
+        targets = self.model.sequence_shard.take_local(batch.targets)
+        return self.model.vocabulary_shard.cross_entropy_sum(logits, targets)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """See ForwardBackward."""
+        return self.model.sequence_shard.gather(self.model.vocabulary_shard.gather(self.model(tokens).logits))
+
+
+class StepMetrics(NamedTuple):
+    """What one optimizer step measured; scalars on the device, None where the model has no such thing.
+
+    The names are those of metrics/row.py. Reading a value makes the host wait for the device.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    mtp_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    moe_max_violation: Tensor | None = None
+    moe_entropy: Tensor | None = None
+    moe_bias_range: Tensor | None = None
+    fp8_broken_tiles: Tensor | None = None
+    first_nonfinite_router: Tensor | None = None
+    """Place among all MoE layers of the first router whose logits were not finite, -1 for none."""
+
+    def known(self) -> dict[str, Tensor]:
+        """Return by name what this model has."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class TrainStep:
-    """Carries out optimizer steps; all ranks call it together."""
+    """Takes optimizer steps; all ranks call it together."""
 
     def __init__(
         self,
@@ -47,66 +104,75 @@ class TrainStep:
         clip_norm: float,
     ) -> None:
         self.forward_backward = forward_backward
+        self.model_parts = forward_backward.model_parts
         self.optimizer = optimizer
         self.ranks = ranks
         self.clip_norm = clip_norm
-        self.config = forward_backward.parts[0].config
-        self.routers = placed_routers(forward_backward.parts)
-        self.in_fp8 = engine_of(forward_backward.parts) is not None
+        self.config = self.model_parts[0].config
+        self.routers = routers_by_place(self.model_parts)
+        self.in_fp8 = fp8_engine_name(self.model_parts) is not None
 
-    def __call__(self, microbatches: list[Batch], weights: Weights) -> dict[str, Tensor]:
-        """Train on this rank's microbatches of one global batch.
-
-        Returns the figures of metrics/row.py as tensors, still on the device: reading them is what
-        would make the host wait.
-        """
-        for part in self.forward_backward.parts:
+    def __call__(self, microbatches: list[Batch], step: StepHyperparameters) -> StepMetrics:
+        """Train on this rank's microbatches of one global batch."""
+        for part in self.model_parts:
             part.train()
         for router in self.routers.values():
-            router.z_loss = weights.z > 0
+            router.z_loss = step.z_loss_weight > 0
         microbatches = [batch.to(self.ranks.device) for batch in microbatches]
-        terms = LossWeights(weights.mtp, weights.balance, weights.z)
-        parts = self.forward_backward.train(microbatches, self._measure(microbatches), terms)
-        parts[:2] /= self.ranks.loss_replicas
-        if self.in_fp8:  # they travel with the losses: one reduction for all
-            parts = torch.cat(
-                [parts, take_broken_tiles(self.forward_backward.parts, self.ranks.device).view(1)]
-            )
-        main, mtp, balance, *broken = self.ranks.sum(parts).unbind()
-        grad_norm = clip_gradients(self.forward_backward.parts, self.clip_norm, self.ranks)
-        set_learning_rate(self.optimizer, weights.lr)
+        local = self.forward_backward.train(microbatches, self._count(microbatches), step)
+        # Every rank of a tensor-parallel group computes the same cross-entropies.
+        local = local._replace(
+            main=local.main / self.ranks.loss_replicas, mtp=local.mtp / self.ranks.loss_replicas
+        )
+        flat, nonfinite_tiles = local.flat(), None
+        if self.in_fp8:  # the count travels with the losses: one all-reduce for all
+            count = take_nonfinite_tiles(self.model_parts, self.ranks.device).view(1)
+            *summed, nonfinite_tiles = self.ranks.sum(torch.cat([flat, count])).split([len(flat), 1])
+            sums, nonfinite_tiles = LossSums.from_flat(summed[0]), nonfinite_tiles.squeeze(0)
+        else:
+            sums = LossSums.from_flat(self.ranks.sum(flat))
+        grad_norm = clip_gradients(self.model_parts, self.clip_norm, self.ranks)
+        set_learning_rate(self.optimizer, step.lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        figures = {"loss": main, "grad_norm": grad_norm}
-        if self.in_fp8:
-            figures["fp8_broken_tiles"] = broken.pop()
+        metrics = StepMetrics(sums.main, grad_norm, fp8_broken_tiles=nonfinite_tiles)
         if self.config.mtp_depths:
-            figures["mtp_loss"] = mtp
+            metrics = metrics._replace(mtp_loss=sums.mtp)
         if self.config.num_moe_layers:
-            figures["balance_loss"] = balance * weights.balance
-            figures |= self._balance(weights.bias_speed)
-            figures["broken_router"] = _first(torch.stack(broken) > 0)
-        return figures
+            broken = sums.nonfinite_routers > 0
+            metrics = metrics._replace(
+                balance_loss=sums.balance * step.balance_weight,
+                first_nonfinite_router=torch.where(broken.any(), broken.int().argmax(), -1),
+                **self._balance_experts(step.bias_speed),
+            )
+        return metrics
 
-    def _measure(self, microbatches: list[Batch]) -> LossDenominators:
+    def _count(self, microbatches: list[Batch]) -> LossDenominators:
+        """Count the valid tokens and sequences of the global batch, over all ranks."""
         local = torch.stack([valid_tokens(batch) for batch in microbatches]).sum()
         sequences = sum(batch.tokens.shape[0] for batch in microbatches) * self.ranks.data_world
         tokens = self.ranks.sum(local) // self.ranks.row_replicas
         return LossDenominators(tokens.clamp(min=1), sequences)
 
-    def _balance(self, bias_speed: float) -> dict[str, Tensor]:
+    def _balance_experts(self, bias_speed: float) -> dict[str, Tensor]:
+        """Move the expert bias by the global batch's load; return the metrics of the load."""
         shape = (self.config.num_moe_layers, self.config.moe.num_experts)
-        load = take_load(self.routers, shape, self.ranks.sum, self.ranks.device)
-        update_biases(self.routers, load, bias_speed)
-        figures = {
+        load = take_expert_load(self.routers, shape, self.ranks.sum, self.ranks.device)
+        update_expert_bias(self.routers, load, bias_speed)
+        metrics = {
             "moe_max_violation": expert_load.max_violation(load),
             "moe_entropy": expert_load.entropy(load),
         }
         if self.config.moe.selection_bias:
-            figures["moe_bias_range"] = self.ranks.max(expert_load.bias_range(selection_biases(self.routers)))
-        return figures
+            largest = expert_load.bias_range(stack_expert_bias(self.routers))
+            metrics["moe_bias_range"] = self.ranks.max(largest)
+        return metrics
 
 
-def _first(flags: Tensor) -> Tensor:
-    """The place of the first True in `flags` [count], -1 where there is none; a scalar."""
-    return torch.where(flags.any(), flags.int().argmax(), -1)
+def routers_by_place(model_parts: list[Transformer]) -> dict[int, Router]:
+    """Return the routers of `model_parts` by their place among the whole model's MoE layers, MTP's last."""
+    return {
+        part.config.moe_layers().index(name): router
+        for part in model_parts
+        for name, router in zip(part.moe_layers(), part.routers(), strict=True)
+    }

@@ -5,38 +5,38 @@ import struct
 
 
 def text(value: str) -> bytes:
-    """The instructions that push a string."""
+    """Return the instructions that push a string."""
     return pickle.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def data(value: bytes) -> bytes:
-    """The instructions that push bytes."""
+    """Return the instructions that push bytes."""
     return pickle.BINBYTES + struct.pack("<I", len(value)) + value
 
 
 def name(module: str, attribute: str) -> bytes:
-    """The instructions that push what a module calls `attribute`, dots and all (protocol 4)."""
+    """Return the instructions that push a module's `attribute`, which may have dots (protocol 4)."""
     return text(module) + text(attribute) + pickle.STACK_GLOBAL
 
 
 def call(function: bytes, *arguments: bytes) -> bytes:
-    """The instructions that push what a function gives back."""
+    """Return the instructions that push the result of a function."""
     return function + pickle.MARK + b"".join(arguments) + pickle.TUPLE + pickle.REDUCE
 
 
 def set_attributes(target: bytes, **values: bytes) -> bytes:
-    """The instructions that set attributes, of a class for example, and leave nothing on the stack."""
+    """Return the instructions that set attributes, of a class for example, and leave the stack empty."""
     pairs = b"".join(text(key) + value + pickle.SETITEM for key, value in values.items())
     return target + pickle.NONE + pickle.EMPTY_DICT + pairs + pickle.TUPLE2 + pickle.BUILD + pickle.POP
 
 
 def whole(instructions: bytes, protocol: int = 4) -> bytes:
-    """A complete pickle."""
+    """Return a complete pickle."""
     return pickle.PROTO + bytes([protocol]) + instructions + pickle.STOP
 
 
 def attacks(command: str) -> dict[str, tuple[bytes, str]]:
-    """Pickles that run `command` in a shell, each with what it must be refused for naming."""
+    """Return pickles that run `command` in a shell, each with the name for which it must be refused."""
     system = name("os", "system")
     inner = whole(call(system, text(command)))
     partial = call(name("functools", "partial"), system, text(command))

@@ -1,18 +1,19 @@
-"""A checkpoint that somebody else made, met by the commands themselves."""
+"""Checkpoints that somebody else made, given to the commands themselves."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-import train
 from dsv3.checkpoint.directory import complete_steps
 from tests.checkpoint import hostile
-from tests.checkpoint.running import Commands, Outcome, seal
+from tests.harness.checkpoints import seal
+from tests.harness.commands import TrainCommand
+from tests.harness.outcome import refused
+from tests.harness.processes import run_program
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,8 @@ def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(commands: Commands, _finished: Path, tmp_path: Path) -> Path:
-    """A run of one step, to be spoiled."""
+def run(commands: TrainCommand, _finished: Path, tmp_path: Path) -> Path:
+    """Train a run of one step, which a test may damage."""
     if not _finished.exists():
         commands.train(_finished, "train.steps=2", "train.stop_after=1", "train.evaluate_every=0")
     return Path(shutil.copytree(_finished, tmp_path / "run"))
@@ -41,32 +42,21 @@ def _poison(run: Path, marker: Path) -> Path:
     return step
 
 
-def _refused(outcome: Outcome, path: Path) -> None:
-    """Exit code 2 and one or two lines that name the path."""
-    assert outcome.code == 2
-    assert str(path) in outcome.err
-    assert 1 <= len(outcome.err.strip().splitlines()) <= 2
-    assert "Traceback" not in outcome.err
-    assert outcome.out == ""
-
-
 def test_evaluating_a_malicious_checkpoint_runs_nothing_and_exits_with_2(
-    commands: Commands, run: Path, marker: Path
+    commands: TrainCommand, run: Path, marker: Path
 ) -> None:
-    """The real command in a process of its own."""
+    """Run the real command in a process of its own."""
     step = _poison(run, marker)
-    command = [sys.executable, str(Path(train.__file__)), "task=evaluate", f"checkpoint.load={step}"]
     data = ["data=text", f"data.path={commands.text}"]
-    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
-    done = subprocess.run([*command, *data], capture_output=True, text=True, env=environment, check=False)
-    _refused(Outcome(done.returncode, done.stdout, done.stderr), step)
-    assert "it names os.system" in done.stderr
+    done = run_program("train.py", "task=evaluate", f"checkpoint.load={step}", *data)
+    refused(done, str(step))
+    assert "it names os.system" in done.err
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("command", ["resume", "evaluate", "generate", "train"])
 def test_a_malicious_checkpoint_is_refused_by_every_command_that_reads_one(
-    commands: Commands, run: Path, marker: Path, command: str
+    commands: TrainCommand, run: Path, marker: Path, command: str
 ) -> None:
     step = _poison(run, marker)
     data = ["data=text", f"data.path={commands.text}"]
@@ -77,7 +67,7 @@ def test_a_malicious_checkpoint_is_refused_by_every_command_that_reads_one(
         "generate": ["task=generate", f"checkpoint.load={run}", "task.prompt=w1"],
         "train": [f"checkpoint.load={run}", f"run.dir={run.parent / 'next'}", *training],
     }
-    _refused(commands.run(*arguments[command]), step)
+    refused(commands.run(*arguments[command]), str(step))
     assert not marker.exists()
 
 
@@ -97,7 +87,7 @@ def test_a_malicious_checkpoint_is_refused_by_every_command_that_reads_one(
     ],
 )
 def test_evaluating_a_damaged_checkpoint_names_the_path(
-    commands: Commands, run: Path, name: str, content: bytes | None, sealed: bool
+    commands: TrainCommand, run: Path, name: str, content: bytes | None, sealed: bool
 ) -> None:
     (step,) = complete_steps(run)
     (step / name).unlink()
@@ -106,11 +96,11 @@ def test_evaluating_a_damaged_checkpoint_names_the_path(
     if sealed:
         seal(step)
     data = ["data=text", f"data.path={commands.text}"]
-    _refused(commands.run("task=evaluate", f"checkpoint.load={step}", *data), step)
+    refused(commands.run("task=evaluate", f"checkpoint.load={step}", *data), str(step))
 
 
 @pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "dsv3.errors.difflib"])
-def test_a_model_file_cannot_choose_what_is_built(commands: Commands, run: Path, target: str) -> None:
+def test_a_model_file_cannot_choose_what_is_built(commands: TrainCommand, run: Path, target: str) -> None:
     (step,) = complete_steps(run)
     stored = yaml.safe_load((step / "model.yaml").read_text())
     (step / "model.yaml").write_text(yaml.safe_dump(stored | {"_target_": target}))
@@ -123,11 +113,11 @@ def test_a_model_file_cannot_choose_what_is_built(commands: Commands, run: Path,
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"step": "x"}', None])
 def test_resuming_without_a_sound_state_names_it(
-    commands: Commands, run: Path, content: bytes | None
+    commands: TrainCommand, run: Path, content: bytes | None
 ) -> None:
     (step,) = complete_steps(run)
     (step / "state.json").unlink()
     if content is not None:
         (step / "state.json").write_bytes(content)
     seal(step)
-    _refused(commands.run(f"resume={run}"), step / "state.json")
+    refused(commands.run(f"resume={run}"), str(step / "state.json"))

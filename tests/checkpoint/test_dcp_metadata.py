@@ -22,7 +22,7 @@ ATTACKS = sorted(hostile.attacks(""))
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """A DCP directory that holds VALUES, and `note`, which is no tensor."""
+    """Write a DCP directory that holds VALUES, and `note`, which is no tensor."""
     state = {**VALUES, "note": {"text": "bytes"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -32,7 +32,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """The file that a hostile pickle makes where it gets to run."""
+    """Return the file that a hostile pickle makes if it gets to run."""
     return tmp_path / "executed"
 
 
@@ -59,7 +59,7 @@ def _all(metadata: Metadata, **values: Any) -> None:
 
 
 def _refused(directory: Path) -> str:
-    """What load_tensors says when it refuses; it must name the directory, in a line or two."""
+    """Return the message of load_tensors, which must name the directory, in a line or two."""
     with pytest.raises(UserError) as caught:
         load_tensors(directory, _targets())
     message = str(caught.value)
@@ -148,7 +148,7 @@ class Harmful:
 
 
 def _plant(directory: Path, payload: Any) -> None:
-    """Let every entry of the checkpoint be this object."""
+    """Replace every entry of the checkpoint by this object."""
     file = directory / "__0_0.distcp"
     torch.save(payload, file)
     size = file.stat().st_size

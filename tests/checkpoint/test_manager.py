@@ -19,8 +19,8 @@ from dsv3.config.model import ModelConfig
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import UserError
 from dsv3.training.optimizer import BF16MomentAdamW
-from tests.checkpoint.conftest import ALONE, Trained
-from tests.checkpoint.running import tensors, unseal
+from tests.harness.checkpoints import tensors, unseal
+from tests.harness.trained import ALONE, Trained
 
 
 def _restore(run_dir: Path, into: Trained) -> Progress | None:
@@ -122,14 +122,14 @@ def test_weights_are_loaded_without_optimizer_or_progress(step: Path, trained: T
 
 def test_a_model_with_more_layers_is_told_which_tensor_is_missing(step: Path) -> None:
     with pytest.raises(UserError, match=r"no tensor 'model\.layers\.2\..*it was saved from another model"):
-        load_weights([Trained(seed=1, layers=3).model], step)
+        load_weights([Trained(seed=1, num_layers=3).model], step)
 
 
 def test_a_model_of_another_width_is_told_both_shapes(step: Path) -> None:
     with pytest.raises(
-        UserError, match=r"'model\.embedding\.weight' has shape \[16, 8\], the model needs \[16, 12\]"
+        UserError, match=r"'model\.embedding\.weight' has shape \[300, 32\], the model needs \[300, 48\]"
     ):
-        load_weights([Trained(seed=1, dim=12).model], step)
+        load_weights([Trained(seed=1, dim=48).model], step)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
@@ -188,7 +188,7 @@ def test_a_checkpoint_is_complete_before_it_has_its_name(
 
 
 class Crash(BaseException):
-    """Stands for a kill: nothing may handle it."""
+    """Stands for a kill: no code may handle it."""
 
 
 def _crash(*_: Any, **__: Any) -> None:

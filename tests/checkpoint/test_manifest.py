@@ -22,7 +22,7 @@ CONTENTS = {"a.distcp": b"one" * 100, "b.distcp": b"two" * 100, "tokenizer/token
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Path:
-    """A directory with two files of the same size and one in a folder, and their manifest."""
+    """Write a directory with two files of the same size and one in a folder, and their manifest."""
     for name, content in CONTENTS.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -35,7 +35,7 @@ def test_a_digest_is_the_xxh3_128_of_the_content_however_it_is_read(
 ) -> None:
     content = bytes(range(256)) * 41
     (tmp_path / "file").write_bytes(content)
-    monkeypatch.setattr(manifest, "_BUFFER", 1000)
+    monkeypatch.setattr(manifest, "_BUFFER_BYTES", 1000)
     told: list[int] = []
     assert digest(tmp_path / "file", told.append) == xxhash.xxh3_128_hexdigest(content)
     assert sum(told) == len(content)

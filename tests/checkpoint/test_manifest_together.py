@@ -12,8 +12,13 @@ from dsv3.checkpoint.manifest import FileEntry, check_newest, shares, verify_tog
 from dsv3.checkpoint.save import Staging
 from dsv3.errors import UserError
 from tests.checkpoint import hostile
-from tests.checkpoint.conftest import ALONE, Trained
-from tests.checkpoint.running import Commands, Outcome, rows, seal, unseal
+from tests.harness.checkpoints import seal, unseal
+from tests.harness.commands import TrainCommand
+from tests.harness.outcome import Outcome
+from tests.harness.runs import rows
+from tests.harness.trained import ALONE, Trained
+
+pytestmark = pytest.mark.slow
 
 
 def _entries(*sizes: int) -> dict[str, FileEntry]:
@@ -55,7 +60,9 @@ def test_damage_to_any_file_is_named(step: Path, name: str, damage: Callable[[Pa
 
 def test_every_rank_reads_its_share_alone(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _flip(step / "__0_0.distcp")
-    monkeypatch.setattr("dsv3.distributed.process_group.RankContext.gather", lambda self, value: [value])
+    monkeypatch.setattr(
+        "dsv3.distributed.process_group.RankContext.all_gather_object", lambda self, value: [value]
+    )
     found = []
     for rank in range(3):
         try:
@@ -124,8 +131,8 @@ def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(commands: Commands, _finished: Path, tmp_path: Path) -> Path:
-    """A run of four steps with checkpoints of the last two, to be damaged."""
+def run(commands: TrainCommand, _finished: Path, tmp_path: Path) -> Path:
+    """Train a run of four steps with checkpoints of the last two, which a test may damage."""
     if not _finished.exists():
         every = ["train.checkpoint_every=1", "train.evaluate_every=2", "checkpoint.keep_best=true"]
         commands.train(_finished, "train.steps=4", *every)
@@ -142,7 +149,7 @@ def _refused(outcome: Outcome, path: Path, lines: int) -> None:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "model.yaml", "state.json"])
 def test_a_resume_stops_at_a_damaged_checkpoint_and_its_command_goes_on_before_it(
-    commands: Commands, run: Path, name: str
+    commands: TrainCommand, run: Path, name: str
 ) -> None:
     _flip(run / "checkpoints/step-4" / name)
     expected = rows(run)
@@ -159,7 +166,7 @@ def test_a_resume_stops_at_a_damaged_checkpoint_and_its_command_goes_on_before_i
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "train"])
 def test_a_flipped_bit_is_noticed_by_every_command_that_loads(
-    commands: Commands, run: Path, command: str
+    commands: TrainCommand, run: Path, command: str
 ) -> None:
     data = ["data=text", f"data.path={commands.text}", "train.sequence_length=32"]
     load = f"checkpoint.load={run}/checkpoints/latest"
@@ -174,7 +181,7 @@ def test_a_flipped_bit_is_noticed_by_every_command_that_loads(
     _refused(commands.run(*arguments), run / "checkpoints/step-4/__0_0.distcp", 1)
 
 
-def test_the_best_checkpoint_is_kept_and_can_be_named(commands: Commands, run: Path) -> None:
+def test_the_best_checkpoint_is_kept_and_can_be_named(commands: TrainCommand, run: Path) -> None:
     losses = {row["step"]: row["evaluation_loss"] for row in rows(run) if row["evaluation_loss"] is not None}
     best = min(losses, key=lambda step: losses[step])
     assert (run / "checkpoints/best").resolve().name == f"step-{best}"
@@ -184,7 +191,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_named(commands: Commands, run: P
     assert json.loads(outcome.out)["loss"] == pytest.approx(losses[best], abs=1e-6)
 
 
-def test_a_run_of_the_time_before_manifests_goes_on(commands: Commands, run: Path) -> None:
+def test_a_run_of_the_time_before_manifests_goes_on(commands: TrainCommand, run: Path) -> None:
     for step in complete_steps(run):
         unseal(step)
     commands.must(f"resume={run}", "train.steps=5")

@@ -1,4 +1,4 @@
-"""What a run takes over from a checkpoint or its own past, and what it refuses to take for the same."""
+"""The settings that a run takes from a checkpoint or its own past, and those that it refuses to change."""
 
 import json
 import shutil
@@ -9,7 +9,11 @@ import pytest
 import yaml
 
 from dsv3.checkpoint.directory import complete_steps
-from tests.checkpoint.running import Commands, last_tensors, rows
+from tests.harness.checkpoints import last_tensors
+from tests.harness.commands import TrainCommand
+from tests.harness.runs import rows
+
+pytestmark = pytest.mark.slow
 
 TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -20,8 +24,8 @@ def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def first(commands: Commands, _finished: Path) -> Path:
-    """A finished run of two steps; not to be changed."""
+def first(commands: TrainCommand, _finished: Path) -> Path:
+    """Train a run of two steps, which tests must not change."""
     if not _finished.exists():
         commands.train(_finished, "train.steps=2")
     return _finished
@@ -29,7 +33,7 @@ def first(commands: Commands, _finished: Path) -> Path:
 
 @pytest.fixture
 def other_text(tmp_path: Path) -> Path:
-    """Text of other words, of which another tokenizer would be made."""
+    """Write text of other words, which would give another tokenizer."""
     folder = tmp_path / "other"
     folder.mkdir()
     for number in range(30):
@@ -37,22 +41,22 @@ def other_text(tmp_path: Path) -> Path:
     return folder
 
 
-def begin(commands: Commands, first: Path, run: Path, *arguments: str) -> None:
-    """A run from the weights of `first`, whose model is not named again."""
+def begin(commands: TrainCommand, first: Path, run: Path, *arguments: str) -> None:
+    """Train a run from the weights of `first`, without naming the model again."""
     settings = ["data.held_out=0.1", "train.sequence_length=32", "train.steps=4", "logger=none"]
     settings += ["data=text", f"data.path={commands.text}", "train.global_batch_size=4"]
     commands.must(*settings, f"checkpoint.load={first}", *arguments, f"run.dir={run}")
 
 
 def test_a_run_from_a_checkpoint_reads_other_text_with_its_tokenizer(
-    commands: Commands, first: Path, tmp_path: Path, other_text: Path
+    commands: TrainCommand, first: Path, tmp_path: Path, other_text: Path
 ) -> None:
     begin(commands, first, tmp_path / "next", f"data.path={other_text}")
     assert (tmp_path / "next" / TOKENIZER).read_bytes() == (first / TOKENIZER).read_bytes()
 
 
 def test_a_run_from_a_checkpoint_goes_on_as_if_it_had_not_stopped(
-    commands: Commands, first: Path, tmp_path: Path
+    commands: TrainCommand, first: Path, tmp_path: Path
 ) -> None:
     straight, stopped, origin = tmp_path / "straight", tmp_path / "stopped", tmp_path / "origin"
     shutil.copytree(first, origin)
@@ -65,7 +69,7 @@ def test_a_run_from_a_checkpoint_goes_on_as_if_it_had_not_stopped(
 
 
 def test_a_run_from_a_checkpoint_that_saved_nothing_begins_with_the_same_weights(
-    commands: Commands, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: TrainCommand, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     begin(commands, first, straight)
@@ -77,7 +81,7 @@ def test_a_run_from_a_checkpoint_that_saved_nothing_begins_with_the_same_weights
     assert rows(killed) == rows(straight)
 
 
-def test_a_run_does_not_go_on_with_other_data(commands: Commands, first: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_other_data(commands: TrainCommand, first: Path, tmp_path: Path) -> None:
     run, text = tmp_path / "run", tmp_path / "text"
     shutil.copytree(first, run)
     shutil.copytree(commands.text, text)
@@ -92,7 +96,7 @@ def test_a_run_does_not_go_on_with_other_data(commands: Commands, first: Path, t
 
 
 def test_the_data_of_a_run_is_recorded_for_its_resume(
-    commands: Commands, first: Path, tmp_path: Path
+    commands: TrainCommand, first: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(first, run)
@@ -102,7 +106,7 @@ def test_the_data_of_a_run_is_recorded_for_its_resume(
     assert "environment.json" in outcome.err
 
 
-def test_the_width_of_given_ids_is_the_length_everywhere(commands: Commands, tmp_path: Path) -> None:
+def test_the_width_of_given_ids_is_the_length_everywhere(commands: TrainCommand, tmp_path: Path) -> None:
     file, run = tmp_path / "ids.npy", tmp_path / "run"
     np.save(file, np.random.default_rng(0).integers(0, 300, (24, 17)))
     data = ["data=tokens", f"data.path={file}"]
@@ -115,15 +119,15 @@ def test_the_width_of_given_ids_is_the_length_everywhere(commands: Commands, tmp
     assert "16" in outcome.err
 
 
-def test_numbers_that_are_none_are_not_saved(commands: Commands, tmp_path: Path) -> None:
-    """The loss of the last step is finite still; it is the update after it that breaks the weights."""
+def test_numbers_that_are_none_are_not_saved(commands: TrainCommand, tmp_path: Path) -> None:
+    """The loss of the last step is still finite; the update after it breaks the weights."""
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match="not finite, so it is not saved"):
         commands.train(run, "train.stop_after=1", "optimizer.lr=1e39", "train.evaluate_every=0")
     assert not complete_steps(run)
 
 
-def test_an_evaluation_that_is_not_finite_ends_the_run(commands: Commands, tmp_path: Path) -> None:
+def test_an_evaluation_that_is_not_finite_ends_the_run(commands: TrainCommand, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match=r"step 1 is not finite: .*evaluation_loss nan"):
         commands.train(run, "train.steps=2", "optimizer.lr=1e39", "train.evaluate_every=1")
@@ -132,7 +136,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(commands: Commands, tmp_p
 
 @pytest.mark.parametrize("change", ["model.num_layers=1", "model.moe.num_shared_experts=0"])
 def test_a_smaller_model_does_not_pass_for_the_stored_one(
-    commands: Commands, first: Path, change: str
+    commands: TrainCommand, first: Path, change: str
 ) -> None:
     data = ["data=text", f"data.path={commands.text}", "data.held_out=0.1"]
     outcome = commands.run("task=evaluate", f"checkpoint.load={first}", *data, change)
@@ -140,7 +144,7 @@ def test_a_smaller_model_does_not_pass_for_the_stored_one(
     assert "another model" in outcome.err
 
 
-def test_a_model_may_be_scored_without_its_mtp_layers(commands: Commands, first: Path) -> None:
+def test_a_model_may_be_scored_without_its_mtp_layers(commands: TrainCommand, first: Path) -> None:
     data = ["data=text", f"data.path={commands.text}", "data.held_out=0.1", "train.sequence_length=32"]
     command = ["task=evaluate", f"checkpoint.load={first}", *data]
     whole = json.loads(commands.must(*command).out.splitlines()[-1])
@@ -151,7 +155,7 @@ def test_a_model_may_be_scored_without_its_mtp_layers(commands: Commands, first:
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_first_layer(
-    commands: Commands, tmp_path: Path
+    commands: TrainCommand, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match=r"step 2 is not finite: loss nan.*at the router of layers\.1"):
@@ -160,7 +164,9 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_first_layer(
 
 
 @pytest.mark.parametrize("kernel", ["flex", "varlen"])
-def test_a_kernel_that_cannot_train_here_is_refused(commands: Commands, tmp_path: Path, kernel: str) -> None:
+def test_a_kernel_that_cannot_train_here_is_refused(
+    commands: TrainCommand, tmp_path: Path, kernel: str
+) -> None:
     with pytest.raises(AssertionError, match=rf"model\.attention\.kernel={kernel} is not possible"):
         commands.train(tmp_path / "run", f"model.attention.kernel={kernel}")
     assert not (tmp_path / "run").exists()

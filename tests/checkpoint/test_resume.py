@@ -10,7 +10,11 @@ import pytest
 from dsv3.checkpoint.directory import Progress, complete_steps
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.training.step import TrainStep
-from tests.checkpoint.running import Commands, last_tensors, rows
+from tests.harness.checkpoints import last_tensors
+from tests.harness.commands import TrainCommand
+from tests.harness.runs import rows
+
+pytestmark = pytest.mark.slow
 
 VARIANTS = {
     "plain": [],
@@ -23,7 +27,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    commands: Commands, tmp_path: Path, settings: list[str]
+    commands: TrainCommand, tmp_path: Path, settings: list[str]
 ) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     commands.train(straight, *settings)
@@ -35,8 +39,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert last_tensors(stopped) == last_tensors(straight)
 
 
-def test_the_variants_do_not_train_the_same(commands: Commands, tmp_path: Path) -> None:
-    """Were a setting without effect, its test above would show nothing; microbatches may round alike."""
+def test_the_variants_do_not_train_the_same(commands: TrainCommand, tmp_path: Path) -> None:
+    """A setting without effect would make its test above show nothing; microbatches may round alike."""
     finals = set()
     for name in ("plain", "document mask", "bf16", "bf16 moments"):
         commands.train(tmp_path / name, *VARIANTS[name], "train.steps=3")
@@ -45,7 +49,7 @@ def test_the_variants_do_not_train_the_same(commands: Commands, tmp_path: Path) 
 
 
 def test_a_kill_between_checkpoints_leaves_each_step_once(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     settings = ["train.checkpoint_every=3", "train.log_every=1"]
@@ -71,7 +75,7 @@ def test_a_kill_between_checkpoints_leaves_each_step_once(
     assert last_tensors(killed) == last_tensors(straight)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(commands: Commands, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(commands: TrainCommand, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     commands.train(straight, "train.steps=3")
     commands.train(killed, "train.steps=3", "train.stop_after=2")
@@ -83,7 +87,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(commands: Commands
     assert last_tensors(killed) == last_tensors(straight)
 
 
-def test_resuming_a_finished_run_changes_no_row_and_no_checkpoint(commands: Commands, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_no_row_and_no_checkpoint(
+    commands: TrainCommand, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     commands.train(run, "train.steps=2")
     before = (run / "metrics.jsonl").read_bytes(), _listing(run / "checkpoints")
@@ -92,7 +98,7 @@ def test_resuming_a_finished_run_changes_no_row_and_no_checkpoint(commands: Comm
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every path below with its size and the time it was changed."""
+    """Return every path below with its size and the time of its last change."""
     return {
         str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in [folder, *folder.rglob("*")]
@@ -100,7 +106,7 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_evaluating_a_run_writes_nothing_there_and_gives_its_held_out_loss(
-    commands: Commands, tmp_path: Path
+    commands: TrainCommand, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     commands.train(run)
@@ -117,7 +123,9 @@ def test_evaluating_a_run_writes_nothing_there_and_gives_its_held_out_loss(
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_given_ids_train_and_are_scored_once_each(commands: Commands, tmp_path: Path, dtype: type) -> None:
+def test_given_ids_train_and_are_scored_once_each(
+    commands: TrainCommand, tmp_path: Path, dtype: type
+) -> None:
     run, file = tmp_path / "run", tmp_path / "ids, of mine.npy"
     count, width = 24, 17
     np.save(file, np.random.default_rng(0).integers(0, 300, (count, width)).astype(dtype))
@@ -131,7 +139,7 @@ def test_given_ids_train_and_are_scored_once_each(commands: Commands, tmp_path: 
 
 
 def test_the_rows_up_to_a_checkpoint_are_on_the_disk_before_it_is(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill right after a checkpoint would otherwise leave a gap: the console is told every 100 steps."""
     save, seen = CheckpointManager.save, []

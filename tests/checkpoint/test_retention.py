@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from dsv3.errors import InvalidValue, UserError
 
 
 def make(run_dir: Path, losses: dict[int, float | None]) -> list[Path]:
-    """Checkpoints of these steps, with the held-out loss of each."""
+    """Make checkpoints of these steps, with the held-out loss of each."""
     for step, loss in losses.items():
         path = step_directory(run_dir, step)
         path.mkdir(parents=True)
@@ -118,27 +119,46 @@ def test_without_keep_best_there_is_no_best(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path / "checkpoints/best"))
 
 
-def test_a_pointer_is_a_text_file_where_there_are_no_links(
+def test_where_there_are_no_links_a_run_means_its_newest_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
+        raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
     make(tmp_path, LOSSES)
     prune(tmp_path, CheckpointConfig(keep_best=True))
-    assert (tmp_path / "checkpoints/best").read_text() == "step-6\n"
-    assert find_checkpoint(str(tmp_path / "checkpoints/best")) == step_directory(tmp_path, 6)
-    make(tmp_path, {16: 0.0})
-    prune(tmp_path, CheckpointConfig(keep_best=True))
-    assert find_checkpoint(str(tmp_path / "checkpoints/best")) == step_directory(tmp_path, 16)
+    assert numbers(tmp_path) == [6, 12, 14]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-12",
+        "step-14",
+        "step-6",
+    ]
+    assert find_checkpoint(str(tmp_path)) == step_directory(tmp_path, 14)
+    assert find_checkpoint(str(step_directory(tmp_path, 6))) == step_directory(tmp_path, 6)
+    with pytest.raises(UserError, match="latest does not exist"):
+        find_checkpoint(str(tmp_path / "checkpoints/latest"))
+
+
+def test_a_disk_that_fails_is_not_one_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "symlink_to", fail)
+    make(tmp_path, LOSSES)
+    with pytest.raises(OSError, match="No space left"):
+        prune(tmp_path, CheckpointConfig())
 
 
 def test_a_pointer_cannot_lead_out_of_the_run(tmp_path: Path) -> None:
-    make(tmp_path, LOSSES)
-    (tmp_path / "checkpoints/latest").write_text("../../elsewhere/step-3")
-    with pytest.raises(UserError, match="neither a run nor a checkpoint"):
-        find_checkpoint(str(tmp_path / "checkpoints/latest"))
+    make(tmp_path / "run", LOSSES)
+    (tmp_path / "elsewhere/step-3").mkdir(parents=True)
+    for target in ("../../elsewhere/step-3", "../../elsewhere"):
+        pointer = tmp_path / "run/checkpoints/latest"
+        pointer.unlink(missing_ok=True)
+        pointer.symlink_to(target)
+        with pytest.raises(UserError, match="neither a run nor a checkpoint"):
+            find_checkpoint(str(pointer))
 
 
 @pytest.mark.parametrize("there", [True, False])

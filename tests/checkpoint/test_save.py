@@ -15,14 +15,18 @@ from dsv3.checkpoint.manifest import read_manifest, verify
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.errors import RunFailed
 from dsv3.training.step import TrainStep
-from tests.checkpoint.conftest import ALONE, Trained
-from tests.checkpoint.running import Commands, rows, tensors
+from tests.harness.checkpoints import tensors
+from tests.harness.commands import TrainCommand
+from tests.harness.runs import rows
+from tests.harness.trained import ALONE, Trained
+
+pytestmark = pytest.mark.slow
 
 PATIENCE = 60.0
 
 
 class Gate:
-    """Holds every write of tensors back until it is opened."""
+    """Holds back every write of tensors until it is opened."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
@@ -168,7 +172,7 @@ def _failing(write: Callable[..., None]) -> Callable[..., None]:
 
 
 def test_a_run_ends_with_the_same_message_whether_it_saves_aside_or_not(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(save, "save_tensors", _failing(save.save_tensors))
     told, last = [], []
@@ -188,7 +192,7 @@ def test_a_run_ends_with_the_same_message_whether_it_saves_aside_or_not(
 
 
 def test_steps_go_on_while_a_checkpoint_is_written_and_the_run_waits_for_it(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, run = tmp_path / "straight", tmp_path / "run"
     settings = [*EVERY_THREE, "train.steps=5", "checkpoint.keep_last=3"]
@@ -210,7 +214,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_the_run_waits_for_it(
 
 
 def test_a_run_that_breaks_finishes_the_save_in_flight(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, taken, gate = TrainStep.__call__, [], Gate(monkeypatch)
 

@@ -11,7 +11,7 @@ from dsv3.cli.application import Application
 from dsv3.cli.arguments import flags_first
 from dsv3.cli.help import train_help
 from dsv3.distributed.signals import STOPPED, Stopped
-from tests.launch.commands import Commands
+from tests.harness.commands import PlannedCommand
 
 
 def test_a_stop_signal_before_training_ends_the_command_without_a_traceback(
@@ -22,8 +22,8 @@ def test_a_stop_signal_before_training_ends_the_command_without_a_traceback(
         return list(argv)
 
     before = signal.getsignal(signal.SIGTERM)
-    application = Application("train.py", train_help, stopped, lambda config: None)
-    assert application.run(lambda: None, []) == 130
+    application = Application("train", "config", train_help, stopped, lambda config: None)
+    assert application.run([]) == 130
     assert capsys.readouterr().err == "stopped before the first step; nothing was saved\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -50,20 +50,20 @@ def test_flags_come_to_stand_before_overrides(typed: list[str], read: list[str])
     ],
 )
 def test_a_stop_before_a_job_has_begun_tells_what_was_not_saved(
-    commands: Commands, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+    planned: PlannedCommand, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
 ) -> None:
     def stopped(job: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("tests.launch.commands.check", stopped)
-    outcome = commands.run(*arguments, "logger=none")
+    monkeypatch.setattr("tests.harness.commands.check", stopped)
+    outcome = planned.run(*arguments, "logger=none")
     assert (outcome.code, outcome.err) == (130, told)
 
 
 @pytest.mark.parametrize(("rank", "local_rank", "told"), [(0, 0, True), (1, 1, False), (8, 0, True)])
 @pytest.mark.parametrize("mistake", ["modle=debug", "model.dim=7", "train.steps=abc"])
 def test_a_mistake_is_told_once_a_node(
-    commands: Commands,
+    planned: PlannedCommand,
     monkeypatch: pytest.MonkeyPatch,
     mistake: str,
     rank: int,
@@ -74,7 +74,7 @@ def test_a_mistake_is_told_once_a_node(
         monkeypatch.setenv(name, str(value))
     waited: list[float] = []
     monkeypatch.setattr("dsv3.cli.application.time.sleep", waited.append)
-    outcome = commands.run(mistake)
+    outcome = planned.run(mistake)
     assert (outcome.code, outcome.out, bool(outcome.err)) == (2, "", told)
     assert bool(waited) is not told  # or torchrun would end the first rank before it has spoken
 

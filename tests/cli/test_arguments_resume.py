@@ -6,80 +6,84 @@ import pytest
 import yaml
 
 from dsv3.launch.run_dir import OVERRIDES_FILE
-from tests.launch.commands import Commands
-from tests.launch.conftest import StoredRun
+from tests.harness.commands import PlannedCommand
+from tests.harness.runs import StoredRun
+
+pytestmark = pytest.mark.slow
 
 
-def test_stored_overrides_come_back_and_new_ones_win(commands: Commands, stored: StoredRun) -> None:
+def test_stored_overrides_come_back_and_new_ones_win(planned: PlannedCommand, stored: StoredRun) -> None:
     directory = stored.store("train.steps=50", "optimizer.lr=1e-2", "++train.log_every=4")
-    config = commands.run(f"resume={directory}", "optimizer.lr=5e-3", "train.log_every=5").job.config
+    config = planned.run(f"resume={directory}", "optimizer.lr=5e-3", "train.log_every=5").job.config
     assert (config.train.steps, config.optimizer.lr, config.train.log_every) == (50, 5e-3, 5)
     assert config.run.resume
 
 
-def test_a_group_chosen_anew_replaces_the_stored_choice(commands: Commands, stored: StoredRun) -> None:
+def test_a_group_chosen_anew_replaces_the_stored_choice(planned: PlannedCommand, stored: StoredRun) -> None:
     directory = stored.store("schedule=wsd", "recompute=full", "logger=none")
-    job = commands.run(f"resume={directory}", "schedule=steps", "recompute=none").job
+    job = planned.run(f"resume={directory}", "schedule=steps", "recompute=none").job
     assert type(job.config.schedule).__name__ == "StepsConfig"
     assert job.config.recompute.mode.name == "none"
     assert type(job.config.logger).__name__ == "NoLoggerConfig"
     assert sum(override.startswith("schedule=") for override in job.overrides) == 1
 
 
-def test_what_counted_for_one_start_only_is_dropped(commands: Commands, stored: StoredRun) -> None:
+def test_what_counted_for_one_start_only_is_dropped(planned: PlannedCommand, stored: StoredRun) -> None:
     once = ("train.stop_after=3", "run.allow_targets=[os]", "run.dir=/gone")
-    job = commands.run(f"resume={stored.store(*once)}").job
+    job = planned.run(f"resume={stored.store(*once)}").job
     config = job.config
     assert config.train.stop_after is None
     assert config.run.allow_targets == []
     assert job.run_dir == stored.directory
 
 
-def test_the_schedules_end_is_kept_when_the_run_is_made_longer(commands: Commands, stored: StoredRun) -> None:
+def test_the_schedules_end_is_kept_when_the_run_is_made_longer(
+    planned: PlannedCommand, stored: StoredRun
+) -> None:
     directory = stored.store("train.steps=50", total_steps=50)
-    config = commands.run(f"resume={directory}", "train.steps=80").job.config
+    config = planned.run(f"resume={directory}", "train.steps=80").job.config
     assert (config.train.steps, config.schedule.total_steps) == (80, 50)
-    typed = commands.run(f"resume={directory}", "schedule.total_steps=90").job.config
+    typed = planned.run(f"resume={directory}", "schedule.total_steps=90").job.config
     assert typed.schedule.total_steps == 90
 
 
-def test_a_resumed_run_can_be_resumed_again(commands: Commands, stored: StoredRun) -> None:
-    first = commands.run(f"resume={stored.store('train.steps=50')}", "optimizer.lr=7e-3").job
-    again = commands.run(f"resume={stored.store(*first.overrides)}").job
+def test_a_resumed_run_can_be_resumed_again(planned: PlannedCommand, stored: StoredRun) -> None:
+    first = planned.run(f"resume={stored.store('train.steps=50')}", "optimizer.lr=7e-3").job
+    again = planned.run(f"resume={stored.store(*first.overrides)}").job
     assert again.config == first.config
     assert again.overrides == first.overrides
 
 
 @pytest.mark.parametrize("form", ["{}", "'{}'"])
 def test_a_directory_named_from_elsewhere_is_found(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    planned: PlannedCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     run = StoredRun(tmp_path / "x, y=$z (1)" / "run")
     run.store("train.steps=50")
     monkeypatch.chdir(run.directory.parent)
-    job = commands.run("resume=" + form.format("run")).job
+    job = planned.run("resume=" + form.format("run")).job
     assert job.run_dir == run.directory
     assert job.config.train.steps == 50
 
 
 @pytest.mark.parametrize("name", ["overrides.yaml", "config.yaml"])
 @pytest.mark.parametrize("text", ["{", "3", "- [1]", "schedule: {total_steps: many}"])
-def test_damaged_files_are_named(commands: Commands, stored: StoredRun, name: str, text: str) -> None:
+def test_damaged_files_are_named(planned: PlannedCommand, stored: StoredRun, name: str, text: str) -> None:
     directory = stored.store("train.steps=50")
     (directory / name).write_text(text)
-    outcome = commands.run(f"resume={directory}")
+    outcome = planned.run(f"resume={directory}")
     assert outcome.code == 2
     assert name in outcome.err
     assert "Traceback" not in outcome.err
 
 
 def test_a_run_begun_from_a_checkpoint_that_is_gone_keeps_its_model(
-    commands: Commands, stored: StoredRun
+    planned: PlannedCommand, stored: StoredRun
 ) -> None:
     """The model came from the checkpoint then: no override names it."""
     directory = stored.store("model.dim=64")
     (directory / OVERRIDES_FILE).write_text(yaml.safe_dump(["checkpoint.load=/gone"]))
-    config = commands.run(f"resume={directory}").job.config
+    config = planned.run(f"resume={directory}").job.config
     assert config.model.dim == 64
     assert config.checkpoint.load == "/gone"
 
@@ -100,30 +104,30 @@ CHANGES: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_would_make_it_another_run_is_refused(
-    commands: Commands, stored: StoredRun, change: str
+    planned: PlannedCommand, stored: StoredRun, change: str
 ) -> None:
     directory = stored.store("train.steps=50", "train.seed=4", "train.sequence_length=64")
     (directory / "checkpoints" / "step-9").mkdir(parents=True)
-    outcome = commands.run(f"resume={directory}", *change.split())
+    outcome = planned.run(f"resume={directory}", *change.split())
     assert outcome.code == 2
     assert len(outcome.err.splitlines()) == 1
     for words in CHANGES[change]:
         assert words in outcome.err
-    assert commands.run(f"resume={directory}", "train.steps=9").code == 0
+    assert planned.run(f"resume={directory}", "train.steps=9").code == 0
 
 
-def test_a_quoted_directory_is_read_as_hydra_reads_quotes(commands: Commands, tmp_path: Path) -> None:
+def test_a_quoted_directory_is_read_as_hydra_reads_quotes(planned: PlannedCommand, tmp_path: Path) -> None:
     run = StoredRun(tmp_path / "it's")
     run.store()
     escaped = str(run.directory).replace("'", "\\'")
-    assert commands.run(f"resume='{escaped}'").job.run_dir == run.directory
+    assert planned.run(f"resume='{escaped}'").job.run_dir == run.directory
 
 
 def test_a_home_directory_is_found(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: PlannedCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     directory = StoredRun(tmp_path / "runs" / "first").store()
-    assert commands.run("resume=~/runs/first").job.run_dir == directory
-    assert commands.run("run.dir=~/runs/next").job.run_dir == directory.parent / "next"
-    assert vars(commands.run("task=generate", "task.prompt=~/x").job.config.task)["prompt"] == "~/x"
+    assert planned.run("resume=~/runs/first").job.run_dir == directory
+    assert planned.run("run.dir=~/runs/next").job.run_dir == directory.parent / "next"
+    assert vars(planned.run("task=generate", "task.prompt=~/x").job.config.task)["prompt"] == "~/x"

@@ -1,13 +1,15 @@
-"""The user's mistakes on the command line: exit code 2, two lines at most, the words that put it right."""
+"""The user's mistakes on the command line: exit code 2, at most two lines, and the words that fix it."""
 
 from pathlib import Path
 
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from dsv3.cli.error_messages import explain
-from tests.launch.commands import Commands
-from tests.launch.conftest import StoredRun
+from dsv3.cli.error_messages import explain_error
+from tests.harness.commands import PlannedCommand
+from tests.harness.runs import StoredRun
+
+pytestmark = pytest.mark.slow
 
 MISTAKES: dict[str, list[str]] = {
     # Keys and choices that are not there.
@@ -49,8 +51,8 @@ MISTAKES: dict[str, list[str]] = {
     "foo": ["'foo'", "KEY=VALUE"],
     "train.steps=1,2": ["train.steps=1,2", "-m sweeps"],
     "model.dim=${foo}": ["model.dim=${foo}", "'foo' not found"],
-    "~model": ["model", "taken out"],
-    "~train": ["train", "taken out"],
+    "~model": ["model", "cannot be removed"],
+    "~train": ["train", "cannot be removed"],
     "~model.dim": ["~model.dim", "model.dim=..."],
     # Values that cannot be right.
     "model.moe.top_k=100": ["model.moe.top_k=100", "num_experts=16"],
@@ -132,8 +134,8 @@ MISTAKES: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_two_lines_and_nothing_is_written(commands: Commands, mistake: str) -> None:
-    outcome = commands.run("logger=none", *mistake.split(" "))
+def test_a_mistake_is_told_in_two_lines_and_nothing_is_written(planned: PlannedCommand, mistake: str) -> None:
+    outcome = planned.run("logger=none", *mistake.split(" "))
     assert outcome.code == 2
     assert outcome.err.startswith("error: ")
     assert len(outcome.err.splitlines()) <= 2, outcome.err
@@ -145,37 +147,37 @@ def test_a_mistake_is_told_in_two_lines_and_nothing_is_written(commands: Command
     assert not list(Path.cwd().iterdir())
 
 
-def test_the_last_choice_of_a_group_counts(commands: Commands) -> None:
-    job = commands.run("task=plan", "model=671b", "model=16b").job
+def test_the_last_choice_of_a_group_counts(planned: PlannedCommand) -> None:
+    job = planned.run("task=plan", "model=671b", "model=16b").job
     assert job.config.model.num_layers == 27
 
 
-def test_a_run_is_not_started_over_another(commands: Commands, stored: StoredRun) -> None:
+def test_a_run_is_not_started_over_another(planned: PlannedCommand, stored: StoredRun) -> None:
     directory = stored.store()
-    outcome = commands.run(f"run.dir={directory}")
+    outcome = planned.run(f"run.dir={directory}")
     assert outcome.code == 2
     assert f"resume={directory}" in outcome.err
-    assert commands.run("task=plan", f"run.dir={directory}").code == 0
+    assert planned.run("task=plan", f"run.dir={directory}").code == 0
 
 
-def test_flags_may_stand_anywhere_among_the_overrides(commands: Commands) -> None:
-    outcome = commands.run("task=plan", "-m", "model.dim=64,96")
+def test_flags_may_stand_anywhere_among_the_overrides(planned: PlannedCommand) -> None:
+    outcome = planned.run("task=plan", "-m", "model.dim=64,96")
     assert [job.config.model.dim for job in outcome.jobs] == [64, 96]
-    shown = commands.run("task=plan", "--cfg", "job", "train.steps=7")
+    shown = planned.run("task=plan", "--cfg", "job", "train.steps=7")
     assert shown.code == 0
     assert "steps: 7" in shown.out
     assert not shown.jobs
 
 
-def test_a_sweep_with_an_unreadable_value_starts_no_job(commands: Commands) -> None:
-    outcome = commands.run("-m", "task=plan", "train.steps=2,abc")
+def test_a_sweep_with_an_unreadable_value_starts_no_job(planned: PlannedCommand) -> None:
+    outcome = planned.run("-m", "task=plan", "train.steps=2,abc")
     assert outcome.code == 2
     assert "abc" in outcome.err
     assert not outcome.jobs
 
 
-def test_a_bad_job_of_a_sweep_does_not_stop_the_others(commands: Commands) -> None:
-    outcome = commands.run("-m", "task=plan", "train.steps=2,0,3")
+def test_a_bad_job_of_a_sweep_does_not_stop_the_others(planned: PlannedCommand) -> None:
+    outcome = planned.run("-m", "task=plan", "train.steps=2,0,3")
     assert outcome.code == 1
     assert [job.config.train.steps for job in outcome.jobs] == [2, 3]
     assert "job 1 failed: train.steps=0 is not possible" in outcome.err
@@ -183,9 +185,9 @@ def test_a_bad_job_of_a_sweep_does_not_stop_the_others(commands: Commands) -> No
 
 
 def test_every_failed_job_of_a_sweep_is_named_at_its_end_and_in_no_words_of_hydras(
-    commands: Commands,
+    planned: PlannedCommand,
 ) -> None:
-    outcome = commands.run("-m", "task=plan", "train.steps=0,2,-1,3")
+    outcome = planned.run("-m", "task=plan", "train.steps=0,2,-1,3")
     assert outcome.code == 1
     assert [job.config.train.steps for job in outcome.jobs] == [2, 3]
     *told, summary, first, second = outcome.err.splitlines()
@@ -195,27 +197,27 @@ def test_every_failed_job_of_a_sweep_is_named_at_its_end_and_in_no_words_of_hydr
     assert second.startswith("job 2: train.steps=-1 is not possible")
 
 
-def test_a_sweep_under_torchrun_is_refused(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_under_torchrun_is_refused(planned: PlannedCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    outcome = commands.run("-m", "train.steps=2,3")
+    outcome = planned.run("-m", "train.steps=2,3")
     assert outcome.code == 2
     assert "torchrun" in outcome.err
 
 
 def test_a_launcher_that_started_another_number_of_processes_is_told(
-    commands: Commands, monkeypatch: pytest.MonkeyPatch
+    planned: PlannedCommand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    outcome = commands.run("parallel=fsdp", "launch.nproc=2")
+    outcome = planned.run("parallel=fsdp", "launch.nproc=2")
     assert outcome.code == 2
     assert "make 2" in outcome.err
     assert "started 4" in outcome.err
-    assert commands.run("parallel=fsdp").job.plan.world_size == 4
+    assert planned.run("parallel=fsdp").job.plan.world_size == 4
 
 
-def test_help_is_told_without_composing(commands: Commands) -> None:
-    outcome = commands.run("modle=debug", "--help")
+def test_help_is_told_without_composing(planned: PlannedCommand) -> None:
+    outcome = planned.run("modle=debug", "--help")
     assert outcome.code == 0
     assert "usage: python train.py" in outcome.out
 
@@ -224,7 +226,7 @@ def test_a_whole_node_is_called_null_only_where_that_was_the_matter() -> None:
     groups = {"precision": ["bf16", "fp8"]}
     arguments = ["precision=bf16", "precision.fp8={gather: true}"]
     null = ConfigCompositionException("'NoneType' object has no attribute 'get'\n    full_key: precision.fp8")
-    assert "precision.fp8 is null here; precision=fp8 has it" in explain(null, arguments, groups)
-    other = explain(ConfigCompositionException("something else"), arguments, groups)
+    assert "precision.fp8 is null here; precision=fp8 has it" in explain_error(null, arguments, groups)
+    other = explain_error(ConfigCompositionException("something else"), arguments, groups)
     assert "null" not in other
     assert other.endswith("cannot be composed: something else")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from dsv3.cli.help import config_groups, train_help
-from dsv3.config.root import CONF, LAYOUTS, SCHEMAS, Config
+from dsv3.cli.help import train_help
+from dsv3.config.registry import CONF, LAYOUTS, RECIPES, SCHEMAS, choice_schema, config_groups
+from dsv3.config.root import Config
 from dsv3.config.strict import build, strict
 from dsv3.errors import UserError
 from dsv3.launch.prepare import resolve_model
-from tests.composing import compose
+from tests.harness.composing import compose
 from tests.hf.test_config_json import RELEASED_V3
 
 MODELS = ("16b", "moonlight_16b", "236b", "671b", "kimi_k2")
@@ -93,8 +95,20 @@ def test_every_file_is_the_root_of_a_command_or_a_choice_that_help_lists() -> No
     files = {path.relative_to(CONF) for path in CONF.rglob("*.yaml")}
     files |= {path.relative_to(CONF) for path in (CONF / "experiments").glob("*.yaml")}
     reachable = {Path(group, f"{choice}.yaml") for group, choice in CHOICES}
-    layouts = {Path(LAYOUTS, f"{model}-{preset}.yaml") for model in MODELS for preset in PRESETS}
-    assert files == reachable | layouts | {Path("config.yaml"), Path("convert.yaml")}
+    roots = {Path(f"{name}.yaml") for name in ("config", "convert", LAYOUTS, RECIPES)}
+    assert files <= reachable | roots
+    assert {Path(group, f"{choice}.yaml") for group, choice in CHOICES if choice_schema(group, choice)} == (
+        reachable - files
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}"
+)
+def test_a_file_of_conf_says_more_than_the_schema_it_extends(path: Path) -> None:
+    assert set(yaml.safe_load(path.read_text())) - {"defaults"}, (
+        "the schema alone is the choice: delete the file"
+    )
 
 
 def test_every_group_is_in_the_defaults_of_the_root() -> None:
@@ -102,8 +116,12 @@ def test_every_group_is_in_the_defaults_of_the_root() -> None:
 
 
 def test_help_lists_every_choice_and_marks_the_default() -> None:
+    lines = train_help("train.py").splitlines()
+    # A group's line says what it is for, the next one lists the choices.
     listed = {
-        line.split()[0]: line.split()[1:] for line in train_help("train.py").splitlines() if line.strip()
+        line.split()[0]: below.split()
+        for line, below in pairwise(lines)
+        if line.startswith("  ") and line.split()
     }
     for group, choices in config_groups().items():
         marked = [f"{choice}*" if choice == defaults()[group] else choice for choice in choices]
@@ -113,6 +131,8 @@ def test_help_lists_every_choice_and_marks_the_default() -> None:
 
 def test_numbers_of_conf_are_keys_of_the_schema_they_extend() -> None:
     for group, choice in CHOICES:
+        if choice_schema(group, choice):
+            continue
         text = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text())
         if group == "experiments":
             continue

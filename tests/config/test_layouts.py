@@ -1,18 +1,19 @@
-"""ParallelDims that fit the chosen model: what conf/layouts adds to a preset, and that it fits its world."""
+"""Degrees that fit the chosen model: conf/layouts adds them to a preset, and each fits its world."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dsv3.config.parallel import Recomputed
-from dsv3.config.root import CONF
+from dsv3.config.parallel import AXES, RecomputeMode
+from dsv3.config.registry import CONF
 from dsv3.errors import UserError
 from dsv3.launch.job import Job, plan_job, world_size
 from dsv3.planning.plan import Plan
-from tests.config.test_choices import MODELS, PRESETS, strict_config
+from tests.config.test_choices import MODELS, PRESETS
+from tests.harness.composing import strict_config
 
-FILES = sorted(CONF.glob("layouts/*.yaml"))
 # What the preset of a model is made for, on GPUs of 80 GB, and the least recomputation that it needs there.
 NEEDS = {
     "16b": dict.fromkeys(PRESETS, "none"),
@@ -41,26 +42,28 @@ def test_a_layout_fits_the_gpus_it_is_made_for(model: str, preset: str) -> None:
     chosen = ["task=plan", f"model={model}", f"parallel={preset}", "hardware=h800", "precision=bf16", *length]
     config = strict_config(chosen)
 
-    def plan(mode: Recomputed) -> Plan:
+    def plan(mode: RecomputeMode) -> Plan:
         return plan_job(replace(config, recompute=replace(config.recompute, mode=mode)), []).plan
 
-    fits = [mode.value for mode in Recomputed if plan(mode).fits]
-    assert fits == list(Recomputed.__members__)[-len(fits) :]
+    fits = [mode.value for mode in RecomputeMode if plan(mode).fits]
+    assert fits == list(RecomputeMode.__members__)[-len(fits) :]
     assert fits[0] == NEEDS[model][preset]
     # Whole nodes; and full recomputation leaves a tenth of the device for what no plan counts.
-    full = plan(Recomputed.full)
+    full = plan(RecomputeMode.full)
     assert full.world_size % 8 == 0
     assert full.memory.total < 72e9
 
 
 def test_layouts_are_those_of_the_known_models_and_presets() -> None:
-    assert {path.stem for path in FILES} == {f"{model}-{preset}" for model in MODELS for preset in PRESETS}
-    for path in FILES:
-        # ParallelDims and the world they are made for: what else a run needs is not decided by its layout.
-        lines = path.read_text().splitlines()
-        assert lines[0] == "# @package parallel"
-        keys = {line.partition(":")[0] for line in lines if line[:1] not in ("", " ", "#")}
-        assert keys <= {"degrees", "min_world_size"}
+    table = yaml.safe_load((CONF / "layouts.yaml").read_text())
+    assert {model: set(presets) for model, presets in table.items()} == {
+        model: set(PRESETS) for model in MODELS
+    }
+    for presets in table.values():
+        for row in presets.values():
+            # Degrees and the world they are made for: what else a run needs is not decided by its layout.
+            assert row.keys() - {"world"} <= set(AXES)
+            assert row["world"] >= 8
 
 
 def test_the_layout_of_the_model_wins_over_the_preset_and_the_command_line_over_both() -> None:
@@ -75,7 +78,7 @@ def test_the_layout_of_the_model_wins_over_the_preset_and_the_command_line_over_
 def test_an_experiment_that_chooses_model_and_preset_gets_their_layout(tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
 
-    from dsv3.config.root import register
+    from dsv3.config.registry import register
 
     register()
     for folder in CONF.iterdir():
@@ -117,8 +120,7 @@ def test_every_axis_at_once_is_16_ranks_and_32_in_two_replicas() -> None:
 
 
 def test_auto_may_be_typed_for_any_axis() -> None:
-    axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-    typed = [f"parallel.degrees.{axis}=auto" for axis in axes]
+    typed = [f"parallel.degrees.{axis}=auto" for axis in AXES]
     degrees = planned("parallel=fsdp", "launch.world_size=512", "model=671b", *typed).plan.degrees
     assert list(degrees.to_json().values()) == [2, 1, 32, 1, 8, 256]
 

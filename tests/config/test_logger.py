@@ -14,6 +14,7 @@ from dsv3.config.logger import (
     WandbLoggerConfig,
     WandbMode,
 )
+from dsv3.config.registry import choice_schema, config_groups
 from dsv3.errors import InvalidValue
 
 FOLDER = Path(__file__).parents[2] / "conf" / "logger"
@@ -35,11 +36,9 @@ def test_every_choice_builds_a_logger_from_its_fields(choice: str) -> None:
     assert all(callable(getattr(logger, method)) for method in ("open", "log", "text", "finish"))
 
 
-def test_conf_has_one_file_a_choice_naming_its_schema() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(CHOICES)
-    for choice in CHOICES:
-        defaults = OmegaConf.load(FOLDER / f"{choice}.yaml").defaults
-        assert list(defaults) == [f"/schema/logger/{choice}@_here_", "_self_"]
+def test_each_choice_is_its_schema() -> None:
+    assert config_groups()["logger"] == sorted(CHOICES)
+    assert {choice: choice_schema("logger", choice) for choice in CHOICES} == CHOICES
 
 
 def test_the_mode_is_read_by_its_lowercase_name() -> None:

@@ -77,7 +77,7 @@ def test_the_whole_way_through_hydra_keeps_a_text(key: str, monkeypatch: pytest.
 
 
 def strict_value(arguments: list[str], key: str) -> Any:
-    from dsv3.config.root import CONF, register
+    from dsv3.config.registry import CONF, register
 
     register()
     with initialize_config_dir(str(CONF), version_base=None):

@@ -1,4 +1,4 @@
-"""What a `_target_` and a stored file may make run: classes of dsv3 and torch.optim, and no more."""
+"""A `_target_` and a stored file may make only classes of dsv3 and torch.optim run."""
 
 from pathlib import Path
 
@@ -9,18 +9,20 @@ from omegaconf import OmegaConf
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import check_target, to_yaml
 from dsv3.errors import UserError
-from tests.launch.commands import Commands
-from tests.launch.conftest import StoredRun
+from tests.harness.commands import PlannedCommand
+from tests.harness.runs import StoredRun
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
         ("os.system", "run.allow_targets"),
-        ("dsv3.launch.launch.os.system", "does not exist"),
+        ("dsv3.programs.os.system", "does not exist"),
         ("dsv3.launch.run_dir.subprocess.Popen", "does not exist"),
         ("dsv3.launch.run_dir.Path", "not a class that"),
-        ("dsv3.launch.launch.launch", "not a class that"),
+        ("dsv3.programs.start_job", "not a class that"),
         ("dsv3.model.transformer.Transfomer", "does not exist"),
         ("dsv3", "refused"),
         ("dsv3x.Model", "refused"),
@@ -44,16 +46,16 @@ def test_a_class_must_take_the_settings_of_its_node() -> None:
         check_target("torch.optim.lr_scheduler.StepLR", "optimizer._target_", settings=settings)
 
 
-def test_a_typed_permission_opens_a_module_and_no_other(commands: Commands) -> None:
+def test_a_typed_permission_opens_a_module_and_no_other(planned: PlannedCommand) -> None:
     target = "optimizer._target_=collections.OrderedDict"
-    assert commands.run("task=plan", target, "run.allow_targets=[collections]").code == 0
-    assert commands.run("task=plan", target, "run.allow_targets=[collection]").code == 2
-    assert commands.run("task=plan", target).code == 2
+    assert planned.run("task=plan", target, "run.allow_targets=[collections]").code == 0
+    assert planned.run("task=plan", target, "run.allow_targets=[collection]").code == 2
+    assert planned.run("task=plan", target).code == 2
 
 
 @pytest.mark.parametrize("node", ["model", "optimizer", "task", "data", "schedule", "logger", "recompute"])
-def test_every_node_refuses_a_foreign_target(commands: Commands, node: str) -> None:
-    outcome = commands.run(f"{node}._target_=os.system")
+def test_every_node_refuses_a_foreign_target(planned: PlannedCommand, node: str) -> None:
+    outcome = planned.run(f"{node}._target_=os.system")
     assert outcome.code == 2
     assert f"{node}._target_=os.system is refused" in outcome.err
 
@@ -66,12 +68,14 @@ def test_every_node_refuses_a_foreign_target(commands: Commands, node: str) -> N
         "run={allow_targets:[collections]}",
     ],
 )
-def test_a_stored_permission_does_not_count(commands: Commands, stored: StoredRun, permission: str) -> None:
+def test_a_stored_permission_does_not_count(
+    planned: PlannedCommand, stored: StoredRun, permission: str
+) -> None:
     directory = stored.store("optimizer._target_=collections.OrderedDict", permission)
-    outcome = commands.run(f"resume={directory}")
+    outcome = planned.run(f"resume={directory}")
     assert outcome.code == 2
     assert "is refused" in outcome.err
-    assert commands.run(f"resume={directory}", "run.allow_targets=[collections]").code == 0
+    assert planned.run(f"resume={directory}", "run.allow_targets=[collections]").code == 0
 
 
 @pytest.mark.parametrize(
@@ -89,9 +93,9 @@ def test_a_stored_permission_does_not_count(commands: Commands, stored: StoredRu
         7,
     ],
 )
-def test_what_a_run_never_stores_is_refused(commands: Commands, stored: StoredRun, planted: str) -> None:
+def test_what_a_run_never_stores_is_refused(planned: PlannedCommand, stored: StoredRun, planted: str) -> None:
     directory = stored.store("train.steps=3", planted)
-    outcome = commands.run(f"resume={directory}")
+    outcome = planned.run(f"resume={directory}")
     assert outcome.code == 2
     assert "overrides.yaml" in outcome.err
     assert len(outcome.err.splitlines()) == 1
@@ -101,48 +105,50 @@ def test_what_a_run_never_stores_is_refused(commands: Commands, stored: StoredRu
 @pytest.mark.parametrize("target", ["os.system", "dsv3.launch.run_dir.subprocess.Popen", "", 7])
 @pytest.mark.parametrize("key", ["optimizer", "parallel", "logger.files.0", "planted.deep.down"])
 def test_a_target_planted_in_a_stored_config_is_refused(
-    commands: Commands, stored: StoredRun, key: str, target: object
+    planned: PlannedCommand, stored: StoredRun, key: str, target: object
 ) -> None:
     file = stored.store() / "config.yaml"
     config = OmegaConf.create(file.read_text())
     config.logger.files = [{"name": "x"}]
     OmegaConf.update(config, f"{key}._target_", target, force_add=True)
     file.write_text(OmegaConf.to_yaml(config))
-    outcome = commands.run(f"resume={stored.directory}")
+    outcome = planned.run(f"resume={stored.directory}")
     assert outcome.code == 2
     assert f"{file}: {key}._target_={target} " in outcome.err
     assert len(outcome.err.splitlines()) == 1
 
 
-def test_a_stored_class_of_ours_may_be_replaced_by_another(commands: Commands, stored: StoredRun) -> None:
+def test_a_stored_class_of_ours_may_be_replaced_by_another(
+    planned: PlannedCommand, stored: StoredRun
+) -> None:
     directory = stored.store("schedule=wsd", "logger=wandb")
-    assert commands.run(f"resume={directory}", "schedule=steps", "logger=none").code == 0
+    assert planned.run(f"resume={directory}", "schedule=steps", "logger=none").code == 0
 
 
 @pytest.mark.parametrize("text", ["_target_: os.system", "- 1", "a: &a [*a]", "{", "[" * 5000])
 def test_a_checkpoints_model_is_looked_at_before_a_run_goes_on(
-    commands: Commands, stored: StoredRun, text: str
+    planned: PlannedCommand, stored: StoredRun, text: str
 ) -> None:
     for number, content in ((3, text), (20, "dim: 128")):
         step = stored.store() / "checkpoints" / f"step-{number}"
         step.mkdir(parents=True)
         (step / "model.yaml").write_text(content)
-    assert commands.run(f"resume={stored.directory}").code == 0  # step 20 is what it would go on from
+    assert planned.run(f"resume={stored.directory}").code == 0  # step 20 is what it would go on from
     (step / "model.yaml").write_text(text)
-    outcome = commands.run(f"resume={stored.directory}")
+    outcome = planned.run(f"resume={stored.directory}")
     assert outcome.code == 2
     assert f"{step}/model.yaml" in outcome.err
     assert len(outcome.err.splitlines()) == 1
 
 
-def test_a_stored_yaml_tag_runs_nothing(commands: Commands, stored: StoredRun, tmp_path: Path) -> None:
+def test_a_stored_yaml_tag_runs_nothing(planned: PlannedCommand, stored: StoredRun, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     directory = stored.store()
     harm = f"!!python/object/apply:os.system ['touch {marker}']\n"
     for name in ("overrides.yaml", "config.yaml"):
         kept = (directory / name).read_text()
         (directory / name).write_text(harm)
-        outcome = commands.run(f"resume={directory}")
+        outcome = planned.run(f"resume={directory}")
         assert outcome.code == 2
         assert name in outcome.err
         (directory / name).write_text(kept)
@@ -150,12 +156,12 @@ def test_a_stored_yaml_tag_runs_nothing(commands: Commands, stored: StoredRun, t
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, commands: Commands) -> Path:
+def checkpoint(tmp_path: Path, planned: PlannedCommand) -> Path:
     """What checkpoint.load needs of a checkpoint before torch reads it: a model of 96 dimensions."""
     step = tmp_path / "it's a, run" / "checkpoints" / "step-3"
     step.mkdir(parents=True)
     (step / ".metadata").touch()
-    model = commands.run("task=plan", "model.dim=96", "model.num_layers=3").job.config.model
+    model = planned.run("task=plan", "model.dim=96", "model.num_layers=3").job.config.model
     write_model(step, model)
     return step
 
@@ -164,18 +170,18 @@ def write_model(step: Path, model: ModelConfig, **changes: str) -> None:
     (step / "model.yaml").write_text(yaml.safe_dump({**to_yaml(model), **changes}))
 
 
-def test_a_checkpoint_supplies_the_model(commands: Commands, checkpoint: Path) -> None:
+def test_a_checkpoint_supplies_the_model(planned: PlannedCommand, checkpoint: Path) -> None:
     for path in (checkpoint, checkpoint.parents[1]):
-        config = commands.run("task=plan", f"checkpoint.load={path}").job.config
+        config = planned.run("task=plan", f"checkpoint.load={path}").job.config
         assert (config.model.dim, config.model.num_layers) == (96, 3)
 
 
-def test_a_typed_model_takes_the_place_of_the_checkpoints(commands: Commands, checkpoint: Path) -> None:
+def test_a_typed_model_takes_the_place_of_the_checkpoints(planned: PlannedCommand, checkpoint: Path) -> None:
     load = f"checkpoint.load={checkpoint}"
-    assert commands.run("task=plan", load, "model=debug").job.config.model.num_layers == 4
-    config = commands.run("task=plan", load, "model.moe.top_k=1", "model.rope.theta=500").job.config
+    assert planned.run("task=plan", load, "model=debug").job.config.model.num_layers == 4
+    config = planned.run("task=plan", load, "model.moe.top_k=1", "model.rope.theta=500").job.config
     assert (config.model.moe.top_k, config.model.rope.theta, config.model.dim) == (1, 500.0, 96)
-    wrong = commands.run("task=plan", load, "model.moe.top_k=99")
+    wrong = planned.run("task=plan", load, "model.moe.top_k=99")
     assert wrong.code == 2
     assert "model.moe.top_k=99" in wrong.err
 
@@ -190,10 +196,12 @@ def test_a_typed_model_takes_the_place_of_the_checkpoints(commands: Commands, ch
         ("[1", "model.yaml is not a model"),
     ],
 )
-def test_a_planted_model_runs_nothing(commands: Commands, checkpoint: Path, text: str, words: str) -> None:
+def test_a_planted_model_runs_nothing(
+    planned: PlannedCommand, checkpoint: Path, text: str, words: str
+) -> None:
     with (checkpoint / "model.yaml").open("a" if ":" in text and "!!" not in text else "w") as file:
         file.write(text + "\n")
-    outcome = commands.run("task=plan", f"checkpoint.load={checkpoint}")
+    outcome = planned.run("task=plan", f"checkpoint.load={checkpoint}")
     assert outcome.code == 2
     assert words in outcome.err
     assert len(outcome.err.splitlines()) == 1

@@ -3,24 +3,25 @@
 import sys
 import time
 
-import convert
 from dsv3.convert import dcp_target
-from dsv3.convert.output_file import Sink
-from tests.convert.command import main
+from dsv3.convert.output_file import HashingWriter
+from dsv3.programs import CONVERT
+from tests.harness.commands import run_here
 
 SECONDS = 0.02
-"""What a file takes until it is on the disk."""
-_finish = Sink.finish
+"""Seconds until a file is on the disk."""
+_finish = HashingWriter.finish
 
 
-def slow_finish(self: Sink) -> str:
-    """As on a disk that takes its time; tells of it."""
+def slow_finish(self: HashingWriter) -> str:
+    """Finish as a slow disk does, and print the file's name."""
     time.sleep(SECONDS)
-    print(f"finishing {self.path.name}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"finishing {self.path.name}\n")  # in one piece: two threads write here
+    sys.stderr.flush()
     return _finish(self)
 
 
 if __name__ == "__main__":
-    Sink.finish = slow_finish  # type: ignore[method-assign]
+    HashingWriter.finish = slow_finish  # type: ignore[method-assign]
     dcp_target._SMALLEST = 4096
-    sys.exit(convert.application.run(main, sys.argv[1:]))
+    sys.exit(run_here(CONVERT, sys.argv[1:]))

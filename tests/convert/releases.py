@@ -1,6 +1,5 @@
-"""Small released checkpoints with random weights, written by the safetensors library."""
+"""Write small HF checkpoints with random weights by the safetensors library, and read them."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,41 +10,35 @@ from torch import Tensor
 
 from dsv3.checkpoint.load import parameter_shapes
 from dsv3.config.model import ModelConfig
-from dsv3.config.strict import strict
-from dsv3.fp8.quantize import quantize_plain
+from dsv3.fp8.quantize import quantize_reference
 from dsv3.hf.config_json import config_json
-from dsv3.hf.names import is_quantized, mtp_duplicates, released_layout
-from tests.composing import compose
+from dsv3.hf.names import hf_layout, is_fp8_weight, mtp_duplicates
+from tests.harness.tiny import model_config
 
 SMALL = [
     "model.vocab_size=96",
     "model.dim=64",
     "model.num_layers=3",
     "model.dense_hidden_dim=176",  # partial blocks of 32
-    "model.attention.heads=4",
     "model.attention.q_lora_rank=24",
     "model.attention.kv_lora_rank=40",
     "model.attention.qk_nope_head_dim=16",
-    "model.attention.qk_rope_head_dim=8",
     "model.attention.v_head_dim=16",
-    "model.moe.num_experts=8",
     "model.moe.hidden_dim=48",
-    "model.moe.top_k=2",
 ]
+"""Changes to the tiny model: sizes that are no multiples of a block."""
 
 
-@functools.cache
 def small_model(*overrides: str) -> ModelConfig:
-    """The debug model, smaller yet; MTP, selection bias and shared expert included."""
-    model: ModelConfig = strict(compose([*SMALL, *overrides])).model
-    return model
+    """Return a small release's config; MTP, selection bias and shared expert included."""
+    return model_config(*SMALL, *overrides)
 
 
 def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """HFTensor tensors by name in fp32, copies included; magnitudes differ by block."""
+    """Return HF tensors by name in fp32, duplicates included; magnitudes differ by block."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for tensor in released_layout(model, parameter_shapes(model)):
+    for tensor in hf_layout(model, parameter_shapes(model)):
         value = torch.randn(tensor.shape, generator=generator) * 0.1
         weights[tensor.name] = value + 1 if value.ndim == 1 and "bias" not in tensor.name else value
     return weights | {copy: weights[name].clone() for copy, name in mtp_duplicates(model).items()}
@@ -61,7 +54,7 @@ def write_release(
     weights: dict[str, Tensor] | None = None,
     scales_apart: bool = False,
 ) -> dict[str, Tensor]:
-    """Write a release in bf16, fp16, fp32 or fp8 in several files; the tensors as they are stored."""
+    """Write a checkpoint in bf16, fp16, fp32 or fp8 in several files; return the tensors as stored."""
     directory.mkdir(parents=True, exist_ok=True)
     numbers = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}[
         dtype
@@ -69,8 +62,8 @@ def write_release(
     stored: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for name, value in (weights or random_weights(model)).items():
-        if dtype == "fp8" and is_quantized(name):
-            stored[name], scales[name + "_scale_inv"] = quantize_plain(
+        if dtype == "fp8" and is_fp8_weight(name):
+            stored[name], scales[name + "_scale_inv"] = quantize_reference(
                 value, block, power_of_two=power_of_two
             )
         else:
@@ -90,7 +83,7 @@ def write_release(
 def _save(
     directory: Path, stored: dict[str, Tensor], scales: dict[str, Tensor], files: int, scales_apart: bool
 ) -> None:
-    """Tensors dealt out to files by number; scales with their weight, or one file on."""
+    """Write tensors spread over files by number; scales beside their weight, or in the next file."""
     groups: list[dict[str, Tensor]] = [{} for _ in range(files)]
     where: dict[str, str] = {}
     for number, (name, value) in enumerate(stored.items()):
@@ -111,7 +104,7 @@ def _save(
 
 
 def read_release(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a released checkpoint, by the safetensors library."""
+    """Return all tensors of an HF checkpoint, read by the safetensors library."""
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}

@@ -3,19 +3,21 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import train
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.config.convert import ConvertConfig, Direction
-from tests.checkpoint.running import MODEL, TRAINING
-from tests.convert.command import Convert, contents, environment, process, refused
 from tests.convert.releases import read_release
+from tests.harness.commands import ConvertCommand
+from tests.harness.outcome import refused, succeeded
+from tests.harness.processes import run_program
+from tests.harness.runs import contents
+from tests.harness.tiny import MODEL, TRAINING
+
+pytestmark = pytest.mark.slow
 
 ODD = [
     "a b",
@@ -30,12 +32,12 @@ ODD = [
 
 
 @pytest.fixture(autouse=True)
-def _typed(convert: Convert) -> None:
-    """Here what is typed goes through Hydra."""
+def _typed(convert: ConvertCommand) -> None:
+    """Compose with Hydra what these tests type."""
     convert.whole = True
 
 
-def test_help_tells_every_direction_and_key(convert: Convert) -> None:
+def test_help_tells_every_direction_and_key(convert: ConvertCommand) -> None:
     outcome = convert.run("--help")
     assert outcome.code == 0
     for direction in Direction:
@@ -82,14 +84,16 @@ def test_help_tells_every_direction_and_key(convert: Convert) -> None:
     ],
 )
 def test_a_mistake_is_told_in_a_line_or_two(
-    convert: Convert, bf16_release: Path, tmp_path: Path, arguments: list[str], said: str
+    convert: ConvertCommand, bf16_release: Path, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
     refused(convert.run(*(argument.format_map({"in": bf16_release}) for argument in arguments)), said)
     assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_paths_may_hold_anything(convert: Convert, bf16_release: Path, tmp_path: Path, name: str) -> None:
+def test_paths_may_hold_anything(
+    convert: ConvertCommand, bf16_release: Path, tmp_path: Path, name: str
+) -> None:
     here = tmp_path / "here"
     source = here / name / "in"
     shutil.copytree(bf16_release, source)
@@ -104,7 +108,9 @@ def test_paths_may_hold_anything(convert: Convert, bf16_release: Path, tmp_path:
 def test_the_real_command_from_another_directory(bf16_release: Path, tmp_path: Path) -> None:
     place = tmp_path / "a b, (c)=$d"
     shutil.copytree(bf16_release, place / "in")
-    done = process("direction=hf_to_dcp", "input=in", "output=new/out", "verify=true", cwd=place)
+    done = run_program(
+        "convert.py", "direction=hf_to_dcp", "input=in", "output=new/out", "verify=true", cwd=place
+    )
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1] == "new/out: every file is as manifest.json says"
     assert "Traceback" not in done.err
@@ -112,9 +118,9 @@ def test_the_real_command_from_another_directory(bf16_release: Path, tmp_path: P
 
 
 def test_a_manifest_of_the_input_does_not_get_into_the_output(
-    convert: Convert, fp8_release: Path, tmp_path: Path
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
 ) -> None:
-    """What convert.py has written is as good an input as any."""
+    """The output of convert.py is as good an input as any."""
     convert.must("hf_to_hf", fp8_release, tmp_path / "1", "verify=true", "dtype=fp8")
     convert.must("hf_to_hf", tmp_path / "1", tmp_path / "2", "verify=true", "dtype=fp8")
     assert contents(tmp_path / "2") == contents(tmp_path / "1")
@@ -123,7 +129,9 @@ def test_a_manifest_of_the_input_does_not_get_into_the_output(
     assert contents(tmp_path / "3") == contents(tmp_path / "1")
 
 
-def test_verify_reads_a_finished_output_again(convert: Convert, fp8_release: Path, tmp_path: Path) -> None:
+def test_verify_reads_a_finished_output_again(
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     convert.must("hf_to_dcp", fp8_release, output)
     before = contents(output)
@@ -139,7 +147,7 @@ def test_verify_reads_a_finished_output_again(convert: Convert, fp8_release: Pat
     refused(convert.run("direction=hf_to_dcp", f"output={output}", "verify=true"), "config.json is missing")
 
 
-def test_a_plan_writes_nothing(convert: Convert, fp8_release: Path, tmp_path: Path) -> None:
+def test_a_plan_writes_nothing(convert: ConvertCommand, fp8_release: Path, tmp_path: Path) -> None:
     outcome = convert.run("direction=hf_to_dcp", f"input={fp8_release}", "plan=true", "speeds=[1,2.5]")
     assert outcome.code == 0, outcome.err
     assert "reads 0.00 GB" in outcome.out
@@ -158,7 +166,7 @@ def test_a_plan_writes_nothing(convert: Convert, fp8_release: Path, tmp_path: Pa
     ],
 )
 def test_a_plan_of_a_large_model_needs_none_of_its_files(
-    convert: Convert, asked: list[str], read: str, written: str
+    convert: ConvertCommand, asked: list[str], read: str, written: str
 ) -> None:
     outcome = convert.run(*asked, "model=671b", "plan=true", "workers=16")
     assert outcome.code == 0, outcome.err
@@ -166,24 +174,17 @@ def test_a_plan_of_a_large_model_needs_none_of_its_files(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text").mkdir()
-    for number in range(100):
-        words = " ".join(f"w{number * k % 60}" for k in range(1, 13))
-        (folder / "text" / f"{number}.txt").write_text(words + "\n")
-    settings = {argument.split("=")[0]: argument for argument in (*MODEL, *TRAINING)}
-    settings |= {"train.steps": "train.steps=1", "train.evaluate_every": "train.evaluate_every=0"}
-    more = ["data=text", f"data.path={folder / 'text'}", f"run.dir={folder / 'my run'}"]
-    command = [sys.executable, str(Path(train.__file__)), *settings.values(), *more]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder / "my run"
+def run(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """Train a run of one step."""
+    directory = tmp_path_factory.mktemp("trained") / "my run"
+    once = ["train.microbatch_size=4", "train.steps=1", "train.evaluate_every=0"]
+    data = ["data=text", f"data.path={text}"]
+    succeeded(run_program("train.py", *MODEL, *TRAINING, *once, *data, f"run.dir={directory}"))
+    return directory
 
 
 def test_a_run_and_its_step_are_exported_for_transformers(
-    convert: Convert, run: Path, tmp_path: Path
+    convert: ConvertCommand, run: Path, tmp_path: Path
 ) -> None:
     import transformers
 
@@ -208,7 +209,7 @@ def test_a_run_and_its_step_are_exported_for_transformers(
     refused(convert("hf_to_dcp", step, tmp_path / "out"), "direction=dcp_to_hf reads it")
 
 
-def test_a_run_without_a_checkpoint_is_told(convert: Convert, run: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_is_told(convert: ConvertCommand, run: Path, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     shutil.copy(run / "config.yaml", tmp_path / "new")
     refused(convert("dcp_to_hf", tmp_path / "new", tmp_path / "out"), "input=", "holds no checkpoint yet")

@@ -1,4 +1,4 @@
-"""Inputs that are damaged or of another model: each is told in a line or two, and leaves no output."""
+"""Inputs that are damaged or of another model: each gets a message of a line or two and leaves no output."""
 
 import json
 import pickle
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from dsv3.checkpoint.dcp_metadata import read_metadata
 from tests.checkpoint import hostile
-from tests.checkpoint.running import seal
-from tests.convert.command import Convert, process, refused
+from tests.harness.checkpoints import seal
+from tests.harness.commands import ConvertCommand
+from tests.harness.outcome import refused
+from tests.harness.processes import run_program
 
 NORM = "model.norm.weight"
 QUERY = "model.layers.0.self_attn.q_a_proj.weight"
@@ -27,13 +29,13 @@ Spoil = Callable[[Path], None]
 
 
 def holder(directory: Path, name: str) -> Path:
-    """The file of a tensor."""
+    """Return the file of a tensor."""
     weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
     return directory / str(weight_map[name])
 
 
 def change(name: str, make: Callable[[Tensor], Tensor | None]) -> Spoil:
-    """Put another tensor, or none, in a tensor's place."""
+    """Replace a tensor by another one, or remove it."""
 
     def spoil(directory: Path) -> None:
         file = holder(directory, name)
@@ -49,7 +51,7 @@ def change(name: str, make: Callable[[Tensor], Tensor | None]) -> Spoil:
 
 
 def add(name: str, value: Tensor, beside: str = NORM) -> Spoil:
-    """One tensor more."""
+    """Add a tensor."""
 
     def spoil(directory: Path) -> None:
         file = holder(directory, beside)
@@ -60,7 +62,7 @@ def add(name: str, value: Tensor, beside: str = NORM) -> Spoil:
 
 
 def entry(name: str, field: str, value: Any) -> Spoil:
-    """Change a field of the header, whose length stays as it is."""
+    """Change a field of the header, whose length stays the same."""
 
     def spoil(directory: Path) -> None:
         file = holder(directory, name)
@@ -86,7 +88,7 @@ def _index(directory: Path, change: Callable[[dict[str, str]], object]) -> None:
 
 
 def config(**values: Any) -> Spoil:
-    """Change config.json; ... takes a key out."""
+    """Change config.json; ... removes a key."""
 
     def spoil(directory: Path) -> None:
         content = json.loads((directory / "config.json").read_text()) | values
@@ -101,11 +103,11 @@ def write(name: str, content: bytes) -> Spoil:
 
 
 def void(_: object) -> None:
-    """Spoilers return nothing."""
+    """Drop a value: a change returns nothing."""
 
 
 def cut(name: str, keep: int) -> Spoil:
-    """Only the first bytes of a tensor's file, or all but the last (negative)."""
+    """Keep only the first bytes of a tensor's file, or all but the last (negative)."""
 
     def spoil(directory: Path) -> None:
         file = holder(directory, name)
@@ -115,7 +117,7 @@ def cut(name: str, keep: int) -> Spoil:
 
 
 def first(value: float) -> Callable[[Tensor], Tensor]:
-    """Another value for the first number."""
+    """Replace the first value."""
 
     def make(tensor: Tensor) -> Tensor:
         changed = tensor.clone()
@@ -151,7 +153,7 @@ def longest_header(directory: Path) -> None:
 
 
 def twice(directory: Path) -> None:
-    """A tensor in two files, without an index."""
+    """Store a tensor in two files, without an index."""
     (directory / INDEX).unlink()
     save_file({NORM: torch.ones(64)}, directory / "more.safetensors")
 
@@ -277,7 +279,7 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
 @pytest.mark.usefixtures("many_files")
 @pytest.mark.parametrize("what", RELEASED)
 def test_a_release_that_is_damaged_is_refused(
-    convert: Convert, fp8_release: Path, tmp_path: Path, what: str
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, what: str
 ) -> None:
     spoil, said = RELEASED[what]
     source = Path(shutil.copytree(fp8_release, tmp_path / "in"))
@@ -287,7 +289,9 @@ def test_a_release_that_is_damaged_is_refused(
 
 
 @pytest.mark.parametrize("what", ["scale of NaN", "copy that differs", "missing scales"])
-def test_from_release_to_release_too(convert: Convert, fp8_release: Path, tmp_path: Path, what: str) -> None:
+def test_from_release_to_release_too(
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, what: str
+) -> None:
     spoil, said = RELEASED[what]
     source = Path(shutil.copytree(fp8_release, tmp_path / "in"))
     spoil(source)
@@ -297,7 +301,7 @@ def test_from_release_to_release_too(convert: Convert, fp8_release: Path, tmp_pa
 
 
 def metadata(change: Callable[[Any], object]) -> Spoil:
-    """Change .metadata as a program would that writes DCP."""
+    """Change .metadata as a program that writes DCP would."""
 
     def spoil(directory: Path) -> None:
         content = read_metadata(directory)
@@ -308,7 +312,7 @@ def metadata(change: Callable[[Any], object]) -> Spoil:
 
 
 def replace_entry(make: Callable[[Tensor], Any]) -> Spoil:
-    """Another object where the last norm lies, and .metadata that knows how long it is."""
+    """Write another object in the place of the last norm, and its length into .metadata."""
 
     def spoil(directory: Path) -> None:
         content = read_metadata(directory)
@@ -323,14 +327,14 @@ def replace_entry(make: Callable[[Tensor], Any]) -> Spoil:
 
 
 class Planted:
-    """What a pickle would run."""
+    """Pickles as code that makes a file, which shows whether a reader ran it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, ("open('executed', 'w')",)
 
 
 def overlapping(content: Any) -> None:
-    """Two parts that lie on each other, which together are as large as the whole."""
+    """Make two parts overlap that together are as large as the whole."""
     norm = content.state_dict_metadata["model.norm.weight"]
     (index,) = [i for i in content.storage_data if i.fqn == "model.norm.weight"]
     part = type(norm.chunks[0])(torch.Size([0]), torch.Size([32]))
@@ -445,16 +449,18 @@ def _dcp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def dcp(_dcp: Path, convert: Convert, fp8_release: Path, tmp_path: Path) -> Path:
-    """A DCP to be spoiled."""
+def dcp(_dcp: Path, convert: ConvertCommand, fp8_release: Path, tmp_path: Path) -> Path:
+    """Return a DCP that a test may damage."""
     if not _dcp.exists():
         convert.must("hf_to_dcp", fp8_release, _dcp)
     return Path(shutil.copytree(_dcp, tmp_path / "in"))
 
 
 @pytest.mark.parametrize("what", DCP)
-def test_a_dcp_that_is_damaged_is_refused(convert: Convert, dcp: Path, tmp_path: Path, what: str) -> None:
-    """Without its manifest, as other programs write them, or with one that was made to fit."""
+def test_a_dcp_that_is_damaged_is_refused(
+    convert: ConvertCommand, dcp: Path, tmp_path: Path, what: str
+) -> None:
+    """Without a manifest, as other programs write DCPs, or with one that was made to fit."""
     spoil, said = DCP[what]
     (dcp / "manifest.json").unlink()
     spoil(dcp)
@@ -467,18 +473,19 @@ def test_a_dcp_that_is_damaged_is_refused(convert: Convert, dcp: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "hf/scales.safetensors", "hf/config.json", ".metadata"])
 def test_a_manifest_tells_of_files_that_are_not_whole(
-    convert: Convert, dcp: Path, tmp_path: Path, name: str
+    convert: ConvertCommand, dcp: Path, tmp_path: Path, name: str
 ) -> None:
     (dcp / name).write_bytes((dcp / name).read_bytes()[:-1])
     refused(convert("dcp_to_hf", dcp, tmp_path / "out"), str(dcp / name), "truncated")
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["scale of NaN", "missing tensor"])
 def test_the_real_command_says_the_same(fp8_release: Path, tmp_path: Path, what: str) -> None:
     spoil, said = RELEASED[what]
     source = Path(shutil.copytree(fp8_release, tmp_path / "in"))
     spoil(source)
     asked = ["direction=hf_to_dcp", f"input={source}", f"output={tmp_path / 'out'}"]
-    refused(process(*asked), *said)
+    refused(run_program("convert.py", *asked), *said)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or somewhere else: what is told, and what is left behind."""
+"""Disks that are full, read-only or elsewhere: the messages, and the files that stay."""
 
 import os
 import shutil
@@ -10,15 +10,20 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint.manifest import FileEntry
-from dsv3.convert.output_file import Sink
-from tests.convert.command import Convert, contents, process, refused
+from dsv3.convert.output_file import HashingWriter
+from tests.harness.commands import ConvertCommand
+from tests.harness.outcome import refused
+from tests.harness.processes import run_program
+from tests.harness.runs import contents
+
+pytestmark = pytest.mark.slow
 
 SIZE = 3 * 2**20
 FILES = "max_shard_size=50KB"
 
 
 def mount(path: Path, options: str) -> None:
-    """A file system of its own in memory; skips where that is not allowed."""
+    """Mount a file system in memory; skip where that is not allowed."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
     done = (
@@ -32,7 +37,7 @@ def mount(path: Path, options: str) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MiB."""
+    """Return a disk of 3 MiB."""
     path = tmp_path / "disk"
     mount(path, f"size={SIZE}")
     yield path
@@ -41,7 +46,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def boundless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that says it has room, as where others write to it meanwhile."""
+    """Make a disk say that it has room, as when others write to it meanwhile."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**60, 0, 2**60))
 
@@ -49,7 +54,7 @@ def boundless(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("boundless", "many_files")
 @pytest.mark.parametrize("direction", ["hf_to_dcp", "hf_to_hf"])
 def test_a_disk_that_fills_up_keeps_what_is_finished_and_the_same_command_goes_on(
-    convert: Convert, fp8_release: Path, disk: Path, tmp_path: Path, direction: str
+    convert: ConvertCommand, fp8_release: Path, disk: Path, tmp_path: Path, direction: str
 ) -> None:
     filler = disk / "filler"
     filler.write_bytes(bytes(SIZE - 450_000))
@@ -70,7 +75,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished_and_the_same_command_goes_o
 
 @pytest.mark.usefixtures("boundless")
 def test_a_disk_that_is_full_before_anything_is_finished_is_left_as_it_was(
-    convert: Convert, fp8_release: Path, disk: Path
+    convert: ConvertCommand, fp8_release: Path, disk: Path
 ) -> None:
     (disk / "filler").write_bytes(bytes(SIZE - 150_000))
     outcome = convert("hf_to_dcp", fp8_release, disk / "a" / "out", "workers=1")
@@ -78,7 +83,7 @@ def test_a_disk_that_is_full_before_anything_is_finished_is_left_as_it_was(
     assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
-def test_too_little_room_is_told_first(convert: Convert, fp8_release: Path, disk: Path) -> None:
+def test_too_little_room_is_told_first(convert: ConvertCommand, fp8_release: Path, disk: Path) -> None:
     (disk / "filler").write_bytes(bytes(SIZE - 150_000))
     outcome = convert("hf_to_dcp", fp8_release, disk / "new" / "out")
     refused(outcome, f"output={disk / 'new' / 'out'} needs 0.00 GB", "free some or take another disk")
@@ -87,7 +92,9 @@ def test_too_little_room_is_told_first(convert: Convert, fp8_release: Path, disk
 
 def test_the_real_command_on_a_disk_that_is_full(fp8_release: Path, disk: Path) -> None:
     (disk / "filler").write_bytes(bytes(SIZE - 4096))
-    outcome = process("direction=hf_to_dcp", f"input={fp8_release}", f"output={disk / 'out'}")
+    outcome = run_program(
+        "convert.py", "direction=hf_to_dcp", f"input={fp8_release}", f"output={disk / 'out'}"
+    )
     refused(outcome, f"output={disk / 'out'}")
     assert [path.name for path in disk.iterdir()] == ["filler"]
 
@@ -96,7 +103,7 @@ def test_the_real_command_on_a_disk_that_is_full(fp8_release: Path, disk: Path) 
 @pytest.mark.parametrize("call", ["write", "finish"])
 @pytest.mark.parametrize("direction", ["hf_to_dcp", "hf_to_hf"])
 def test_a_disk_that_fails_leaves_finished_files_alone(
-    convert: Convert,
+    convert: ConvertCommand,
     fp8_release: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -104,10 +111,10 @@ def test_a_disk_that_fails_leaves_finished_files_alone(
     call: str,
 ) -> None:
     """Wherever it fails: in the middle of an entry that torch.save writes, or where a file is to last."""
-    original = getattr(Sink, "_append" if call == "write" else call)
+    original = getattr(HashingWriter, "_append" if call == "write" else call)
     calls = 0
 
-    def failing(self: Sink, *data: bytes) -> object:
+    def failing(self: HashingWriter, *data: bytes) -> object:
         nonlocal calls
         calls += 1
         if calls > (100 if call == "write" else 5):
@@ -115,7 +122,7 @@ def test_a_disk_that_fails_leaves_finished_files_alone(
         return original(self, *data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sink, "_append" if call == "write" else call, failing)
+        patch.setattr(HashingWriter, "_append" if call == "write" else call, failing)
         outcome = convert(direction, fp8_release, tmp_path / "out", FILES, "workers=1")
     refused(outcome, "Input/output error", ".out.partial", "the same command goes on", code=1)
     partial = tmp_path / ".out.partial"
@@ -124,7 +131,9 @@ def test_a_disk_that_fails_leaves_finished_files_alone(
     convert.must(direction, fp8_release, tmp_path / "out", FILES, "verify=true")
 
 
-def test_an_output_that_cannot_be_is_refused(convert: Convert, fp8_release: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_is_refused(
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
+) -> None:
     file, full, link = tmp_path / "file", tmp_path / "full", tmp_path / "link"
     file.write_text("mine")
     full.mkdir()
@@ -150,18 +159,18 @@ def test_an_output_that_cannot_be_is_refused(convert: Convert, fp8_release: Path
     assert contents(tmp_path) == before
 
 
-def test_a_mount_point_is_refused(convert: Convert, fp8_release: Path, disk: Path) -> None:
+def test_a_mount_point_is_refused(convert: ConvertCommand, fp8_release: Path, disk: Path) -> None:
     refused(convert("hf_to_dcp", fp8_release, disk), f"output={disk}", "name a new one in it")
     assert not any(disk.iterdir())
 
 
-def test_a_read_only_disk_is_refused(convert: Convert, fp8_release: Path, disk: Path) -> None:
+def test_a_read_only_disk_is_refused(convert: ConvertCommand, fp8_release: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     refused(convert("hf_to_dcp", fp8_release, disk / "out"), "cannot be written: Read-only file system")
 
 
 def test_an_empty_directory_and_missing_parents_will_do(
-    convert: Convert, fp8_release: Path, tmp_path: Path
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     convert.must("hf_to_dcp", fp8_release, tmp_path / "empty")
@@ -174,7 +183,7 @@ def test_an_empty_directory_and_missing_parents_will_do(
 
 
 def test_an_output_in_the_input_is_no_part_of_it(
-    convert: Convert, bf16_release: Path, tmp_path: Path
+    convert: ConvertCommand, bf16_release: Path, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(bf16_release, tmp_path / "in"))
     convert.must("hf_to_hf", source, source / "out")
@@ -184,7 +193,7 @@ def test_an_output_in_the_input_is_no_part_of_it(
 
 @pytest.mark.usefixtures("many_files")
 def test_what_was_written_is_not_read_again(
-    convert: Convert, fp8_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, actual = list[str](), FileEntry.of
 

@@ -17,7 +17,7 @@ def ask(output: Path, assets: Assets = Assets.config) -> ConvertConfig:
 
 
 class Hub:
-    """Stands in for snapshot_download: remembers what it was asked, writes a file or raises."""
+    """Stands in for snapshot_download: remembers its arguments, writes a file or raises."""
 
     def __init__(self, error: Exception | None = None, file: str | None = "config.json") -> None:
         self.error, self.file = error, file

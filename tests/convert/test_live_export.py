@@ -1,4 +1,4 @@
-"""A run that exports while it trains: transformers and we load what is there, with the run's own numbers."""
+"""A run that exports while it trains: transformers and dsv3 load the export, with the run's own losses."""
 
 from pathlib import Path
 
@@ -10,14 +10,15 @@ from dsv3.checkpoint.dcp_metadata import load_tensors
 from dsv3.checkpoint.directory import step_directory
 from dsv3.checkpoint.manifest import verify
 from dsv3.config.strict import build
-from dsv3.hf.names import released_parts
-from tests.checkpoint.running import MODEL, Commands
-from tests.composing import compose
+from dsv3.hf.names import hf_layout
+from tests.harness.commands import TrainCommand
+from tests.harness.composing import compose
+from tests.harness.tiny import MODEL
 
 transformers = pytest.importorskip("transformers")
 
 
-def test_a_run_exports_what_its_checkpoint_holds(commands: Commands, tmp_path: Path) -> None:
+def test_a_run_exports_what_its_checkpoint_holds(commands: TrainCommand, tmp_path: Path) -> None:
     from dsv3.config.strict import strict
 
     run = tmp_path / "run"
@@ -32,12 +33,12 @@ def test_a_run_exports_what_its_checkpoint_holds(commands: Commands, tmp_path: P
         model = build(config)
         state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         load_tensors(step_directory(run, step), state)
-        for name, tensor in model.state_dict().items():
-            for part in released_parts(name, config):
-                own = tensor if part.index is None else tensor[part.index]
-                own = own if part.rows is None else own[slice(*part.rows)]
-                wanted = own if name.endswith("selection_bias") else own.bfloat16()
-                assert torch.equal(exported[part.source], wanted), part.source
+        weights = model.state_dict()
+        for tensor in hf_layout(config, {name: tuple(value.shape) for name, value in weights.items()}):
+            box = tuple(slice(o, o + n) for o, n in zip(tensor.offset, tensor.sizes, strict=True))
+            own = weights[tensor.parameter][box].view(tensor.shape)
+            wanted = own if tensor.parameter.endswith("selection_bias") else own.bfloat16()
+            assert torch.equal(exported[tensor.name], wanted), tensor.name
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "hf" / "step-4", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "hf" / "step-4")
     ids = tokenizer("some words", return_tensors="pt")["input_ids"]
@@ -49,11 +50,13 @@ def test_a_run_exports_what_its_checkpoint_holds(commands: Commands, tmp_path: P
     assert one == pytest.approx(other, rel=2e-3)
 
 
-def _data(commands: Commands) -> list[str]:
+def _data(commands: TrainCommand) -> list[str]:
     return ["data=text", f"data.path={commands.text}", "train.sequence_length=32", "data.held_out=0.1"]
 
 
-def test_a_model_that_nobody_released_is_refused_before_it_trains(commands: Commands, tmp_path: Path) -> None:
+def test_a_model_that_nobody_released_is_refused_before_it_trains(
+    commands: TrainCommand, tmp_path: Path
+) -> None:
     settings = [
         *MODEL,
         "model.moe.selection_bias=false",

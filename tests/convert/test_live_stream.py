@@ -1,4 +1,4 @@
-"""HFTensor checkpoints: every tensor of a file goes to its place, fp8 blocks by their scales."""
+"""HF checkpoints: every tensor of a file goes to its place, fp8 blocks by their scales."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dsv3.checkpoint.load import load_weights
 from dsv3.config.strict import build
-from dsv3.convert.live_export import released_norms
+from dsv3.convert.live_export import hf_weight_norms
 from dsv3.errors import UserError
 from dsv3.hf.config_json import model_from_hf
-from dsv3.hf.names import released_parts
+from dsv3.hf.names import hf_layout
 from dsv3.model.transformer import Transformer
 from tests.hf.pairs import pair
 
@@ -44,7 +44,7 @@ MTP_LAYER = {
 
 
 def released(tmp_path: Path, **changes: Any) -> tuple[Path, Transformer]:
-    """A checkpoint that transformers wrote, and the model it was made from with HF's weights."""
+    """Return a checkpoint that transformers wrote, and our model with the same weights."""
     theirs, ours = pair("deepseek_v3", tmp_path, **{**V3, **changes})
     theirs.save_pretrained(tmp_path / "released")  # type: ignore[operator]
     return tmp_path / "released", ours
@@ -64,30 +64,32 @@ def test_a_file_of_transformers_fills_every_parameter(tmp_path: Path, changes: d
     load_weights([model], directory)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-    sources = {p.source for name in expected.state_dict() for p in released_parts(name, model.config)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.state_dict().items()}
+    names = {tensor.name for tensor in hf_layout(model.config, shapes)}
     (file,) = directory.glob("*.safetensors")
-    assert sources == set(load_file(file))
+    assert names == set(load_file(file))
 
 
 def test_mtp_layers_have_the_released_names() -> None:
     from dsv3.config.strict import strict
-    from tests.composing import compose
+    from tests.harness.composing import compose
 
     config = strict(compose(["model=671b"])).model
     with torch.device("meta"):
         model = build(config)
-    names = [name for name in model.state_dict() if name.startswith("mtp.")]
-    sources = {part.source for name in names for part in released_parts(name, config)}
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith("mtp.")}
+    names = {tensor.name for tensor in hf_layout(config, shapes)}
     experts = {
         f"model.layers.61.mlp.experts.{n}.{kind}_proj.weight"
         for n in range(256)
         for kind in ("gate", "up", "down")
     }
-    assert sources == MTP_LAYER | experts
+    assert names == MTP_LAYER | experts
 
 
 def add(directory: Path, **tensors: Tensor) -> None:
-    """Put tensors into a checkpoint's one file."""
+    """Add tensors to a checkpoint's only file."""
     (file,) = directory.glob("*.safetensors")
     save_file({**load_file(file), **tensors}, file)
 
@@ -124,7 +126,7 @@ def test_mtp_layers_that_were_not_saved_are_named_with_the_way_round(tmp_path: P
 
 def test_norms_are_those_of_the_loaded_weights(tmp_path: Path) -> None:
     directory, expected = released(tmp_path)
-    norms = released_norms(model_from_hf(directory), directory)
+    norms = hf_weight_norms(model_from_hf(directory), directory)
     state = expected.state_dict()
     assert norms == {name: pytest.approx(state[name].norm().item(), rel=1e-5) for name in state}
 

@@ -1,4 +1,4 @@
-"""Files written in blocks past the page cache, and read so: the same bytes, on every kind of disk."""
+"""Files written and read in blocks past the page cache: the same bytes on every kind of disk."""
 
 import errno
 import fcntl
@@ -20,10 +20,10 @@ LENGTHS = [0, 1, PAGE - 1, PAGE, 2 * PAGE, 2 * PAGE + 1, 5 * PAGE - 3, 100_000]
 
 @pytest.fixture(params=["as it is", "no such flag", "refused at open", "refused later"])
 def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two pages, on disks that know of reads and writes past the page cache or do not."""
+    """Use blocks of two pages, on disks with and without direct I/O."""
     for module in (output_file, pread_file):
-        monkeypatch.setattr(module, "BLOCK", 2 * PAGE)
-    monkeypatch.setattr(pread_file, "_LONG", 1)
+        monkeypatch.setattr(module, "DISK_BLOCK", 2 * PAGE)
+    monkeypatch.setattr(pread_file, "_SHORTEST_DIRECT", 1)
     if request.param == "no such flag":
         monkeypatch.delattr(os, "O_DIRECT", raising=False)
         monkeypatch.setattr(output_file, "_DIRECT", 0)

@@ -1,4 +1,4 @@
-"""A conversion that is stopped, by whatever means, goes on; one that is another does not."""
+"""A conversion that was stopped, by whatever means, resumes; another conversion does not."""
 
 import json
 import os
@@ -11,24 +11,26 @@ from pathlib import Path
 
 import pytest
 
-import convert as program
 from dsv3.config.convert import ConvertConfig
 from dsv3.convert import convert as conversion
 from dsv3.convert.destination import Destination
-from dsv3.convert.output_file import Sink
-from tests.convert.command import Convert, contents, environment, refused
+from dsv3.convert.output_file import HashingWriter
+from tests.harness.commands import ConvertCommand
+from tests.harness.outcome import refused
+from tests.harness.processes import environment
+from tests.harness.runs import contents
 
 FILES = "max_shard_size=20KB"
-ROOT = Path(program.__file__).parent
-pytestmark = pytest.mark.usefixtures("many_files")
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.usefixtures("many_files"), pytest.mark.slow]
 
 
 class Crash(BaseException):
-    """Ends a conversion as a kill would: whatever would tidy up is not asked."""
+    """Ends a conversion as a kill would, without any cleanup."""
 
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
-    """The command on a slow disk, in a process of its own."""
+    """Start the command on a slow disk, in a process of its own."""
     command = [sys.executable, "-m", "tests.convert.killed", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -36,7 +38,7 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
 
 
 def wait_for_files(process: "subprocess.Popen[str]", count: int) -> None:
-    """Until so many files have been written."""
+    """Wait until so many files have been written."""
     assert process.stderr is not None
     for _ in range(count):
         line = process.stderr.readline()
@@ -47,14 +49,14 @@ def asked(source: Path, output: Path) -> list[str]:
     return ["direction=hf_to_dcp", f"input={source}", f"output={output}", "workers=2"]
 
 
-def crash(convert: Convert, source: Path, output: Path, calls: int, whole: bool) -> bool:
-    """Leave what a kill at this write (`whole`: this end of a file) would; whether it came so far."""
+def crash(convert: ConvertCommand, source: Path, output: Path, calls: int, whole: bool) -> bool:
+    """Leave what a kill at this write (`whole`: this end of a file) leaves; return whether it came so far."""
     left = output.with_name("left")
     count = 0
     name = "finish" if whole else "_append"
-    original = getattr(Sink, name)
+    original = getattr(HashingWriter, name)
 
-    def dying(self: Sink, *data: bytes) -> object:
+    def dying(self: HashingWriter, *data: bytes) -> object:
         nonlocal count
         count += 1
         if count == calls:
@@ -68,8 +70,8 @@ def crash(convert: Convert, source: Path, output: Path, calls: int, whole: bool)
             raise OSError(5, "killed")
         return original(self, *data)
 
-    with convert.patch.context() as patch:
-        patch.setattr(Sink, name, dying)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HashingWriter, name, dying)
         convert("hf_to_dcp", source, output, "workers=2")
     partial = output.with_name(f".{output.name}.partial")
     if not left.exists():
@@ -80,9 +82,9 @@ def crash(convert: Convert, source: Path, output: Path, calls: int, whole: bool)
 
 
 def test_killed_at_ten_points_and_gone_on_with_gives_the_same_bytes(
-    convert: Convert, fp8_release: Path, tmp_path: Path
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
 ) -> None:
-    """Real kills at three of them, the others inside writes that a process would hardly be caught in."""
+    """Three are real kills, the others inside of writes in which a kill would rarely catch a process."""
     convert.must("hf_to_dcp", fp8_release, tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     assert len(whole) > 30
@@ -105,7 +107,7 @@ def test_killed_at_ten_points_and_gone_on_with_gives_the_same_bytes(
 @pytest.mark.parametrize("direction", ["hf_to_dcp", "hf_to_hf"])
 @pytest.mark.parametrize("at", ["manifest", "rename"])
 def test_killed_while_it_gets_its_name(
-    convert: Convert,
+    convert: ConvertCommand,
     fp8_release: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -129,14 +131,14 @@ def test_killed_while_it_gets_its_name(
         with pytest.raises(Crash):
             conversion.convert(_config(direction, fp8_release, tmp_path / "out"))
     with monkeypatch.context() as patch:
-        patch.setattr(Sink, "finish", lambda self: pytest.fail(f"{self.path} is written again"))
+        patch.setattr(HashingWriter, "finish", lambda self: pytest.fail(f"{self.path} is written again"))
         convert.must(direction, fp8_release, tmp_path / "out", FILES, "verify=true")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def _config(direction: str, source: Path, output: Path) -> ConvertConfig:
     from dsv3.convert.request import prepare_conversion
-    from tests.composing import compose
+    from tests.harness.composing import compose
 
     return prepare_conversion(
         compose([f"direction={direction}", f"input={source}", f"output={output}", FILES], "convert")
@@ -144,8 +146,8 @@ def _config(direction: str, source: Path, output: Path) -> ConvertConfig:
 
 
 @pytest.fixture
-def stopped(convert: Convert, fp8_release: Path, tmp_path: Path) -> Path:
-    """What is left of a conversion that a kill has cut off after a few files."""
+def stopped(convert: ConvertCommand, fp8_release: Path, tmp_path: Path) -> Path:
+    """Return the remains of a conversion that was killed after a few files."""
     assert crash(convert, fp8_release, tmp_path / "out", 12, whole=True)
     return tmp_path / ".out.partial"
 
@@ -156,7 +158,7 @@ def finished(partial: Path) -> list[str]:
 
 
 def test_finished_files_are_kept_unless_they_are_damaged(
-    convert: Convert, fp8_release: Path, tmp_path: Path, stopped: Path
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, stopped: Path
 ) -> None:
     kept = finished(stopped)
     assert len(kept) >= 5
@@ -175,7 +177,7 @@ def test_finished_files_are_kept_unless_they_are_damaged(
 
 @pytest.mark.parametrize("damage", ["cut", "line", "first", "bytes", "empty", "gone", "fields"])
 def test_a_damaged_journal_costs_no_more_than_work(
-    convert: Convert, fp8_release: Path, tmp_path: Path, stopped: Path, damage: str
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, stopped: Path, damage: str
 ) -> None:
     journal = stopped / ".journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
@@ -197,7 +199,7 @@ def test_a_damaged_journal_costs_no_more_than_work(
 
 
 def test_leftovers_do_not_get_into_the_output(
-    convert: Convert, fp8_release: Path, tmp_path: Path, stopped: Path
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, stopped: Path
 ) -> None:
     (stopped / ".partial-manifest.json").write_text("{")
     (stopped / "__99_0.distcp").write_text("of before")
@@ -209,7 +211,7 @@ def test_leftovers_do_not_get_into_the_output(
 
 
 def test_another_conversion_is_refused_by_what_differs(
-    convert: Convert, fp8_release: Path, bf16_release: Path, tmp_path: Path, stopped: Path
+    convert: ConvertCommand, fp8_release: Path, bf16_release: Path, tmp_path: Path, stopped: Path
 ) -> None:
     before = contents(stopped)
     cases = {
@@ -227,7 +229,9 @@ def test_another_conversion_is_refused_by_what_differs(
     convert.must("hf_to_dcp", fp8_release, tmp_path / "out", "workers=1")
 
 
-def test_an_input_that_has_changed_is_refused(convert: Convert, fp8_release: Path, tmp_path: Path) -> None:
+def test_an_input_that_has_changed_is_refused(
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
+) -> None:
     source = Path(shutil.copytree(fp8_release, tmp_path / "in"))
     assert crash(convert, source, tmp_path / "out", 12, whole=True)
     file = source / "model-00002-of-00003.safetensors"
@@ -242,7 +246,7 @@ def test_an_input_that_has_changed_is_refused(convert: Convert, fp8_release: Pat
 
 
 def test_the_same_input_from_another_directory_is_the_same(
-    convert: Convert, fp8_release: Path, tmp_path: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(fp8_release.parent)
     kept = finished(stopped)
@@ -252,7 +256,7 @@ def test_the_same_input_from_another_directory_is_the_same(
 
 
 def test_ctrl_c_and_sigterm_keep_what_is_finished_and_two_at_once_are_refused(
-    convert: Convert, fp8_release: Path, tmp_path: Path
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
 ) -> None:
     output, partial = tmp_path / "out", tmp_path / ".out.partial"
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -287,18 +291,18 @@ def test_a_second_signal_ends_it_at_once(fp8_release: Path, tmp_path: Path) -> N
 
 
 def test_stopped_before_a_file_is_finished_nothing_is_left(
-    convert: Convert, fp8_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, asked = Sink._append, list[bool]()
+    original, asked = HashingWriter._append, list[bool]()
 
-    def stopping(self: Sink, data: bytes) -> int:
+    def stopping(self: HashingWriter, data: bytes) -> int:
         if not asked:
             asked.append(True)
             os.kill(os.getpid(), signal.SIGINT)
         self._stop.wait(10)
         return original(self, data)
 
-    monkeypatch.setattr(Sink, "_append", stopping)
+    monkeypatch.setattr(HashingWriter, "_append", stopping)
     outcome = convert("hf_to_dcp", fp8_release, tmp_path / "out")
     assert outcome.code == 75
     assert outcome.err.splitlines() == ["stopped: no file was finished, nothing is kept"]

@@ -1,4 +1,4 @@
-"""Weights there and back, bit for bit, and what torch's own readers and transformers make of the results."""
+"""Weights converted and back, bit for bit, and the results in torch's own reader and transformers."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,9 @@ from dsv3.config.convert import ConvertConfig, Direction, ScaleFormat, StoredTyp
 from dsv3.config.model import ModelConfig
 from dsv3.convert.convert import convert
 from dsv3.errors import UserError
-from dsv3.fp8.quantize import dequantize_plain
-from dsv3.hf.names import released_layout
+from dsv3.hf.names import hf_layout
 from tests.convert.releases import read_release, small_model, write_release
+from tests.fp8.plain import dequantize_reference
 
 MODELS = {
     "V3 with MTP": [],
@@ -42,7 +42,7 @@ def ask(
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """The same names, types, shapes and bytes."""
+    """Assert the same names, dtypes, shapes and bytes."""
     assert sorted(ours) == sorted(theirs)
     for name, tensor in theirs.items():
         assert ours[name].dtype is tensor.dtype, name
@@ -100,10 +100,10 @@ def test_torch_reads_the_dcp_as_plain_arithmetic_makes_it(tmp_path: Path, stored
         f"model.{name}": torch.full(shape, torch.nan) for name, shape in parameter_shapes(model).items()
     }
     load(targets, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    for tensor in released_layout(model, parameter_shapes(model)):
+    for tensor in hf_layout(model, parameter_shapes(model)):
         value = released[tensor.name]
         if value.dtype is torch.float8_e4m3fn:
-            value = dequantize_plain(value, released[tensor.name + "_scale_inv"], (32, 32))
+            value = dequantize_reference(value, released[tensor.name + "_scale_inv"], (32, 32))
         if not tensor.name.endswith("e_score_correction_bias"):
             value = value.to(numbers)
         box = tuple(slice(o, o + n) for o, n in zip(tensor.offset, tensor.sizes, strict=True))
@@ -125,7 +125,7 @@ def test_new_scales_are_made_where_nothing_is_known(tmp_path: Path) -> None:
     for name in scaled:
         scales = written[name + "_scale_inv"]
         assert torch.equal(scales, torch.exp2(scales.log2().round()))
-        numbers = dequantize_plain(written[name], scales)
+        numbers = dequantize_reference(written[name], scales)
         # Half a step of E4M3, 2^-4 of the number, and of the smallest where it is subnormal.
         close = torch.isclose(numbers, stored[name].float(), rtol=2**-4, atol=float(scales.max()) * 2**-10)
         assert close.all()

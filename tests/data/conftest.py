@@ -12,7 +12,7 @@ from tests.data.texts import sentence
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of 120 different texts and of 3 copies of the first."""
+    """Return a folder of 120 different texts and of 3 copies of the first."""
     root = tmp_path / "corpus"
     (root / "deep").mkdir(parents=True)
     for number in range(120):
@@ -24,13 +24,13 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """A small trained tokenizer."""
+    """Return a small trained tokenizer."""
     return TrainedTokenizer(300).prepare(sentence(number) for number in range(50))
 
 
 @pytest.fixture
 def documents() -> tuple[Ids, Ids]:
-    """50 documents of 1 to 19 tokens as (tokens, offsets); every token is another number."""
+    """Return 50 documents of 1 to 19 tokens as (tokens, offsets); no token occurs twice."""
     lengths = np.random.default_rng(0).integers(1, 20, 50)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return np.arange(1000, 1000 + offsets[-1]), offsets

@@ -4,14 +4,14 @@ import numpy as np
 import torch
 
 from dsv3.data.batch import collate, mtp_targets
-from dsv3.data.packing import PADDING, Row
-from dsv3.model.layers import IGNORE
+from dsv3.data.packing import PADDING, PackedRow
+from dsv3.model.layers import IGNORE_INDEX
 
-I = IGNORE  # noqa: E741 - the tables below are to be read at a glance
+I = IGNORE_INDEX  # noqa: E741 - the tables below are to be read at a glance
 
 
-def row(tokens: list[int], documents: list[int]) -> Row:
-    return Row(np.array(tokens, np.int64), np.array(documents, np.int32))
+def row(tokens: list[int], documents: list[int]) -> PackedRow:
+    return PackedRow(np.array(tokens, np.int64), np.array(documents, np.int32))
 
 
 ROWS = [
@@ -48,7 +48,8 @@ def test_targets_of_multi_token_prediction_by_hand() -> None:
 def test_targets_of_every_depth_against_the_definition() -> None:
     draw = np.random.default_rng(0)
     rows = [
-        Row(draw.integers(0, 99, 33), np.cumsum(draw.random(33) < 0.15).astype(np.int32)) for _ in range(8)
+        PackedRow(draw.integers(0, 99, 33), np.cumsum(draw.random(33) < 0.15).astype(np.int32))
+        for _ in range(8)
     ]
     batch = collate(rows)
     for depth in range(1, 6):
@@ -57,7 +58,7 @@ def test_targets_of_every_depth_against_the_definition() -> None:
             for i in range(32):
                 there = i + 1 + depth
                 inside = there <= 32 and documents[there] == documents[i]
-                assert found[number, i] == (tokens[there] if inside else IGNORE)
+                assert found[number, i] == (tokens[there] if inside else IGNORE_INDEX)
 
 
 def test_a_batch_moves_to_a_device_as_a_whole() -> None:

@@ -1,24 +1,29 @@
-"""Entries appear whole or not at all, however many processes want them."""
+"""Cache entries appear complete or not at all, however many processes want them."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from dsv3.data import cache
-from dsv3.data.cache import StaleError, cache_root, cached
+from dsv3.data.cache import CacheEntryError, cache_root, load_or_build
 from dsv3.errors import UserError
+
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def read(directory: Path) -> str:
     try:
         text = (directory / "content").read_text()
     except OSError as error:
-        raise StaleError from error
+        raise CacheEntryError from error
     if text == "damaged":
-        raise StaleError
+        raise CacheEntryError
     return text
 
 
@@ -40,8 +45,8 @@ def test_the_place_is_the_option_else_the_environment(monkeypatch: pytest.Monkey
 
 def test_an_entry_is_built_once_and_nothing_else_is_left(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "entry"
-    assert cached(target, read, build) == "sound"
-    assert cached(target, read, lambda _: pytest.fail("built twice")) == "sound"
+    assert load_or_build(target, read, build) == "sound"
+    assert load_or_build(target, read, lambda _: pytest.fail("built twice")) == "sound"
     assert sorted(p.name for p in target.parent.iterdir()) == [".entry.lock", "entry"]
 
 
@@ -49,7 +54,7 @@ def test_a_damaged_entry_is_built_anew(tmp_path: Path) -> None:
     target = tmp_path / "entry"
     target.mkdir()
     (target / "content").write_text("damaged")
-    assert cached(target, read, build) == "sound"
+    assert load_or_build(target, read, build) == "sound"
     assert sorted(p.name for p in tmp_path.iterdir()) == [".entry.lock", "entry"]
 
 
@@ -59,7 +64,7 @@ def test_a_build_that_fails_leaves_no_entry(tmp_path: Path) -> None:
         raise UserError("the corpus cannot be read")
 
     with pytest.raises(UserError, match="corpus"):
-        cached(tmp_path / "entry", read, fails)
+        load_or_build(tmp_path / "entry", read, fails)
     assert [p.name for p in tmp_path.iterdir()] == [".entry.lock"]
 
 
@@ -71,51 +76,79 @@ def test_whoever_finishes_second_takes_what_is_there(tmp_path: Path) -> None:
         (target / "content").write_text("the other's")
         build(directory)
 
-    assert cached(target, read, overtaken) == "the other's"
+    assert load_or_build(target, read, overtaken) == "the other's"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"data\.cache_dir=.*file.*cannot be written"):
-        cached(tmp_path / "file" / "entry", read, build)
+        load_or_build(tmp_path / "file" / "entry", read, build)
 
 
 def test_an_entry_in_a_folder_that_cannot_be_written_is_still_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached(tmp_path / "entry", read, build)
-    monkeypatch.setattr(cache, "_lock", lambda _: pytest.fail("nothing is to be written"))
-    assert cached(tmp_path / "entry", read, build) == "sound"
+    load_or_build(tmp_path / "entry", read, build)
+    monkeypatch.setattr(cache, "FileLock", lambda *_, **__: pytest.fail("nothing is to be written"))
+    assert load_or_build(tmp_path / "entry", read, build) == "sound"
 
 
-def _race(target: Path, barrier: "multiprocessing.synchronize.Barrier", locks: bool) -> None:
-    if not locks:
-        fcntl.flock = _no_locks
+def _race(target: Path, barrier: "multiprocessing.synchronize.Barrier", code: int | None) -> None:
+    if code is not None:
+
+        def no_locks(*_: object) -> None:
+            raise OSError(code, "no locks available")
+
+        fcntl.flock = no_locks
 
     def slow(directory: Path) -> None:
         (target.parent / f"built-{os.getpid()}").touch()
         build(directory)
-        if not locks:
+        if code is not None:
             barrier.wait(20)  # both have built before either publishes
 
     barrier.wait(20)
-    assert cached(target, read, slow) == "sound"
+    assert load_or_build(target, read, slow) == "sound"
 
 
-def _no_locks(*_: object) -> None:
-    raise OSError("no locks available")
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_two_processes_at_once_both_succeed(tmp_path: Path, locks: bool) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(2)
-    workers = [spawn.Process(target=_race, args=(tmp_path / "entry", barrier, locks)) for _ in range(2)]
-    for ranks in workers:
-        ranks.start()
-    for ranks in workers:
-        ranks.join(30)
-    assert [ranks.exitcode for ranks in workers] == [0, 0]
+@pytest.mark.parametrize("code", [None, errno.ENOLCK, errno.ENOSYS], ids=["locks", "nfs", "no flock"])
+def test_two_processes_at_once_both_succeed(tmp_path: Path, code: int | None) -> None:
+    barrier = SPAWN.Barrier(2)
+    workers = [SPAWN.Process(target=_race, args=(tmp_path / "entry", barrier, code)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0, 0]
     assert read(tmp_path / "entry") == "sound"
-    assert len(list(tmp_path.glob("built-*"))) == (1 if locks else 2)
+    assert len(list(tmp_path.glob("built-*"))) == (1 if code is None else 2)
     assert not list(tmp_path.glob(".entry-*"))
+
+
+def _hold(target: Path, building: "multiprocessing.synchronize.Event") -> None:
+    def forever(directory: Path) -> None:
+        building.set()
+        time.sleep(600)
+
+    load_or_build(target, read, forever)
+
+
+def test_a_process_that_is_killed_while_it_builds_leaves_no_lock(tmp_path: Path) -> None:
+    building = SPAWN.Event()
+    holder = SPAWN.Process(target=_hold, args=(tmp_path / "entry", building))
+    holder.start()
+    assert building.wait(20)
+    lock = FileLock(tmp_path / ".entry.lock")
+    with pytest.raises(Timeout):
+        lock.acquire(timeout=0)
+    holder.kill()
+    holder.join(30)
+    assert load_or_build(tmp_path / "entry", read, build) == "sound"
+
+
+def test_a_lock_that_is_held_too_long_does_not_stop_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "LOCK_TIMEOUT", 0.0)
+    with FileLock(tmp_path / ".entry.lock", is_singleton=False):
+        assert load_or_build(tmp_path / "entry", read, build) == "sound"

@@ -1,4 +1,4 @@
-"""Which files make a corpus, in which order, under which fingerprint."""
+"""The files of a corpus, their order, and the fingerprint."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_nothing_to_read_is_the_users_mistake(tmp_path: Path, content: bytes | N
     if content is not None:
         (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError, match=r"data\.path="):
-        TextCorpus(str(tmp_path)).entries()
+        TextCorpus(str(tmp_path)).infos()
     with pytest.raises(UserError, match=r"data\.path=.*nowhere"):
         TextCorpus(str(tmp_path / "nowhere"))
 
@@ -74,11 +74,11 @@ def test_tests_and_installed_packages_are_no_part_of_the_library(tmp_path: Path)
 
 def test_a_python_without_its_sources_points_to_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data=text"):
-        StdlibCorpus(tmp_path).entries()
+        StdlibCorpus(tmp_path).infos()
 
 
 def test_the_library_of_this_interpreter_is_some_megabytes() -> None:
-    entries = StdlibCorpus().entries()
-    assert 5e6 < sum(entry.size for entry in entries) < 30e6
-    assert {"json/decoder.py", "pydoc_data/topics.py"} <= {entry.name for entry in entries}
-    assert not [entry.name for entry in entries if entry.name.startswith("test/")]
+    infos = StdlibCorpus().infos()
+    assert 5e6 < sum(info.size for info in infos) < 30e6
+    assert {"json/decoder.py", "pydoc_data/topics.py"} <= {info.name for info in infos}
+    assert not [info.name for info in infos if info.name.startswith("test/")]

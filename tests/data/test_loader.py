@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from dsv3.data.batch import Batch
-from dsv3.data.loader import Loader, evaluation_batches
-from dsv3.data.packing import Ids, PackedDataset, PackedEvaluation
+from dsv3.data.loader import DataLoader, evaluation_batches
+from dsv3.data.packing import Ids, PackedDataset, PackedEvaluationDataset
 from dsv3.errors import UserError
-from dsv3.model.layers import IGNORE
+from dsv3.model.layers import IGNORE_INDEX
 
 Documents = tuple[Ids, Ids]
 
@@ -26,7 +26,7 @@ def joined(batches: list[Batch]) -> list[torch.Tensor]:
 def step(
     dataset: PackedDataset, first: int, world: int, microbatch: int, size: int = 8
 ) -> list[torch.Tensor]:
-    loaders = [Loader(dataset, size, microbatch, rank, world) for rank in range(world)]
+    loaders = [DataLoader(dataset, size, microbatch, rank, world) for rank in range(world)]
     return joined([batch for loader in loaders for batch in loader.microbatches(first)])
 
 
@@ -34,7 +34,7 @@ def step(
 def test_the_global_batch_is_the_same_on_every_layout(
     dataset: PackedDataset, world: int, microbatch: int
 ) -> None:
-    assert len(Loader(dataset, 8, microbatch, 0, world).microbatches(0)) == 8 // world // microbatch
+    assert len(DataLoader(dataset, 8, microbatch, 0, world).microbatches(0)) == 8 // world // microbatch
     for first in (0, 8, 24, 800):
         expected = step(dataset, first, 1, 4)
         for one, other in zip(expected, step(dataset, first, world, microbatch), strict=True):
@@ -71,7 +71,7 @@ def test_a_batch_that_cannot_be_split_is_told_with_what_can(
     dataset: PackedDataset, size: int, microbatch: int, world: int, works: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        Loader(dataset, size, microbatch, 0, world)
+        DataLoader(dataset, size, microbatch, 0, world)
     assert f"train.global_batch_size={size} " in str(caught.value)
     assert f"train.microbatch_size={microbatch} x {world} " in str(caught.value)
     assert str(caught.value).endswith(f"use train.global_batch_size={works}")
@@ -83,7 +83,7 @@ def test_a_batch_that_cannot_be_split_is_told_with_what_can(
 def test_evaluation_scores_each_target_once_on_every_layout(
     documents: Documents, world: int, microbatch: int, multiple: int
 ) -> None:
-    rows = PackedEvaluation(*documents, 13)
+    rows = PackedEvaluationDataset(*documents, 13)
     ranks = [list(evaluation_batches(rows, microbatch, rank, world, multiple)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     assert len(ranks[0]) % multiple == 0
@@ -91,7 +91,7 @@ def test_evaluation_scores_each_target_once_on_every_layout(
     assert {batch.tokens.shape for batches in ranks for batch in batches} == {(microbatch, 13)}
     targets = torch.cat([batch.targets.flatten() for batches in ranks for batch in batches])
     starts = set(documents[1][:-1] + 1000)
-    scored = sorted(targets[targets != IGNORE].tolist())
+    scored = sorted(targets[targets != IGNORE_INDEX].tolist())
     assert scored == [token for token in documents[0] if token not in starts]
 
 

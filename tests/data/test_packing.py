@@ -1,11 +1,11 @@
-"""Rows: every token a target once in an epoch, another order in the next, no state but the index."""
+"""Rows: every token is a target once per epoch, each epoch has its own order, the index is the only state."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from dsv3.data.packing import PADDING, Ids, PackedDataset, PackedEvaluation, permutation
+from dsv3.data.packing import PADDING, Ids, PackedDataset, PackedEvaluationDataset, permutation
 from dsv3.errors import UserError
 
 Documents = tuple[Ids, Ids]
@@ -107,7 +107,7 @@ def test_too_few_tokens_are_told_with_the_numbers() -> None:
 
 @pytest.mark.parametrize("length", [1, 5, 7, 9, 1000])
 def test_evaluation_scores_every_target_once(documents: Documents, length: int) -> None:
-    rows = PackedEvaluation(*documents, length)
+    rows = PackedEvaluationDataset(*documents, length)
     targets: list[int] = []
     for index in range(len(rows)):
         tokens, numbers = rows.row(index)

@@ -1,13 +1,13 @@
-"""From a choice of `data` to rows: nothing leaks, nothing is done twice, mistakes are named."""
+"""From a data source to rows: nothing held out leaks, nothing is prepared twice, mistakes are named."""
 
 from pathlib import Path
 
 import pytest
 
-from dsv3.data.corpus import Split, TextCorpus
+from dsv3.data.corpus import HeldOutSplit, TextCorpus
 from dsv3.data.packing import PackedDataset
 from dsv3.data.sources import PreparedData, StdlibData, TextData
-from dsv3.data.token_file import read_tokens
+from dsv3.data.token_file import read_token_file
 from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
 from dsv3.errors import UserError
 from tests.data.texts import sentence
@@ -23,7 +23,7 @@ def prepare(folder: Path, **options: object) -> PreparedData:
 
 
 def texts(prepared: PreparedData, directory: Path) -> list[str]:
-    file, tokenizer = read_tokens(directory), prepared.tokenizer
+    file, tokenizer = read_token_file(directory), prepared.tokenizer
     assert tokenizer is not None
     return [
         tokenizer.decode(file.tokens[begin:end].tolist())
@@ -43,7 +43,7 @@ def test_nothing_held_out_is_in_the_training_file(folder: Path) -> None:
 
 def test_the_tokenizer_learns_from_the_training_side_only(folder: Path, tmp_path: Path) -> None:
     prepared = prepare(folder)
-    split = Split(TextCorpus(str(folder)), 0.2)
+    split = HeldOutSplit(TextCorpus(str(folder)), 0.2)
     alone = TrainedTokenizer(300).prepare(document.text for document in split.training())
     both = TrainedTokenizer(300).prepare(document.text for document in TextCorpus(str(folder)).documents())
     assert prepared.tokenizer is not None
@@ -127,6 +127,7 @@ def test_mistakes_are_named(folder: Path, tokenizer: Tokenizer) -> None:
         source(folder).prepare(tokenizer, 100_000, 1)
 
 
+@pytest.mark.slow
 def test_the_standard_library_trains_a_model_of_4096_ids(tmp_path: Path) -> None:
     data = StdlibData(cache_dir=str(tmp_path))
     prepared = data.prepare(TrainedTokenizer(4096), 512, 1)

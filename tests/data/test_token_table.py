@@ -1,4 +1,4 @@
-"""Ids as given: every row a document, every row scored, and no file that could run code."""
+"""Given ids: every row is a document and is scored, and no file can run code."""
 
 import pickle
 import sys
@@ -11,9 +11,9 @@ import pytest
 
 from dsv3.data.batch import collate
 from dsv3.data.loader import evaluation_batches
-from dsv3.data.token_table import CHUNK, TableRows, TokensData
+from dsv3.data.token_table import CHUNK_IDS, TableDataset, TokensData
 from dsv3.errors import UserError
-from dsv3.model.layers import IGNORE
+from dsv3.model.layers import IGNORE_INDEX
 
 
 def written(folder: Path, table: object) -> str:
@@ -29,7 +29,7 @@ def test_evaluation_scores_all_but_the_first_id_of_every_row(tmp_path: Path, dty
     assert prepared.train is None
     assert (prepared.tokenizer, prepared.sequence_length, data.sequence_length) == (None, 6, 6)
     targets = np.concatenate([b.targets.numpy() for b in evaluation_batches(prepared.held_out, 4)])
-    assert targets[targets != IGNORE].tolist() == table[:, 1:].flatten().tolist()
+    assert targets[targets != IGNORE_INDEX].tolist() == table[:, 1:].flatten().tolist()
     assert collate([prepared.held_out.row(3)]).documents.tolist() == [[0] * 6]
 
 
@@ -60,11 +60,11 @@ def test_training_sets_rows_aside_whatever_the_seed(tmp_path: Path) -> None:
 
 def test_epochs_differ_and_a_row_depends_on_its_index_alone(tmp_path: Path) -> None:
     table = np.arange(60).reshape(20, 3)
-    rows = TableRows(table, np.arange(20), seed=1)
+    rows = TableDataset(table, np.arange(20), seed=1)
     order = [int(rows.row(index).tokens[0]) for index in range(60)]
     assert sorted(order[:20]) == sorted(order[20:40]) == sorted(table[:, 0].tolist())
     assert order[:20] != order[20:40] != order[40:]
-    again = TableRows(table, np.arange(20), seed=1)
+    again = TableDataset(table, np.arange(20), seed=1)
     assert [int(again.row(index).tokens[0]) for index in range(59, -1, -1)] == order[::-1]
 
 
@@ -99,7 +99,7 @@ def test_other_types_and_shapes_are_refused(tmp_path: Path, table: object) -> No
 
 
 class Trap:
-    """Runs code when it is unpickled."""
+    """Run code when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (pytest.fail, ("a data file ran code",))
@@ -139,7 +139,7 @@ def test_a_foreign_byte_order_is_named(tmp_path: Path, dtype: type) -> None:
 
 @pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1])
 def test_an_id_outside_the_vocabulary_is_named_with_its_row(tmp_path: Path, bad: int) -> None:
-    table = np.full((CHUNK // 1024 + 9, 1024), 49, np.int32)
+    table = np.full((CHUNK_IDS // 1024 + 9, 1024), 49, np.int32)
     prepared = TokensData(path=written(tmp_path, table)).prepare()
     prepared.check_vocabulary(50)
     row = len(table) - 2  # in the second chunk

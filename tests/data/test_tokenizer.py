@@ -1,4 +1,4 @@
-"""Round trips, special tokens that only the program places, and the same bytes for the same corpus."""
+"""Round trips, special tokens that only the program inserts, and the same bytes for the same corpus."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from dsv3.data.tokenizer import (
     BOS,
     EOS,
     SPECIAL_TOKENS,
-    TRAINING_PIECE,
+    TRAINING_CHUNK,
     LocalTokenizer,
     Tokenizer,
     TrainedTokenizer,
-    pieces,
+    split_text,
 )
 from dsv3.errors import UserError
 from tests.data.texts import sentence
@@ -83,7 +83,7 @@ def test_the_same_corpus_gives_the_same_bytes_in_another_process(tmp_path: Path)
 
 def test_a_long_text_teaches_what_its_lines_do() -> None:
     text = "".join(sentence(number) for number in range(400))
-    assert len(text) > TRAINING_PIECE
+    assert len(text) > TRAINING_CHUNK
     lines = [sentence(number) for number in range(400)]
     assert (
         TrainedTokenizer(350).prepare([text]).fingerprint()
@@ -95,7 +95,7 @@ def test_a_long_text_is_cut_where_that_changes_nothing() -> None:
     text = "a plain line of words\nand one more\n  def\n\n\n b \n\nc,\n(d)\n\t\n  f'll 12\n" * 40
     tokenizer = TrainedTokenizer(500).prepare([text])  # knows runs of white space as tokens
     for size in range(100, 200, 3):
-        parts = list(pieces(text, size))
+        parts = list(split_text(text, size))
         assert len(parts) > 8
         assert "".join(part for part, _ in parts) == text
         assert [last for _, last in parts] == [False] * (len(parts) - 1) + [True]
@@ -104,7 +104,7 @@ def test_a_long_text_is_cut_where_that_changes_nothing() -> None:
 
 
 def test_a_text_without_line_breaks_is_cut_anyway() -> None:
-    assert [len(part) for part, _ in pieces("x" * 1000, 300)] == [300, 300, 400]
+    assert [len(part) for part, _ in split_text("x" * 1000, 300)] == [300, 300, 400]
 
 
 def test_saved_and_loaded_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:

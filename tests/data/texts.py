@@ -6,7 +6,7 @@ WORDS = "def return class self import value for in range print list row token mo
 
 
 def sentence(seed: int, words: int = 40) -> str:
-    """Lines of words, another text for every seed."""
+    """Return lines of words, a different text for every seed."""
     draw = random.Random(seed)
     lines = [" ".join(draw.choice(WORDS.split()) for _ in range(8)) for _ in range(words // 8)]
     return f"# text {seed}\n" + "\n".join(lines) + "\n"

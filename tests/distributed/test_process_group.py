@@ -1,4 +1,4 @@
-"""How many threads a rank computes with."""
+"""Threads that a rank computes with on CPU."""
 
 import pytest
 

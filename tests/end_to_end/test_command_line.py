@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.end_to_end.processes import MODEL, ROOT, CommandLine, rows
+from tests.harness.processes import ROOT, CommandLine, rows
+from tests.harness.tiny import MODEL
 
 NAME = 'runs, it\'s = "one" $HOME (1)'
 

@@ -1,4 +1,4 @@
-"""Which layers of a model multiply in FP8, and which engine multiplies where."""
+"""The layers of a model that compute in FP8, and the choice of the engine."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from torch import nn
 
 from dsv3.config.precision import FP8Engine, Granularity
 from dsv3.errors import UserError
-from dsv3.fp8.convert_model import BlockFP8, FP8Product, choose_engine, engine_of, take_broken_tiles
+from dsv3.fp8.convert_model import BlockFP8, FP8Matmul, choose_engine, fp8_engine_name, take_nonfinite_tiles
 from dsv3.model.layers import Linear
 from dsv3.model.moe import Experts
 from dsv3.model.transformer import Transformer
-from tests.operators import Operators
+from tests.harness.operators import Operators
 from tests.reference import tiny_model, tokens
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -24,14 +24,14 @@ def fp8_model(granularity: Granularity = Granularity.tile, power_of_two: bool = 
     return model
 
 
-def product_of(module: nn.Module) -> FP8Product | None:
-    """The FP8 product of a layer that has one."""
-    product = getattr(module, "product", None)
-    return product if isinstance(product, FP8Product) else None
+def fp8_matmul_of(module: nn.Module) -> FP8Matmul | None:
+    """Return the FP8 matmul of a layer that has one."""
+    product = getattr(module, "matmul", None)
+    return product if isinstance(product, FP8Matmul) else None
 
 
 class Products(Operators):
-    """Keeps the widths of plain matrix products too."""
+    """Keep the widths of plain matmuls too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Products(Operators):
 
 def test_all_linear_layers_but_the_head_and_all_experts_multiply_in_fp8() -> None:
     model = fp8_model()
-    found = {name for name, module in model.named_modules() if product_of(module)}
+    found = {name for name, module in model.named_modules() if fp8_matmul_of(module)}
     expected = {name for name, module in model.named_modules() if isinstance(module, Linear | Experts)}
     assert found == expected - {"head"}
     assert "head" in expected
@@ -73,28 +73,28 @@ def test_a_pass_multiplies_nothing_else_but_head_router_and_attention() -> None:
 def test_the_recipe_reaches_the_layers() -> None:
     for granularity, tile in ((Granularity.tile, 128), (Granularity.tensor, 0)):
         model = fp8_model(granularity, power_of_two=True)
-        for product in filter(None, map(product_of, model.modules())):
+        for product in filter(None, map(fp8_matmul_of, model.modules())):
             assert (product.engine, product.tile, product.power_of_two) == ("emulated", tile, True)
 
 
 def test_broken_tiles_are_taken_once() -> None:
     model = fp8_model()
-    assert engine_of([model]) == "emulated"
-    assert engine_of([tiny_model()]) is None
+    assert fp8_engine_name([model]) == "emulated"
+    assert fp8_engine_name([tiny_model()]) is None
     for _ in range(2):
         # Without a backward pass there is nothing to know.
-        assert take_broken_tiles([model], CPU).isnan()
+        assert take_nonfinite_tiles([model], CPU).isnan()
         logits = model(tokens(2, 16)).logits
         logits.backward(torch.full_like(logits, torch.nan))
-        assert float(take_broken_tiles([model], CPU)) > 0
+        assert float(take_nonfinite_tiles([model], CPU)) > 0
     model(tokens(2, 16)).logits.sum().backward()
-    assert float(take_broken_tiles([model, model], CPU)) == 0.0
+    assert float(take_nonfinite_tiles([model, model], CPU)) == 0.0
 
 
 def hopper(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), cuda: str | None = "12.9"
 ) -> None:
-    """As if this machine had such a GPU and PyTorch were built for such a CUDA."""
+    """Pretend that this machine has such a GPU and PyTorch was built for such a CUDA."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
 
@@ -121,8 +121,8 @@ def test_cpu_takes_the_emulated_engine() -> None:
 @pytest.mark.parametrize(
     ("capability", "cuda", "tile", "said"),
     [
-        ((8, 0), "12.9", 128, r"compute capability 9\.0 \(Hopper\) alone, and this GPU's is 8\.0"),
-        ((10, 0), "12.9", 128, r"this GPU's is 10\.0"),
+        ((8, 0), "12.9", 128, r"only on compute capability 9\.0 \(Hopper\), and this GPU has 8\.0"),
+        ((10, 0), "12.9", 128, r"this GPU has 10\.0"),
         ((9, 0), "12.8", 128, r"built for CUDA 12\.9 or later, and this one is for 12\.8"),
         ((9, 0), "11.10", 128, r"this one is for 11\.10"),
         ((9, 0), None, 128, r"this one is for none"),

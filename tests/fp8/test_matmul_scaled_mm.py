@@ -1,5 +1,7 @@
-"""What is handed to torch.nn.functional.scaled_mm, which only a Hopper GPU runs: PyTorch's own checks take
-it, and read as its layouts are documented it is the emulated engine's product."""
+"""The arguments of torch.nn.functional.scaled_mm, which only a Hopper GPU runs.
+
+PyTorch's own checks accept them, and read as the layouts are documented they give the emulated result.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -9,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.fp8 import matmul
-from dsv3.fp8.matmul import Emulated, ScaledMM
-from dsv3.fp8.operands import Recipe, Tiles
+from dsv3.fp8.matmul import EmulatedEngine, ScaledMMEngine
+from dsv3.fp8.operands import FP8Recipe, QuantizedOperand
 from tests.fp8.plain import assert_within, multiplied
 from tests.fp8.test_operands import numbers
 
@@ -18,35 +20,45 @@ SHAPES = [(1, 1, 1), (3, 130, 5), (128, 128, 128), (129, 257, 300), (300, 640, 1
 """Rows of the first operand, depth, rows of the second."""
 
 
-def operands(m: int, depth: int, n: int) -> Iterator[tuple[Tiles, Tiles]]:
-    """Those of the three products: forward, the gradient of the rows, the gradient of the weight."""
-    recipe = Recipe()
-    yield recipe.activations(numbers((m, depth))), recipe.weight(numbers((n, depth), 1))
-    yield recipe.activations(numbers((m, depth), 2)), recipe.weight(numbers((depth, n), 3)).turned()
-    yield recipe.along_tokens(numbers((depth, m), 4)), recipe.along_tokens(numbers((depth, n), 5))
+def operands(m: int, depth: int, n: int) -> Iterator[tuple[QuantizedOperand, QuantizedOperand]]:
+    """Yield the operands of the three matmuls: forward, gradient of the rows, gradient of the weight."""
+    recipe = FP8Recipe()
+    yield recipe.quantize_activations(numbers((m, depth))), recipe.quantize_weight(numbers((n, depth), 1))
+    yield (
+        recipe.quantize_activations(numbers((m, depth), 2)),
+        recipe.quantize_weight(numbers((depth, n), 3)).transpose(),
+    )
+    yield (
+        recipe.quantize_along_tokens(numbers((depth, m), 4)),
+        recipe.quantize_along_tokens(numbers((depth, n), 5)),
+    )
 
 
-def on_meta(operand: Tiles) -> Tiles:
-    """Shapes and strides without numbers, which PyTorch checks as it would those of a CUDA tensor."""
-    return Tiles(operand.codes.to("meta"), operand.scales.to("meta"), operand.block)
+def on_meta(operand: QuantizedOperand) -> QuantizedOperand:
+    """Return shapes and strides without values, which PyTorch checks as it would those of a CUDA tensor."""
+    return QuantizedOperand(operand.codes.to("meta"), operand.scales.to("meta"), operand.block)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pytorch_takes_the_layouts(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     for a, b in operands(*shape):
-        out = ScaledMM().multiply(on_meta(a), on_meta(b), dtype)
+        out = ScaledMMEngine().matmul(on_meta(a), on_meta(b), dtype)
         assert (out.shape, out.dtype, out.device.type) == ((shape[0], shape[2]), dtype, "meta")
 
 
-@pytest.mark.parametrize(("step", "left_out"), [("_laid_out", lambda t: t.scales), ("_padded", lambda t: t)])
+@pytest.mark.parametrize(
+    ("step", "left_out"), [("_cublas_scales", lambda t: t.scales), ("_pad", lambda t: t)]
+)
 def test_those_checks_refuse_other_layouts(
-    step: str, left_out: Callable[[Tiles], Tensor | Tiles], monkeypatch: pytest.MonkeyPatch
+    step: str,
+    left_out: Callable[[QuantizedOperand], Tensor | QuantizedOperand],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(matmul, step, left_out)
     for a, b in operands(129, 257, 300):
         with pytest.raises(RuntimeError):
-            ScaledMM().multiply(on_meta(a), on_meta(b), torch.float32)
+            ScaledMMEngine().matmul(on_meta(a), on_meta(b), torch.float32)
 
 
 def documented(
@@ -58,8 +70,11 @@ def documented(
     kind_b: F.ScalingType,
     output_dtype: torch.dtype,
 ) -> Tensor:
-    """a [M, K] b [K, N] with scales where cuBLAS looks for them in memory: those of tiles at
-    [block of the depth][row], those of blocks at [block of rows][block of the depth, padded to 4]."""
+    """Return a [M, K] b [K, N] with scales where cuBLAS looks for them in memory.
+
+    Scales of tiles are at [block of the depth][row], scales of blocks at [block of rows][block of the depth,
+    padded to 4].
+    """
     blocks = a.shape[1] // 128
     factors = []
     for scale, kind, rows in ((scale_a, kind_a, a.shape[0]), (scale_b, kind_b, b.shape[1])):
@@ -81,17 +96,17 @@ def test_read_as_documented_it_is_the_emulated_product(
 ) -> None:
     monkeypatch.setattr(F, "scaled_mm", documented)
     for a, b in operands(*shape):
-        found = ScaledMM().multiply(a, b, torch.float32)
+        found = ScaledMMEngine().matmul(a, b, torch.float32)
         expected, bound = multiplied(a, b)
         assert_within(found, expected, bound)
-        assert_within(found, Emulated().multiply(a, b, torch.float32).double(), 2 * bound)
+        assert_within(found, EmulatedEngine().matmul(a, b, torch.float32).double(), 2 * bound)
 
 
 @pytest.mark.parametrize("shape", [(0, 128, 3), (3, 0, 2), (3, 128, 0)])
 def test_nothing_is_not_handed_over(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(F, "scaled_mm")
     for a, b in operands(*shape):
-        assert torch.equal(ScaledMM().multiply(a, b, torch.float32), torch.zeros(shape[0], shape[2]))
+        assert torch.equal(ScaledMMEngine().matmul(a, b, torch.float32), torch.zeros(shape[0], shape[2]))
 
 
 def has_hopper() -> bool:
@@ -102,9 +117,9 @@ def has_hopper() -> bool:
 def test_hopper_multiplies_as_the_emulation_does() -> None:
     """Within each 128 of the depth its tensor cores keep some 14 bits of a sum (report, section 3.5.2)."""
     for a, b in (pair for shape in SHAPES for pair in operands(*shape)):
-        left, right = (Tiles(t.codes.cuda(), t.scales.cuda(), t.block) for t in (a, b))
+        left, right = (QuantizedOperand(t.codes.cuda(), t.scales.cuda(), t.block) for t in (a, b))
         expected, _ = multiplied(a, b)
         for dtype, tolerance in ((torch.float32, 2.0**-11), (torch.bfloat16, 2.0**-8)):
-            found = ScaledMM().multiply(left, right, dtype).cpu()
+            found = ScaledMMEngine().matmul(left, right, dtype).cpu()
             assert found.dtype is dtype
             assert (found.double() - expected).norm() < tolerance * expected.norm()

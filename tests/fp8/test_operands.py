@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv3.fp8.operands import Recipe, Tiles
-from dsv3.fp8.quantize import quantize, quantize_plain
+from dsv3.fp8.operands import FP8Recipe, QuantizedOperand
+from dsv3.fp8.quantize import quantize, quantize_reference
 from tests.fp8.plain import NAN, definition, quantized
 from tests.fp8.test_quantize import assert_same
 
@@ -20,15 +20,15 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 both_roundings = pytest.mark.parametrize("power_of_two", [False, True], ids=["fp32", "ue8m0"])
 
 
-def operand(x: Tensor, kind: str, power_of_two: bool = False) -> Tiles:
-    found: Tiles = getattr(Recipe(power_of_two=power_of_two), kind)(x)
+def operand(x: Tensor, kind: str, power_of_two: bool = False) -> QuantizedOperand:
+    found: QuantizedOperand = getattr(FP8Recipe(power_of_two=power_of_two), f"quantize_{kind}")(x)
     return found
 
 
 def assert_defined(x: Tensor, kind: str, power_of_two: bool) -> None:
-    """The operand has the codes, the scales and the tiles of the definition, turned where it is."""
+    """Assert that the operand has the codes, scales and tiles of the definition, transposed where it is."""
     found = operand(x, kind, power_of_two)
-    found = found.turned() if kind == "along_tokens" else found
+    found = found.transpose() if kind == "along_tokens" else found
     assert found.block == BLOCKS[kind]
     codes, scales = quantized(x, BLOCKS[kind], power_of_two)
     assert torch.equal(found.codes.view(torch.uint8), codes)
@@ -36,7 +36,7 @@ def assert_defined(x: Tensor, kind: str, power_of_two: bool) -> None:
 
 
 def numbers(shape: tuple[int, int], seed: int = 0) -> Tensor:
-    """Rows of many sizes, and columns too, so that neither kind of tile is like its neighbour."""
+    """Return rows of many sizes, and columns too, so that neither kind of tile is like its neighbour."""
     draw = torch.Generator().manual_seed(seed)
     spread = torch.randn(shape[0], 1, generator=draw) + torch.randn(shape[1], generator=draw)
     return torch.randn(shape, generator=draw) * torch.exp(2 * spread)
@@ -101,7 +101,9 @@ def test_fast_and_plain_forms_agree_on_what_is_not_finite(
     x[torch.rand(shape, generator=draw) < 0.03] = BROKEN[seed % 3]
     x[torch.rand(shape, generator=draw) < 0.01] = -math.nan
     x = x.to(dtype)
-    assert_same(quantize(x, block, power_of_two=power_of_two), quantize_plain(x, block, None, power_of_two))
+    assert_same(
+        quantize(x, block, power_of_two=power_of_two), quantize_reference(x, block, None, power_of_two)
+    )
 
 
 @both_roundings
@@ -120,7 +122,7 @@ def test_a_broken_number_is_nan_and_its_neighbours_are_what_they_would_be(
     assert differ.nonzero().tolist() == [list(place)]
     assert found.codes.view(torch.uint8)[place] == NAN
     assert torch.equal(found.scales, without.scales)
-    assert (float(without.broken()), float(found.broken())) == (0.0, 1.0)
+    assert (float(without.nonfinite_tiles()), float(found.nonfinite_tiles())) == (0.0, 1.0)
 
 
 @every_kind
@@ -128,7 +130,9 @@ def test_broken_tiles_are_counted_not_numbers(kind: str) -> None:
     x = numbers((300, 300))
     x[0, :5] = math.nan  # a row: one tile of 1 x 128, five of 128 x 1
     x[299, 299] = math.inf
-    assert float(operand(x, kind).broken()) == {"activations": 2, "along_tokens": 6, "weight": 2}[kind]
+    assert (
+        float(operand(x, kind).nonfinite_tiles()) == {"activations": 2, "along_tokens": 6, "weight": 2}[kind]
+    )
 
 
 @every_kind
@@ -152,8 +156,8 @@ def test_a_tile_of_zeros_has_the_scale_1_and_keeps_its_signs(kind: str) -> None:
 @every_kind
 def test_without_tiles_the_whole_tensor_has_one_scale(kind: str, power_of_two: bool) -> None:
     x = numbers((200, 130))
-    found: Tiles = getattr(Recipe(0, power_of_two), kind)(x)
-    found = found.turned() if kind == "along_tokens" else found
+    found: QuantizedOperand = getattr(FP8Recipe(0, power_of_two), f"quantize_{kind}")(x)
+    found = found.transpose() if kind == "along_tokens" else found
     codes, scales = quantized(x, (200, 130), power_of_two)
     assert torch.equal(found.codes.view(torch.uint8), codes)
     assert torch.equal(found.scales, scales)
@@ -161,8 +165,8 @@ def test_without_tiles_the_whole_tensor_has_one_scale(kind: str, power_of_two: b
 
 def test_turned_twice_is_the_same_operand() -> None:
     found = operand(numbers((200, 130)), "weight")
-    turned = found.turned()
+    turned = found.transpose()
     assert turned.codes.shape == (130, 200)
     assert turned.scales.shape == (2, 2)
     assert torch.equal(turned.scales, found.scales.T)
-    assert turned.turned().codes.data_ptr() == found.codes.data_ptr()
+    assert turned.transpose().codes.data_ptr() == found.codes.data_ptr()

@@ -1,4 +1,4 @@
-"""FP8 products and their gradients against the operands that they were quantised to, expert by expert."""
+"""FP8 matmuls and their gradients against their quantized operands, expert by expert."""
 
 import math
 from collections.abc import Callable
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dsv3.fp8.matmul import ENGINES
-from dsv3.fp8.operands import Recipe, Tiles
+from dsv3.fp8.matmul import MATMUL_ENGINES
+from dsv3.fp8.operands import FP8Recipe, QuantizedOperand
 from dsv3.fp8.ops import fp8_grouped_linear, fp8_linear
 from dsv3.parallel.compile import has_compiler
 from tests.fp8.plain import assert_within, decoded, multiplied
@@ -19,12 +19,12 @@ from tests.fp8.test_operands import numbers
 ENDS = (130, 130, 131, 300)
 """Rows of four experts: more than a tile, none, one, more than a tile again."""
 ROWS, IN, OUT = ENDS[-1], 200, 140
-RECIPES = [Recipe(), Recipe(power_of_two=True), Recipe(tile=0)]
+RECIPES = [FP8Recipe(), FP8Recipe(power_of_two=True), FP8Recipe(tile=0)]
 OPTIONS = ("emulated", 128, False)
 
 
 def product(
-    x: Tensor, weight: Tensor, ends: Tensor | None, probe: Tensor, recipe: Recipe = RECIPES[0]
+    x: Tensor, weight: Tensor, ends: Tensor | None, probe: Tensor, recipe: FP8Recipe = RECIPES[0]
 ) -> Tensor:
     out: Tensor
     if ends is None:
@@ -45,21 +45,21 @@ class Case:
         self.gradient = numbers((ROWS, OUT), 20).to(dtype)
         self.probe = torch.zeros((), requires_grad=True)
 
-    def run(self, recipe: Recipe = RECIPES[0]) -> tuple[Tensor, Tensor, Tensor]:
-        """The result, and the gradients of the rows and of the weights."""
+    def run(self, recipe: FP8Recipe = RECIPES[0]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the result, and the gradients of the rows and of the weights."""
         out = product(self.x, self.weight, self.ends, self.probe, recipe)
         of_x, of_weight, broken = torch.autograd.grad(out, [self.x, self.weight, self.probe], self.gradient)
         assert float(broken) == 0.0
         return out.detach(), of_x, of_weight
 
     def experts(self) -> list[slice]:
-        """Each expert's rows."""
+        """Return each expert's rows."""
         ends = [ROWS] if self.ends is None else self.ends.tolist()
         return [slice(*pair) for pair in zip([0, *ends], ends, strict=False)]
 
 
-def assert_product(found: Tensor, a: Tiles, b: Tiles) -> None:
-    """A product of two operands, within the order of its sums and one rounding to its dtype."""
+def assert_product(found: Tensor, a: QuantizedOperand, b: QuantizedOperand) -> None:
+    """Assert the matmul of two operands, within the order of its sums and one rounding to its dtype."""
     expected, bound = multiplied(a, b)
     if found.dtype is torch.bfloat16:
         bound = bound + 2.0**-8 * (expected.abs() + bound)
@@ -70,29 +70,31 @@ def assert_product(found: Tensor, a: Tiles, b: Tiles) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("ends", [None, ENDS])
 def test_results_and_gradients_are_products_of_what_the_operands_stand_for(
-    ends: tuple[int, ...] | None, recipe: Recipe, dtype: torch.dtype
+    ends: tuple[int, ...] | None, recipe: FP8Recipe, dtype: torch.dtype
 ) -> None:
     case = Case(ends, dtype)
     out, of_x, of_weight = case.run(recipe)
     assert (out.dtype, of_x.dtype, of_weight.dtype) == (dtype, dtype, torch.float32)
     for expert, own in enumerate(case.experts()):
         x, gradient = case.x.detach()[own], case.gradient[own]
-        weight = recipe.weight(case.weight.detach()[expert].to(dtype))
+        weight = recipe.quantize_weight(case.weight.detach()[expert].to(dtype))
         if len(x) == 0:
             assert torch.equal(of_weight[expert], torch.zeros(OUT, IN))
             continue
-        assert_product(out[own], recipe.activations(x), weight)
-        assert_product(of_x[own], recipe.activations(gradient), weight.turned())
-        assert_product(of_weight[expert], recipe.along_tokens(gradient), recipe.along_tokens(x))
+        assert_product(out[own], recipe.quantize_activations(x), weight)
+        assert_product(of_x[own], recipe.quantize_activations(gradient), weight.transpose())
+        assert_product(
+            of_weight[expert], recipe.quantize_along_tokens(gradient), recipe.quantize_along_tokens(x)
+        )
 
 
 def test_rows_are_quantised_along_features_forward_and_along_tokens_for_the_weight() -> None:
-    """The other tiles would not pass for these numbers: their error is far past the tolerance."""
+    """With these values the other tiles would not pass: their error is far above the tolerance."""
     case, recipe = Case(), RECIPES[0]
     _, _, of_weight = case.run()
     gradient, x = case.gradient, case.x.detach()
-    wrong = decoded(recipe.activations(gradient)).T @ decoded(recipe.activations(x))
-    expected, bound = multiplied(recipe.along_tokens(gradient), recipe.along_tokens(x))
+    wrong = decoded(recipe.quantize_activations(gradient)).T @ decoded(recipe.quantize_activations(x))
+    expected, bound = multiplied(recipe.quantize_along_tokens(gradient), recipe.quantize_along_tokens(x))
     assert ((wrong - expected).abs() > 100 * bound).double().mean() > 0.9
     assert_within(of_weight, expected[None], bound[None])
 
@@ -108,7 +110,7 @@ def test_a_bf16_weight_has_a_bf16_gradient() -> None:
 
 
 def whole_numbers(*shape: int, seed: int) -> Tensor:
-    """E4M3 holds them for every scale that is a power of two, so that quantising changes nothing."""
+    """Return integers, which E4M3 holds for every scale that is a power of two: quantizing is exact."""
     return torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -121,7 +123,7 @@ def test_gradients_are_finite_differences_where_quantising_changes_nothing(
     gradient, probe = whole_numbers(150, 130, seed=2), torch.zeros(())
 
     def loss(x: Tensor, weight: Tensor) -> Tensor:
-        return (product(x, weight, places, probe, Recipe(power_of_two=True)) * gradient).sum(
+        return (product(x, weight, places, probe, FP8Recipe(power_of_two=True)) * gradient).sum(
             dtype=torch.float64
         )
 
@@ -137,7 +139,7 @@ def test_gradients_are_finite_differences_where_quantising_changes_nothing(
 
 
 def test_experts_are_strangers() -> None:
-    """Each expert's numbers are, bit for bit, those of the expert alone, whatever its neighbours' are."""
+    """Each expert's results equal, bit for bit, those of the expert alone, whatever its neighbours hold."""
     case = Case(ENDS)
     with torch.no_grad():
         case.x[:130] *= 1e6
@@ -172,7 +174,7 @@ def test_no_rows_at_all(ends: tuple[int, ...] | None) -> None:
 
 
 def broken_of(case: Case, run: Callable[..., Tensor] = product) -> float:
-    """What a pass adds to the probe's gradient."""
+    """Return what a pass adds to the probe's gradient."""
     case.probe = torch.zeros((), requires_grad=True)
     run(case.x, case.weight, case.ends, case.probe).backward(case.gradient)
     return of_probe(case)
@@ -217,9 +219,9 @@ def test_recomputation_counts_once_and_microbatches_add_up() -> None:
     assert of_probe(case) == 4.0
 
 
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize("name", sorted(MATMUL_ENGINES))
 def test_every_engine_that_the_config_names_is_there(name: str) -> None:
-    assert callable(ENGINES[name].multiply)
+    assert callable(MATMUL_ENGINES[name].matmul)
 
 
 def test_pytorch_finds_no_fault_with_the_operators() -> None:
@@ -230,6 +232,7 @@ def test_pytorch_finds_no_fault_with_the_operators() -> None:
     torch.library.opcheck(fp8_grouped_linear, (x, stack, None, ends, probe, *OPTIONS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ends", "backend"), [(None, "aot_eager"), (ENDS, "aot_eager"), (ENDS, "inductor")])
 def test_compiled_products_are_the_same_bits(ends: tuple[int, ...] | None, backend: str) -> None:
     if backend == "inductor" and not has_compiler():

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from dsv3.fp8.convert_model import FP8Grouped, FP8Linear, take_broken_tiles
+from dsv3.fp8.convert_model import FP8GroupedLinear, FP8Linear, take_nonfinite_tiles
 from dsv3.model.layers import Linear
-from tests.operators import Operators
+from tests.harness.operators import Operators
 
 CPU = torch.device("cpu")
 ROWS, WEIGHTS = "fp8_rows_gradient", "fp8_weight_gradient"
@@ -23,20 +23,20 @@ class Layers(nn.Module):
         probe = torch.zeros((), requires_grad=counts)
         self.first, self.last = Linear(16, 16), Linear(16, 16)
         self.experts = nn.Parameter(torch.randn(2, 16, 16, generator=generator))
-        self.grouped = FP8Grouped(probe, "emulated", 128, False)
+        self.grouped = FP8GroupedLinear(probe, "emulated", 128, False)
         for layer in (self.first, self.last):
-            layer.product = FP8Linear(probe, "emulated", 128, False)
+            layer.matmul = FP8Linear(probe, "emulated", 128, False)
             nn.init.normal_(layer.weight, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` [8, 16], of which three rows are the first expert's."""
+        """Apply the layers to `x` [8, 16], of which three rows are the first expert's."""
         ends = torch.tensor([3, 8], dtype=torch.int32)
         out: Tensor = self.last(self.grouped(self.first(x).sigmoid(), self.experts, ends))
         return 2 * out
 
 
 def products(seen: Operators) -> dict[str, int]:
-    """How many products of the backward pass ran."""
+    """Count the gradient operators of the backward pass that ran."""
     return {name: seen.names[name] for name in (ROWS, WEIGHTS) if name in seen.names}
 
 
@@ -69,14 +69,14 @@ def test_broken_tiles_are_counted_as_at_once() -> None:
     gradient = torch.ones(8, 16)
     gradient[3, 5] = math.nan
     whole(x).backward(gradient)
-    expected = take_broken_tiles([whole], CPU)
+    expected = take_nonfinite_tiles([whole], CPU)
     assert expected > 0
     for _ in range(2):  # microbatches
         out = split(y)
         _, groups = stage_backward_input([out], [gradient], [y], split.parameters())
         stage_backward_weight(split.parameters(), groups)
-    assert take_broken_tiles([split], CPU) == 2 * expected
-    assert take_broken_tiles([split], CPU).isnan()
+    assert take_nonfinite_tiles([split], CPU) == 2 * expected
+    assert take_nonfinite_tiles([split], CPU).isnan()
 
 
 def test_a_probe_without_a_gradient_counts_nothing() -> None:
@@ -84,4 +84,4 @@ def test_a_probe_without_a_gradient_counts_nothing() -> None:
     out = layers(x)
     _, groups = stage_backward_input([out], [torch.ones_like(out)], [x], layers.parameters())
     stage_backward_weight(layers.parameters(), groups)
-    assert take_broken_tiles([layers], CPU).isnan()
+    assert take_nonfinite_tiles([layers], CPU).isnan()

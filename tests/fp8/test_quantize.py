@@ -1,4 +1,4 @@
-"""Block-wise FP8 against E4M3's definition, the fast forms against the plain ones, and round trips."""
+"""Block-wise FP8 against E4M3's definition, the fast forms against the reference, and round trips."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv3.fp8 import quantize as quantize_module
-from dsv3.fp8.quantize import dequantize, dequantize_plain, quantize, quantize_plain
+from dsv3.fp8.quantize import dequantize, quantize, quantize_reference
+from tests.fp8.plain import definition, dequantize_reference
 from tests.reference import normal
 
 Pair = tuple[int, int]
@@ -28,15 +29,8 @@ FACTORS = [1.0, -0.3, 7e-5, 2.0**-20, 2.0**-126, 1e-38, -1e-44, 2.0**119, -(2.0*
 FACTORS += [math.inf, math.nan]
 
 
-def definition(code: int) -> float:
-    """A finite E4M3 number as Micikevicius et al. define it (arXiv 2209.05433, section 3)."""
-    exponent, mantissa = code >> 3 & 15, (code & 7) / 8
-    magnitude = (1 + mantissa) * 2.0 ** (exponent - 7) if exponent else mantissa * 2.0**-6
-    return -magnitude if code & 0x80 else magnitude
-
-
 def bits(x: Tensor) -> Tensor:
-    """The bits as integers; every NaN of more than 8 bits as the same."""
+    """Return the bits as integers; every NaN of more than 8 bits is the same."""
     if x.element_size() == 1:
         return x.view(torch.uint8)
     x = x.where(~x.isnan(), math.nan).contiguous()
@@ -58,7 +52,7 @@ def some_codes(shape: Pair, seed: int = 0, known: Tensor = FINITE) -> Tensor:
 
 
 def some_scales(shape: Pair, block: Pair, seed: int = 0) -> Tensor:
-    """The grid of a weight of that shape; scales from 2^-20 to 1."""
+    """Return a grid for a weight of that shape, with scales from 2^-20 to 1."""
     grid = [-(-length // size) for length, size in zip(shape, block, strict=True)]
     return torch.exp2(-20 * torch.rand(grid, generator=random(seed)))
 
@@ -70,7 +64,7 @@ def test_numbers_are_the_definitions_times_the_scale_rounded(scale: float, dtype
     # 4 bits times 24 are exact in fp64; overflow to infinity and underflow happen on the way to fp32.
     exact = [definition(int(code)) * float(scales[0, 0]) for code in bits(FINITE)]
     expected = torch.tensor([exact], dtype=torch.float64).float().to(dtype)
-    for form in (dequantize, dequantize_plain):
+    for form in (dequantize, dequantize_reference):
         assert_same((form(FINITE[None], scales, dtype=dtype),), (expected,))
 
 
@@ -89,7 +83,7 @@ def test_fast_and_plain_numbers_are_the_same(
     shape: Pair, block: Pair, dtype: torch.dtype, known: Tensor
 ) -> None:
     codes, scales = some_codes(shape, known=known), some_scales(shape, block)
-    expected = dequantize_plain(codes, scales, block, dtype=dtype)
+    expected = dequantize_reference(codes, scales, block, dtype=dtype)
     assert_same((dequantize(codes, scales, block, dtype=dtype),), (expected,))
 
 
@@ -98,13 +92,13 @@ def test_fast_and_plain_numbers_are_the_same(
 @pytest.mark.parametrize("factor", FACTORS)
 def test_every_code_and_kind_of_scale(factor: float, dtype: torch.dtype, known: Tensor) -> None:
     codes, scales = known[None].repeat(3, 1), torch.tensor([[factor, 1.0], [0.5, factor]])
-    expected = dequantize_plain(codes, scales, (2, 128), dtype=dtype)
+    expected = dequantize_reference(codes, scales, (2, 128), dtype=dtype)
     assert_same((dequantize(codes, scales, (2, 128), dtype=dtype),), (expected,))
 
 
 def test_subnormal_numbers_do_not_hang_on_how_the_processor_treats_them() -> None:
     codes, scales = FINITE[None], torch.ones(1, 2)
-    expected = dequantize_plain(codes, scales)
+    expected = dequantize_reference(codes, scales)
     supported = torch.set_flush_denormal(True)
     try:
         found = dequantize(codes, scales)
@@ -126,14 +120,14 @@ def test_a_slice_from_anywhere_is_that_slice_of_the_whole(
     ends = (min(ends[0], shape[0]), min(ends[1], shape[1]))
     row, column = (data.draw(st.integers(0, end)) for end in ends)
     codes, scales = some_codes(shape, known=CODES if row % 2 else FINITE), some_scales(shape, block)
-    whole = dequantize_plain(codes, scales, block)[row : ends[0], column : ends[1]]
+    whole = dequantize_reference(codes, scales, block)[row : ends[0], column : ends[1]]
     part = codes[row : ends[0], column : ends[1]]
     buffer = torch.full((shape[0], 2 * shape[1]), 7.0)
-    with patch.dict(quantize_module.PIECE, cpu=tile):
+    with patch.dict(quantize_module.CHUNK_SHAPE, cpu=tile):
         out = buffer[row : ends[0], column * 2 : ends[1] * 2 : 2]
         assert dequantize(part, scales, block, (row, column), out=out) is out
     assert_same((out,), (whole,))
-    assert_same((dequantize_plain(part, scales, block, (row, column)),), (whole,))
+    assert_same((dequantize_reference(part, scales, block, (row, column)),), (whole,))
     assert int((buffer != 7.0).sum()) <= out.numel()
 
 
@@ -145,12 +139,12 @@ def test_a_slice_of_several_blocks_may_begin_and_end_in_one(block: Pair, rows: P
     codes, scales = some_codes((576, 2500)), some_scales((576, 2500), block)
     place = slice(*rows), slice(*columns)
     found = dequantize(codes[place], scales, block, (rows[0], columns[0]))
-    assert_same((found,), (dequantize_plain(codes, scales, block)[place],))
+    assert_same((found,), (dequantize_reference(codes, scales, block)[place],))
 
 
 def test_threads_do_not_disturb_each_other() -> None:
     codes, scales = some_codes((512, 2048)), some_scales((512, 2048), SQUARE)
-    expected = dequantize_plain(codes, scales, dtype=torch.bfloat16)
+    expected = dequantize_reference(codes, scales, dtype=torch.bfloat16)
     out = torch.empty_like(expected)
 
     def work(first: int) -> None:
@@ -167,7 +161,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 
 
 def contents(shape: Pair, dtype: torch.dtype, seed: int) -> Tensor:
-    """Normal numbers of many sizes, with zeros of both signs and the odd infinity or NaN."""
+    """Return normal values of many sizes, with zeros of both signs and the odd infinity or NaN."""
     rows, columns = shape
     weight = normal(*shape, seed=seed).detach() * 10.0 ** torch.randint(
         -44, 38, (rows, 1), generator=random(seed)
@@ -202,12 +196,12 @@ def test_fast_and_plain_codes_are_the_same(
             scales = torch.tensor(FACTORS)[which]
         if kind != "other":
             codes = some_codes(shape, seed, CODES if seed >> 9 & 1 else FINITE)
-            weight = dequantize_plain(codes, scales, block, dtype=dtype)
+            weight = dequantize_reference(codes, scales, block, dtype=dtype)
             if seed >> 10 & 1:
                 weight[seed % shape[0], seed % shape[1]] = math.pi
-    with patch.dict(quantize_module.PIECE, cpu=tile):
+    with patch.dict(quantize_module.CHUNK_SHAPE, cpu=tile):
         found = quantize(weight, block, scales, power_of_two)
-    assert_same(found, quantize_plain(weight, block, scales, power_of_two))
+    assert_same(found, quantize_reference(weight, block, scales, power_of_two))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -218,13 +212,13 @@ def test_fast_and_plain_codes_are_the_same_in_the_real_sizes(
 ) -> None:
     weight = normal(*shape, seed=1).detach().to(dtype)
     if block == SQUARE or shape[1] < 1000:  # the plain form takes its time
-        assert_same(quantize(weight, block), quantize_plain(weight, block))
+        assert_same(quantize(weight, block), quantize_reference(weight, block))
     turned, mirrored = quantize(weight, block), quantize(weight.T, block[::-1])
     assert_same(turned, (mirrored[0].T, mirrored[1].T))
 
 
 Form = Callable[..., tuple[Tensor, Tensor]]
-both_forms = pytest.mark.parametrize("form", [quantize, quantize_plain])
+both_forms = pytest.mark.parametrize("form", [quantize, quantize_reference])
 
 
 @both_forms
@@ -370,14 +364,13 @@ def test_scales_that_lose_their_codes(scale: float, kept: bool, dtype: torch.dty
 
 def test_wrong_grids_are_named() -> None:
     codes, weight = some_codes((200, 300)), torch.zeros(200, 300)
-    for form in (dequantize, dequantize_plain):
-        with pytest.raises(ValueError, match=r"\[2, 2\].*\[200, 300\].*at least \[2, 3\]"):
-            form(codes, torch.ones(2, 2))
-        with pytest.raises(ValueError, match=r"\[2, 3\].*\[200, 300\] from \[57, 0\].*at least \[3, 3\]"):
-            form(codes, torch.ones(2, 3), origin=(57, 0))
-        with pytest.raises(ValueError, match=r"\[6\]"):
-            form(codes, torch.ones(6))
-    for other in (quantize, quantize_plain):
+    with pytest.raises(ValueError, match=r"\[2, 2\].*\[200, 300\].*at least \[2, 3\]"):
+        dequantize(codes, torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"\[2, 3\].*\[200, 300\] from \[57, 0\].*at least \[3, 3\]"):
+        dequantize(codes, torch.ones(2, 3), origin=(57, 0))
+    with pytest.raises(ValueError, match=r"\[6\]"):
+        dequantize(codes, torch.ones(6))
+    for other in (quantize, quantize_reference):
         for wrong in ((3, 3), (2, 2)):
             with pytest.raises(ValueError, match=rf"\[{wrong[0]}, {wrong[1]}\].*\[200, 300\].*\[2, 3\]"):
                 other(weight, scales=torch.ones(wrong))

@@ -1,4 +1,4 @@
-"""A HuggingFace model and ours with the same weights."""
+"""Make pairs of a HuggingFace model and our model with the same weights."""
 
 import json
 import re
@@ -26,7 +26,7 @@ RENAMED = [
     (r"\.mlp\.gate\.weight$", ".ffn.router.weight"),
     (r"\.mlp\.", ".ffn."),
 ]
-"""HF's in-memory names to ours, applied in order."""
+"""HF's in-memory names -> ours, applied in order."""
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -52,14 +52,14 @@ SMALL: dict[str, Any] = {
 
 
 def our_name(name: str) -> str:
-    """Our name of a parameter or buffer of HF's."""
+    """Return our name of a parameter or buffer of HF's."""
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def pair(architecture: str, directory: Path, **changes: Any) -> tuple[nn.Module, Transformer]:
-    """HF's model of a small config with random weights, and ours read from the config.json it saves."""
+    """Return HF's model of a small config with random weights, and ours from its config.json."""
     import transformers
 
     name = {"deepseek_v3": "DeepseekV3", "deepseek_v2": "DeepseekV2"}[architecture]
@@ -76,12 +76,12 @@ def pair(architecture: str, directory: Path, **changes: Any) -> tuple[nn.Module,
 
 
 def _released_keys(changes: dict[str, Any]) -> dict[str, Any]:
-    """Keys of the released config.json that HF's config class drops."""
+    """Return the keys of released config.json files that HF's config class drops."""
     return {key: changes[key] for key in ("topk_method", "scoring_func") if key in changes}
 
 
 def _randomize(model: nn.Module) -> None:
-    """Weights that bring logits to about 1 and every mechanism into play."""
+    """Set weights that bring logits to about 1 and every mechanism into play."""
     generator = torch.Generator().manual_seed(1)
 
     def random(shape: torch.Size) -> Tensor:

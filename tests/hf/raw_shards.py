@@ -1,4 +1,4 @@
-"""Safetensors files put together by hand, right and wrong ones, and tensors of every type and shape."""
+"""Make safetensors files by hand, valid and damaged ones, and tensors of every dtype and shape."""
 
 import json
 import math
@@ -14,13 +14,13 @@ from dsv3.hf.safetensors_header import DTYPES
 
 
 def raw(header: Any, data: bytes = b"") -> bytes:
-    """A file of this header (an object, or the text itself) and data."""
+    """Return a file of this header (an object, or the text itself) and data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
 def entry(begin: int, end: int, dtype: Any = "F32", shape: Any = None) -> dict[str, Any]:
-    """A tensor's entry of a header; F32 as many as lie between begin and end unless told otherwise."""
+    """Return a tensor's entry of a header; by default as many F32 as fit between begin and end."""
     shape = [(end - begin) // 4] if shape is None else shape
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
@@ -32,7 +32,7 @@ def index(directory: Path, weight_map: Any) -> None:
 
 
 def noise(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """A tensor of random bytes (bools: 0 and 1), so with every kind of NaN."""
+    """Return a tensor of random bytes (bools: 0 and 1), so with every kind of NaN."""
     generator = torch.Generator().manual_seed(seed)
     top = 2 if dtype is torch.bool else 256
     count = math.prod(shape) * dtype.itemsize
@@ -41,7 +41,7 @@ def noise(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    """Equal in type, shape and every bit."""
+    """Return whether two tensors are equal in dtype, shape and every bit."""
     if left.dtype is not right.dtype or left.shape != right.shape:
         return False
     return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (left, right)))
@@ -49,7 +49,7 @@ def same(left: Tensor, right: Tensor) -> bool:
 
 @st.composite
 def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
-    """Some tensors by name, of any types, scalars and empty ones among them."""
+    """Draw some tensors by name, of any dtypes, scalars and empty ones among them."""
     names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
     found: dict[str, Tensor] = {}
     for name in draw(st.lists(names, max_size=6, unique=True)):

@@ -10,7 +10,7 @@ from dsv3.config.model import RopeScaling
 from dsv3.config.strict import to_yaml
 from dsv3.errors import UserError
 from dsv3.hf.config_json import model_from_hf
-from tests.composing import compose
+from tests.harness.composing import compose
 
 YARN = {
     "type": "yarn",
@@ -137,7 +137,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "vocab_size": 163840,
     },
 }
-"""What the other released config.json files hold in the place of V3's, by the preset that equals them."""
+"""Values of other released config.json files in place of V3's, by the preset that equals them."""
 
 
 def read(directory: Path, **changes: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which tensors a directory holds, and what is said about every way in which it can be wrong."""
+"""The tensors of a directory, and the message for every way in which it can be wrong."""
 
 import os
 import tempfile
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.hf.safetensors_reader import INDEX, ShardReader, open_shards
+from dsv3.hf.safetensors_reader import INDEX, SafetensorsReader, read_headers
 from tests.hf.raw_shards import entry, index, raw, same, tensors
 
 A = {"a": entry(0, 8)}
@@ -81,9 +81,9 @@ WRONG: dict[str, tuple[bytes, str]] = {
 
 
 def refused(directory: Path) -> str:
-    """What open_shards says; always one printable line that begins with where it is."""
+    """Return the message of read_headers: always one printable line that begins with the path."""
     with pytest.raises(UserError) as caught:
-        open_shards(directory)
+        read_headers(directory)
     message = str(caught.value)
     assert message.isprintable()
     assert message.startswith(str(directory))
@@ -96,13 +96,13 @@ def test_a_wrong_file_is_refused_for_what_is_wrong(tmp_path: Path, case: str) ->
     content, words = WRONG[case]
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(UserError, match=words):
-        open_shards(tmp_path)
+        read_headers(tmp_path)
     assert refused(tmp_path).startswith(f"{tmp_path / FILE} ")
 
 
 def test_the_file_that_the_wrong_ones_are_made_of_is_right(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(raw(A, DATA))
-    (stored,) = open_shards(tmp_path).values()
+    (stored,) = read_headers(tmp_path).values()
     assert (stored.name, stored.file, stored.dtype) == ("a", tmp_path / FILE, torch.float32)
     assert (stored.shape, stored.offset, stored.nbytes) == ((2,), 69, 8)
 
@@ -110,17 +110,17 @@ def test_the_file_that_the_wrong_ones_are_made_of_is_right(tmp_path: Path) -> No
 def test_tensors_come_as_they_lie_in_the_files(tmp_path: Path) -> None:
     (tmp_path / "one.safetensors").write_bytes(raw({"b": entry(4, 8), "c": entry(0, 4)}, DATA))
     (tmp_path / "two.safetensors").write_bytes(raw({"a": entry(0, 8), "empty": entry(0, 0)}, DATA))
-    assert list(open_shards(tmp_path)) == ["c", "b", "empty", "a"]
+    assert list(read_headers(tmp_path)) == ["c", "b", "empty", "a"]
     index(tmp_path, dict.fromkeys("bc", "one.safetensors") | dict.fromkeys(["a", "empty"], "two.safetensors"))
-    assert list(open_shards(tmp_path)) == ["c", "b", "empty", "a"]
+    assert list(read_headers(tmp_path)) == ["c", "b", "empty", "a"]
 
 
 @settings(deadline=None)
 @given(tensors())
 def test_files_of_the_library_are_read_to_the_bit(expected: dict[str, Tensor]) -> None:
-    with tempfile.TemporaryDirectory() as name, ShardReader() as reader:
+    with tempfile.TemporaryDirectory() as name, SafetensorsReader() as reader:
         save_file(expected, Path(name) / FILE)
-        stored = open_shards(Path(name))
+        stored = read_headers(Path(name))
         assert stored.keys() == expected.keys()
         for key, tensor in stored.items():
             assert same(reader.read_rows(tensor, 0, tensor.rows), expected[key])
@@ -137,14 +137,14 @@ def two(tmp_path: Path) -> Path:
 
 def test_a_file_that_the_index_does_not_name_is_left_alone(two: Path) -> None:
     (two / "consolidated.safetensors").write_bytes(b"something else")
-    assert set(open_shards(two)) == {"a", "b"}
+    assert set(read_headers(two)) == {"a", "b"}
 
 
 def test_hidden_files_are_none_of_the_checkpoint(two: Path) -> None:
-    """Other systems leave such files behind copies."""
+    """Other systems leave such files beside copies."""
     (two / INDEX).unlink()
     (two / "._a.safetensors").write_bytes(b"something else")
-    assert set(open_shards(two)) == {"a", "b"}
+    assert set(read_headers(two)) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_hidden_files_are_none_of_the_checkpoint(two: Path) -> None:
 def test_an_index_that_is_not_true_is_refused(two: Path, weight_map: Any, words: str) -> None:
     index(two, weight_map)
     with pytest.raises(UserError, match=words):
-        open_shards(two)
+        read_headers(two)
     assert refused(two).startswith(f"{two / INDEX} ")
 
 
@@ -206,7 +206,7 @@ def test_a_tensor_in_two_files_is_refused(two: Path, indexed: bool) -> None:
 def test_an_index_of_another_form_is_refused(two: Path, content: bytes, words: str) -> None:
     (two / INDEX).write_bytes(content)
     with pytest.raises(UserError, match=words):
-        open_shards(two)
+        read_headers(two)
     assert refused(two).startswith(f"{two / INDEX} ")
 
 
@@ -222,7 +222,7 @@ def test_linked_files_are_followed_as_hub_caches_need_it(two: Path) -> None:
     for number, name in enumerate(["a.safetensors", "b.safetensors", INDEX]):
         (two / name).rename(two / "blobs" / str(number))
         (snapshot / name).symlink_to(f"../blobs/{number}")
-    assert {name: stored.file for name, stored in open_shards(snapshot).items()} == {
+    assert {name: stored.file for name, stored in read_headers(snapshot).items()} == {
         name: snapshot / f"{name}.safetensors" for name in "ab"
     }
     (two / "blobs" / "1").unlink()
@@ -274,5 +274,5 @@ def test_a_path_cannot_steer_the_terminal(tmp_path: Path) -> None:
     directory.mkdir()
     (directory / FILE).write_bytes(b"")
     with pytest.raises(UserError) as caught:
-        open_shards(directory)
+        read_headers(directory)
     assert str(caught.value).startswith(f"{tmp_path}/a\ufffd\ufffd[2Jb/{FILE} is empty")

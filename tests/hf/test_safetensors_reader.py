@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv3.errors import UserError
-from dsv3.hf.safetensors_header import StoredTensor
-from dsv3.hf.safetensors_reader import ShardReader, open_shards
+from dsv3.hf.safetensors_header import TensorInfo
+from dsv3.hf.safetensors_reader import SafetensorsReader, read_headers
 from tests.hf.raw_shards import noise, same
 
 VALUES = {
@@ -34,20 +34,22 @@ RANGES = [(first, end) for end in range(6) for first in range(end + 1)]
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> dict[str, StoredTensor]:
-    """VALUES in a file of the library's."""
+def stored(tmp_path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors of a file with VALUES that the library wrote."""
     save_file(VALUES, tmp_path / "model.safetensors")
-    return open_shards(tmp_path)
+    return read_headers(tmp_path)
 
 
 @pytest.fixture
-def reader() -> Iterator[ShardReader]:
-    with ShardReader() as reader:
+def reader() -> Iterator[SafetensorsReader]:
+    with SafetensorsReader() as reader:
         yield reader
 
 
 @pytest.mark.parametrize("name", sorted(VALUES))
-def test_all_ranges_of_rows_are_read(stored: dict[str, StoredTensor], reader: ShardReader, name: str) -> None:
+def test_all_ranges_of_rows_are_read(
+    stored: dict[str, TensorInfo], reader: SafetensorsReader, name: str
+) -> None:
     tensor, value = stored[name], VALUES[name]
     assert same(reader.read_rows(tensor, 0, tensor.rows), value)
     if not value.dim():
@@ -60,26 +62,26 @@ def test_all_ranges_of_rows_are_read(stored: dict[str, StoredTensor], reader: Sh
 @pytest.mark.parametrize("piece", [1, 5, 11, 28, 60, 2**24])
 @pytest.mark.parametrize("name", ["matrix", "wide", "thin"])
 def test_all_rectangles_are_cut_out(
-    stored: dict[str, StoredTensor], reader: ShardReader, name: str, piece: int
+    stored: dict[str, TensorInfo], reader: SafetensorsReader, name: str, piece: int
 ) -> None:
     tensor, value = stored[name], VALUES[name]
     for rows in [each for each in RANGES if each[1] <= value.shape[0]]:
         for columns in [each for each in [*RANGES, (0, 7), (6, 7)] if each[1] <= value.shape[1]]:
             expected = value[slice(*rows), slice(*columns)]
-            assert same(reader.read_rectangle(tensor, rows, columns, piece=piece), expected)
+            assert same(reader.read_rectangle(tensor, rows, columns, window=piece), expected)
 
 
 @pytest.mark.parametrize(
     ("piece", "reads"), [(2**24, [140]), (59, [56, 56, 28]), (55, [28] * 5), (27, [8] * 5)]
 )
 def test_a_rectangle_takes_no_more_memory_than_a_piece(
-    stored: dict[str, StoredTensor],
-    reader: ShardReader,
+    stored: dict[str, TensorInfo],
+    reader: SafetensorsReader,
     piece: int,
     reads: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rows of 28 bytes are read as many at once as fit; where none does, the 8 bytes that are wanted."""
+    """As many rows of 28 bytes are read at once as fit; if none fits, only the 8 bytes that are wanted."""
     reader.read_rows(stored["wide"], 0, 5)
     lengths, actual = [], os.preadv
 
@@ -88,12 +90,12 @@ def test_a_rectangle_takes_no_more_memory_than_a_piece(
         return actual(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", noting)
-    reader.read_rectangle(stored["wide"], (0, 5), (2, 4), piece=piece)
+    reader.read_rectangle(stored["wide"], (0, 5), (2, 4), window=piece)
     assert lengths == reads
 
 
 def test_given_memory_is_filled_and_nothing_beside_it(
-    stored: dict[str, StoredTensor], reader: ShardReader
+    stored: dict[str, TensorInfo], reader: SafetensorsReader
 ) -> None:
     memory = torch.full((7, 7), 3.0)
     out = memory[1:4]
@@ -112,7 +114,7 @@ def test_given_memory_is_filled_and_nothing_beside_it(
 
 
 def test_new_memory_is_on_the_cpu_whatever_the_default(
-    stored: dict[str, StoredTensor], reader: ShardReader
+    stored: dict[str, TensorInfo], reader: SafetensorsReader
 ) -> None:
     with torch.device("meta"):
         assert same(reader.read_rectangle(stored["wide"], (0, 5), (0, 3)), VALUES["wide"][:, :3])
@@ -140,7 +142,11 @@ def test_new_memory_is_on_the_cpu_whatever_the_default(
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    stored: dict[str, StoredTensor], reader: ShardReader, name: str, method: str, arguments: tuple[Any, ...]
+    stored: dict[str, TensorInfo],
+    reader: SafetensorsReader,
+    name: str,
+    method: str,
+    arguments: tuple[Any, ...],
 ) -> None:
     with pytest.raises(RuntimeError, match=f"'{name}'"):
         getattr(reader, method)(stored[name], *arguments)
@@ -153,7 +159,7 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def test_a_file_that_was_cut_off_meanwhile_is_told(
-    stored: dict[str, StoredTensor], reader: ShardReader
+    stored: dict[str, TensorInfo], reader: SafetensorsReader
 ) -> None:
     tensor = stored["wide"]
     os.truncate(tensor.file, tensor.offset + 100)
@@ -162,11 +168,11 @@ def test_a_file_that_was_cut_off_meanwhile_is_told(
     assert message == f"{tensor.file} ends 40 bytes before 'wide' does: it was cut off meanwhile"
     assert "before 'wide' does" in refusal(lambda: reader.read_rectangle(tensor, (0, 5), (0, 1)))
     tensor.file.unlink()
-    assert "cannot be opened: No such" in refusal(lambda: ShardReader().read_rows(tensor, 0, 1))
+    assert "cannot be opened: No such" in refusal(lambda: SafetensorsReader().read_rows(tensor, 0, 1))
 
 
 def test_a_disk_that_fails_is_told_with_file_and_tensor(
-    stored: dict[str, StoredTensor], reader: ShardReader, monkeypatch: pytest.MonkeyPatch
+    stored: dict[str, TensorInfo], reader: SafetensorsReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> int:
         raise OSError(5, "Input/output error")
@@ -180,7 +186,7 @@ def test_a_disk_that_fails_is_told_with_file_and_tensor(
 
 
 def test_short_reads_go_on_where_they_stopped(
-    stored: dict[str, StoredTensor], reader: ShardReader, monkeypatch: pytest.MonkeyPatch
+    stored: dict[str, TensorInfo], reader: SafetensorsReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     actual = os.preadv
 
@@ -193,7 +199,7 @@ def test_short_reads_go_on_where_they_stopped(
 
 
 def _many(directory: Path, files: int) -> dict[str, Tensor]:
-    """Several files with a tensor each."""
+    """Write several files with a tensor each."""
     values = {str(number): noise(torch.bfloat16, (64, 33), number) for number in range(files)}
     for name, value in values.items():
         save_file({name: value}, directory / f"{name}.safetensors")
@@ -212,9 +218,9 @@ def restless() -> Iterator[None]:
 @pytest.mark.parametrize("limit", [1, 3, 64])
 @pytest.mark.usefixtures("restless")
 def test_threads_read_at_once_what_one_would(tmp_path: Path, limit: int) -> None:
-    """With a limit below the files they close each other's all the time."""
-    values, stored = _many(tmp_path, 6), open_shards(tmp_path)
-    start, shared = threading.Barrier(8), ShardReader(limit)
+    """With a limit below the number of files, threads close each other's files all the time."""
+    values, stored = _many(tmp_path, 6), read_headers(tmp_path)
+    start, shared = threading.Barrier(8), SafetensorsReader(limit)
 
     def work(seed: int) -> int:
         start.wait()
@@ -222,7 +228,7 @@ def test_threads_read_at_once_what_one_would(tmp_path: Path, limit: int) -> None
         for step in range(150):
             name, first = str((seed + step) % 6), (7 * seed + step) % 60
             got = shared.read_rows(stored[name], first, 4)
-            cut = shared.read_rectangle(stored[name], (first, first + 3), (seed, 30), piece=100)
+            cut = shared.read_rectangle(stored[name], (first, first + 3), (seed, 30), window=100)
             value = values[name][first : first + 4]
             wrong += not (same(got, value) and same(cut, value[:3, seed:30]))
         return wrong
@@ -232,7 +238,7 @@ def test_threads_read_at_once_what_one_would(tmp_path: Path, limit: int) -> None
 
 
 def test_threads_that_need_a_file_open_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values, stored = _many(tmp_path, 1), open_shards(tmp_path)
+    values, stored = _many(tmp_path, 1), read_headers(tmp_path)
     opened, actual, start = [], os.open, threading.Barrier(4)
 
     def slow(path: Path, flags: int) -> int:
@@ -245,13 +251,13 @@ def test_threads_that_need_a_file_open_it_once(tmp_path: Path, monkeypatch: pyte
         return same(shared.read_rows(stored["0"], first, 2), values["0"][first : first + 2])
 
     monkeypatch.setattr(os, "open", slow)
-    with ShardReader() as shared, ThreadPoolExecutor(4) as pool:
+    with SafetensorsReader() as shared, ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
     assert opened == [stored["0"].file]
 
 
 def descriptors(directory: Path) -> list[str]:
-    """The files of a directory that this process has open."""
+    """Return the files of a directory that this process has open."""
     links = Path("/proc/self/fd")
     if not links.is_dir():
         pytest.skip("needs /proc")
@@ -266,9 +272,9 @@ def descriptors(directory: Path) -> list[str]:
 
 def test_files_are_opened_once_kept_to_the_limit_and_closed(tmp_path: Path) -> None:
     _many(tmp_path, 4)
-    stored = open_shards(tmp_path)
+    stored = read_headers(tmp_path)
     assert descriptors(tmp_path) == []
-    with ShardReader(limit=2) as reader:
+    with SafetensorsReader(limit=2) as reader:
         for name in "012020302":
             reader.read_rows(stored[name], 0, 1)
             reader.read_rows(stored[name], 1, 1)
@@ -283,7 +289,7 @@ def test_files_are_opened_once_kept_to_the_limit_and_closed(tmp_path: Path) -> N
 
 def test_closing_waits_for_a_read_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A descriptor closed under a read could by then be another file's."""
-    values, stored = _many(tmp_path, 1), open_shards(tmp_path)
+    values, stored = _many(tmp_path, 1), read_headers(tmp_path)
     reading, go_on, actual = threading.Event(), threading.Event(), os.preadv
 
     def slow(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -292,7 +298,7 @@ def test_closing_waits_for_a_read_that_goes_on(tmp_path: Path, monkeypatch: pyte
         return actual(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", slow)
-    reader = ShardReader()
+    reader = SafetensorsReader()
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(reader.read_rows, stored["0"], 0, 64)
         assert reading.wait(60)
@@ -305,5 +311,5 @@ def test_closing_waits_for_a_read_that_goes_on(tmp_path: Path, monkeypatch: pyte
 def test_a_file_that_does_not_open_leaves_no_descriptor(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(UserError):
-        open_shards(tmp_path)
+        read_headers(tmp_path)
     assert descriptors(tmp_path) == []

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv3.hf.safetensors_reader import INDEX, ShardReader, open_shards
-from dsv3.hf.safetensors_writer import Entry, ShardPlan, ShardWriter, index_json, plan_shards
+from dsv3.hf.safetensors_reader import INDEX, SafetensorsReader, read_headers
+from dsv3.hf.safetensors_writer import Entry, SafetensorsPlan, SafetensorsWriter, index_json, plan_files
 from tests.hf.pairs import pair
 from tests.hf.raw_shards import noise, same, tensors
 
@@ -28,11 +28,11 @@ def entries(values: dict[str, Tensor]) -> list[Entry]:
     return [(name, value.dtype, tuple(value.shape)) for name, value in values.items()]
 
 
-def store(directory: Path, values: dict[str, Tensor], limit: int, rows: int = 2) -> list[ShardPlan]:
+def store(directory: Path, values: dict[str, Tensor], limit: int, rows: int = 2) -> list[SafetensorsPlan]:
     """Plan and write tensors, some `rows` at a time, and the index where there are several files."""
-    plans = plan_shards(entries(values), limit)
+    plans = plan_files(entries(values), limit)
     for plan in plans:
-        with (directory / plan.name).open("xb") as sink, ShardWriter(plan, sink) as writer:
+        with (directory / plan.name).open("xb") as sink, SafetensorsWriter(plan, sink) as writer:
             for tensor in plan.tensors:
                 value = values[tensor.name]
                 for piece in value.split(rows) if value.dim() else [value]:
@@ -47,7 +47,7 @@ def store(directory: Path, values: dict[str, Tensor], limit: int, rows: int = 2)
 def test_what_is_written_is_read_to_the_bit_by_the_library_and_by_us(
     values: dict[str, Tensor], rows: int, limit: int
 ) -> None:
-    with tempfile.TemporaryDirectory() as name, ShardReader() as reader:
+    with tempfile.TemporaryDirectory() as name, SafetensorsReader() as reader:
         directory = Path(name)
         plans = store(directory, values, limit, rows)
         found: dict[str, Tensor] = {}
@@ -56,7 +56,7 @@ def test_what_is_written_is_read_to_the_bit_by_the_library_and_by_us(
             found |= load_file(directory / plan.name)
         assert found.keys() == values.keys()
         assert all(same(found[key], values[key]) for key in values)
-        stored = open_shards(directory) if plans else {}
+        stored = read_headers(directory) if plans else {}
         assert {key: tensor.shape for key, tensor in stored.items()} == {
             key: tuple(value.shape) for key, value in values.items()
         }
@@ -68,7 +68,7 @@ def test_what_is_written_is_read_to_the_bit_by_the_library_and_by_us(
 
 
 def test_the_header_is_that_of_the_library(tmp_path: Path) -> None:
-    """Where its order (wide types first, then by name) is the one given, the files are equal."""
+    """If the tensors come in the library's order (wide dtypes first, then by name), the files are equal."""
     values = {"b": noise(F32, (3,)), "a": noise(BF16, (2, 3)), "é": noise(BF16, (1,)), "s": noise(FP8, ())}
     save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
     store(tmp_path, values, 2**30)
@@ -77,7 +77,7 @@ def test_the_header_is_that_of_the_library(tmp_path: Path) -> None:
 
 @given(tensors())
 def test_headers_end_where_any_type_may_begin(values: dict[str, Tensor]) -> None:
-    for plan in plan_shards(entries(values), 50):
+    for plan in plan_files(entries(values), 50):
         assert len(plan.header) % 8 == 0
         (length,) = struct.unpack("<Q", plan.header[:8])
         assert length == len(plan.header) - 8
@@ -101,7 +101,7 @@ def test_headers_end_where_any_type_may_begin(values: dict[str, Tensor]) -> None
     ],
 )
 def test_a_file_ends_before_it_would_be_too_large(bytes_of: dict[str, int], files: list[str]) -> None:
-    planned = plan_shards([(name, FP8, (size,)) for name, size in bytes_of.items()], 10)
+    planned = plan_files([(name, FP8, (size,)) for name, size in bytes_of.items()], 10)
     assert ["".join(tensor.name for tensor in plan.tensors) for plan in planned] == files
     assert all(plan.data_nbytes <= 10 or len(plan.tensors) == 1 for plan in planned)
     count = len(planned)
@@ -129,19 +129,19 @@ def test_scales_are_in_the_file_of_their_weight(
         ("w_scale_inv", FP8, (scale,)),
         ("y", FP8, (3,)),
     ]
-    planned = plan_shards(given, 10)
+    planned = plan_files(given, 10)
     assert [" ".join(tensor.name for tensor in plan.tensors) for plan in planned] == files
 
 
 def test_no_name_is_planned_twice() -> None:
     with pytest.raises(RuntimeError, match="'a' is planned twice"):
-        plan_shards([("a", F32, (2,)), ("b", F32, (2,)), ("a", F32, (2,))], 8)
+        plan_files([("a", F32, (2,)), ("b", F32, (2,)), ("a", F32, (2,))], 8)
     with pytest.raises(RuntimeError, match="'__metadata__' is planned twice"):
-        plan_shards([("__metadata__", F32, (2,))], 8)
+        plan_files([("__metadata__", F32, (2,))], 8)
 
 
 def test_the_index_tells_sizes_and_files() -> None:
-    plans = plan_shards([("b", F32, (2, 3)), ("a", BF16, (5,))], 24)
+    plans = plan_files([("b", F32, (2, 3)), ("a", BF16, (5,))], 24)
     index = json.loads(index_json(plans))
     assert index == {
         "metadata": {"total_size": 34},
@@ -177,7 +177,7 @@ def test_the_metadata_says_pytorch(tmp_path: Path) -> None:
 
 
 class Grudging(io.BytesIO):
-    """Takes at most 5 bytes a call, as an unbuffered file may."""
+    """Takes at most 5 bytes per call, as an unbuffered file may."""
 
     def write(self, data: Any) -> int:
         return super().write(bytes(data[:5]))
@@ -185,10 +185,10 @@ class Grudging(io.BytesIO):
 
 def test_short_writes_go_on_where_they_stopped() -> None:
     values = {"a": noise(F32, (3, 4)), "e": noise(F32, (0,)), "s": noise(BF16, ())}
-    (plan,) = plan_shards(entries(values), 2**30)
+    (plan,) = plan_files(entries(values), 2**30)
     sinks: list[BinaryIO] = [io.BytesIO(), Grudging()]
     for sink in sinks:
-        with ShardWriter(plan, sink) as writer:
+        with SafetensorsWriter(plan, sink) as writer:
             writer.write("a", values["a"])
             writer.write("s", values["s"])
         assert sink.tell() == plan.nbytes
@@ -204,8 +204,8 @@ def test_contiguous_rows_are_not_copied() -> None:
             addresses.append(np.frombuffer(data, dtype=np.uint8).ctypes.data)
             return super().write(data)
 
-    (plan,) = plan_shards([("a", BF16, (4, 2))], 100)
-    with ShardWriter(plan, cast(BinaryIO, Noting())) as writer:
+    (plan,) = plan_files([("a", BF16, (4, 2))], 100)
+    with SafetensorsWriter(plan, cast(BinaryIO, Noting())) as writer:
         writer.write("a", value[1:3])
         writer.write("a", value[:2])
     assert addresses[1:] == [value[1:].data_ptr(), value.data_ptr()]
@@ -213,8 +213,8 @@ def test_contiguous_rows_are_not_copied() -> None:
 
 def test_rows_of_any_strides_and_parameters_are_written() -> None:
     value, sink = noise(F32, (4, 6)), io.BytesIO()
-    (plan,) = plan_shards([("a", F32, (6, 4)), ("b", F32, (3, 6)), ("c", F32, (4, 6))], 2**20)
-    with ShardWriter(plan, sink) as writer:
+    (plan,) = plan_files([("a", F32, (6, 4)), ("b", F32, (3, 6)), ("c", F32, (4, 6))], 2**20)
+    with SafetensorsWriter(plan, sink) as writer:
         writer.write("a", value.T)
         writer.write("b", value[::2])
         writer.write("b", value[3:])
@@ -224,10 +224,10 @@ def test_rows_of_any_strides_and_parameters_are_written() -> None:
 
 
 @pytest.fixture
-def writer() -> ShardWriter:
+def writer() -> SafetensorsWriter:
     """For `a` [3, 2], `e` [0, 2] and `s` []."""
-    (plan,) = plan_shards([("a", F32, (3, 2)), ("e", F32, (0, 2)), ("s", F32, ())], 2**20)
-    return ShardWriter(plan, io.BytesIO())
+    (plan,) = plan_files([("a", F32, (3, 2)), ("e", F32, (0, 2)), ("s", F32, ())], 2**20)
+    return SafetensorsWriter(plan, io.BytesIO())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def writer() -> ShardWriter:
     ],
 )
 def test_what_is_not_planned_cannot_be_written(
-    writer: ShardWriter, calls: list[tuple[str, tuple[int, ...]]], words: str
+    writer: SafetensorsWriter, calls: list[tuple[str, tuple[int, ...]]], words: str
 ) -> None:
     def carry_out() -> None:
         with writer:
@@ -260,11 +260,11 @@ def test_what_is_not_planned_cannot_be_written(
         carry_out()
 
 
-def test_another_type_is_refused(writer: ShardWriter) -> None:
+def test_another_type_is_refused(writer: SafetensorsWriter) -> None:
     with pytest.raises(RuntimeError, match=r"'a' is planned as torch\.float32 .* got torch\.int32"):
         writer.write("a", torch.zeros(3, 2, dtype=torch.int32))
 
 
-def test_an_error_while_writing_is_not_hidden_by_what_is_missing(writer: ShardWriter) -> None:
+def test_an_error_while_writing_is_not_hidden_by_what_is_missing(writer: SafetensorsWriter) -> None:
     with pytest.raises(ZeroDivisionError), writer:
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""Slices of a released checkpoint, for every sharding, against the whole dequantised plainly: bit for bit."""
+"""Slices of an HF checkpoint for every sharding, bit for bit against whole weights dequantized at once."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,16 +13,16 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dsv3.checkpoint.load import parameter_shapes
-from dsv3.fp8.quantize import dequantize_plain
-from dsv3.hf.names import released_layout
+from dsv3.hf.names import hf_layout
 from dsv3.hf.storage_reader import HFSource, HFStorageReader
 from tests.convert.releases import small_model, write_release
+from tests.fp8.plain import dequantize_reference
 
 BLOCKS = [(32, 32), (128, 128), (16, 48), (7, 5)]
 
 
 class Case:
-    """A release in fp8 with blocks of one size, and its parameters as plain arithmetic makes them."""
+    """An HF checkpoint in fp8 with blocks of one size, and its parameters by plain arithmetic."""
 
     def __init__(self, directory: Path, block: tuple[int, int]) -> None:
         model = small_model()
@@ -30,10 +30,10 @@ class Case:
         shapes = parameter_shapes(model)
         self.source = HFSource(directory, model, shapes)
         self.whole = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
-        for tensor in released_layout(model, shapes):
+        for tensor in hf_layout(model, shapes):
             value = released[tensor.name]
             if value.dtype is torch.float8_e4m3fn:
-                value = dequantize_plain(value, released[tensor.name + "_scale_inv"], block)
+                value = dequantize_reference(value, released[tensor.name + "_scale_inv"], block)
             box = tuple(slice(o, o + n) for o, n in zip(tensor.offset, tensor.sizes, strict=True))
             self.whole[tensor.parameter][box] = value.float().view(tensor.sizes)
 
@@ -47,7 +47,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Case]]:
 
 
 class Planner(LoadPlanner):
-    """Asks for one box of one parameter, as DCP does for a shard: of each released tensor its own part."""
+    """Asks for one box of one parameter, as DCP does for a shard: for each HF tensor its own part."""
 
     def __init__(self, target: Tensor, offset: list[int]) -> None:
         self.target, self.offset = target, offset
@@ -79,7 +79,7 @@ class Planner(LoadPlanner):
         return self.target[tuple(slice(o, o + n) for o, n in box)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """In place already."""
+        """Do nothing: the values are in place."""
 
     def set_up_planner(self, *args: object, **kwargs: object) -> None: ...
     def create_local_plan(self) -> LoadPlan: ...  # type: ignore[empty-body]
@@ -91,7 +91,7 @@ class Planner(LoadPlanner):
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_any_box_of_any_parameter_is_exact(cases: list[Case], data: st.DataObject) -> None:
-    """Boxes as shards of 2 to 64 ranks along any dims have them, and any others; fp32 and bf16 targets."""
+    """Draw the boxes of shards of 2 to 64 ranks along any dims, and any others; fp32 and bf16 targets."""
     case = data.draw(st.sampled_from(cases))
     name = data.draw(st.sampled_from(sorted(case.whole)))
     whole, dtype = case.whole[name], data.draw(st.sampled_from([torch.float32, torch.bfloat16]))

@@ -1,4 +1,4 @@
-"""Optimizers that go wrong in their second step, for a run to be told of."""
+"""Optimizers that fail in their second step, to be reported by a run."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Runs that break or hang: how soon they end, what is told, and who is left."""
+"""Runs that break or hang end soon, report the reason, and leave no process behind."""
 
 import socket
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 from dsv3.checkpoint.directory import complete_steps
-from tests.end_to_end.processes import KILL, STOP, CommandLine, gone, rows
+from tests.harness.processes import KILL, STOP, CommandLine, gone, rows
 from tests.launch.test_launch import ENDLESS, TWO
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2"]

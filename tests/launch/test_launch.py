@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint.directory import complete_steps
-from tests.end_to_end.processes import INTERRUPT, KILL, STOP, CommandLine, gone, rows
+from tests.harness.processes import INTERRUPT, KILL, STOP, CommandLine, gone, rows
 
 TWO = ("parallel=fsdp", "launch.nproc=2")
 ENDLESS = "train.steps=1000000"

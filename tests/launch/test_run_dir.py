@@ -1,4 +1,4 @@
-"""Who may write into a run directory, and what becomes of what lies there."""
+"""A run directory takes one run, and keeps the checkpoints of another."""
 
 from pathlib import Path
 from typing import cast
@@ -10,7 +10,7 @@ from dsv3.config.strict import strict
 from dsv3.errors import UserError
 from dsv3.launch.job import Job, plan_job
 from dsv3.launch.run_dir import check_same_run, make_run_dir
-from tests.composing import compose
+from tests.harness.composing import compose
 
 
 def a_job(*overrides: str) -> Job:

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from dsv3.launch.slurm import batch_script, first_host, srun_variables, tasks_per_node
-from tests.end_to_end.processes import CommandLine, rows, until
+from tests.harness.commands import PlannedCommand
+from tests.harness.processes import CommandLine, rows, until
 from tests.launch import stubs
-from tests.launch.commands import Commands
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
@@ -77,10 +77,10 @@ def test_tasks_of_each_node() -> None:
     assert tasks_per_node("") == []
 
 
-def test_the_script_asks_for_every_rank_and_runs_the_same_command(commands: Commands) -> None:
+def test_the_script_asks_for_every_rank_and_runs_the_same_command(planned: PlannedCommand) -> None:
     layout = ["launch=slurm", "launch.nnodes=2", "launch.nproc=8", "parallel=fsdp", "hardware=h100"]
     asked = ["launch.partition=gpu", "launch.time=2-00:00:00", "launch.sbatch=--mem=0 --exclusive"]
-    job = commands.run(*layout, *asked, "train.global_batch_size=16", "run.dir=my run").job
+    job = planned.run(*layout, *asked, "train.global_batch_size=16", "run.dir=my run").job
     assert job.plan.world_size == 16
     lines = batch_script(job).splitlines()
     for option in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu", "time=2-00:00:00"):

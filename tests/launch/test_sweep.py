@@ -9,28 +9,32 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 
 from dsv3.launch.sweep import Sweep, mark_failed, read_failure
-from tests.end_to_end.processes import KILL, CommandLine, Finished, gone, rows
+from tests.harness.commands import PlannedCommand
+from tests.harness.outcome import Outcome
+from tests.harness.processes import KILL, CommandLine, gone, rows
 from tests.launch import stubs
-from tests.launch.commands import Commands
 from tests.launch.test_launch import ENDLESS, TWO
 
 PLUGINS = ("hydra_joblib_launcher", "hydra_optuna_sweeper", "hydra_submitit_launcher")
 pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("hydra_plugins") is None
-        or importlib.util.find_spec(f"hydra_plugins.{plugin}") is None,
-        reason=f"{plugin} is not installed",
-    )
-    for plugin in PLUGINS
+    pytest.mark.slow,
+    *(
+        pytest.mark.skipif(
+            importlib.util.find_spec("hydra_plugins") is None
+            or importlib.util.find_spec(f"hydra_plugins.{plugin}") is None,
+            reason=f"{plugin} is not installed",
+        )
+        for plugin in PLUGINS
+    ),
 ]
 
 
-def sweep(command_line: CommandLine, directory: Path, *arguments: str) -> Finished:
+def sweep(command_line: CommandLine, directory: Path, *arguments: str) -> Outcome:
     """A sweep over the small model, two workers a job, whose jobs go below `directory`."""
     return command_line.run("-m", *command_line.training(directory, *TWO, *arguments))
 
 
-def assert_one_ran_and_one_failed(swept: Finished, directory: Path) -> None:
+def assert_one_ran_and_one_failed(swept: Outcome, directory: Path) -> None:
     """Of train.steps=0,2 job 1 has run on two ranks and job 0 is told."""
     assert swept.code == 1
     assert "Traceback" not in swept.err
@@ -98,8 +102,8 @@ def test_optuna_searches_for_the_held_out_loss_and_remembers_it(
 OPTUNA = ("-m", "task=plan", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "run.dir=sweep")
 
 
-def test_a_job_without_a_loss_fails_for_a_sweeper_that_searches(commands: Commands) -> None:
-    outcome = commands.run(*OPTUNA, "train.steps=choice(2,3)")
+def test_a_job_without_a_loss_fails_for_a_sweeper_that_searches(planned: PlannedCommand) -> None:
+    outcome = planned.run(*OPTUNA, "train.steps=choice(2,3)")
     assert len(outcome.jobs) == 2
     assert outcome.code == 1
     assert "failed: jobs 0, 1 of sweep; the others went on" in outcome.err
@@ -107,19 +111,19 @@ def test_a_job_without_a_loss_fails_for_a_sweeper_that_searches(commands: Comman
     assert "Traceback" not in outcome.err
 
 
-def test_the_user_may_still_say_how_many_jobs_may_fail(commands: Commands) -> None:
-    outcome = commands.run(*OPTUNA, "hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=0")
+def test_the_user_may_still_say_how_many_jobs_may_fail(planned: PlannedCommand) -> None:
+    outcome = planned.run(*OPTUNA, "hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=0")
     assert len(outcome.jobs) == 1
     assert outcome.code == 1
 
 
-def test_the_directory_of_a_sweep_is_set_by_run_dir_alone(commands: Commands) -> None:
+def test_the_directory_of_a_sweep_is_set_by_run_dir_alone(planned: PlannedCommand) -> None:
     HydraConfig.instance().cfg = None  # what another test composed
-    outcome = commands.run("-m", "task=plan", "train.steps=1,2", "hydra.sweep.dir=elsewhere")
+    outcome = planned.run("-m", "task=plan", "train.steps=1,2", "hydra.sweep.dir=elsewhere")
     assert outcome.code == 2
     assert "run.dir=DIR" in outcome.err
     for arguments in (["train.steps=0,1"], ["train.steps=1,2"]):  # an earlier failure is not this one's
-        outcome = commands.run("-m", "task=plan", "run.dir=sweep", *arguments)
+        outcome = planned.run("-m", "task=plan", "run.dir=sweep", *arguments)
         assert outcome.code == ("0" in arguments[0])
     assert json.loads(Path("sweep/0/failed.json").read_text())["overrides"][-1] == "train.steps=0"
     assert HydraConfig.instance().cfg is None

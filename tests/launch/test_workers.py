@@ -1,4 +1,4 @@
-"""What is made of the worker that failed first."""
+"""Workers and signals: the processes that start, those that stop, and the exit codes."""
 
 import signal
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Children that a failed one leaves behind."""
+"""Children that survive a failed one are killed."""
 
 import os
 import subprocess
@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from dsv3.launch.workers import end_what_hangs
+from dsv3.launch.workers import kill_stragglers
+
+pytestmark = pytest.mark.slow
 
 STUBBORN = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)"
 
@@ -27,7 +29,7 @@ def test_a_child_that_hangs_is_killed_once_another_has_failed(
 
     if not allowed:  # as in containers whose system calls are filtered
         monkeypatch.setattr(os, "pidfd_open", forbidden)
-    with end_what_hangs(grace=0.1):
+    with kill_stragglers(grace=0.1):
         stubborn, failed = start(STUBBORN), start(f"import os, signal\n{end}")
         try:
             assert stubborn.wait(60) == -9
@@ -39,7 +41,7 @@ def test_a_child_that_hangs_is_killed_once_another_has_failed(
 def test_a_failure_is_seen_though_the_agent_reaps_what_has_failed() -> None:
     """Three times, for whoever only looks now and then may look in time once."""
     for _ in range(3):
-        with end_what_hangs(grace=0.1):
+        with kill_stragglers(grace=0.1):
             stubborn, failed = start(STUBBORN), start("import os, time\ntime.sleep(0.5)\nos._exit(1)")
             try:
                 while failed.poll() is None:
@@ -52,7 +54,7 @@ def test_a_failure_is_seen_though_the_agent_reaps_what_has_failed() -> None:
 
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_child_that_has_finished_or_stopped_costs_the_others_nothing(code: int) -> None:
-    with end_what_hangs(grace=0.1):
+    with kill_stragglers(grace=0.1):
         stubborn, finished = start(STUBBORN), start(f"import os\nos._exit({code})")
         try:
             with pytest.raises(subprocess.TimeoutExpired):
@@ -66,7 +68,7 @@ def test_a_child_that_has_finished_or_stopped_costs_the_others_nothing(code: int
 def test_what_ran_before_is_neither_looked_at_nor_killed() -> None:
     before, failed_before = start(STUBBORN), start("import os\nos._exit(1)")
     try:
-        with end_what_hangs(grace=0.1):
+        with kill_stragglers(grace=0.1):
             stubborn, failed = start(STUBBORN), start("import os\nos._exit(1)")
             assert stubborn.wait(60) == -9
             assert before.poll() is None

@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_made_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     told: list[str] = []
     logger = TensorboardLogger()
-    logger.open(tmp_path, {}, tell=told.append)
+    logger.open(tmp_path, {}, notify=told.append)
     logger.log(MetricsRow(step=1, tokens=1, loss=1.0))
     logger.log(MetricsRow(step=2, tokens=2, loss=1.0))
     logger.finish()

@@ -4,7 +4,7 @@ import matplotlib as mpl
 import pytest
 
 from dsv3.metrics.jsonl import JsonlWriter
-from dsv3.metrics.plots import loss_curve, smooth
+from dsv3.metrics.plots import plot_loss_curve, running_mean
 from dsv3.metrics.row import MetricsRow
 
 
@@ -37,7 +37,7 @@ ODD = {
 
 @pytest.mark.parametrize("rows", ODD.values(), ids=ODD.keys())
 def test_odd_runs_are_drawn(rows: list[MetricsRow], tmp_path: Path) -> None:
-    loss_curve(rows, tmp_path / "loss.png")
+    plot_loss_curve(rows, tmp_path / "loss.png")
     _assert_picture(tmp_path / "loss.png")
 
 
@@ -46,8 +46,8 @@ def test_a_file_is_drawn_like_its_rows_and_nothing_else_is_left(tmp_path: Path) 
     for row in _rows(20):
         writer.append(row)
     writer.close()
-    loss_curve(tmp_path / "metrics.jsonl", tmp_path / "file.png")
-    loss_curve(_rows(20), tmp_path / "rows.png")
+    plot_loss_curve(tmp_path / "metrics.jsonl", tmp_path / "file.png")
+    plot_loss_curve(_rows(20), tmp_path / "rows.png")
     assert (tmp_path / "file.png").read_bytes() == (tmp_path / "rows.png").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "file.png", "rows.png"}
 
@@ -55,26 +55,26 @@ def test_a_file_is_drawn_like_its_rows_and_nothing_else_is_left(tmp_path: Path) 
 @pytest.mark.parametrize("change", [{"loss": 3.0}, {"evaluation_loss": 3.0}, {"lr": 5e-4}])
 def test_every_kind_of_number_is_in_the_picture(change: dict[str, float], tmp_path: Path) -> None:
     rows = _rows(20)
-    loss_curve(rows, tmp_path / "a.png")
+    plot_loss_curve(rows, tmp_path / "a.png")
     for name, value in change.items():
         setattr(rows[9], name, value)
-    loss_curve(rows, tmp_path / "b.png")
+    plot_loss_curve(rows, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
 def test_a_title_is_taken_literally(tmp_path: Path) -> None:
-    loss_curve(_rows(3), tmp_path / "loss.png", title=r"a $\frac$ b {")
+    plot_loss_curve(_rows(3), tmp_path / "loss.png", title=r"a $\frac$ b {")
     _assert_picture(tmp_path / "loss.png")
 
 
 def test_the_global_state_of_matplotlib_stays(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    loss_curve(_rows(3), tmp_path / "loss.png")
+    plot_loss_curve(_rows(3), tmp_path / "loss.png")
     assert dict(mpl.rcParams) == before
 
 
 def test_smoothing_keeps_a_line_and_its_ends_and_averages_between() -> None:
     line = [float(value) for value in range(20)]
-    assert smooth(line, 7) == pytest.approx(line)
-    assert smooth([3.0, 0.0, 0.0, 9.0, 6.0], 3) == pytest.approx([3.0, 1.0, 3.0, 5.0, 6.0])
-    assert smooth([], 3) == []
+    assert running_mean(line, 7) == pytest.approx(line)
+    assert running_mean([3.0, 0.0, 0.0, 9.0, 6.0], 3) == pytest.approx([3.0, 1.0, 3.0, 5.0, 6.0])
+    assert running_mean([], 3) == []

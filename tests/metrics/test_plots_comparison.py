@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.metrics.plots import comparison
+from dsv3.metrics.plots import plot_comparison
 from dsv3.metrics.row import MetricsRow
 
 
@@ -23,8 +23,8 @@ def _rows(count: int) -> list[MetricsRow]:
     ids=["one step", "more than are named", "nothing known"],
 )
 def test_curves_of_any_number_are_drawn(curves: list[tuple[str, list[MetricsRow]]], tmp_path: Path) -> None:
-    comparison(curves, tmp_path / "a.png", "Runs of $it")
+    plot_comparison(curves, tmp_path / "a.png", "Runs of $it")
     apart = [[(1, 0.0), (2, 1e-6)][: len(rows)] for _, rows in curves]
-    comparison(curves, tmp_path / "a.png", "Runs of $it", apart)
+    plot_comparison(curves, tmp_path / "a.png", "Runs of $it", apart)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

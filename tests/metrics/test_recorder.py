@@ -1,4 +1,4 @@
-"""What ends a run for numbers that are none says which, and no more than is known."""
+"""The message that ends a run names the values that are not finite, and no more than is known."""
 
 import math
 from pathlib import Path
@@ -22,13 +22,18 @@ ALONE = RankContext(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
         (
             {"loss": 1.0, "grad_norm": math.nan, "fp8_broken_tiles": 3.0},
             None,
-            "loss 1.0, grad_norm nan, 3 broken FP8 tiles.",
+            "loss 1.0, grad_norm nan, 3 nonfinite FP8 tiles.",
         ),
         ({"loss": 1.0, "grad_norm": math.nan, "fp8_broken_tiles": 0.0}, None, "loss 1.0, grad_norm nan."),
+        (
+            {"loss": 1.0, "grad_norm": math.nan, "fp8_broken_tiles": math.nan},
+            None,
+            "loss 1.0, grad_norm nan.",
+        ),
         ({"loss": 1.5}, math.nan, "loss 1.5, evaluation_loss nan."),
     ],
 )
-def test_only_figures_that_there_are_are_told(
+def test_the_message_names_only_known_metrics(
     tmp_path: Path, figures: dict[str, float], evaluation: float | None, told: str
 ) -> None:
     recorder = Recorder(tmp_path / "metrics.jsonl", ALONE, 1, None, None)

@@ -62,7 +62,7 @@ def test_an_init_that_fails_is_one_warning_and_the_run_goes_on(
     monkeypatch.setattr(wandb, "init", broken)
     told: list[str] = []
     logger = WandbLogger()
-    logger.open(tmp_path, {}, tell=told.append)
+    logger.open(tmp_path, {}, notify=told.append)
     logger.log(ROW)
     logger.text("sample", "text", 1)
     logger.finish()
@@ -81,7 +81,7 @@ def test_a_log_that_fails_is_told_once(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(wandb, "init", lambda **_: Broken())
     told: list[str] = []
     logger = WandbLogger()
-    logger.open(tmp_path, {}, tell=told.append)
+    logger.open(tmp_path, {}, notify=told.append)
     logger.log(ROW)
     logger.log(ROW)
     assert told == ["warning: wandb is off for this run: wandb-core is gone"]
@@ -98,7 +98,7 @@ def test_online_without_an_account_records_offline_instead_of_asking(
 
     monkeypatch.setattr(wandb, "init", init)
     told: list[str] = []
-    WandbLogger(mode=WandbMode.online).open(tmp_path, {}, tell=told.append)
+    WandbLogger(mode=WandbMode.online).open(tmp_path, {}, notify=told.append)
     assert modes == ["offline"]
     assert "wandb login" in told[0]
 

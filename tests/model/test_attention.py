@@ -44,7 +44,7 @@ def test_what_a_token_leaves_behind_is_one_latent_and_one_rotated_key() -> None:
     module = build(MODEL)
     _, latent, k_rope = module.compress(normal(2, 5, 32))
     assert (latent.shape, k_rope.shape) == ((2, 5, 16), (2, 5, 4))
-    k, v = module.expand(latent, k_rope)
+    k, v = module.expand_kv(latent, k_rope)
     assert (k.shape, v.shape) == ((2, 5, 2, 12), (2, 5, 2, 6))
     assert torch.equal(k[:, :, 0, 8:], k_rope)
     assert torch.equal(k[:, :, 1, 8:], k_rope)

@@ -13,7 +13,7 @@ from dsv3.config.model import AttentionKernel
 from dsv3.errors import UserError
 from dsv3.model import attention_kernels
 from dsv3.model.attention_kernels import attention_kernel, check_kernel, document_mask, document_segments
-from tests.operators import Operators
+from tests.harness.operators import Operators
 from tests.reference import assert_close, assert_same_gradients, normal
 
 SCALE = 0.7
@@ -222,8 +222,8 @@ def test_segments_are_the_runs_of_equal_numbers_of_each_row() -> None:
     segments = document_segments(documents)
     assert segments is not None
     assert segments.lengths == [3, 2, 1, 6, 1, 1, 2, 2]
-    assert segments.longest == 6
-    assert segments.offsets.tolist() == [0, 3, 5, 6, 12, 13, 14, 16, 18]
+    assert segments.max_seqlen == 6
+    assert segments.cu_seqlens.tolist() == [0, 3, 5, 6, 12, 13, 14, 16, 18]
     assert segments.starts.tolist() == [[0, 0, 0, 3, 3, 5], [0] * 6, [0, 1, 2, 2, 4, 4]]
     assert document_segments(None) is None
 

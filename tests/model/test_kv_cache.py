@@ -94,12 +94,12 @@ def test_the_cache_holds_the_latent_after_its_norm_and_the_key_after_its_rotatio
         left.append(torch.cat([latent, k_rope], dim=-1))
         return original(self, latent, k_rope)
 
-    original = LatentAttention.expand
+    original = LatentAttention.expand_kv
     cache = new_cache(model, 1, 6)
     with inference(model):
         next_logits(model, ids[:, :4].tolist(), cache)
         next_logits(model, ids[:, 4:].tolist(), cache)
-        monkeypatch.setattr(LatentAttention, "expand", expand)
+        monkeypatch.setattr(LatentAttention, "expand_kv", expand)
         model(ids)
     torch.testing.assert_close(cache.entries, torch.stack(left), rtol=0, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_decoding_expands_no_key_or_value(monkeypatch: pytest.MonkeyPatch) -> No
     cache = new_cache(model, 1, 5)
     with inference(model):
         next_logits(model, [[1, 2, 3]], cache)
-        monkeypatch.delattr(LatentAttention, "expand")
+        monkeypatch.delattr(LatentAttention, "expand_kv")
         for module in model.modules():
             if isinstance(module, LatentAttention):
                 monkeypatch.setattr(module, "kernel", None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3.config.model import MoEConfig
-from dsv3.model.moe import Experts, MoE, Spread
+from dsv3.model.moe import Experts, MoE, PermuteRows
 from tests import reference
 from tests.reference import MOE, SOFTMAX_MOE, assert_close, assert_same_gradients, normal
 
@@ -111,7 +111,7 @@ def test_spread_repeats_rows_in_a_given_order_and_its_gradient_is_exact(copies: 
     place = order.argsort()
 
     def spread(x: Tensor) -> Tensor:
-        return Spread.apply(x, order, place, copies)  # type: ignore[no-any-return, no-untyped-call]
+        return PermuteRows.apply(x, order, place, copies)  # type: ignore[no-any-return, no-untyped-call]
 
     assert torch.equal(spread(x), torch.stack([x[n // copies] for n in order.tolist()]))
     assert torch.autograd.gradcheck(spread, (x,))

@@ -9,7 +9,7 @@ from torch import Tensor
 from dsv3.config.model import ModelConfig
 from dsv3.data.batch import mtp_targets
 from dsv3.data.packing import PADDING
-from dsv3.model.layers import IGNORE
+from dsv3.model.layers import IGNORE_INDEX
 from dsv3.model.transformer import Transformer
 from tests import reference
 from tests.reference import (
@@ -123,14 +123,14 @@ def test_a_document_gives_the_same_logits_alone_and_in_a_packed_row() -> None:
 def test_no_valid_target_depends_on_another_document() -> None:
     model, ids = tiny_model(DEEP), tokens(2, 11)
     ends = (PACKED.roll(-1, -1) != PACKED) | (PACKED == PADDING)
-    targets = ids.roll(-1, -1).masked_fill(ends, IGNORE)
+    targets = ids.roll(-1, -1).masked_fill(ends, IGNORE_INDEX)
     before = model(ids, PACKED)
     for place in range(11):
         after = model(with_token(ids, place), PACKED)
         same_document = PACKED[:, place : place + 1] == PACKED
         outputs = zip([before.logits, *before.mtp_logits], [after.logits, *after.mtp_logits], strict=True)
         for depth, (old, new) in enumerate(outputs):
-            valid = mtp_targets(targets, PACKED, depth) != IGNORE
+            valid = mtp_targets(targets, PACKED, depth) != IGNORE_INDEX
             moved = (old - new).abs().amax(-1) > 1e-4
             assert not (moved & valid & ~same_document).any()
 

@@ -1,7 +1,7 @@
 """A stand-in for the package deep_ep 1.2.1 on gloo: the documented Buffer, by uneven all-to-all.
 
-It asserts what DeepEP asserts of its arguments. What async calls return is garbage until their event is
-waited for.
+It asserts what DeepEP asserts of its arguments. The results of async calls are garbage until the caller
+waits for their event.
 """
 
 import sys
@@ -16,12 +16,12 @@ from torch import Tensor
 
 topk_idx_t = torch.int64
 made: list["Buffer"] = []
-"""The buffers of this process, for tests to count."""
+"""Buffers made in this process; tests count them."""
 
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Within it `import deep_ep` gives this module."""
+    """Make `import deep_ep` give this module."""
     with mock.patch.dict(sys.modules, deep_ep=sys.modules[__name__]):
         yield
 
@@ -69,8 +69,8 @@ class Buffer:
         assert topk_idx.dtype == topk_idx_t
         assert topk_idx.is_contiguous()
         chosen = torch.zeros(len(topk_idx), num_experts, dtype=torch.bool).scatter(1, topk_idx, True)
-        goes = chosen.unflatten(1, (self.group_size, -1)).any(-1)
-        return goes.sum(0).int(), None, chosen.sum(0).int(), goes, EventOverlap()
+        in_rank = chosen.unflatten(1, (self.group_size, -1)).any(-1)
+        return in_rank.sum(0).int(), None, chosen.sum(0).int(), in_rank, EventOverlap()
 
     def dispatch(
         self,
@@ -88,10 +88,10 @@ class Buffer:
         if handle is not None:
             assert topk_idx is None
             assert topk_weights is None
-            goes, sent, received = handle
-            assert len(goes) == len(parts[0])
-            token = goes.t().nonzero()[:, 1]
-            rows = [self._exchange(part[token], sent, received) for part in parts]
+            in_rank, sent, received = handle
+            assert len(in_rank) == len(parts[0])
+            token = in_rank.t().nonzero()[:, 1]
+            rows = [self._all_to_all(part[token], sent, received) for part in parts]
             assert not async_finish
             return _like(x, rows), None, None, None, None, EventOverlap()
         assert num_tokens_per_rank is not None
@@ -104,15 +104,15 @@ class Buffer:
         assert topk_weights.is_contiguous()
         assert topk_weights.shape == topk_idx.shape
         sent = num_tokens_per_rank.tolist()
-        received = self._exchange(num_tokens_per_rank, [1] * len(sent), [1] * len(sent)).tolist()
-        place, token = is_token_in_rank.t().nonzero(as_tuple=True)
-        rows = [self._exchange(part[token], sent, received) for part in parts]
-        # To each rank the numbers of its own experts, counted from its first.
+        received = self._all_to_all(num_tokens_per_rank, [1] * len(sent), [1] * len(sent)).tolist()
+        destination, token = is_token_in_rank.t().nonzero(as_tuple=True)
+        rows = [self._all_to_all(part[token], sent, received) for part in parts]
+        # Each rank gets the numbers of its own experts, counted from its first.
         here = len(num_tokens_per_expert) // self.group_size
-        local = topk_idx[token] - here * place.unsqueeze(1)
+        local = topk_idx[token] - here * destination.unsqueeze(1)
         elsewhere = (local < 0) | (local >= here)
-        indices = self._exchange(local.masked_fill(elsewhere, -1), sent, received)
-        weights = self._exchange(topk_weights[token].masked_fill(elsewhere, 0.0), sent, received)
+        indices = self._all_to_all(local.masked_fill(elsewhere, -1), sent, received)
+        weights = self._all_to_all(topk_weights[token].masked_fill(elsewhere, 0.0), sent, received)
         counts = torch.bincount(indices[indices >= 0], minlength=here).tolist()
         (*rows, indices, weights), event = _finished([*rows, indices, weights], async_finish)
         return _like(x, rows), indices, weights, counts, (is_token_in_rank, sent, received), event
@@ -122,26 +122,26 @@ class Buffer:
     ) -> tuple[Tensor, Tensor | None, EventOverlap]:
         self._checked(x)
         assert x.dtype == torch.bfloat16
-        goes, sent, received = handle
+        in_rank, sent, received = handle
         assert len(x) == sum(received)
-        total = self._sum(x, goes, sent, received).to(x.dtype)
+        total = self._sum(x, in_rank, sent, received).to(x.dtype)
         if topk_weights is None:
             return total, None, EventOverlap()
         assert topk_weights.dtype == torch.float32
         assert topk_weights.is_contiguous()
         assert len(topk_weights) == len(x)
-        return total, self._sum(topk_weights, goes, sent, received), EventOverlap()
+        return total, self._sum(topk_weights, in_rank, sent, received), EventOverlap()
 
-    def _sum(self, x: Tensor, goes: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """In fp32, in the order of the ranks."""
-        back = self._exchange(x, received, sent).split(sent)
-        total = torch.zeros(len(goes), x.shape[1])
+    def _sum(self, x: Tensor, in_rank: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sum in fp32, in the order of the ranks."""
+        back = self._all_to_all(x, received, sent).split(sent)
+        total = torch.zeros(len(in_rank), x.shape[1])
         for rank, part in enumerate(back):
-            total[goes[:, rank]] += part.float()
+            total[in_rank[:, rank]] += part.float()
         return total
 
     def _checked(self, x: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Rows in bf16, or codes with the scales of their tiles."""
+        """Check rows in bf16, or codes with the scales of their tiles, and return them as a tuple."""
         parts = x if isinstance(x, tuple) else (x,)
         rows, *scales = parts
         assert rows.dim() == 2
@@ -155,7 +155,7 @@ class Buffer:
             assert scale.shape == (len(rows), rows.shape[1] // 128)
         return parts
 
-    def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    def _all_to_all(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         out = x.new_empty(sum(received), *x.shape[1:])
         whole = (x.contiguous(), out)
         # gloo does not know FP8.
@@ -174,7 +174,7 @@ def _like(x: Tensor | tuple[Tensor, Tensor], rows: list[Tensor]) -> Tensor | tup
 
 
 def _finished(results: list[Tensor], later: bool) -> tuple[list[Tensor], EventOverlap]:
-    """The results, or what turns into them when the event is waited for."""
+    """Return the results, or garbage that turns into them when the event is waited for."""
     if not later:
         return results, EventOverlap()
     garbage = [torch.full_like(r, 448 if r.element_size() == 1 else 1 << 30) for r in results]

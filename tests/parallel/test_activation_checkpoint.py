@@ -1,4 +1,4 @@
-"""Recomputation changes memory and nothing else."""
+"""Activation checkpointing changes memory and nothing else."""
 
 from dataclasses import replace
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3.config.parallel import CompileBackend, Kept, Recomputed
+from dsv3.config.parallel import CompileBackend, RecomputeMode, SavedOp
 from dsv3.model.attention import LatentAttention
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.activation_checkpoint import Recompute
+from dsv3.parallel.activation_checkpoint import ActivationCheckpointing
 from dsv3.parallel.compile import Compile
-from tests.operators import Operators
+from tests.harness.operators import Operators
 from tests.reference import MODEL, tiny_model, tokens
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, -1, -1, -1]])
 
 
-def forward_backward(model: Transformer) -> list[str]:
-    """Filled with the name of each attention that runs, each time it runs."""
+def record_attention_runs(model: Transformer) -> list[str]:
+    """Return a list that gets the name of each attention every time it runs."""
     ran: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, LatentAttention):
@@ -27,7 +27,7 @@ def forward_backward(model: Transformer) -> list[str]:
 
 
 def train(model: Transformer, documents: Tensor | None) -> list[Tensor]:
-    """One pass forward and backward; logits, balance term and all gradients."""
+    """Pass forward and backward; return logits, balance loss and all gradients."""
     output = model(tokens(2, 9), documents)
     loss = output.logits.square().mean() + output.balance_loss
     for logits in output.mtp_logits:
@@ -42,8 +42,8 @@ def train(model: Transformer, documents: Tensor | None) -> list[Tensor]:
 def test_full_recomputation_gives_the_same_bits_and_counts_the_load_once(documents: Tensor | None) -> None:
     config = replace(MODEL, mtp_depths=2)
     plain, recomputed = tiny_model(config), tiny_model(config)
-    Recompute(Recomputed.full)(recomputed)
-    ran = forward_backward(recomputed)
+    ActivationCheckpointing(RecomputeMode.full)(recomputed)
+    ran = record_attention_runs(recomputed)
     for mine, right in zip(train(recomputed, documents), train(plain, documents), strict=True):
         assert torch.equal(mine, right)
     for router, other in zip(recomputed.routers(), plain.routers(), strict=True):
@@ -58,31 +58,31 @@ def test_full_recomputation_gives_the_same_bits_and_counts_the_load_once(documen
 @pytest.mark.parametrize(
     ("keep", "kept", "repeated"),
     [
-        ([Kept.attention], "blocked_attention", "_grouped_mm"),
-        ([Kept.experts], "_grouped_mm", "blocked_attention"),
-        ([Kept.matmuls], "mm", "blocked_attention"),
+        ([SavedOp.attention], "blocked_attention", "_grouped_mm"),
+        ([SavedOp.experts], "_grouped_mm", "blocked_attention"),
+        ([SavedOp.matmuls], "mm", "blocked_attention"),
     ],
 )
 def test_selective_recomputation_repeats_all_but_what_it_keeps(
-    keep: list[Kept], kept: str, repeated: str
+    keep: list[SavedOp], kept: str, repeated: str
 ) -> None:
     counts = {}
-    for mode in (Recomputed.none, Recomputed.selective, Recomputed.full):
+    for mode in (RecomputeMode.none, RecomputeMode.selective, RecomputeMode.full):
         model = tiny_model()
-        Recompute(mode, keep)(model)
+        ActivationCheckpointing(mode, keep)(model)
         with Operators() as calls:
             results = train(model, DOCUMENTS)
         counts[mode] = (calls.names, results)
     none, selective, full = (counts[mode][0] for mode in counts)
     assert none[kept] == selective[kept] < full[kept]
     assert none[repeated] < selective[repeated] == full[repeated]
-    assert all(map(torch.equal, counts[Recomputed.none][1], counts[Recomputed.selective][1]))
+    assert all(map(torch.equal, counts[RecomputeMode.none][1], counts[RecomputeMode.selective][1]))
 
 
 def test_without_recomputation_each_layer_runs_once() -> None:
     model = tiny_model()
-    Recompute(Recomputed.none)(model)
-    ran = forward_backward(model)
+    ActivationCheckpointing(RecomputeMode.none)(model)
+    ran = record_attention_runs(model)
     train(model, None)
     assert len(ran) == len(set(ran)) == 3
 
@@ -90,24 +90,25 @@ def test_without_recomputation_each_layer_runs_once() -> None:
 def test_names_of_parameters_stay_as_they_are() -> None:
     model = tiny_model()
     before = list(model.state_dict())
-    Recompute(Recomputed.full)(model)
+    ActivationCheckpointing(RecomputeMode.full)(model)
     assert list(model.state_dict()) == before
 
 
+@pytest.mark.slow
 def test_compiled_layers_run_compiled_and_what_is_kept_is_not_run_again() -> None:
     counts, compiled = {}, torch._dynamo.utils.counters["frames"]
-    for mode in (Recomputed.none, Recomputed.selective, Recomputed.full):
+    for mode in (RecomputeMode.none, RecomputeMode.selective, RecomputeMode.full):
         model = tiny_model()
         torch._dynamo.reset()
         before = compiled["ok"]
         Compile(True, CompileBackend.aot_eager)(model, torch.device("cpu"))
-        Recompute(mode, [Kept.attention])(model)
+        ActivationCheckpointing(mode, [SavedOp.attention])(model)
         with Operators() as calls:
             results = train(model, DOCUMENTS)
         assert compiled["ok"] > before
         counts[mode] = (calls.names["blocked_attention"], results)
-    once = counts[Recomputed.none][0]
+    once = counts[RecomputeMode.none][0]
     assert once >= 3
     assert [count for count, _ in counts.values()] == [once, once, 2 * once]
-    for mine, right in zip(counts[Recomputed.selective][1], train(tiny_model(), DOCUMENTS), strict=True):
+    for mine, right in zip(counts[RecomputeMode.selective][1], train(tiny_model(), DOCUMENTS), strict=True):
         assert torch.allclose(mine, right, rtol=1e-5, atol=1e-7)

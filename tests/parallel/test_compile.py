@@ -1,7 +1,7 @@
-"""torch.compile with each wrapper: what is traced computes what one process computes, uncompiled.
+"""torch.compile under each wrapper: compiled layers compute what one uncompiled process computes.
 
-`aot_eager` traces forward and backward as inductor does and then runs PyTorch's own kernels; code for CPU
-takes minutes a layout, which benchmarks/parity_matrix.py spends (docs/parity.md).
+`aot_eager` traces forward and backward as inductor does and then runs PyTorch's own kernels. Generating code
+for CPU takes minutes per layout; benchmarks/parity_matrix.py does that (docs/parity.md).
 """
 
 import math
@@ -10,13 +10,15 @@ import pytest
 
 from dsv3.parallel.compile import has_compiler
 from dsv3.planning.layout import ParallelDims
-from tests.parallel.comparing import assert_close, assert_equal
-from tests.parallel.layouts import SINGLES
-from tests.parallel.pool import Pool
-from tests.parallel.training import GLOBAL_BATCH, Trace, configured, train, train_config
+from tests.harness.pool import Pool
+from tests.parallel.parity_layouts import SINGLES
+from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train, train_config
+from tests.parallel.trace_comparison import assert_close, assert_equal
+
+pytestmark = pytest.mark.slow
 
 TRACED = ["compile=on", "compile.backend=aot_eager"]
-# A dense layer, and an MTP depth, whose own has experts: each layer is traced by itself.
+# A dense layer, and an MTP depth whose layer has experts: each layer is traced by itself.
 FEW = ["model.num_layers=1"]
 
 
@@ -41,15 +43,15 @@ def test_traced_layers_train_alike_under_every_wrapper(
 
 
 def test_traced_layers_train_alike_in_fp8_where_a_schedule_splits_the_backward_pass(pool: Pool) -> None:
-    """In fp32 no saved activation is of a kind that compiled code would overwrite."""
+    """FP8, because in fp32 compiled code would overwrite no saved activation."""
     chosen = ["precision=fp8", "model.moe.forced_balance=true"]
     plain = train(chosen, None, 1, 1)
     assert plain is not None
     config = configured([*chosen, "parallel=fsdp", "parallel.schedule=ZBVZeroBubble", *TRACED], 1)
     for traced in pool.run(train_config, config, SINGLES["pp"], 1, 1, "sgd")[:2]:
-        assert traced.figures[0]["loss"] == pytest.approx(plain.figures[0]["loss"], rel=1e-3)
+        assert traced.metrics[0]["loss"] == pytest.approx(plain.metrics[0]["loss"], rel=1e-3)
         assert_close(traced.gradients[0], plain.gradients[0], 2.0**-5)
-        assert math.isnan(traced.figures[0]["fp8_broken_tiles"])
+        assert math.isnan(traced.metrics[0]["fp8_broken_tiles"])
 
 
 @pytest.mark.skipif(not has_compiler(), reason="compile=on needs a C++ compiler on CPU")

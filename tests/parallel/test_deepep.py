@@ -1,6 +1,6 @@
-"""DeepEP's dispatcher computes what the plain exchange does, over a stand-in for its package.
+"""The DeepEP token dispatcher computes what all-to-all does, over a stand-in for its package.
 
-tests/parallel/test_token_dispatch_pool.py holds it to closed forms on routings made to hurt.
+test_token_dispatch.py holds both to closed forms on adversarial routings.
 """
 
 import sys
@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from dsv3.errors import UserError
-from dsv3.parallel.deepep import DeepEPDispatcher
+from dsv3.parallel.deepep import DeepEPTokenDispatcher
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.planning.layout import ParallelDims
-from tests.parallel.carrying import both, train_over_deepep
-from tests.parallel.pool import Pool
-from tests.parallel.training import GLOBAL_BATCH, configured, train_config
+from tests.harness.pool import Pool
+from tests.parallel.tiny_training import GLOBAL_BATCH, configured, train_config
+from tests.parallel.worker_deepep import run_both_backends, train_over_deepep
 
 IN_FP8 = ["precision=fp8", "precision.fp8.dispatch=true", "model.dim=128"]
 
 
 @pytest.mark.parametrize(("ep", "in_fp8"), [(2, False), (4, False), (4, True)])
 def test_results_and_gradients_are_the_same_bits(pool: Pool, ep: int, in_fp8: bool) -> None:
-    for found in pool.run(both, ep, in_fp8)[:ep]:
+    for found in pool.run(run_both_backends, ep, in_fp8)[:ep]:
         for ours, theirs in zip(*found, strict=True):
             assert torch.equal(ours, theirs)
             assert ours.abs().max() > 0
@@ -48,7 +48,7 @@ def test_training_is_the_same(pool: Pool, degrees: ParallelDims, overrides: list
         trace, buffers = found[rank]
         # One on a rank, for both of its stages.
         assert buffers == 1
-        assert trace.figures == plain[rank].figures
+        assert trace.metrics == plain[rank].metrics
         for ours, theirs in zip(
             [*trace.gradients, trace.state], [*plain[rank].gradients, plain[rank].state], strict=True
         ):
@@ -60,4 +60,4 @@ def test_training_is_the_same(pool: Pool, degrees: ParallelDims, overrides: list
 def test_a_worker_without_the_package_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", None)
     with pytest.raises(UserError, match=r"needs the package deep_ep .*halted.*\n.*backend=all_to_all"):
-        DeepEPDispatcher.over(ParallelMesh.__new__(ParallelMesh), 32)
+        DeepEPTokenDispatcher.from_mesh(ParallelMesh.__new__(ParallelMesh), 32)

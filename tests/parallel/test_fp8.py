@@ -1,8 +1,8 @@
-"""FP8 on several ranks: one process's numbers where the tiles are the same, its errors where they are not.
+"""FP8 on several ranks: the values of one process where the tiles are the same, its errors where they differ.
 
-Which numbers share a tile hangs on the layout: tiles along tokens on whose tokens a rank has, tiles along
-features on the columns that tensor parallelism leaves it. Tokens take turns at the experts, so that no
-rounding sends one elsewhere.
+The layout decides which values share a tile: tiles along tokens depend on a rank's tokens, tiles along
+features on its columns under tensor parallelism. Forced load balance keeps rounding from sending a token to
+another expert.
 """
 
 from statistics import median
@@ -10,10 +10,10 @@ from statistics import median
 import pytest
 import torch
 
-from tests.parallel.comparing import TOLERANCE, assert_close, relative_error
-from tests.parallel.layouts import PAIRS, SINGLES, TRIPLES
-from tests.parallel.pool import Pool
-from tests.parallel.training import Trace, configured, train, train_config
+from tests.harness.pool import Pool
+from tests.parallel.parity_layouts import PAIRS, SINGLES, TRIPLES
+from tests.parallel.tiny_training import Trace, configured, train, train_config
+from tests.parallel.trace_comparison import TOLERANCE, assert_close, relative_error
 
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
 FP32 = ["model.moe.forced_balance=true", "model.init_std=0.05"]
@@ -30,7 +30,7 @@ def first_step(pool: Pool, layout: str, overrides: list[str]) -> list[Trace]:
 
 
 def one_process(overrides: list[str], microbatch: int = 2) -> Trace:
-    """The first step without a layout."""
+    """Return the trace of the first step on one process."""
     trace = train(overrides, None, 1, microbatch)
     assert trace is not None
     return trace
@@ -42,8 +42,8 @@ def one_process(overrides: list[str], microbatch: int = 2) -> Trace:
 def test_where_tiles_are_the_same_so_are_loss_and_gradients(pool: Pool, layout: str, more: list[str]) -> None:
     single = one_process(FP8)
     for trace in first_step(pool, layout, [*FP8, *more]):
-        assert trace.figures[0]["loss"] == pytest.approx(single.figures[0]["loss"], rel=TOLERANCE)
-        assert trace.figures[0]["fp8_broken_tiles"] == 0
+        assert trace.metrics[0]["loss"] == pytest.approx(single.metrics[0]["loss"], rel=TOLERANCE)
+        assert trace.metrics[0]["fp8_broken_tiles"] == 0
         assert_close(trace.gradients[0], single.gradients[0])
 
 
@@ -63,7 +63,7 @@ def test_weights_gathered_in_fp8_are_those_that_products_would_make(
     chosen = ["precision=fp8", *FP32, *WIDE, *more]
     plain, gathered = (first_step(pool, layout, [*chosen, *extra]) for extra in ([], [GATHERED]))
     for one, other in zip(plain, gathered, strict=True):
-        assert one.figures == other.figures
+        assert one.metrics == other.metrics
         for name, gradient in one.gradients[0].items():
             assert torch.equal(gradient, other.gradients[0][name]), name
 
@@ -74,7 +74,7 @@ def test_in_bf16_shards_round_what_one_process_does_not_and_no_more(pool: Pool) 
     for trace in first_step(pool, "dp_shard", chosen):
         # Gradients of gathered bf16 weights are bf16 before they are summed in fp32.
         assert_close(trace.gradients[0], single.gradients[0], 2.0**-8)
-        assert trace.figures[0]["loss"] == pytest.approx(single.figures[0]["loss"], rel=TOLERANCE)
+        assert trace.metrics[0]["loss"] == pytest.approx(single.metrics[0]["loss"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,12 @@ def test_where_tiles_differ_the_error_is_that_of_one_process(
     exact, single = one_process(FP32), one_process(FP8)
     usual = errors(single, exact)
     for trace in first_step(pool, layout, [*FP8, *more]):
-        assert trace.figures[0]["loss"] == pytest.approx(exact.figures[0]["loss"], rel=5e-3)
+        assert trace.metrics[0]["loss"] == pytest.approx(exact.metrics[0]["loss"], rel=5e-3)
         found = errors(trace, exact)
         assert all(error < 3 * usual[name] + 0.01 for name, error in found.items()), found
         assert median(found.values()) < 1.3 * median(usual[name] for name in found)
 
 
 def errors(trace: Trace, exact: Trace) -> dict[str, float]:
-    """Each gradient's relative difference."""
+    """Return each gradient's relative error."""
     return {name: relative_error(g, exact.gradients[0][name]) for name, g in trace.gradients[0].items()}

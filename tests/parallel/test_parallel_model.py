@@ -1,4 +1,4 @@
-"""Every layout generates what one process does, all ranks together."""
+"""Generation: every layout draws what one process draws, all ranks together."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from dsv3.config.root import Config
 from dsv3.parallel.parallel_model import build_parallel_model
 from dsv3.planning.layout import ParallelDims
-from tests.parallel.pool import Pool
-from tests.parallel.training import configured, mesh_of
+from tests.harness.pool import Pool
+from tests.parallel.tiny_training import configured, mesh_of
 
 PROMPTS = [[5, 6, 7, 8, 9], [1, 2], [3]]
 LAYOUTS = {
@@ -20,8 +20,8 @@ LAYOUTS = {
 }
 
 
-def texts(config: Config, degrees: ParallelDims | None) -> list[list[list[int]]] | None:
-    """What the tiny model says, the likeliest and at random; None on ranks that the layout leaves out."""
+def generate_ids(config: Config, degrees: ParallelDims | None) -> list[list[list[int]]] | None:
+    """Generate greedily and at random; None on ranks that the layout leaves out."""
     mesh = mesh_of(degrees) if degrees else None
     if degrees and torch.distributed.get_rank() >= degrees.world_size:
         return None
@@ -33,10 +33,10 @@ def texts(config: Config, degrees: ParallelDims | None) -> list[list[list[int]]]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_draws_what_one_process_draws(pool: Pool, layout: str, precision: str) -> None:
     chosen = [f"precision={precision}"]
-    expected = texts(configured(chosen, 2), None)
+    expected = generate_ids(configured(chosen, 2), None)
     assert expected is not None
     assert all(len({tuple(row) for row in rows}) == 3 for rows in expected)
-    found = pool.run(texts, configured(["parallel=fsdp", *chosen], 2), LAYOUTS[layout])
+    found = pool.run(generate_ids, configured(["parallel=fsdp", *chosen], 2), LAYOUTS[layout])
     for rank in found[: LAYOUTS[layout].world_size]:
         if precision == "fp32" or layout in ("fsdp", "ep"):
             assert rank == expected

@@ -1,15 +1,15 @@
-"""Parallel equals single: every figure, gradient, parameter and the evaluation, for every pair of axes.
+"""Parity: a layout has the metrics, gradients, parameters and evaluation of one process, for every axis pair.
 
-With documents in rows, MTP, balance and z-loss, bias updates, several microbatches; on every rank.
+On every rank, with documents in rows, MTP, balance and z-loss, expert bias updates and several microbatches.
 """
 
 import pytest
 
 from dsv3.planning.layout import ParallelDims
-from tests.parallel.comparing import TOLERANCE, assert_equal, relative_error
-from tests.parallel.layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
-from tests.parallel.pool import Pool
-from tests.parallel.training import GLOBAL_BATCH, Trace, configured, train, train_config
+from tests.harness.pool import Pool
+from tests.parallel.parity_layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
+from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train, train_config
+from tests.parallel.trace_comparison import TOLERANCE, assert_equal, relative_error
 
 STEPS = 2
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
@@ -18,7 +18,7 @@ FULL = TRIPLES["dp_shard x cp x tp, ep 4"]
 
 @pytest.fixture(scope="module")
 def singles() -> dict[str, Trace]:
-    """What one process does, by optimizer."""
+    """Traces of one process, by optimizer."""
     traces = {name: train([], None, STEPS, 2, name) for name in ("sgd", "adamw")}
     return {name: trace for name, trace in traces.items() if trace is not None}
 
@@ -31,7 +31,7 @@ def compare(
     microbatch: int = 0,
     optimizer: str = "sgd",
 ) -> None:
-    # Two microbatches a rank, unless a schedule asks for more.
+    # Two microbatches per rank, unless a schedule asks for more.
     microbatch = microbatch or GLOBAL_BATCH // degrees.data_parallel // 2
     config = configured(["parallel=fsdp", *overrides], microbatch)
     traces = pool.run(train_config, config, degrees, STEPS, microbatch, optimizer)
@@ -45,7 +45,9 @@ def test_a_layout_trains_as_one_process_does(pool: Pool, singles: dict[str, Trac
 
 
 @pytest.mark.parametrize("layout", ["dp_shard x ep", "tp x cp", "pp x ep", "dp_shard x cp x tp, ep 4"])
-def test_and_so_it_does_under_adamw(pool: Pool, singles: dict[str, Trace], layout: str) -> None:
+def test_a_layout_trains_as_one_process_does_under_adamw(
+    pool: Pool, singles: dict[str, Trace], layout: str
+) -> None:
     compare(pool, singles["adamw"], LAYOUTS[layout], optimizer="adamw")
 
 
@@ -85,11 +87,11 @@ def test_kept_parameters_and_larger_microbatches_change_nothing(
     compare(pool, singles["sgd"], ParallelDims(dp_shard=2), "parallel.fsdp.prefetch=false", microbatch=4)
 
 
-def test_experts_over_two_nodes_pass_two_exchanges(pool: Pool, singles: dict[str, Trace]) -> None:
+def test_experts_over_two_nodes_are_dispatched_in_two_levels(pool: Pool, singles: dict[str, Trace]) -> None:
     compare(pool, singles["sgd"], ParallelDims(dp_shard=4, ep=4), "parallel.expert.ranks_per_node=2")
 
 
-def test_experts_are_cut_where_there_are_more_shards_than_experts(
+def test_experts_are_sliced_where_there_are_more_shards_than_experts(
     pool: Pool, singles: dict[str, Trace]
 ) -> None:
     few = ["model.moe.num_experts=2", "model.moe.num_groups=1", "model.moe.top_k_groups=1"]
@@ -101,13 +103,13 @@ def test_experts_are_cut_where_there_are_more_shards_than_experts(
 
 @pytest.mark.parametrize("layout", ["dp_shard", "tp x cp", "pp x ep"])
 def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: str) -> None:
-    """Sums in another order round otherwise, and now and then a token goes to another expert."""
+    """Sums in another order round differently, and now and then a token goes to another expert."""
     exact, single = train([], None, 1, 2), train(["precision=bf16"], None, 1, 2)
     assert exact is not None
     assert single is not None
     degrees, config = LAYOUTS[layout], configured(["parallel=fsdp", "precision=bf16"], 2)
     for trace in pool.run(train_config, config, degrees, 1, 2, "sgd")[: degrees.world_size]:
-        assert trace.figures[0]["loss"] == pytest.approx(exact.figures[0]["loss"], rel=5e-3)
+        assert trace.metrics[0]["loss"] == pytest.approx(exact.metrics[0]["loss"], rel=5e-3)
         assert _median_error(trace, exact) < 1.5 * _median_error(single, exact)
 
 
@@ -117,11 +119,11 @@ def _median_error(trace: Trace, exact: Trace) -> float:
 
 
 def test_the_comparison_is_not_vacuous(singles: dict[str, Trace]) -> None:
-    """Each tensor moves by a hundred times what the comparison lets pass."""
+    """Each tensor moves by more than a hundred times the tolerance of the comparison."""
     for optimizer, trace in singles.items():
         before = train([], None, 0, 2, optimizer)
         assert before is not None
-        assert all(figures["moe_max_violation"] > 0 for figures in trace.figures)
+        assert all(metrics["moe_max_violation"] > 0 for metrics in trace.metrics)
         for name, tensor in trace.state.items():
             moved = relative_error(tensor, before.state[name])
             assert moved > 100 * TOLERANCE, (optimizer, name, moved)

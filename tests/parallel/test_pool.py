@@ -1,11 +1,11 @@
-"""The pool itself: what a worker raises fails a test at once, one that dies is given one more try."""
+"""The pool: an error in a worker fails the test at once, a worker that dies gets one more try."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.parallel.misbehaving import die, die_once, raise_once
-from tests.parallel.pool import Pool, WorkerError
+from tests.harness.pool import Pool, WorkerError
+from tests.parallel.failing_workers import die, die_once, raise_once
 
 
 def test_a_call_in_which_a_process_died_is_made_again(pool: Pool, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint belongs to no layout: a run goes on bit for bit on another one, stages of a pipeline too."""
+"""Resume: a run continues bit for bit on another layout, pipeline stages included."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from dsv3.planning.layout import ParallelDims
-from tests.parallel.comparing import assert_close
-from tests.parallel.pool import Pool
-from tests.parallel.resuming import State, go_on
-from tests.parallel.training import configured, train
+from tests.harness.pool import Pool
+from tests.parallel.tiny_training import configured, train
+from tests.parallel.trace_comparison import assert_close
+from tests.parallel.worker_resume import State, resume_one_step
 
 BF16 = "bf16 moments"
-# A save is by all ranks of the process group, so that every layout has the pool's 8.
+# All ranks of the process group save, so every layout has the pool's 8 ranks.
 LAYOUTS: list[tuple[ParallelDims, int, list[str]]] = [
     (ParallelDims(dp_shard=8), 1, []),
     (ParallelDims(pp=2, dp_shard=2, cp=2), 1, ["parallel.schedule=DualPipeV"]),
@@ -26,7 +26,7 @@ def test_a_run_goes_on_from_layout_to_layout(pool: Pool, tmp_path: Path) -> None
     saved: State = {}
     for number, (degrees, microbatch, overrides) in enumerate(LAYOUTS):
         config = configured(["parallel=fsdp", *overrides], microbatch)
-        ranks = pool.run(go_on, config, degrees, microbatch, tmp_path)
+        ranks = pool.run(resume_one_step, config, degrees, microbatch, tmp_path)
         assert [step for step, _, _ in ranks] == [number] * pool.size
         if saved:
             for _, before, _ in ranks:
@@ -35,7 +35,7 @@ def test_a_run_goes_on_from_layout_to_layout(pool: Pool, tmp_path: Path) -> None
         saved = {name: tensor for _, _, after in ranks for name, tensor in after.items()}
     moments = {name.rpartition(".")[2] for name in saved if name.startswith("optimizer.")}
     assert moments == {"step", "exp_avg", "exp_avg_sq"}
-    # And five layouts together came to where one process comes.
+    # Five layouts in turn end where one process ends.
     single = train([], None, len(LAYOUTS), 2, "adamw")
     assert single is not None
     assert_close(
@@ -48,13 +48,13 @@ def test_a_run_goes_on_from_layout_to_layout(pool: Pool, tmp_path: Path) -> None
 def test_one_process_goes_on_with_what_many_have_saved(pool: Pool, tmp_path: Path, layout: int) -> None:
     degrees, microbatch, overrides = LAYOUTS[layout]
     config = configured(["parallel=fsdp", *overrides], microbatch)
-    ranks = pool.run(go_on, config, degrees, microbatch, tmp_path)
-    step, before, _ = go_on(configured(["parallel=none"], 2), None, 2, tmp_path)
+    ranks = pool.run(resume_one_step, config, degrees, microbatch, tmp_path)
+    step, before, _ = resume_one_step(configured(["parallel=none"], 2), None, 2, tmp_path)
     assert step == 1
     for _, _, after in ranks:
         assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     # The other way round: one process has saved step 2.
-    ranks = pool.run(go_on, config, degrees, microbatch, tmp_path)
+    ranks = pool.run(resume_one_step, config, degrees, microbatch, tmp_path)
     assert ranks[0][0] == 2
 
 
@@ -63,9 +63,9 @@ def test_bf16_moments_go_from_a_layout_to_one_process_and_are_what_it_would_have
 ) -> None:
     degrees, microbatch, overrides = LAYOUTS[2]
     config = configured(["parallel=fsdp", *overrides], microbatch)
-    ranks = pool.run(go_on, config, degrees, microbatch, tmp_path, BF16)
+    ranks = pool.run(resume_one_step, config, degrees, microbatch, tmp_path, BF16)
     saved = {name: tensor for _, _, after in ranks for name, tensor in after.items()}
-    step, before, _ = go_on(configured(["parallel=none"], 2), None, 2, tmp_path, BF16)
+    step, before, _ = resume_one_step(configured(["parallel=none"], 2), None, 2, tmp_path, BF16)
     assert step == 1
     assert saved.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in saved.items())

@@ -1,4 +1,4 @@
-"""A checkpoint that several ranks write while they train is the one they would have written at once."""
+"""An asynchronous checkpoint of several ranks equals the synchronous one of the same step."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ import pytest
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.checkpoint.manifest import read_manifest, verify
 from dsv3.planning.layout import ParallelDims
-from tests.checkpoint.running import tensors
-from tests.parallel.pool import Pool
-from tests.parallel.saving import save_while_training, verify_here
-from tests.parallel.training import configured
+from tests.harness.checkpoints import tensors
+from tests.harness.pool import Pool
+from tests.parallel.tiny_training import configured
+from tests.parallel.worker_saving import save_while_training, verify_here
 
 LAYOUTS: list[tuple[ParallelDims, int, list[str]]] = [
     (ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, []),

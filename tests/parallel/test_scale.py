@@ -1,11 +1,11 @@
-"""Worlds that nobody has: a rank's shards are what the plan's integers say (benchmarks/scale.py sweeps)."""
+"""Large worlds: a rank's shards have the shapes that the plan computes (benchmarks/scale.py sweeps them)."""
 
 import math
 
 import pytest
 
 from dsv3.planning.memory import pipeline_memory
-from tests.parallel.scale import (
+from tests.parallel.fake_world import (
     build_shards,
     gathered_in_fp8,
     mesh_as,
@@ -13,6 +13,8 @@ from tests.parallel.scale import (
     planned_shapes,
     shapes,
 )
+
+pytestmark = pytest.mark.slow
 
 FP32 = 4
 IN_FP8 = ["precision=fp8", "precision.fp8.gather=true", "hardware=h800"]

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from dsv3.config.hardware import HardwareConfig
-from dsv3.config.parallel import ParallelConfig, RecomputeConfig, Recomputed
+from dsv3.config.parallel import ParallelConfig, RecomputeConfig, RecomputeMode
 from dsv3.config.precision import ComputeType, MomentType, PrecisionConfig
+from dsv3.config.training import AdamWConfig, OptimizerConfig
 from dsv3.planning.layout import ParallelDims
-from dsv3.planning.plan import Plan, plan_shape
+from dsv3.planning.plan import Plan, plan_from_shape
 from dsv3.planning.step_shape import StateBytes, StepShape
 from tests.planning.presets import preset
 
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
     from dsv3.config.root import Config
 
 H800 = HardwareConfig(name="h800", memory_bytes=80 * 10**9)
-SHAPE = StepShape(1, 4096, recompute=Recomputed.full, state=StateBytes(compute=2))
+SHAPE = StepShape(1, 4096, recompute=RecomputeMode.full, state=StateBytes(compute=2))
 
 
 def plan_16b(dp_shard: int = 8, hardware: HardwareConfig = H800, shape: StepShape = SHAPE) -> Plan:
-    return plan_shape(preset("16b"), ParallelDims(dp_shard=dp_shard), hardware, shape)
+    return plan_from_shape(preset("16b"), ParallelDims(dp_shard=dp_shard), hardware, shape)
 
 
 def config_of(
@@ -27,14 +28,16 @@ def config_of(
     nproc: int | None = None,
     async_save: bool = True,
     moments: MomentType = MomentType.fp32,
+    optimizer: OptimizerConfig | None = None,
 ) -> "Config":
     nodes = SimpleNamespace(
         model=preset("debug"),
         train=SimpleNamespace(microbatch=2, length=512, batch=24),
-        recompute=RecomputeConfig(mode=Recomputed.full),
+        recompute=RecomputeConfig(mode=RecomputeMode.full),
         parallel=parallel,
         launch=SimpleNamespace(nproc=nproc),
         precision=PrecisionConfig(ComputeType.bf16, moments),
+        optimizer=optimizer or AdamWConfig(),
         checkpoint=SimpleNamespace(async_save=async_save),
     )
     return cast("Config", nodes)

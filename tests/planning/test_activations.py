@@ -10,14 +10,15 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import Kept
+from dsv3.config.parallel import SavedOp
 from dsv3.model.initialization import initialize
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.context_parallel import ContextParallel, reduce_router_counts
-from dsv3.parallel.mesh import build_mesh
+from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.tensor_parallel import TensorParallel
-from dsv3.planning import expert_copies, parameters
+from dsv3.planning import parameters
 from dsv3.planning.activations import Activations, TokenBytes
+from dsv3.planning.dispatch_volume import dispatch_probability
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Component
 from dsv3.planning.sharding import local_numel
@@ -55,7 +56,7 @@ def saved_bytes(config: ModelConfig, dtype: torch.dtype, degrees: ParallelDims) 
     model = Transformer(**known, compute_dtype=dtype)
     initialize(model, seed=0)
     if degrees.world_size > 1:
-        mesh = build_mesh(degrees, "cpu")
+        mesh = ParallelMesh(degrees, "cpu")
         TensorParallel()(model, mesh)
         ContextParallel()(model, mesh)
         reduce_router_counts(model, mesh)
@@ -97,7 +98,7 @@ def test_a_block_saves_what_is_counted(dtype: torch.dtype, degrees: ParallelDims
 
 
 def test_logits_are_fp32_whatever_the_compute_dtype() -> None:
-    assert Activations(DEBUG, 2).logits().split > 2 * 4 * DEBUG.vocab_size
+    assert Activations(DEBUG, 2).logits().sharded > 2 * 4 * DEBUG.vocab_size
     assert Activations(DEBUG, 2).block_input() == TokenBytes(2 * DEBUG.dim)
 
 
@@ -111,12 +112,12 @@ def bytes_a_token(degrees: ParallelDims, name: str = "671b", dense: bool = False
 def test_tp_ranks_share_a_part_and_gather_latents_or_hidden_states() -> None:
     moe, one = bytes_a_token(ParallelDims(tp=2)), bytes_a_token(ParallelDims())
     # Latents of queries (1536) and of keys and values (512 + 64): gathered, no longer saved on their own.
-    assert (moe.whole, one.split - moe.split) == (2 * (1536 + 512 + 64), 2 * (1536 + 512))
-    assert one.whole == 0
+    assert (moe.replicated, one.sharded - moe.sharded) == (2 * (1536 + 512 + 64), 2 * (1536 + 512))
+    assert one.replicated == 0
     # Without a latent of the queries the hidden states are gathered in its place.
-    assert bytes_a_token(ParallelDims(tp=2), "16b").whole == 2 * (2048 + 512 + 64)
+    assert bytes_a_token(ParallelDims(tp=2), "16b").replicated == 2 * (2048 + 512 + 64)
     dense = bytes_a_token(ParallelDims(tp=2), dense=True)
-    assert dense.whole - moe.whole == 2 * 7168
+    assert dense.replicated - moe.replicated == 2 * 7168
     assert TokenBytes(7, 3).on_rank(5, 4) == 9 + 15
     assert TokenBytes(1, 2) + TokenBytes(3, 4) == TokenBytes(4, 6)
 
@@ -125,8 +126,8 @@ def test_cp_expands_the_keys_of_the_whole_row_from_gathered_latents() -> None:
     one, four = bytes_a_token(ParallelDims()), bytes_a_token(ParallelDims(cp=4))
     keys_values = 2 * 128 * (192 + 128 + 128)
     outputs_again, own_latent = 2 * 128 * 128, 2 * 512
-    assert four.split - one.split == 3 * keys_values + outputs_again - own_latent
-    assert four.whole == 4 * 2 * (512 + 64)
+    assert four.sharded - one.sharded == 3 * keys_values + outputs_again - own_latent
+    assert four.replicated == 4 * 2 * (512 + 64)
 
 
 @pytest.mark.parametrize("dense", BLOCK.values(), ids=BLOCK)
@@ -134,19 +135,19 @@ def test_selective_recomputation_keeps_what_is_named(dense: bool) -> None:
     config = preset("671b")
     saved = Activations(config, 2, degrees=ParallelDims(ep=4, dp_shard=4))
 
-    def more(*keep: Kept) -> int:
-        kept, none = saved.kept(dense, keep), saved.block_input()
-        return kept.split + kept.whole - none.split - none.whole
+    def more(*keep: SavedOp) -> int:
+        kept, none = saved.selective(dense, keep), saved.block_input()
+        return kept.sharded + kept.replicated - none.sharded - none.replicated
 
     assert more() == 0
-    assert more(Kept.attention) == 128 * (2 * 128 + 4)
-    assert more(Kept.experts) == (0 if dense else 8 * 2 * (2 * 2048 + 7168))
+    assert more(SavedOp.attention) == 128 * (2 * 128 + 4)
+    assert more(SavedOp.experts) == (0 if dense else 8 * 2 * (2 * 2048 + 7168))
     # Hit are 3.77 of 4 ranks: group-limited, each with 2 of the 8 groups of which 4 are open.
-    copies = 4 * expert_copies.hit(config.moe, 64)
-    assert more(Kept.exchange) == (0 if dense else round(copies * (2 * 2 * 7168 + 2 * 4 * 64)))
+    copies = 4 * dispatch_probability(config.moe, 64)
+    assert more(SavedOp.exchange) == (0 if dense else round(copies * (2 * 2 * 7168 + 2 * 4 * 64)))
     ffn = 2 * 18432 + 7168 if dense else 2 * 2048 + 7168 + 2 * 256
     attention = 1536 + 512 + 64 + 128 * (192 + 256) + 7168
-    assert more(Kept.matmuls) == 2 * (attention + ffn)
-    assert more(*Kept) == sum(map(more, Kept))
+    assert more(SavedOp.matmuls) == 2 * (attention + ffn)
+    assert more(*SavedOp) == sum(map(more, SavedOp))
     whole = saved.block(dense)
-    assert more(Kept.attention, Kept.experts) < (whole.split + whole.whole) / 2
+    assert more(SavedOp.attention, SavedOp.experts) < (whole.sharded + whole.replicated) / 2

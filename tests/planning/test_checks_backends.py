@@ -4,11 +4,11 @@ import importlib.util
 
 import pytest
 
-from dsv3.config.parallel import Kept
+from dsv3.config.parallel import SavedOp
 from dsv3.errors import UserError
 from dsv3.launch.job import Job, plan_job
-from dsv3.planning.checks import SIZES
-from tests.config.test_choices import strict_config
+from dsv3.planning.checks import DEEPEP_SIZES
+from tests.harness.composing import strict_config
 
 DEEPEP = "parallel.expert.backend=deepep"
 CHOSEN = ["parallel=tp_ep", "hardware=h800", "precision=bf16", DEEPEP]
@@ -64,7 +64,7 @@ def test_groups_have_the_sizes_that_deepep_is_tuned_for() -> None:
         "nearest that work: 128; or take parallel.expert.backend=all_to_all"
     )
     for ep in (8, 32, 128):
-        assert ep in SIZES
+        assert ep in DEEPEP_SIZES
         assert planned(*large, f"parallel.degrees.ep={ep}").plan.degrees.ep == ep
 
 
@@ -95,7 +95,7 @@ def test_a_job_that_starts_here_needs_the_package_here(monkeypatch: pytest.Monke
 
 
 def test_a_plan_counts_the_exchange_that_recomputation_repeats() -> None:
-    assert Kept.exchange not in planned("recompute=selective").plan.shape.keep
+    assert SavedOp.exchange not in planned("recompute=selective").plan.shape.keep
     plain = planned("recompute=selective", "parallel.expert.backend=all_to_all").plan
-    assert Kept.exchange in plain.shape.keep
+    assert SavedOp.exchange in plain.shape.keep
     assert plain.traffic.ep < planned("recompute=selective").plan.traffic.ep

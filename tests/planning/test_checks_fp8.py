@@ -4,7 +4,7 @@ import pytest
 
 from dsv3.errors import UserError
 from dsv3.launch.job import plan_job
-from tests.config.test_choices import strict_config
+from tests.harness.composing import strict_config
 
 
 def refusal(*overrides: str) -> str:

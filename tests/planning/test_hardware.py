@@ -8,7 +8,7 @@ import yaml
 from dsv3.config.hardware import HardwareConfig
 from dsv3.errors import InvalidValue
 from dsv3.planning import hardware
-from dsv3.planning.hardware import Machine, detect, host_memory, visible_gpus
+from dsv3.planning.hardware import Machine, detect_hardware, host_memory, visible_gpus
 from tests.planning.presets import CONF
 
 AUTO = HardwareConfig(name="auto")
@@ -46,7 +46,7 @@ def test_every_choice_is_a_valid_config_of_its_name(path: Path) -> None:
 
 
 def test_a_known_gpu_brings_its_numbers() -> None:
-    found = detect(AUTO, 2, machine(H200))
+    found = detect_hardware(AUTO, 2, machine(H200))
     assert (found.name, found.memory_bytes) == ("h200", 141_000_000_000)
     assert (found.peak_flops_bf16, found.intra_node_bandwidth) == (989.5e12, 450e9)
 
@@ -65,18 +65,20 @@ def test_a_known_gpu_brings_its_numbers() -> None:
     ],
 )
 def test_names_of_nvidia_smi(told: str, name: str) -> None:
-    assert detect(AUTO, 1, machine(told)).name == name
+    assert detect_hardware(AUTO, 1, machine(told)).name == name
 
 
 def test_an_unknown_gpu_has_the_memory_it_reports_and_no_peak() -> None:
-    found = detect(AUTO, 1, machine("NVIDIA L4, 23034"))
+    found = detect_hardware(AUTO, 1, machine("NVIDIA L4, 23034"))
     assert (found.memory_bytes, found.peak_flops_bf16) == (23034 * 2**20, None)
 
 
 def test_the_smallest_memory_counts() -> None:
-    assert detect(AUTO, 1, machine("NVIDIA A100-SXM4-40GB, 40960")).memory_bytes == 40960 * 2**20
-    assert detect(AUTO, 2, machine("NVIDIA L4, 23034\nNVIDIA T4, 15360")).memory_bytes == 15360 * 2**20
-    assert detect(AUTO, 1, machine("NVIDIA GB10, [N/A]")).memory_bytes is None
+    assert detect_hardware(AUTO, 1, machine("NVIDIA A100-SXM4-40GB, 40960")).memory_bytes == 40960 * 2**20
+    assert (
+        detect_hardware(AUTO, 2, machine("NVIDIA L4, 23034\nNVIDIA T4, 15360")).memory_bytes == 15360 * 2**20
+    )
+    assert detect_hardware(AUTO, 1, machine("NVIDIA GB10, [N/A]")).memory_bytes is None
 
 
 def test_only_visible_gpus_count() -> None:
@@ -85,22 +87,24 @@ def test_only_visible_gpus_count() -> None:
     assert visible_gpus(machine(told, CUDA_VISIBLE_DEVICES="1")) == ["NVIDIA T4, 15360"]
     assert len(visible_gpus(machine(told, CUDA_VISIBLE_DEVICES="GPU-8a,GPU-9b"))) == 2
     for hidden in ("", "-1"):
-        assert detect(AUTO, 1, machine(told, CUDA_VISIBLE_DEVICES=hidden)).name == "cpu"
+        assert detect_hardware(AUTO, 1, machine(told, CUDA_VISIBLE_DEVICES=hidden)).name == "cpu"
 
 
 def test_without_a_gpu_the_ranks_share_the_host(tmp_path: Path) -> None:
     root = write(tmp_path, {"proc/meminfo": "MemTotal:       24000000 kB\nMemFree: 1 kB\n"})
-    found = detect(AUTO, 4, machine(root=root))
+    found = detect_hardware(AUTO, 4, machine(root=root))
     assert (found.name, found.memory_bytes, found.peak_flops_bf16) == ("cpu", 24_000_000 * 1024 // 4, None)
-    assert detect(HardwareConfig(name="cpu"), 1, machine(H200, root)).memory_bytes == 24_000_000 * 1024
+    assert (
+        detect_hardware(HardwareConfig(name="cpu"), 1, machine(H200, root)).memory_bytes == 24_000_000 * 1024
+    )
 
 
 def test_what_the_user_gives_wins() -> None:
     given = replace(AUTO, memory_bytes=10**9)
-    assert detect(given, 2, machine(H200)).memory_bytes == 10**9
-    assert detect(given, 2, machine(H200)).peak_flops_bf16 == 989.5e12
+    assert detect_hardware(given, 2, machine(H200)).memory_bytes == 10**9
+    assert detect_hardware(given, 2, machine(H200)).peak_flops_bf16 == 989.5e12
     h800 = HardwareConfig(name="h800", memory_bytes=5)
-    assert detect(h800, 8, machine(H200)) == h800
+    assert detect_hardware(h800, 8, machine(H200)) == h800
 
 
 def test_a_cgroup_of_version_2_limits_the_host_also_from_above(tmp_path: Path) -> None:
@@ -126,15 +130,15 @@ def test_a_cgroup_of_version_1_limits_the_host(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_tells_nothing_leaves_the_memory_unknown() -> None:
-    assert detect(AUTO, 1, machine()).memory_bytes is None
+    assert detect_hardware(AUTO, 1, machine()).memory_bytes is None
 
 
 def test_no_nvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "QUERY", ["/nowhere/nvidia-smi"])
-    assert hardware.ask_nvidia_smi() == ""
+    assert hardware.query_nvidia_smi() == ""
     monkeypatch.setattr(hardware, "QUERY", ["sleep", "5"])
     monkeypatch.setattr(hardware, "QUERY_SECONDS", 0.05)
-    assert hardware.ask_nvidia_smi() == ""
+    assert hardware.query_nvidia_smi() == ""
 
 
 def test_numbers_are_above_zero() -> None:

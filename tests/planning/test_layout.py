@@ -12,8 +12,8 @@ from dsv3.planning.layout import (
     check_model,
     check_schedule,
     check_stages,
-    check_wrapped,
-    resolve,
+    check_wrappers,
+    resolve_degrees,
 )
 from tests.planning.presets import preset
 
@@ -36,13 +36,13 @@ def refusal(degrees: ParallelDims, sequence: int = 4096, batch: int = 3072, micr
 
 def test_resolved_degrees_are_checked() -> None:
     full = ParallelConfig(degrees=DegreesConfig(pp=2, dp_shard=2, cp=2, tp=2, ep=4))
-    assert resolve(full, 16, MODEL, 4096) == ParallelDims(2, 1, 2, 2, 2, 4)
+    assert resolve_degrees(full, 16, MODEL, 4096) == ParallelDims(2, 1, 2, 2, 2, 4)
     twice = replace(full, degrees=replace(full.degrees, dp_replicate=2))
-    assert resolve(twice, 32, MODEL, 4096).dp_replicate == 2
+    assert resolve_degrees(twice, 32, MODEL, 4096).dp_replicate == 2
     with pytest.raises(UserError, match=r"degrees\.tp=3"):
-        resolve(ParallelConfig(degrees=DegreesConfig(tp=3)), 3, MODEL, 4096)
+        resolve_degrees(ParallelConfig(degrees=DegreesConfig(tp=3)), 3, MODEL, 4096)
     with pytest.raises(UserError, match=r"degrees\.pp=28"):
-        resolve(ParallelConfig(degrees=DegreesConfig(pp=28)), 28, MODEL, 4096)
+        resolve_degrees(ParallelConfig(degrees=DegreesConfig(pp=28)), 28, MODEL, 4096)
 
 
 def test_heads_vocabulary_and_dense_width_divide_by_tp() -> None:
@@ -109,20 +109,20 @@ def test_a_schedule_that_keeps_parameters_is_not_told_to_free_them() -> None:
 )
 def test_a_degree_needs_what_carries_it_out(axis: str, wrapper: str) -> None:
     degrees, without = replace(ParallelDims(dp_shard=2), **{axis: 2}), replace(ANY)
-    check_wrapped(without, degrees)
+    check_wrappers(without, degrees)
     setattr(without, wrapper, None)
     with pytest.raises(UserError) as refused:
-        check_wrapped(without, degrees)
+        check_wrappers(without, degrees)
     assert str(refused.value).startswith(f"parallel.degrees.{axis}=2 needs parallel.{wrapper}, which is null")
     assert "take parallel=" in str(refused.value)
 
 
 def test_every_world_of_several_ranks_needs_fsdp() -> None:
-    check_wrapped(BARE, ParallelDims())
+    check_wrappers(BARE, ParallelDims())
     with pytest.raises(UserError, match=r"2 data-parallel ranks of 2 need parallel\.fsdp, .* parallel=fsdp"):
-        check_wrapped(BARE, ParallelDims(dp_shard=2))
+        check_wrappers(BARE, ParallelDims(dp_shard=2))
     with pytest.raises(UserError, match=r"1 data-parallel ranks of 2 need parallel\.fsdp"):
-        check_wrapped(replace(ANY, fsdp=None), ParallelDims(tp=2))
+        check_wrappers(replace(ANY, fsdp=None), ParallelDims(tp=2))
 
 
 def test_sequences_split_over_cp_in_zigzag_and_over_tp() -> None:

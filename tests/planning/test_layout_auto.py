@@ -5,7 +5,7 @@ import pytest
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import DegreesConfig
 from dsv3.errors import UserError
-from dsv3.planning.layout import ParallelDims, fill
+from dsv3.planning.layout import ParallelDims, fill_auto_degrees
 from tests.planning.presets import preset
 
 MODEL = preset("16b")
@@ -14,7 +14,7 @@ AUTO = DegreesConfig(pp="auto", dp_replicate="auto", dp_shard="auto", cp="auto",
 
 
 def filled(config: DegreesConfig, world: int, model: ModelConfig = MODEL, length: int = 4096) -> ParallelDims:
-    return fill(config, world, model, length)
+    return fill_auto_degrees(config, world, model, length)
 
 
 def test_dp_shard_takes_what_is_left_and_the_others_are_one() -> None:

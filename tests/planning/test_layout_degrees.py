@@ -1,6 +1,6 @@
 import pytest
 
-from dsv3.config.parallel import DegreesConfig
+from dsv3.config.parallel import AXES, DegreesConfig
 from dsv3.errors import InvalidValue
 from dsv3.planning.layout import ParallelDims
 
@@ -10,7 +10,7 @@ def test_the_ranks_that_parameters_are_sharded_over() -> None:
     assert degrees.world_size == 3 * 2 * 8 * 2 * 4
     assert degrees.data_parallel == 16
     assert (degrees.fsdp_size, degrees.replicated_fsdp_size, degrees.efsdp_size) == (16, 64, 4)
-    assert list(degrees.to_json()) == ["pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"]
+    assert list(degrees.to_json()) == list(AXES)
 
 
 def test_degrees_are_numbers_above_zero_or_auto() -> None:

@@ -2,16 +2,16 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.config.parallel import Kept, Recomputed, Schedule
+from dsv3.config.parallel import RecomputeMode, SavedOp, Schedule
 from dsv3.planning import parameters
 from dsv3.planning.activations import Activations
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import pipeline_memory, rank_memory
 from dsv3.planning.parameters import Component, Weight
-from dsv3.planning.pipeline_stages import Pipelining, stage_groups, stages
-from dsv3.planning.sharding import local_shape, shard_count, stored
+from dsv3.planning.pipeline_stages import PipelineShape, build_stages, stage_weights
+from dsv3.planning.sharding import local_shape, shard_count, shard_numel
 from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
-from tests.planning.presets import NAMES, preset
+from tests.planning.presets import NAMES, count, preset
 
 STEP = StepShape(microbatch_size=1, sequence_length=4096)
 BF16 = replace(STEP, state=StateBytes(compute=2))
@@ -40,10 +40,12 @@ def test_the_shards_of_every_weight_add_up_to_the_whole(degrees: ParallelDims) -
     config = preset("671b")
     for weight in {*parameters.main_model(config), *parameters.mtp_modules(config)[0]}:
         shards = shard_count(weight, degrees)
-        held = sum(stored(weight, degrees, shard) for shard in range(shards))
+        held = sum(shard_numel(weight, degrees, shard) for shard in range(shards))
         parts = {Component.experts: degrees.ep}.get(weight.component, degrees.tp if _split(weight) else 1)
         assert held * parts == weight.numel
-        assert stored(weight, degrees) == max(stored(weight, degrees, shard) for shard in range(shards))
+        assert shard_numel(weight, degrees) == max(
+            shard_numel(weight, degrees, shard) for shard in range(shards)
+        )
 
 
 def _split(weight: Weight) -> bool:
@@ -66,15 +68,15 @@ def test_an_even_layout_loses_nothing() -> None:
 
 def test_uneven_shards_round_up_by_whole_rows() -> None:
     weight = Weight(Component.attention, (10, 7))
-    assert [stored(weight, ParallelDims(dp_shard=4), shard) for shard in range(4)] == [21, 21, 21, 7]
-    assert [stored(weight, ParallelDims(dp_shard=16), shard) for shard in (0, 9, 10)] == [7, 7, 0]
+    assert [shard_numel(weight, ParallelDims(dp_shard=4), shard) for shard in range(4)] == [21, 21, 21, 7]
+    assert [shard_numel(weight, ParallelDims(dp_shard=16), shard) for shard in (0, 9, 10)] == [7, 7, 0]
 
 
 def test_experts_are_cut_by_expert_and_beyond_that_by_row() -> None:
     stack = Weight(Component.experts, (8, 6, 5))
-    assert stored(stack, ParallelDims(dp_shard=4, tp=2)) == 6 * 5
-    assert stored(stack, ParallelDims(dp_shard=16, ep=8)) == 3 * 5
-    assert stored(stack, ParallelDims(dp_replicate=2, dp_shard=4, ep=4)) == 2 * 6 * 5
+    assert shard_numel(stack, ParallelDims(dp_shard=4, tp=2)) == 6 * 5
+    assert shard_numel(stack, ParallelDims(dp_shard=16, ep=8)) == 3 * 5
+    assert shard_numel(stack, ParallelDims(dp_replicate=2, dp_shard=4, ep=4)) == 2 * 6 * 5
 
 
 def test_tensor_parallelism_splits_the_matrices_with_heads_and_leaves_the_norms() -> None:
@@ -86,7 +88,7 @@ def test_tensor_parallelism_splits_the_matrices_with_heads_and_leaves_the_norms(
 def test_tp_splits_what_has_heads_and_shards_the_rest_over_its_ranks_too() -> None:
     config, two = preset("671b"), ParallelDims(tp=2, dp_shard=4)
     every = [*parameters.embedding(config), *parameters.output(config), *parameters.block(config, dense=True)]
-    assert sum(stored(w, two) for w in every) == sum(w.numel for w in every) // 8
+    assert sum(shard_numel(w, two) for w in every) == sum(w.numel for w in every) // 8
     assert {shard_count(w, two) for w in every if _split(w)} == {4}
     assert {shard_count(w, two) for w in every if not _split(w)} == {8}
     whole = [w for w in parameters.block(config, dense=False) if local_shape(w, two) == w.shape]
@@ -96,24 +98,24 @@ def test_tp_splits_what_has_heads_and_shards_the_rest_over_its_ranks_too() -> No
 
 def test_stages_hold_embedding_first_and_head_and_mtp_last() -> None:
     config = preset("671b")
-    split = stages(config, 16)
+    split = build_stages(config, 16)
     assert [len(stage.dense) for stage in split] == [4] * 15 + [1]
     assert split[0].dense == (True, True, True, False)
     assert [stage.mtp_depths for stage in split] == [0] * 15 + [1]
-    held = [{w.component for group in stage_groups(config, stage) for w in group} for stage in split]
+    held = [{w.component for group in stage_weights(config, stage) for w in group} for stage in split]
     assert [n for n, kinds in enumerate(held) if Component.embedding in kinds] == [0, 15]
     assert [n for n, kinds in enumerate(held) if Component.head in kinds] == [15]
-    numbers = sum(w.numel for stage in split for group in stage_groups(config, stage) for w in group)
+    numbers = sum(w.numel for stage in split for group in stage_weights(config, stage) for w in group)
     # The last stage's copy of the embedding, which its MTP depth reads.
-    assert numbers == parameters.total(config) + parameters.count(config).embedding
-    assert [len(stage.dense) for stage in stages(config, 3, [1, 60])] == [1, 59, 1]
+    assert numbers == parameters.total(config) + count(config).embedding
+    assert [len(stage.dense) for stage in build_stages(config, 3, [1, 60])] == [1, 59, 1]
 
 
 def test_a_v_holds_both_ends_and_the_copy_of_the_embedding() -> None:
     config, degrees = preset("debug"), ParallelDims(pp=2)
-    v = replace(STEP, microbatches=4, pipelining=Pipelining(Schedule.DualPipeV, 2))
+    v = replace(STEP, microbatches=4, pipelining=PipelineShape(Schedule.DualPipeV, 2))
     ends, middle = (memory.parameters for memory in pipeline_memory(config, degrees, v))
-    counts = parameters.count(config)
+    counts = count(config)
     assert ends + middle == 4 * (counts.total + counts.embedding)
     assert ends > 4 * (2 * counts.embedding + counts.head + counts.mtp)
 
@@ -128,7 +130,10 @@ def test_the_worst_rank_is_reported() -> None:
 def kept_microbatches(schedule: Schedule, per_rank: int, microbatches: int, pp: int = 4) -> list[float]:
     """How many microbatches' activations each rank holds of one of its stages, at the most."""
     config = replace(preset("236b"), num_layers=pp * per_rank, num_dense_layers=0)
-    degrees, pipelining = ParallelDims(pp=pp), Pipelining(schedule, per_rank, tuple(range(1, pp * per_rank)))
+    degrees, pipelining = (
+        ParallelDims(pp=pp),
+        PipelineShape(schedule, per_rank, tuple(range(1, pp * per_rank))),
+    )
     shape = replace(BF16, microbatches=microbatches, pipelining=pipelining)
     block = Activations(config, 2).block(dense=False).on_rank(4096, 1)
     buffers = Activations(config, 2).block_input().on_rank(4096, 1) * microbatches
@@ -156,7 +161,7 @@ def test_a_rank_keeps_the_activations_of_the_microbatches_under_way() -> None:
 
 def test_full_recomputation_keeps_block_inputs_and_the_block_at_work() -> None:
     config = replace(preset("16b"), mtp_depths=1)
-    shape = replace(BF16, recompute=Recomputed.full)
+    shape = replace(BF16, recompute=RecomputeMode.full)
     saved = Activations(config, 2)
     largest = max(saved.block(dense).on_rank(4096, 1) for dense in (True, False))
     rest = sum(part.on_rank(4096, 1) for part in (saved.logits(), saved.logits(), saved.mtp_join()))
@@ -168,15 +173,15 @@ def test_full_recomputation_keeps_block_inputs_and_the_block_at_work() -> None:
 def test_selective_recomputation_lies_between_none_and_full() -> None:
     config = preset("16b")
 
-    def activations(recompute: Recomputed, *keep: Kept) -> int:
+    def activations(recompute: RecomputeMode, *keep: SavedOp) -> int:
         shape = replace(BF16, recompute=recompute, keep=keep)
         return rank_memory(config, ParallelDims(dp_shard=8, ep=8), shape).activations
 
-    full, none = activations(Recomputed.full, *Kept), activations(Recomputed.none)
-    assert activations(Recomputed.selective) == full
-    attention = activations(Recomputed.selective, Kept.attention)
+    full, none = activations(RecomputeMode.full, *SavedOp), activations(RecomputeMode.none)
+    assert activations(RecomputeMode.selective) == full
+    attention = activations(RecomputeMode.selective, SavedOp.attention)
     assert attention - full == 27 * 4096 * 16 * (2 * 128 + 4)
-    assert full < attention < activations(Recomputed.selective, *Kept) < none
+    assert full < attention < activations(RecomputeMode.selective, *SavedOp) < none
 
 
 def test_activations_shrink_with_the_ranks_of_a_row_and_grow_with_the_microbatch() -> None:
@@ -262,17 +267,17 @@ def test_offloaded_state_is_not_on_the_device() -> None:
 
 def test_one_process_in_bf16_keeps_the_casts_of_its_matrices() -> None:
     config = preset("16b")
-    counts = parameters.count(config)
+    counts = count(config)
     cast = counts.total - counts.embedding - counts.norms - counts.router
     assert rank_memory(config, ParallelDims(), BF16).weight_copies == 2 * cast
-    recomputing = replace(BF16, recompute=Recomputed.full)
+    recomputing = replace(BF16, recompute=RecomputeMode.full)
     assert rank_memory(config, ParallelDims(), recomputing).weight_copies < 2 * cast / 10
 
 
 def test_one_process_in_fp8_keeps_the_cast_of_the_head_alone() -> None:
     config = preset("16b")
     shape = replace(BF16, fp8=FP8Shape())
-    assert rank_memory(config, ParallelDims(), shape).weight_copies == 2 * parameters.count(config).head
+    assert rank_memory(config, ParallelDims(), shape).weight_copies == 2 * count(config).head
 
 
 def test_json_counts_the_copies_as_activations() -> None:

@@ -5,8 +5,8 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from dsv3.config.parallel import PipelineConfig, Schedule
 from dsv3.planning import pipeline_schedules
-from dsv3.planning.pipeline_schedules import bubble, order
-from dsv3.planning.pipeline_stages import stages_per_rank, takes_microbatches
+from dsv3.planning.pipeline_schedules import bubble, schedule_actions
+from dsv3.planning.pipeline_stages import stages_per_rank, supports_microbatches
 from tests.planning.test_pipeline_stages import LAYOUTS, torch_schedule
 
 KINDS = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
@@ -24,11 +24,11 @@ def torch_order(actions: list[Any]) -> list[tuple[str, int, int]]:
 @pytest.mark.parametrize(("schedule", "pp", "per_rank"), LAYOUTS, ids=str)
 def test_the_order_is_that_of_torch(schedule: Schedule, pp: int, per_rank: int) -> None:
     for microbatches in (1, 2, 3, 5, 8, 9, 14):
-        if not takes_microbatches(schedule, pp, per_rank, microbatches):
+        if not supports_microbatches(schedule, pp, per_rank, microbatches):
             continue
         built = torch_schedule(schedule, 0, pp, per_rank, microbatches)
         for rank in range(pp):
-            made = list(order(schedule, rank, pp, per_rank, microbatches))
+            made = list(schedule_actions(schedule, rank, pp, per_rank, microbatches))
             forwards = [action for action in made if action.kind == "F"]
             assert len(forwards) == len(set(forwards)) == per_rank * microbatches
             if isinstance(built, PipelineScheduleMulti):
@@ -37,7 +37,7 @@ def test_the_order_is_that_of_torch(schedule: Schedule, pp: int, per_rank: int) 
 
 def test_one_stage_a_rank_warms_up_by_its_distance_from_the_last() -> None:
     def kinds(schedule: Schedule, rank: int) -> str:
-        return "".join(action.kind for action in order(schedule, rank, 3, 1, 4))
+        return "".join(action.kind for action in schedule_actions(schedule, rank, 3, 1, 4))
 
     assert [kinds(ONE, rank) for rank in range(3)] == ["FFFBFBBB", "FFBFBFBB", "FBFBFBFB"]
     assert kinds(Schedule.GPipe, 1) == "FFFFBBBB"

@@ -16,14 +16,14 @@ from dsv3.planning.pipeline_stages import (
     extra_costs,
     is_v_shaped,
     layer_costs,
-    least_microbatches,
+    min_microbatches,
     reshard_after_forward,
     split_layers,
     splits_backward,
     stage_count,
     stages_of_rank,
     stages_per_rank,
-    takes_microbatches,
+    supports_microbatches,
 )
 from tests.planning.presets import NAMES, preset
 
@@ -62,7 +62,7 @@ def test_a_number_of_microbatches_is_taken_exactly_where_torch_takes_it(
     schedule: Schedule, pp: int, per_rank: int
 ) -> None:
     for microbatches in range(1, 4 * pp):
-        if takes_microbatches(schedule, pp, per_rank, microbatches):
+        if supports_microbatches(schedule, pp, per_rank, microbatches):
             torch_schedule(schedule, 0, pp, per_rank, microbatches)
             check_microbatches(schedule, pp, per_rank, microbatches)
         else:
@@ -70,8 +70,8 @@ def test_a_number_of_microbatches_is_taken_exactly_where_torch_takes_it(
                 torch_schedule(schedule, 0, pp, per_rank, microbatches)
             with pytest.raises(UserError, match="cannot run"):
                 check_microbatches(schedule, pp, per_rank, microbatches)
-    assert takes_microbatches(schedule, pp, per_rank, least_microbatches(schedule, pp, per_rank))
-    assert not takes_microbatches(schedule, pp, per_rank, 0)
+    assert supports_microbatches(schedule, pp, per_rank, min_microbatches(schedule, pp, per_rank))
+    assert not supports_microbatches(schedule, pp, per_rank, 0)
 
 
 @pytest.mark.parametrize(("schedule", "pp", "per_rank"), LAYOUTS, ids=str)

@@ -2,23 +2,26 @@ import json
 import pickle
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import pytest
 
 from dsv3.config.hardware import HardwareConfig
 from dsv3.config.parallel import (
     ExpertParallelConfig,
     FullyShardConfig,
-    Kept,
     ParallelConfig,
     PipelineConfig,
-    Recomputed,
+    RecomputeMode,
+    SavedOp,
     Schedule,
 )
 from dsv3.config.precision import ComputeType, MomentType
+from dsv3.config.training import AdamWConfig, OptimizerConfig
 from dsv3.planning.layout import ParallelDims
-from dsv3.planning.pipeline_stages import Pipelining
-from dsv3.planning.plan import COMPUTE_BYTES, MOMENTS_BYTES, make_plan, plan_shape
-from dsv3.planning.report import advice, to_text
+from dsv3.planning.pipeline_stages import PipelineShape
+from dsv3.planning.plan import COMPUTE_BYTES, make_plan, plan_from_shape
+from dsv3.planning.report import format_plan, suggest_fix
 from dsv3.planning.step_shape import StateBytes, StepShape
 from tests.planning.plans import H800, SHAPE, config_of, plan_16b
 from tests.planning.presets import preset
@@ -30,7 +33,9 @@ tokens_per_second_per_gpu mfu
 
 
 def test_json_is_the_contract() -> None:
-    told = json.loads(json.dumps(plan_shape(preset("671b"), ParallelDims(dp_shard=2), H800, SHAPE).to_json()))
+    told = json.loads(
+        json.dumps(plan_from_shape(preset("671b"), ParallelDims(dp_shard=2), H800, SHAPE).to_json())
+    )
     assert list(told) == KEYS.split()
     assert told["degrees"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 1, "ep": 1}
     assert (told["world_size"], told["parameters"]) == (2, 682_636_472_320)
@@ -59,14 +64,14 @@ def test_a_save_in_the_background_needs_its_copies_where_there_is_one_memory() -
     tight = replace(cpu, memory_bytes=waiting.memory.total)
     plan = make_plan(config_of(ParallelConfig()), ParallelDims(), tight)
     assert not plan.fits
-    assert advice(plan) == "checkpoint.async_save=false fits on the same ranks"
+    assert suggest_fix(plan) == "checkpoint.async_save=false fits on the same ranks"
 
 
 def test_a_config_is_read_into_the_shape_of_a_step() -> None:
     config = config_of(ParallelConfig(reshard_after_forward=False))
     plan = make_plan(config, ParallelDims(dp_replicate=2, dp_shard=2), H800)
-    keep = (Kept.attention, Kept.experts, Kept.exchange)
-    expected = StepShape(2, 512, 3, Recomputed.full, False, StateBytes(compute=2), True, keep=keep)
+    keep = (SavedOp.attention, SavedOp.experts, SavedOp.exchange)
+    expected = StepShape(2, 512, 3, RecomputeMode.full, False, StateBytes(compute=2), True, keep=keep)
     assert plan.shape == expected
     assert plan.world_size == 4
     assert not make_plan(config, ParallelDims(), HardwareConfig(name="cpu")).shape.fused_kernels
@@ -76,10 +81,10 @@ def test_a_pipeline_is_read_with_what_its_schedule_forces() -> None:
     pipeline = PipelineConfig(split=[1, 2, 3])
     config = config_of(ParallelConfig(schedule=Schedule.ZBVZeroBubble, pipeline=pipeline))
     shape = make_plan(config, ParallelDims(pp=2, dp_shard=2), H800).shape
-    assert shape.pipelining == Pipelining(Schedule.ZBVZeroBubble, 2, (1, 2, 3))
+    assert shape.pipelining == PipelineShape(Schedule.ZBVZeroBubble, 2, (1, 2, 3))
     assert not shape.reshard_after_forward
     alone = make_plan(config, ParallelDims(dp_shard=2), H800).shape
-    assert (alone.pipelining, alone.reshard_after_forward) == (Pipelining(), True)
+    assert (alone.pipelining, alone.reshard_after_forward) == (PipelineShape(), True)
 
 
 def test_nodes_are_as_typed_as_launched_or_as_the_hardware_has_them() -> None:
@@ -100,14 +105,13 @@ def test_offloaded_state_is_the_hosts_but_on_cpu_there_is_one_memory() -> None:
     )
     state = kept.memory.parameters + kept.memory.gradients + kept.memory.optimizer
     assert offloaded.memory.offloaded == state == kept.memory.total - offloaded.memory.total
-    assert "on the host" in to_text(offloaded)
-    assert "on the host" not in to_text(kept)
+    assert "on the host" in format_plan(offloaded)
+    assert "on the host" not in format_plan(kept)
     assert make_plan(config, ParallelDims(dp_shard=2), HardwareConfig(name="cpu")).memory.offloaded == 0
 
 
-def test_every_compute_and_moment_type_has_its_bytes() -> None:
+def test_every_compute_type_has_its_bytes() -> None:
     assert set(COMPUTE_BYTES) == {compute.name for compute in ComputeType}
-    assert set(MOMENTS_BYTES) == {moments.name for moments in MomentType}
 
 
 def test_bf16_moments_are_half_the_optimizer_state_and_nothing_else() -> None:
@@ -124,6 +128,61 @@ def test_bf16_moments_are_half_the_optimizer_state_and_nothing_else() -> None:
         assert full.memory.save_copies - half.memory.save_copies == copies
         assert full.memory.total - half.memory.total == saved + copies
         assert full.to_json().keys() == half.to_json().keys()
+
+
+@dataclass
+class MomentumConfig(OptimizerConfig):
+    """A user's schema of SGD with momentum."""
+
+    _target_: str = "torch.optim.SGD"
+    momentum: float = 0.9
+
+
+@dataclass
+class OwnConfig(OptimizerConfig):
+    """A user's schema that knows its optimizer's state."""
+
+    _target_: str = "mine.Lion"
+
+    def state_bytes_per_parameter(self, moments: MomentType) -> int:
+        return 2 if moments is MomentType.bf16 else 4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moments", "state"),
+    [
+        (AdamWConfig(), MomentType.fp32, 8),
+        (AdamWConfig(), MomentType.bf16, 4),
+        (AdamWConfig(_target_="torch.optim.Adam"), MomentType.fp32, 8),
+        (OptimizerConfig(_target_="torch.optim.SGD"), MomentType.fp32, 0),
+        (MomentumConfig(momentum=0.0), MomentType.fp32, 0),
+        (MomentumConfig(), MomentType.fp32, 4),
+        (OwnConfig(), MomentType.fp32, 4),
+    ],
+)
+@pytest.mark.parametrize("hardware", ["cpu", "h800"])
+def test_the_optimizer_says_how_much_state_it_keeps(
+    optimizer: OptimizerConfig, moments: MomentType, state: int, hardware: str
+) -> None:
+    config = config_of(ParallelConfig(), moments=moments, optimizer=optimizer)
+    plan = make_plan(config, ParallelDims(dp_shard=2), HardwareConfig(name=hardware))
+    assert 4 * plan.memory.optimizer == state * plan.memory.parameters
+    copies = plan.memory.parameters + plan.memory.optimizer if hardware == "cpu" else 0
+    assert plan.memory.save_copies == copies
+    text = format_plan(plan)
+    assert f"bytes per parameter  master 4, gradient 4, optimizer {state}, compute copy 2\n" in text
+    assert "assumed" not in text
+
+
+@pytest.mark.parametrize("schema", [OptimizerConfig, AdamWConfig])
+def test_the_state_of_an_unknown_optimizer_is_assumed_and_the_table_says_so(
+    schema: type[OptimizerConfig],
+) -> None:
+    config = config_of(ParallelConfig(), optimizer=schema(_target_="torch.optim.RAdam"))
+    plan = make_plan(config, ParallelDims(), H800)
+    assert plan.memory.optimizer == 2 * plan.memory.parameters
+    row = "master 4, gradient 4, optimizer 8 (assumed for torch.optim.RAdam), compute copy 2"
+    assert f"bytes per parameter  {row}\n" in format_plan(plan)
 
 
 def test_a_plan_travels_between_processes() -> None:

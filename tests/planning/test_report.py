@@ -2,18 +2,18 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.config.parallel import ParallelConfig, Recomputed, Schedule
+from dsv3.config.parallel import ParallelConfig, RecomputeMode, Schedule
 from dsv3.config.precision import MomentType
 from dsv3.planning.layout import ParallelDims
-from dsv3.planning.pipeline_stages import Pipelining
-from dsv3.planning.plan import make_plan, plan_shape
-from dsv3.planning.report import GIB, to_text
+from dsv3.planning.pipeline_stages import PipelineShape
+from dsv3.planning.plan import make_plan, plan_from_shape
+from dsv3.planning.report import GIB, format_plan
 from tests.planning.plans import H800, SHAPE, config_of, plan_16b
 from tests.planning.presets import preset
 
 
 def test_text_tells_both_conventions_every_part_and_the_verdict() -> None:
-    text = to_text(plan_16b())
+    text = format_plan(plan_16b())
     lines = text.splitlines()
     assert "16.407 G causal, 18.105 G full square" in text
     assert "15,706,484,224" in text
@@ -23,15 +23,15 @@ def test_text_tells_both_conventions_every_part_and_the_verdict() -> None:
     memory = plan_16b().memory
     for name in ("parameters", "gradients", "optimizer", "activations", "total"):
         assert parts[name] == pytest.approx(getattr(memory, name) / GIB, abs=0.006)
-    assert {line[: len("active parameters  ")][-2:] for line in lines if line} == {"  "}
+    assert {line[: len("bytes per parameter  ")][-2:] for line in lines if line} == {"  "}
     assert all(len(line) < 111 for line in lines)
 
 
 def test_a_pipelined_plan_tells_schedule_bubble_and_what_is_sent() -> None:
-    pipelining = Pipelining(Schedule.Interleaved1F1B, 3)
-    shape = replace(SHAPE, microbatches=8, pipelining=pipelining, recompute=Recomputed.selective)
-    plan = plan_shape(preset("16b"), ParallelDims(pp=4, dp_shard=2, tp=2, ep=4), H800, shape)
-    lines = [line.split() for line in to_text(plan).splitlines()]
+    pipelining = PipelineShape(Schedule.Interleaved1F1B, 3)
+    shape = replace(SHAPE, microbatches=8, pipelining=pipelining, recompute=RecomputeMode.selective)
+    plan = plan_from_shape(preset("16b"), ParallelDims(pp=4, dp_shard=2, tp=2, ep=4), H800, shape)
+    lines = [line.split() for line in format_plan(plan).splitlines()]
     assert ["schedule", "Interleaved1F1B,", "4", "ranks", "x", "3", "stages"] in lines
     assert ["bubble", "11.1%"] in lines
     assert plan.to_json()["bubble"] == pytest.approx(3 / 27)
@@ -42,6 +42,6 @@ def test_a_pipelined_plan_tells_schedule_bubble_and_what_is_sent() -> None:
 
 @pytest.mark.parametrize(("moments", "bytes_"), [(MomentType.fp32, 8), (MomentType.bf16, 4)])
 def test_the_policy_is_one_line_of_the_table(moments: MomentType, bytes_: int) -> None:
-    text = to_text(make_plan(config_of(ParallelConfig(), moments=moments), ParallelDims(), H800))
-    line = f"bytes a parameter  master 4, gradient 4, moments {bytes_}, compute copy 2"
+    text = format_plan(make_plan(config_of(ParallelConfig(), moments=moments), ParallelDims(), H800))
+    line = f"bytes per parameter  master 4, gradient 4, optimizer {bytes_}, compute copy 2"
     assert [row for row in text.splitlines() if row.startswith("bytes")] == [line]

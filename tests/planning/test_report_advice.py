@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from dsv3.config.hardware import HardwareConfig
-from dsv3.config.parallel import Kept, Recomputed
+from dsv3.config.parallel import RecomputeMode, SavedOp
 from dsv3.errors import UserError
-from dsv3.planning.report import GIB, require_fits, smallest_dp_shard, to_text
+from dsv3.planning.report import GIB, format_plan, require_fits, smallest_dp_shard
 from tests.planning.plans import SHAPE, plan_16b
 
 
@@ -16,7 +16,7 @@ def test_a_plan_that_does_not_fit_says_how_many_shards_would() -> None:
     assert smallest is not None
     assert smallest.dp_shard == 6
     assert plan_16b(dp_shard=6).fits
-    verdict, advice = to_text(plan).splitlines()[-2:]
+    verdict, advice = format_plan(plan).splitlines()[-2:]
     assert verdict.split(maxsplit=1) == ["verdict", f"does not fit: {need}"]
     assert "parallel.degrees.dp_shard=6 fits" in advice
     with pytest.raises(UserError) as refused:
@@ -28,11 +28,13 @@ def test_a_plan_that_does_not_fit_says_how_many_shards_would() -> None:
 
 def test_the_least_recomputation_that_is_enough_is_the_nearest_fix() -> None:
     plan = plan_16b(
-        shape=replace(SHAPE, microbatch_size=4, recompute=Recomputed.none, keep=(Kept.attention,))
+        shape=replace(SHAPE, microbatch_size=4, recompute=RecomputeMode.none, keep=(SavedOp.attention,))
     )
     with pytest.raises(UserError, match=r"\nrecompute=selective fits on the same ranks$"):
         require_fits(plan)
-    plan = plan_16b(shape=replace(SHAPE, microbatch_size=8, recompute=Recomputed.none, keep=tuple(Kept)))
+    plan = plan_16b(
+        shape=replace(SHAPE, microbatch_size=8, recompute=RecomputeMode.none, keep=tuple(SavedOp))
+    )
     with pytest.raises(UserError, match=r"\nrecompute=full fits on the same ranks$"):
         require_fits(plan)
 
@@ -40,15 +42,15 @@ def test_the_least_recomputation_that_is_enough_is_the_nearest_fix() -> None:
 def test_activations_alone_may_be_too_large() -> None:
     plan = plan_16b(shape=replace(SHAPE, microbatch_size=64))
     assert smallest_dp_shard(plan) is None
-    assert "would fit" not in to_text(plan)
+    assert "would fit" not in format_plan(plan)
     with pytest.raises(UserError, match=r"\nno dp_shard helps, .* train.microbatch_size=64 or") as refused:
         require_fits(plan)
     assert len(str(refused.value).splitlines()) == 2
-    assert to_text(plan).endswith(str(refused.value).splitlines()[1])
+    assert format_plan(plan).endswith(str(refused.value).splitlines()[1])
 
 
 def test_recomputation_and_shards_together_may_be_needed() -> None:
-    plan = plan_16b(dp_shard=2, shape=replace(SHAPE, microbatch_size=8, recompute=Recomputed.none))
+    plan = plan_16b(dp_shard=2, shape=replace(SHAPE, microbatch_size=8, recompute=RecomputeMode.none))
     with pytest.raises(UserError, match=r"\nrecompute=full and parallel.degrees.dp_shard=(4|8) fits"):
         require_fits(plan)
 
@@ -58,4 +60,4 @@ def test_what_fits_or_is_unknown_is_let_through() -> None:
     unknown = plan_16b(hardware=HardwareConfig(name="x"))
     require_fits(unknown)
     assert unknown.fits is None
-    assert "hardware.memory_bytes is not known" in to_text(unknown)
+    assert "hardware.memory_bytes is not known" in format_plan(unknown)

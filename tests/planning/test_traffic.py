@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.config.parallel import Kept, Recomputed, Schedule
+from dsv3.config.parallel import RecomputeMode, SavedOp, Schedule
 from dsv3.planning import parameters
-from dsv3.planning.expert_copies import levels
+from dsv3.planning.dispatch_volume import dispatch_levels
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Component
-from dsv3.planning.pipeline_stages import Pipelining
+from dsv3.planning.pipeline_stages import PipelineShape
 from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
 from dsv3.planning.traffic import TrafficBytes, pipeline_traffic, rank_traffic
-from tests.planning.presets import preset
+from tests.planning.presets import count, preset
 
 # 32 numbers a norm, 4 layers of which 1 dense, 1 MTP depth.
 DEBUG = preset("debug")
@@ -26,7 +26,7 @@ def test_one_process_sends_nothing() -> None:
 
 
 def test_fsdp_gathers_twice_and_scatters_once_a_microbatch_but_the_root_once() -> None:
-    counts = parameters.count(DEBUG)
+    counts = count(DEBUG)
     mtp_join = sum(w.numel for w in parameters.mtp_join(DEBUG))
     root = counts.embedding + counts.head + 128 + mtp_join
     blocks = counts.total - root
@@ -38,7 +38,7 @@ def test_fsdp_gathers_twice_and_scatters_once_a_microbatch_but_the_root_once() -
 
 
 def test_in_bf16_norms_and_routers_still_travel_in_fp32_and_so_do_gradients() -> None:
-    counts = parameters.count(DEBUG)
+    counts = count(DEBUG)
     module = parameters.mtp_modules(DEBUG)[0]
     fp32 = counts.norms + counts.router
     fp32 += sum(w.numel for w in module if w.component in (Component.norms, Component.router))
@@ -84,7 +84,7 @@ def test_tp_gathers_latents_and_scatters_sums_both_ways() -> None:
     numbers = 2 * (5 * layer + 2 * 128 + ends) + loss
     found = rank_traffic(DEBUG, ParallelDims(tp=4), STEP)
     assert found.tp == 3 * TOKENS * numbers * 4 * 3 // 4
-    again = rank_traffic(DEBUG, ParallelDims(tp=4), replace(STEP, recompute=Recomputed.full))
+    again = rank_traffic(DEBUG, ParallelDims(tp=4), replace(STEP, recompute=RecomputeMode.full))
     assert again.tp - found.tp == 3 * TOKENS * (5 * layer + 128) * 4 * 3 // 4
     halved = rank_traffic(DEBUG, ParallelDims(tp=4, cp=2), STEP)
     assert 2 * halved.tp == found.tp
@@ -107,14 +107,14 @@ def test_cp_gathers_the_latents_of_keys_and_values_of_a_row() -> None:
 
 
 def test_ep_sends_a_row_to_each_other_rank_and_one_back() -> None:
-    (level,) = levels(DEBUG.moe, 4, None)
+    (level,) = dispatch_levels(DEBUG.moe, 4, None)
     row, behind = 4 * 128, 2 * 4 * 4
     found = rank_traffic(DEBUG, ParallelDims(dp_shard=2, tp=2, ep=4), STEP)
     per_layer = TOKENS / 2 * level.sent * 2 * (2 * row + behind)
     assert found.ep == pytest.approx(3 * 4 * per_layer, abs=12)
-    assert level.sent == pytest.approx(3 / 4 * level.copies)
-    for keep, times in (((Kept.exchange,), 2), ((), 3)):
-        shape = replace(STEP, recompute=Recomputed.selective, keep=keep)
+    assert level.sent == pytest.approx(3 / 4 * level.rows)
+    for keep, times in (((SavedOp.exchange,), 2), ((), 3)):
+        shape = replace(STEP, recompute=RecomputeMode.selective, keep=keep)
         again = rank_traffic(DEBUG, ParallelDims(dp_shard=2, tp=2, ep=4), shape)
         assert again.ep == pytest.approx(found.ep * times / 2, abs=12)
 
@@ -122,7 +122,7 @@ def test_ep_sends_a_row_to_each_other_rank_and_one_back() -> None:
 def test_ep_across_nodes_adds_up_two_levels() -> None:
     config = preset("671b")
     shape = StepShape(1, 4096, state=StateBytes(compute=2), ranks_per_node=8)
-    between, within = levels(config.moe, 64, 8)
+    between, within = dispatch_levels(config.moe, 64, 8)
     row = 2 * 7168
     numbers = between.sent * (2 * row + 2 * 4 * 32) + within.sent * (2 * row + 2 * 4 * 4)
     assert rank_traffic(config, ParallelDims(dp_shard=64, ep=64), shape).ep == pytest.approx(
@@ -131,7 +131,7 @@ def test_ep_across_nodes_adds_up_two_levels() -> None:
 
 
 def pipelined(schedule: Schedule, per_rank: int, pp: int = 2) -> list[TrafficBytes]:
-    shape = replace(STEP, microbatches=4, pipelining=Pipelining(schedule, per_rank))
+    shape = replace(STEP, microbatches=4, pipelining=PipelineShape(schedule, per_rank))
     return pipeline_traffic(DEBUG, ParallelDims(pp=pp), shape)
 
 
@@ -152,7 +152,7 @@ def test_stages_send_hidden_states_on_and_gradients_back() -> None:
 def test_a_pipeline_gathers_what_its_forward_passes_free_and_scatters_once() -> None:
     def dp(schedule: str, reshard: bool, rank: int) -> float:
         shape = replace(STEP, microbatches=4, reshard_after_forward=reshard)
-        shape = replace(shape, pipelining=Pipelining(Schedule[schedule], 1, (2,)))
+        shape = replace(shape, pipelining=PipelineShape(Schedule[schedule], 1, (2,)))
         return pipeline_traffic(DEBUG, ParallelDims(pp=2, dp_shard=2), shape)[rank].dp
 
     root = 2 * 4096 * 128 + 128 + sum(w.numel for w in parameters.mtp_join(DEBUG))
@@ -165,7 +165,7 @@ def test_a_pipeline_gathers_what_its_forward_passes_free_and_scatters_once() -> 
 
 
 def test_the_rank_that_sends_most_is_told_and_json_has_every_axis() -> None:
-    shape = replace(STEP, microbatches=4, pipelining=Pipelining(Schedule["1F1B"], 1))
+    shape = replace(STEP, microbatches=4, pipelining=PipelineShape(Schedule["1F1B"], 1))
     degrees = ParallelDims(pp=2, dp_replicate=2, dp_shard=2, cp=2, tp=2, ep=4)
     every = pipeline_traffic(DEBUG, degrees, shape)
     found = rank_traffic(DEBUG, degrees, shape)
@@ -177,7 +177,7 @@ def test_the_rank_that_sends_most_is_told_and_json_has_every_axis() -> None:
 
 
 def test_rows_that_go_to_experts_in_fp8_are_a_byte_a_number_and_a_scale_a_tile() -> None:
-    (level,) = levels(DEBUG.moe, 4, None)
+    (level,) = dispatch_levels(DEBUG.moe, 4, None)
     degrees, shape = ParallelDims(dp_shard=2, tp=2, ep=4), replace(BF16, fp8=FP8Shape(dispatch=True))
     there, back, behind = 128 + 4, 2 * 128, 2 * 4 * 4
     per_layer = TOKENS / 2 * level.sent * 2 * (there + back + behind)

@@ -9,10 +9,10 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3.launch.job import plan_job
-from dsv3.parallel.mesh import build_mesh
+from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.parallel_model import build_parallel_model
 from dsv3.planning.memory import pipeline_memory
-from tests.config.test_choices import strict_config
+from tests.harness.composing import strict_config
 
 LAYOUTS = [
     "parallel=fsdp launch.world_size=3 train.global_batch_size=3",
@@ -47,7 +47,7 @@ def test_a_rank_has_the_numbers_that_are_planned(layout: str) -> None:
     for stage, memory in enumerate(planned):
         rank = stage * (degrees.world_size // degrees.pp)
         distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degrees.world_size)
-        model = build_parallel_model(job.config, build_mesh(degrees, "cpu"), torch.device("cpu"))
-        held = sum(local_numbers(p) for part in model.parts for p in part.parameters())
+        model = build_parallel_model(job.config, ParallelMesh(degrees, "cpu"), torch.device("cpu"))
+        held = sum(local_numbers(p) for part in model.model_parts for p in part.parameters())
         distributed.destroy_process_group()
         assert held == memory.parameters // 4

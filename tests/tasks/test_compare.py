@@ -1,4 +1,4 @@
-"""task=compare: which runs there are, in which order and state, and where the picture goes."""
+"""task=compare: the order and state of the runs, the table, the reference and the picture."""
 
 import json
 import subprocess
@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsv3.config.task import PlanFormat
+from dsv3.config.task import OutputFormat
 from dsv3.errors import UserError
 from dsv3.launch.sweep import mark_failed
 from dsv3.metrics.row import MetricsRow
-from dsv3.tasks.compare import Compare, State, distinguishing, find_runs
-from tests.end_to_end.processes import ROOT
+from dsv3.tasks.compare import CompareTask, State, differing_overrides, find_runs, format_table
+from tests.harness.processes import ROOT
 
 NAME = 'sweep, it\'s = "one" $HOME (1)'
 
 
 def store(folder: Path, overrides: list[str], losses: list[float], held_out: float | None = None) -> None:
-    """A run of 3 steps that has taken as many as there are losses, the last one with a held-out loss."""
+    """Write a run of 3 steps that took one step per loss; the last step has the held-out loss."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"steps": 3}}))
     (folder / "overrides.yaml").write_text(yaml.safe_dump(["train.steps=3", *overrides]))
@@ -34,7 +34,7 @@ def store(folder: Path, overrides: list[str], losses: list[float], held_out: flo
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Six jobs: two done, one of them far better, and one of every other state."""
+    """Write six jobs: two done, one of them far better, two failed, one unevaluated and one stopped."""
     directory = tmp_path / NAME
     store(directory / "0", ["optimizer.lr=1e-3"], [5.0, 4.0, 3.0], 3.5)
     store(directory / "2", ["optimizer.lr=3e-3"], [5.0, 3.0, 2.0], 2.5)
@@ -59,10 +59,10 @@ def test_jobs_are_sorted_by_held_out_loss_and_told_apart(sweep: Path) -> None:
         ("5", None, None, 0, State.failed),
         ("10", None, 4.5, 2, State.stopped),
     ]
-    assert distinguishing(runs) == ["train.steps", "optimizer.lr"]
-    assert distinguishing(runs[:2]) == ["optimizer.lr"]
+    assert differing_overrides(runs) == ["train.steps", "optimizer.lr"]
+    assert differing_overrides(runs[:2]) == ["optimizer.lr"]
     runs[0].overrides["run.dir"] = "elsewhere"
-    assert distinguishing(runs[:2]) == ["optimizer.lr"]
+    assert differing_overrides(runs[:2]) == ["optimizer.lr"]
     assert runs[0].tokens_per_second == 200.0
     assert [run.directory.name for run in find_runs(sweep.parent)] == ["2", "0", "4", "3", "5", "10"]
 
@@ -82,12 +82,12 @@ def snapshot(sweep: Path) -> dict[Path, int]:
 
 def test_the_table_and_the_picture(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(sweep)
-    Compare(str(sweep), None, PlanFormat.text).run(None)  # type: ignore[arg-type]
-    titles, best, *_ = said = capsys.readouterr().out.splitlines()
+    CompareTask(str(sweep), None, OutputFormat.text).run(None)  # type: ignore[arg-type]
+    titles, best, *_ = lines = capsys.readouterr().out.splitlines()
     assert words(titles) == "job overrides held-out loss train loss steps tokens/s state"
     assert words(best) == "2 train.steps=3 optimizer.lr=3e-3 2.5000 2.0000 3/3 200 done"
-    assert words(said[6]) == "10 train.steps=3 optimizer.lr=6e-3 - 4.5000 2/3 150 stopped"
-    assert said[7:] == [
+    assert words(lines[6]) == "10 train.steps=3 optimizer.lr=6e-3 - 4.5000 2/3 150 stopped"
+    assert lines[7:] == [
         "4 failed: step 2 is not finite",
         "5 failed: train.steps=0 is not possible",
         f"curves: {sweep}/compare.png",
@@ -96,6 +96,22 @@ def test_the_table_and_the_picture(sweep: Path, capsys: pytest.CaptureFixture[st
     assert snapshot(sweep) == before
 
 
+def test_the_table_is_plain_text_with_every_cell_whole_and_in_its_column(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    rows = [["2", "model=[bold] " + "x" * 300, "1,234"], ["10", "a\x1b[31mb :smile:", "-"]]
+    table = format_table(rows, ["job", "overrides", "tokens/s"], left_aligned=("job", "overrides"))
+    steered = "a\ufffd[31mb :smile:"
+    assert table.split("\n") == [
+        f"job  {'overrides':<313}  tokens/s",
+        f"2    {rows[0][1]}     1,234",
+        f"10   {steered:<313}         -",
+    ]
+
+
+@pytest.mark.slow
 def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_path: Path) -> None:
     arguments = ["task=compare", f"task.runs={NAME}", "task.format=json", "task.output=a, b's.png"]
     program = (
@@ -111,10 +127,10 @@ def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_pa
         command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert ended.stderr == "0 False\n"
-    told = json.loads(ended.stdout)
-    assert told["plot"] == "a, b's.png"
+    printed = json.loads(ended.stdout)
+    assert printed["plot"] == "a, b's.png"
     assert (tmp_path / "a, b's.png").exists()
-    assert told["runs"][0] == {
+    assert printed["runs"][0] == {
         "job": "2",
         "directory": f"{NAME}/2",
         "overrides": {"train.steps": "3", "optimizer.lr": "3e-3"},
@@ -127,11 +143,11 @@ def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_pa
         "reason": None,
         "largest_difference": None,
     }
-    assert told["runs"][4]["reason"] == "train.steps=0 is not possible"
+    assert printed["runs"][4]["reason"] == "train.steps=0 is not possible"
 
 
 def test_a_reference_tells_how_far_the_others_are(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Compare(str(sweep), None, PlanFormat.text, "0").run(None)  # type: ignore[arg-type]
+    CompareTask(str(sweep), None, OutputFormat.text, "0").run(None)  # type: ignore[arg-type]
     titles, *rows = map(words, capsys.readouterr().out.splitlines())
     assert titles.endswith("state farthest")
     # Losses of job 0 are 5, 4, 3; of 2: 5, 3, 2; of 3: 5, 4, 3.5; of 10: 5, 4.5; of 4: 9. Job 5 has none.
@@ -145,13 +161,13 @@ def test_a_reference_tells_how_far_the_others_are(sweep: Path, capsys: pytest.Ca
         "5": "-",
     }
     with pytest.raises(UserError, match=r"task\.reference=7 is none of the jobs of .*: 2, 0, 4, 3, 5, 10"):
-        Compare(str(sweep), None, PlanFormat.text, "7").run(None)  # type: ignore[arg-type]
+        CompareTask(str(sweep), None, OutputFormat.text, "7").run(None)  # type: ignore[arg-type]
 
 
 def test_runs_without_a_step_give_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(tmp_path / "0", [], [])
     (tmp_path / "0" / "config.yaml").write_text("{")
-    Compare(str(tmp_path), None, PlanFormat.text).run(None)  # type: ignore[arg-type]
+    CompareTask(str(tmp_path), None, OutputFormat.text).run(None)  # type: ignore[arg-type]
     _, row, last = capsys.readouterr().out.splitlines()
     assert words(row) == "0 - - 0/? - stopped"
     assert last == "no curves: no run has made a step"
@@ -168,4 +184,4 @@ def test_a_directory_that_is_no_place_of_runs_is_a_mistake(sweep: Path, tmp_path
         with pytest.raises(UserError, match=words):
             find_runs(directory)
     with pytest.raises(UserError, match=r"task\.output=.* cannot be written"):
-        Compare(str(sweep), str(tmp_path / "no" / "x.png"), PlanFormat.text).run(None)  # type: ignore[arg-type]
+        CompareTask(str(sweep), str(tmp_path / "no" / "x.png"), OutputFormat.text).run(None)  # type: ignore[arg-type]

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from tests.checkpoint.running import Commands
+from tests.harness.commands import TrainCommand
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_of_several_ranks_the_first_one_prints(
-    commands: Commands, monkeypatch: pytest.MonkeyPatch, rank: int | None
+    commands: TrainCommand, monkeypatch: pytest.MonkeyPatch, rank: int | None
 ) -> None:
     if rank is not None:
         monkeypatch.setenv("RANK", str(rank))

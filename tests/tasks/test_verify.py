@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoint.running import Commands, Outcome
+from tests.harness.commands import TrainCommand
+from tests.harness.outcome import Outcome
 from tests.hf.pairs import pair
 from tests.hf.test_config_json import RELEASED_V3
 
@@ -30,14 +31,14 @@ def verify(path: Path, *changes: str) -> list[str]:
     return ["task=verify", "model=hf", f"model.path={path}", *changes]
 
 
-def test_a_checkpoint_of_transformers_is_verified(commands: Commands, released: Path) -> None:
+def test_a_checkpoint_of_transformers_is_verified(commands: TrainCommand, released: Path) -> None:
     outcome = commands.must(*verify(released))
     assert outcome.out.strip() == f"{released}: equals transformers"
     for row in ("embedding", "layer 0", "layer 2", "logits", "loss"):
         assert row in outcome.err
 
 
-def test_v2_lite_is_verified(commands: Commands, tmp_path: Path) -> None:
+def test_v2_lite_is_verified(commands: TrainCommand, tmp_path: Path) -> None:
     theirs, _ = pair("deepseek_v2", tmp_path, **V2)
     theirs.save_pretrained(tmp_path)  # type: ignore[operator]
     assert "equals transformers" in commands.must(*verify(tmp_path)).out
@@ -54,7 +55,7 @@ def test_v2_lite_is_verified(commands: Commands, tmp_path: Path) -> None:
     ],
 )
 def test_the_first_layer_that_departs_is_named(
-    commands: Commands, released: Path, change: str, where: str
+    commands: TrainCommand, released: Path, change: str, where: str
 ) -> None:
     outcome = commands.run(*verify(released, change))
     assert outcome.code == 1
@@ -62,7 +63,7 @@ def test_the_first_layer_that_departs_is_named(
 
 
 def test_without_transformers_shapes_and_norms_are_checked(
-    commands: Commands, released: Path, monkeypatch: pytest.MonkeyPatch
+    commands: TrainCommand, released: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     outcome = commands.must(*verify(released))
@@ -74,11 +75,11 @@ def test_without_transformers_shapes_and_norms_are_checked(
     save_file(tensors, file)
     outcome = commands.run(*verify(released))
     assert outcome.code == 1
-    assert "'norm.weight' holds numbers that are not finite" in outcome.err
+    assert "'norm.weight' holds nonfinite values" in outcome.err
 
 
 def test_mtp_layers_that_transformers_counts_and_does_not_save_are_left_out(
-    commands: Commands, released: Path
+    commands: TrainCommand, released: Path
 ) -> None:
     config = json.loads((released / "config.json").read_text())
     (released / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
@@ -91,7 +92,7 @@ def test_mtp_layers_that_transformers_counts_and_does_not_save_are_left_out(
 
 
 @pytest.fixture
-def too_large(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+def too_large(commands: TrainCommand, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """task=verify on a machine with 100 kB of memory, where building the model would fail the test."""
 
     def never(*arguments: object) -> None:
@@ -125,7 +126,7 @@ def test_a_model_larger_than_the_memory_is_checked_tensor_by_tensor(
 @pytest.mark.parametrize(
     ("name", "change", "code", "words"),
     [
-        ("model.norm.weight", lambda tensor: tensor.fill_(torch.inf), 1, "'norm.weight' holds numbers"),
+        ("model.norm.weight", lambda tensor: tensor.fill_(torch.inf), 1, "'norm.weight' holds nonfinite"),
         ("model.norm.weight", lambda tensor: tensor[1:].clone(), 2, "'model.norm.weight' of shape [63]"),
         ("model.norm.weight", None, 2, "no tensor 'model.norm.weight'"),
     ],
@@ -142,7 +143,7 @@ def test_what_is_wrong_in_a_checkpoint_too_large_is_named(
     assert words in outcome.err
 
 
-def test_a_config_of_671b_without_its_weights_takes_no_memory(commands: Commands, tmp_path: Path) -> None:
+def test_a_config_of_671b_without_its_weights_takes_no_memory(commands: TrainCommand, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(RELEASED_V3))
     outcome = commands.run(*verify(tmp_path))
     assert outcome.code == 2
@@ -165,7 +166,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(commands: Commands, released: Path, mistake: str) -> None:
+def test_mistakes_are_named(commands: TrainCommand, released: Path, mistake: str) -> None:
     arguments = {item.split("=")[0]: item for item in [*verify(released), mistake]}
     if mistake == "model=debug":
         del arguments["model.path"]

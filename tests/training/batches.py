@@ -1,22 +1,18 @@
-"""Batches of random tokens in documents, and a worker that is alone."""
+"""Batches of random tokens in documents."""
 
 import numpy as np
-import torch
 
 from dsv3.data.batch import Batch, collate
-from dsv3.data.packing import PADDING, Row
-from dsv3.distributed.process_group import RankContext
+from dsv3.data.packing import PADDING, PackedRow
 from tests.reference import MODEL
 
-ALONE = RankContext(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 
-
-def row(*lengths: int, padding: int = 0, seed: int = 0) -> Row:
+def row(*lengths: int, padding: int = 0, seed: int = 0) -> PackedRow:
     """Documents of these lengths one behind the other, then padding."""
     total = sum(lengths)
     ids = np.random.default_rng(seed).integers(0, MODEL.vocab_size, total)
     numbers = np.repeat(np.arange(len(lengths)), lengths)
-    return Row(
+    return PackedRow(
         np.concatenate([ids, np.zeros(padding, np.int64)]),
         np.concatenate([numbers, np.full(padding, PADDING)]).astype(np.int32),
     )

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from dsv3.data.packing import Row
+from dsv3.data.packing import PackedRow
 from dsv3.training.evaluation import evaluate
-from dsv3.training.forward_backward import LocalForwardBackward
+from dsv3.training.step import LocalForwardBackward
+from tests.harness.trained import ALONE
 from tests.reference import tiny_model
-from tests.training.batches import ALONE, ROWS, batch
+from tests.training.batches import ROWS, batch
 
 
 class Held:
@@ -20,12 +21,12 @@ class Held:
     def __len__(self) -> int:
         return len(ROWS)
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> PackedRow:
         return ROWS[index]
 
 
 def by_hand(rows: list[int]) -> tuple[float, int]:
-    """Mean of -log p over the valid targets, each document read by the model alone; their number."""
+    """Return the mean of -log p over the valid targets, and their number; each document is read alone."""
     model, total, count = tiny_model().eval(), 0.0, 0
     for number in rows:
         tokens, documents = ROWS[number]

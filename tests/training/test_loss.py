@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.data.batch import Batch
-from dsv3.model.layers import IGNORE, cross_entropy_sum
+from dsv3.model.layers import IGNORE_INDEX, cross_entropy_sum
 from dsv3.model.transformer import ModelOutput
-from dsv3.training.loss import LossDenominators, Losses, losses, valid_tokens
+from dsv3.training.loss import LossDenominators, LossSums, LossTerms, loss_terms, valid_tokens
+from dsv3.training.schedule import StepHyperparameters
 from tests.reference import normal
 from tests.training.batches import ROWS, batch
 
@@ -58,10 +59,10 @@ def test_valid_tokens_are_those_with_a_successor_in_their_document() -> None:
 
 
 def test_cross_entropy_of_even_logits_is_the_logarithm_of_the_vocabulary() -> None:
-    targets = torch.tensor([[3, IGNORE, 0, 47]])
+    targets = torch.tensor([[3, IGNORE_INDEX, 0, 47]])
     even = torch.full((1, 4, VOCAB), 5.0)
     assert cross_entropy_sum(even, targets).item() == pytest.approx(3 * math.log(48), rel=1e-6)
-    assert cross_entropy_sum(even, torch.full((1, 4), IGNORE)).item() == 0
+    assert cross_entropy_sum(even, torch.full((1, 4), IGNORE_INDEX)).item() == 0
 
 
 def test_cross_entropy_is_computed_in_fp32() -> None:
@@ -73,16 +74,16 @@ def test_cross_entropy_is_computed_in_fp32() -> None:
 
 def test_ignored_targets_get_no_gradient() -> None:
     out, data = output(2, 0), batch(1, 4)
-    losses(out, data, whole_of(data)).main.backward()
+    loss_terms(out, data, whole_of(data)).main.backward()
     assert out.logits.grad is not None
-    assert torch.equal(out.logits.grad.any(-1), data.targets != IGNORE)
+    assert torch.equal(out.logits.grad.any(-1), data.targets != IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("depths", [1, 2, 3])
 def test_losses_by_hand(depths: int) -> None:
     rows = [0, 1, 2, 4]
     out, data = output(4, depths), batch(*rows)
-    found = losses(out, data, whole_of(data))
+    found = loss_terms(out, data, whole_of(data))
     main, valid = by_hand(out.logits, 1, rows)
     assert valid == 30
     assert found.main.item() == pytest.approx(main / 30, rel=1e-5)
@@ -94,7 +95,7 @@ def test_losses_by_hand(depths: int) -> None:
 
 def test_without_mtp_its_loss_is_zero() -> None:
     out, data = output(2, 0), batch(0, 1)
-    assert losses(out, data, whole_of(data)).mtp.item() == 0
+    assert loss_terms(out, data, whole_of(data)).mtp.item() == 0
 
 
 def test_shares_of_the_microbatches_add_up_to_the_losses_of_the_batch() -> None:
@@ -102,11 +103,11 @@ def test_shares_of_the_microbatches_add_up_to_the_losses_of_the_batch() -> None:
     rows = [0, 1, 2, 3, 4, 5]
     out, data = output(6, 2, balance=(2 * 1.0 + 1 * 4.0 + 3 * 2.0) / 6), batch(*rows)
     whole = whole_of(data)
-    once = losses(out, data, whole)
-    parts: list[Losses] = []
+    once = loss_terms(out, data, whole)
+    parts: list[LossTerms] = []
     for first, last, balance in ((0, 2, 1.0), (2, 3, 4.0), (3, 6, 2.0)):
         micro = batch(*rows[first:last])
-        parts.append(losses(part(out, slice(first, last), balance), micro, whole))
+        parts.append(loss_terms(part(out, slice(first, last), balance), micro, whole))
     for name in ("main", "mtp", "balance"):
         total = torch.stack([getattr(p, name) for p in parts]).sum()
         assert total.item() == pytest.approx(getattr(once, name).item(), rel=1e-6)
@@ -119,12 +120,33 @@ def test_shares_of_the_microbatches_add_up_to_the_losses_of_the_batch() -> None:
 
 def test_balance_is_a_mean_over_the_sequences_of_the_whole_batch() -> None:
     data = batch(0, 1)
-    found = losses(output(2, 0, balance=6.0), data, LossDenominators(torch.tensor(99), 12))
+    found = loss_terms(output(2, 0, balance=6.0), data, LossDenominators(torch.tensor(99), 12))
     assert found.balance.item() == pytest.approx(1.0)
     assert found.z.item() == pytest.approx(2.0)
 
 
 def test_main_loss_is_what_torch_calls_the_mean() -> None:
     out, data = output(3, 0), batch(0, 1, 3)
-    expected = F.cross_entropy(out.logits.transpose(1, 2), data.targets, ignore_index=IGNORE)
-    assert losses(out, data, whole_of(data)).main.item() == pytest.approx(expected.item(), rel=1e-6)
+    expected = F.cross_entropy(out.logits.transpose(1, 2), data.targets, ignore_index=IGNORE_INDEX)
+    assert loss_terms(out, data, whole_of(data)).main.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_total_weighs_each_term_and_a_stage_without_the_head_its_routers_alone() -> None:
+    main, mtp, balance, z = (torch.tensor(value) for value in (2.0, 3.0, 5.0, 7.0))
+    terms = LossTerms(main, mtp, balance, z)
+    step = StepHyperparameters(0.1, mtp_weight=0.3, balance_weight=0.01, bias_speed=0.0, z_loss_weight=0.001)
+    assert terms.router_loss(step).item() == pytest.approx(0.05 + 0.007)
+    assert terms.total(step).item() == pytest.approx(2.0 + 0.9 + 0.05 + 0.007)
+    out, data = output(2, 1, balance=6.0), batch(0, 1)
+    without = loss_terms(out, data, whole_of(data), has_logits=False)
+    assert [without.main.item(), without.mtp.item()] == [0, 0]
+    assert without[2:] == loss_terms(out, data, whole_of(data))[2:]
+
+
+def test_sums_come_back_from_one_tensor_as_they_were_and_add_up_by_field() -> None:
+    one = LossSums.from_flat(torch.tensor([1.0, 2.0, 3.0, 0.0, 4.0]))
+    assert [value.item() for value in one[:3]] == [1, 2, 3]
+    assert one.nonfinite_routers.tolist() == [0, 4]
+    both = LossSums.added_up([one, LossSums.from_flat(torch.tensor([10.0, 20.0, 30.0, 1.0, 0.0]))])
+    assert both.flat().tolist() == [11, 22, 33, 1, 4]
+    assert LossSums.zeros(2, torch.device("cpu")).flat().tolist() == [0] * 5

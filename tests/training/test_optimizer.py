@@ -1,12 +1,12 @@
-"""The optimizer's groups and the clipping of the gradient."""
+"""The optimizer's parameter groups and gradient clipping."""
 
 import pytest
 import torch
 
 from dsv3.config.training import AdamWConfig
 from dsv3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from tests.harness.trained import ALONE
 from tests.reference import tiny_model, tokens
-from tests.training.batches import ALONE
 
 
 def test_adamw_gets_the_numbers_of_its_config() -> None:

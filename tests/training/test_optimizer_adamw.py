@@ -1,4 +1,4 @@
-"""AdamW with bf16 moments: PyTorch's arithmetic in fp32, and nothing but the stored moments is rounded."""
+"""AdamW with bf16 moments: PyTorch's arithmetic in fp32, where only the stored moments are rounded."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,13 +21,13 @@ NUMBERS: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weigh
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
-    """Of every number of dims, always the same."""
+    """Return parameters of 0 to 3 dims, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
 def gradients(steps: int) -> Iterator[list[Tensor]]:
-    """Gradients of very different sizes, one list a step."""
+    """Yield gradients of very different magnitudes, one list per step."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         yield [
@@ -44,7 +44,7 @@ def take(optimizer: torch.optim.Optimizer, moved: list[nn.Parameter], steps: int
 
 
 def rounded(exact: Tensor) -> Tensor:
-    """fp32 numbers with the 8 significant bits of bf16, to nearest and ties to even, by their bits."""
+    """Round fp32 values to bf16's 8 significant bits, to nearest and ties to even, by their bits."""
     bits = exact.contiguous().view(torch.int32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF).view(torch.float32)
 
@@ -107,9 +107,9 @@ def test_fp32_masters_gather_updates_that_bf16_ones_would_not_see() -> None:
     assert torch.allclose(master.detach(), torch.tensor(1 + 100 * 1e-5), rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize(("portion", "calls"), [(2**22, 1), (64, 6 + 1 + 3 + 1), (1, 7 + 5 + 3 + 1)])
-def test_a_portion_bounds_what_is_fp32_at_once(
-    monkeypatch: pytest.MonkeyPatch, portion: int, calls: int
+@pytest.mark.parametrize(("chunk", "calls"), [(2**22, 1), (64, 6 + 1 + 3 + 1), (1, 7 + 5 + 3 + 1)])
+def test_a_chunk_bounds_the_elements_that_are_in_fp32_at_once(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, calls: int
 ) -> None:
     together: list[int] = []
 
@@ -121,12 +121,12 @@ def test_a_portion_bounds_what_is_fp32_at_once(
     whole, parts = parameters(), parameters()
     take(BF16MomentAdamW(whole, **NUMBERS, fused=False), whole, 3)
     together.clear()
-    monkeypatch.setattr(optimizer_module, "PORTION", portion)
+    monkeypatch.setattr(optimizer_module, "CHUNK_ELEMENTS", chunk)
     optimizer = BF16MomentAdamW(parts, **NUMBERS, fused=False)
     take(optimizer, parts, 3)
     assert len(together) == 3 * calls
     # A row of the stack is 64 numbers and the widest.
-    assert max(together) <= max(portion, 64)
+    assert max(together) <= max(chunk, 64)
     assert sum(together) == 3 * sum(p.numel() for p in parts)
     assert [state["step"].item() for state in states(optimizer)] == [3] * len(SHAPES)
     for a, b in zip(whole, parts, strict=True):

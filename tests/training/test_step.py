@@ -1,4 +1,4 @@
-"""One optimizer step: microbatches add up, figures are right, biases move after the update."""
+"""One optimizer step: microbatches add up, metrics are right, biases move after the update."""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +13,22 @@ from dsv3.config.precision import FP8Engine, Granularity
 from dsv3.config.training import AdamWConfig, TrainConfig
 from dsv3.data.batch import Batch
 from dsv3.fp8.convert_model import BlockFP8
-from dsv3.metrics.recorder import BROKEN
+from dsv3.metrics.recorder import FIRST_NONFINITE_ROUTER
 from dsv3.metrics.row import MetricsRow
 from dsv3.model.generation import inference
-from dsv3.model.layers import IGNORE
+from dsv3.model.layers import IGNORE_INDEX
 from dsv3.model.transformer import Transformer
-from dsv3.training.forward_backward import LocalForwardBackward
 from dsv3.training.optimizer import build_optimizer
-from dsv3.training.step import TrainStep, Weights
+from dsv3.training.schedule import StepHyperparameters
+from dsv3.training.step import LocalForwardBackward, TrainStep
 from tests import reference
+from tests.harness.trained import ALONE
 from tests.reference import MODEL, SOFTMAX_MOE, tiny_model
-from tests.training.batches import ALONE, batch
+from tests.training.batches import batch
 
 # So large that a move is the gradient and not the rounding of the parameter it is added to.
 LR = 100.0
-WEIGHTS = Weights(lr=LR, mtp=0.3, balance=0.05, bias_speed=0.01)
+WEIGHTS = StepHyperparameters(lr=LR, mtp_weight=0.3, balance_weight=0.05, bias_speed=0.01)
 
 
 def step_of(model: Transformer, clip_norm: float = 1e9, document_mask: bool = True) -> TrainStep:
@@ -37,11 +38,11 @@ def step_of(model: Transformer, clip_norm: float = 1e9, document_mask: bool = Tr
 
 
 def trained(
-    microbatches: Sequence[Batch], weights: Weights = WEIGHTS, clip_norm: float = 1e9
+    microbatches: Sequence[Batch], weights: StepHyperparameters = WEIGHTS, clip_norm: float = 1e9
 ) -> tuple[Transformer, dict[str, Tensor]]:
-    """A model after one step, and the step's figures."""
+    """A model after one step, and the step's metrics."""
     model = tiny_model()
-    return model, step_of(model, clip_norm)(list(microbatches), weights)
+    return model, step_of(model, clip_norm)(list(microbatches), weights).known()
 
 
 def moves(model: Transformer) -> dict[str, Tensor]:
@@ -58,12 +59,12 @@ def expected_terms(data: Batch) -> tuple[Transformer, Tensor, Tensor, Tensor, li
     valid = 0
     for b in range(len(data.tokens)):
         for i, target in enumerate(data.targets[b].tolist()):
-            if target != IGNORE:
+            if target != IGNORE_INDEX:
                 valid += 1
                 main = main - logits[b, i].log_softmax(-1)[target]
             # Depth 1 predicts position i + 1's target, if i + 1 is in the document and has one.
             inside = i + 1 < data.targets.shape[1] and data.documents[b, i] == data.documents[b, i + 1]
-            if inside and data.targets[b, i + 1] != IGNORE:
+            if inside and data.targets[b, i + 1] != IGNORE_INDEX:
                 mtp = mtp - predicted[0][b, i].log_softmax(-1)[data.targets[b, i + 1]]
     return model, main / valid, mtp / valid, balance, loads
 
@@ -71,28 +72,28 @@ def expected_terms(data: Batch) -> tuple[Transformer, Tensor, Tensor, Tensor, li
 def test_a_step_follows_the_gradient_of_the_weighted_sum_of_the_losses() -> None:
     data = batch(1, 2)
     model, main, mtp, balance, _ = expected_terms(data)
-    weights = replace(WEIGHTS, balance=3.0)
+    weights = replace(WEIGHTS, balance_weight=3.0)
     gradients = torch.autograd.grad(main + 0.3 * mtp + 3.0 * balance, list(model.parameters()))
-    found, figures = trained([data], weights)
+    found, metrics = trained([data], weights)
     for move, gradient in zip(moves(found).values(), gradients, strict=True):
         assert gradient.any()
         reference.assert_close(move, -LR * gradient, 1e-4)
     norm = torch.stack([g.norm() for g in gradients]).norm()
-    assert figures["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
-    assert figures["loss"].item() == pytest.approx(main.item(), rel=1e-5)
-    assert figures["mtp_loss"].item() == pytest.approx(mtp.item(), rel=1e-5)
-    assert figures["balance_loss"].item() == pytest.approx(3.0 * balance.item(), rel=1e-5)
+    assert metrics["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+    assert metrics["loss"].item() == pytest.approx(main.item(), rel=1e-5)
+    assert metrics["mtp_loss"].item() == pytest.approx(mtp.item(), rel=1e-5)
+    assert metrics["balance_loss"].item() == pytest.approx(3.0 * balance.item(), rel=1e-5)
 
 
 def test_microbatches_with_different_numbers_of_targets_equal_one_large_batch() -> None:
     # 19, 8 and 14 valid targets.
-    whole, figures = trained([batch(0, 1, 2, 3, 4, 5)])
+    whole, metrics = trained([batch(0, 1, 2, 3, 4, 5)])
     split, parts = trained([batch(0, 1), batch(2, 3), batch(4, 5)])
     for name, move in moves(whole).items():
         assert move.any()
         reference.assert_close(moves(split)[name], move)
-    assert set(parts) == set(figures)
-    for name, value in figures.items():
+    assert set(parts) == set(metrics)
+    for name, value in metrics.items():
         assert parts[name].item() == pytest.approx(value.item(), rel=1e-5), name
     for mine, right in zip(split.routers(), whole.routers(), strict=True):
         assert mine.selection_bias is not None
@@ -110,7 +111,7 @@ def test_biases_move_by_the_load_of_all_microbatches_after_the_step() -> None:
     _, _, _, _, first = expected_terms(batch(1, 2))
     _, _, _, _, second = expected_terms(batch(0, 5))
     before = [router.selection_bias for router in tiny_model().routers()]
-    model, figures = trained([batch(1, 2), batch(0, 5)])
+    model, metrics = trained([batch(1, 2), batch(0, 5)])
     assert len(first) == len(model.routers()) == 2  # the MTP depth's too
     violations = []
     for router, bias, a, b in zip(model.routers(), before, first, second, strict=True):
@@ -120,7 +121,7 @@ def test_biases_move_by_the_load_of_all_microbatches_after_the_step() -> None:
         assert torch.allclose(router.selection_bias, bias + 0.01 * (load.mean() - load).sign())
         assert not router.load.any()
         violations.append((load.max() / load.mean() - 1).item())
-    assert figures["moe_max_violation"].item() == pytest.approx(max(violations))
+    assert metrics["moe_max_violation"].item() == pytest.approx(max(violations))
 
 
 def test_bias_speed_zero_leaves_the_biases_and_still_clears_the_counters() -> None:
@@ -133,10 +134,10 @@ def test_bias_speed_zero_leaves_the_biases_and_still_clears_the_counters() -> No
 
 
 def test_clipping_shortens_the_step_and_the_norm_told_is_that_before() -> None:
-    free, figures = trained([batch(0, 1)])
-    norm = figures["grad_norm"].item()
-    clipped, clipped_figures = trained([batch(0, 1)], clip_norm=norm / 8)
-    assert clipped_figures["grad_norm"].item() == pytest.approx(norm)
+    free, metrics = trained([batch(0, 1)])
+    norm = metrics["grad_norm"].item()
+    clipped, clipped_metrics = trained([batch(0, 1)], clip_norm=norm / 8)
+    assert clipped_metrics["grad_norm"].item() == pytest.approx(norm)
     for name, move in moves(free).items():
         reference.assert_close(8 * moves(clipped)[name], move, 1e-4)
 
@@ -154,8 +155,8 @@ def test_two_steps_do_not_share_gradients() -> None:
 
 def test_the_document_mask_keeps_documents_apart() -> None:
     data = batch(1, 2)
-    masked = step_of(tiny_model())([data], WEIGHTS)["loss"]
-    open_ = step_of(tiny_model(), document_mask=False)([data], WEIGHTS)["loss"]
+    masked = step_of(tiny_model())([data], WEIGHTS).loss
+    open_ = step_of(tiny_model(), document_mask=False)([data], WEIGHTS).loss
     _, expected, _, _, _ = expected_terms(data)
     assert masked.item() == pytest.approx(expected.item(), rel=1e-5)
     assert abs(masked.item() - open_.item()) > 1e-3
@@ -163,15 +164,15 @@ def test_the_document_mask_keeps_documents_apart() -> None:
 
 def test_a_step_trains_a_model_that_was_evaluating() -> None:
     model = tiny_model().eval()
-    assert "mtp_loss" in step_of(model)([batch(0)], WEIGHTS)
+    assert step_of(model)([batch(0)], WEIGHTS).mtp_loss is not None
     assert model.training
 
 
 def test_a_batch_without_targets_leaves_finite_weights() -> None:
     empty = batch(0)
-    empty = replace(empty, targets=torch.full_like(empty.targets, IGNORE))
-    model, figures = trained([empty])
-    assert figures["loss"].item() == 0
+    empty = replace(empty, targets=torch.full_like(empty.targets, IGNORE_INDEX))
+    model, metrics = trained([empty])
+    assert metrics["loss"].item() == 0
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -193,21 +194,21 @@ def test_figures_are_those_of_the_metrics_row_that_the_model_has(
     known = {"loss", "mtp_loss", "balance_loss", "grad_norm"}
     known |= {"moe_max_violation", "moe_entropy", "moe_bias_range"}
     assert known <= {f.name for f in fields(MetricsRow)}
-    figures = step_of(tiny_model(config))([batch(0, 1)], WEIGHTS)
-    broken = figures.pop(BROKEN, None)
+    metrics = step_of(tiny_model(config))([batch(0, 1)], WEIGHTS).known()
+    broken = metrics.pop(FIRST_NONFINITE_ROUTER, None)
     assert (broken is None) == ("balance_loss" in unknown)
-    assert set(figures) == known - unknown
-    assert all(value.ndim == 0 and value.isfinite() for value in figures.values())
+    assert set(metrics) == known - unknown
+    assert all(value.ndim == 0 and value.isfinite() for value in metrics.values())
 
 
 def test_weights_switch_where_the_report_says() -> None:
     # A step is 0.1T tokens of 14.8T.
-    weights = {step: Weights.at(step, 148, 0.5, TrainConfig()) for step in range(1, 149)}
-    assert {step for step, w in weights.items() if w.mtp == 0.3} == set(range(1, 101))
-    assert {step for step, w in weights.items() if w.mtp == 0.1} == set(range(101, 149))
+    weights = {step: StepHyperparameters.at(step, 148, 0.5, TrainConfig()) for step in range(1, 149)}
+    assert {step for step, w in weights.items() if w.mtp_weight == 0.3} == set(range(1, 101))
+    assert {step for step, w in weights.items() if w.mtp_weight == 0.1} == set(range(101, 149))
     assert {step for step, w in weights.items() if w.bias_speed == 0.001} == set(range(1, 144))
     assert {step for step, w in weights.items() if w.bias_speed == 0.0} == set(range(144, 149))
-    assert {(w.lr, w.balance) for w in weights.values()} == {(0.5, 0.0001)}
+    assert {(w.lr, w.balance_weight) for w in weights.values()} == {(0.5, 0.0001)}
 
 
 def test_a_tiny_model_learns_a_repeated_batch_by_heart() -> None:
@@ -215,19 +216,19 @@ def test_a_tiny_model_learns_a_repeated_batch_by_heart() -> None:
     step = TrainStep(LocalForwardBackward(model, True), build_optimizer(AdamWConfig(), [model]), ALONE, 1.0)
     data = batch(0, 1, 2, 5)
     for _ in range(60):
-        figures = step([data], replace(WEIGHTS, lr=0.01))
-    assert figures["loss"] < 0.1 * math.log(MODEL.vocab_size)
-    assert figures["mtp_loss"] < 0.1 * math.log(MODEL.vocab_size)
+        metrics = step([data], replace(WEIGHTS, lr=0.01)).known()
+    assert metrics["loss"] < 0.1 * math.log(MODEL.vocab_size)
+    assert metrics["mtp_loss"] < 0.1 * math.log(MODEL.vocab_size)
 
 
 def test_the_first_router_that_met_no_number_is_told() -> None:
     model = tiny_model(replace(MODEL, num_layers=4, mtp_depths=0))
-    assert step_of(model)([batch(0)], WEIGHTS)[BROKEN] == -1
+    assert step_of(model)([batch(0)], WEIGHTS).known()[FIRST_NONFINITE_ROUTER] == -1
     with torch.no_grad():
         model.get_parameter("layers.2.attention.o_proj.weight")[0, 0] = torch.nan
     names = model.moe_layers()
-    figures = step_of(model)([batch(0), batch(1)], WEIGHTS)
-    assert names[int(figures[BROKEN])] == "layers.2"
+    metrics = step_of(model)([batch(0), batch(1)], WEIGHTS).known()
+    assert names[int(metrics[FIRST_NONFINITE_ROUTER])] == "layers.2"
     assert names == ["layers.1", "layers.2", "layers.3"]
 
 
@@ -241,7 +242,7 @@ def test_the_z_loss_pulls_router_logits_towards_zero_where_it_has_a_weight(weigh
 
     model, other = tiny_model(), tiny_model()
     step_of(other)([batch(0, 1)], replace(WEIGHTS, lr=1e-4, bias_speed=0.0))
-    step_of(model)([batch(0, 1)], replace(WEIGHTS, lr=1e-4, bias_speed=0.0, z=weight))
+    step_of(model)([batch(0, 1)], replace(WEIGHTS, lr=1e-4, bias_speed=0.0, z_loss_weight=weight))
     assert (z(model) < z(other)) == (weight > 0)
 
 
@@ -251,15 +252,15 @@ def test_broken_tiles_are_a_figure_of_a_step_in_fp8_and_only_of_the_step_that_ha
     step = step_of(model)
     still = replace(WEIGHTS, lr=0.0, bias_speed=0.0)
     sound = step([batch(0, 1)], still)
-    assert sound["fp8_broken_tiles"].item() == 0
-    assert sound["grad_norm"].isfinite()
+    assert sound.known()["fp8_broken_tiles"].item() == 0
+    assert sound.known()["grad_norm"].isfinite()
     weight = dict(model.named_parameters())["layers.0.attention.o_proj.weight"]
     before = weight[0, 0].item()
     with torch.no_grad():
         weight[0, 0] = math.inf
     broken = step([batch(0, 1)], still)
-    assert broken["fp8_broken_tiles"].item() > 0
-    assert not broken["grad_norm"].isfinite()
+    assert broken.known()["fp8_broken_tiles"].item() > 0
+    assert not broken.known()["grad_norm"].isfinite()
     model.load_state_dict(tiny_model().state_dict())
     assert weight[0, 0].item() == before
-    assert step([batch(0, 1)], still)["fp8_broken_tiles"].item() == 0
+    assert step([batch(0, 1)], still).known()["fp8_broken_tiles"].item() == 0

@@ -1,0 +1,79 @@
+"""Read configs that older code has stored: translate renamed classes and keys to those of today.
+
+A run directory keeps config.yaml and overrides.yaml, a checkpoint keeps model.yaml. Every reader of these
+files passes what it reads through `upgrade_node` or `upgrade_override`, so that old runs resume and evaluate.
+To rename a class that a `_target_` may name, or a config key, add a line to the tables below.
+"""
+
+import re
+from typing import Any
+
+from dsv3.config.overrides import split_override
+
+TARGETS = {
+    "dsv3.data.table.TokensData": "dsv3.data.token_table.TokensData",
+    "dsv3.metrics.logger.ConsoleLogger": "dsv3.metrics.loggers.ConsoleLogger",
+    "dsv3.metrics.logger.NoLogger": "dsv3.metrics.loggers.NoLogger",
+    "dsv3.metrics.tensorboard.TensorboardLogger": "dsv3.metrics.loggers.TensorboardLogger",
+    "dsv3.parallel.context.ContextParallel": "dsv3.parallel.context_parallel.ContextParallel",
+    "dsv3.parallel.expert.ExpertParallel": "dsv3.parallel.expert_parallel.ExpertParallel",
+    "dsv3.parallel.pipeline.Pipeline": "dsv3.parallel.pipeline_parallel.PipelineParallel",
+    "dsv3.parallel.recompute.Recompute": "dsv3.parallel.activation_checkpoint.ActivationCheckpointing",
+    "dsv3.parallel.tensor.TensorParallel": "dsv3.parallel.tensor_parallel.TensorParallel",
+    "dsv3.precision.fp8.BlockFP8": "dsv3.fp8.convert_model.BlockFP8",
+    "dsv3.tasks.compare.Compare": "dsv3.tasks.compare.CompareTask",
+    "dsv3.tasks.evaluate.Evaluate": "dsv3.tasks.evaluate.EvaluateTask",
+    "dsv3.tasks.generate.Generate": "dsv3.tasks.generate.GenerateTask",
+    "dsv3.tasks.plan.Plan": "dsv3.tasks.plan.PlanTask",
+    "dsv3.tasks.train.Train": "dsv3.tasks.train.TrainTask",
+    "dsv3.tasks.verify.Verify": "dsv3.tasks.verify.VerifyTask",
+    "dsv3.training.adamw.BF16MomentAdamW": "dsv3.training.optimizer.BF16MomentAdamW",
+}
+"""Today's class by the `_target_` that older code has stored; classes that kept their path are not listed."""
+
+KEYS = {"parallel.smallest_world": "parallel.min_world_size"}
+"""Today's config key by the one that older code has stored."""
+
+_OLD_TARGET = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, TARGETS))})(?![\w.])")
+
+
+def upgrade_target(target: Any) -> Any:
+    """Return today's path of the class that a stored `_target_` names; anything else stays as it is."""
+    return TARGETS.get(target, target) if isinstance(target, str) else target
+
+
+def upgrade_node(node: Any, path: str = "") -> Any:
+    """Return a stored config with today's classes and keys; `path` is the node's place below the root.
+
+    `node` is plain YAML: dicts, lists and values. Its order stays.
+    """
+    if isinstance(node, list):
+        return [upgrade_node(item, f"{path}.{number}") for number, item in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    upgraded = {}
+    for key, value in node.items():
+        place = f"{path}.{key}" if path else str(key)
+        current = KEYS[place].rpartition(".")[2] if place in KEYS else key
+        upgraded[current] = upgrade_target(value) if key == "_target_" else upgrade_node(value, place)
+    return upgraded
+
+
+def upgrade_override(override: str) -> str:
+    """Return a stored override, such as `parallel.smallest_world=2`, with today's classes and keys.
+
+    A whole node as a value (`parallel={smallest_world:2}`) is translated too.
+    """
+    pair = split_override(override)
+    if pair is None:
+        return override
+    key, value = pair
+    prefix = override[: override.index(key)]
+    if value.startswith("{"):
+        for old, new in KEYS.items():
+            parent, _, name = old.rpartition(".")
+            if key == parent:
+                value = re.sub(rf"\b{name}(?=\s*:)", new.rpartition(".")[2], value)
+    if value.startswith("{") or key.rpartition(".")[2] == "_target_":
+        value = _OLD_TARGET.sub(lambda found: TARGETS[found[1]], value)
+    return f"{prefix}{KEYS.get(key, key)}={value}"

@@ -1,0 +1,254 @@
+"""What happens between two optimizer steps: one small class each, listed in tasks/train.py.
+
+The loop knows none of them by name. A user's own class joins the list from the command line
+(docs/extending.md).
+"""
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from dsv3.checkpoint.directory import Progress
+from dsv3.checkpoint.manager import CheckpointManager
+from dsv3.config.launch import ProfileConfig
+from dsv3.config.root import Config
+from dsv3.data.packing import RowDataset
+from dsv3.distributed.process_group import RankContext
+from dsv3.distributed.torch_private import record_memory_history, write_memory_snapshot
+from dsv3.metrics.console import Console
+from dsv3.metrics.loggers import Logger
+from dsv3.metrics.recorder import Recorder
+from dsv3.metrics.row import MetricsRow
+from dsv3.training.evaluation import evaluate
+from dsv3.training.step import ForwardBackward, StepMetrics
+
+
+@dataclass
+class TrainingRun:
+    """What callbacks may use of a run; the same on every rank but where noted."""
+
+    config: Config
+    directory: Path
+    """The run directory."""
+    ranks: RankContext
+    forward_backward: ForwardBackward
+    """Holds this rank's `model_parts`."""
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    """Steps, sequences and tokens done."""
+    console: Console
+    """Silent on ranks other than 0."""
+    logger: Logger | None = None
+    """None on ranks other than 0."""
+    row: MetricsRow = field(default_factory=lambda: MetricsRow(step=0, tokens=0))
+    """The row of metrics.jsonl of the step just done."""
+    metrics: StepMetrics | None = None
+    """The measurements of the step just done, still on the device."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the step just done is the last of train.steps."""
+        return self.step == self.config.train.steps
+
+
+class Callback:
+    """Base of all callbacks: does nothing. All ranks call every method together."""
+
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Prepare, before the first step of this process."""
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Act after an optimizer step; `run.row` and `run.metrics` are of that step."""
+
+    def on_train_end(self, run: TrainingRun, finished: bool) -> None:
+        """Act after the last step of this process; `finished` is False where a signal ended the run early."""
+
+    def close(self, failed: bool) -> None:
+        """Release what is held; called in any case, `failed` where an exception ends the run."""
+
+    @property
+    def wants_stop(self) -> bool:
+        """Whether the run must stop after this step, as far as this rank knows."""
+        return False
+
+
+class Evaluate(Callback):
+    """Measures the held-out loss every `every` steps and at the last one."""
+
+    def __init__(self, rows: RowDataset, every: int) -> None:
+        self.rows = rows
+        self.every = every
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Fill the row's evaluation_loss; the checkpoint of this step carries it too."""
+        if is_due(run.step, self.every) or run.is_last_step:
+            train = run.config.train
+            found = evaluate(
+                run.forward_backward, self.rows, train.microbatch, run.ranks, train.evaluate_batches
+            )
+            run.row.evaluation_loss = found.loss
+        run.progress.evaluation_loss = run.row.evaluation_loss
+
+
+class RecordMetrics(Callback):
+    """Hands every step's row to metrics.jsonl, the console and the logger."""
+
+    def __init__(self, recorder: Recorder, every: int) -> None:
+        self.recorder = recorder
+        self.every = every
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Queue the row; write it at every `every` steps."""
+        assert run.metrics is not None
+        self.recorder.add(run.row, run.metrics.known())
+        if is_due(run.step, self.every):
+            self.recorder.flush()
+
+    def close(self, failed: bool) -> None:
+        """Write what is queued and close metrics.jsonl."""
+        self.recorder.close()
+
+
+class SaveCheckpoint(Callback):
+    """Saves every `every` steps, and at the end of the run in any case."""
+
+    def __init__(self, manager: CheckpointManager, recorder: Recorder, every: int) -> None:
+        self.manager = manager
+        self.recorder = recorder
+        self.every = every
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Save where it is due; the last step's checkpoint is `on_train_end`'s."""
+        if is_due(run.step, self.every) and not run.is_last_step:
+            self._save(run)
+
+    def on_train_end(self, run: TrainingRun, finished: bool) -> None:
+        """Save, and wait until it is written."""
+        self._save(run, wait=True)
+
+    def close(self, failed: bool) -> None:
+        """On failure an async save may still be writing a valid checkpoint: wait for it."""
+        if failed:
+            with suppress(Exception):
+                self.manager.wait()
+
+    @property
+    def wants_stop(self) -> bool:
+        """Whether an async save has failed: the next save raises its error on every rank."""
+        return self.manager.failed
+
+    def _save(self, run: TrainingRun, wait: bool = False) -> None:
+        # Rows first: a checkpoint must never be ahead of metrics.jsonl.
+        self.recorder.flush()
+        self.manager.save(run.forward_backward.model_parts, run.optimizer, run.progress, wait)
+
+
+class Sample(Callback):
+    """Shows a sample of text every `every` steps, and at the end of a finished run."""
+
+    def __init__(self, sample: Callable[[int], str], prompt: str, every: int) -> None:
+        self.sample = sample
+        """Returns the text that follows `prompt`, from a seed; all ranks call it together."""
+        self.prompt = prompt
+        self.every = every
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Show a sample where it is due; the last step's is `on_train_end`'s."""
+        if is_due(run.step, self.every) and not run.is_last_step:
+            self._show(run)
+
+    def on_train_end(self, run: TrainingRun, finished: bool) -> None:
+        """Show what the model writes at the end."""
+        if finished:
+            self._show(run)
+
+    def _show(self, run: TrainingRun) -> None:
+        text = self.sample(run.step)
+        run.console.sample(self.prompt, text)
+        if run.logger is not None:
+            run.logger.text("sample", self.prompt + text, run.step)
+
+
+class ExportHF(Callback):
+    """Writes the weights as a HuggingFace checkpoint into hf/step-N of the run directory."""
+
+    def __init__(self, export: Callable[[Path], None], every: int) -> None:
+        self.export = export
+        """Writes into a directory; all ranks call it together."""
+        self.every = every
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Export where it is due."""
+        if is_due(run.step, self.every):
+            self.export(run.directory / "hf" / f"step-{run.step}")
+
+
+class CollectGarbage(Callback):
+    """Collects garbage on all ranks at the same steps: at random moments ranks would wait for one another."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Turn Python's own collections off."""
+        gc.disable()
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Collect the young generations where it is due."""
+        if is_due(run.step, self.every):
+            gc.collect(1)
+
+    def close(self, failed: bool) -> None:
+        """Turn Python's own collections on again."""
+        gc.enable()
+
+
+class Profile(Callback):
+    """profile=on: a torch.profiler trace of some steps and, on CUDA, a memory snapshot, one file per rank."""
+
+    def __init__(self, config: ProfileConfig) -> None:
+        self.config = config
+        self.stack = ExitStack()
+        self.profiler: profile | None = None
+
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Start the profiler; traces go to RUN_DIR/profile/."""
+        folder = run.directory / "profile"
+        folder.mkdir(exist_ok=True)
+        cuda = run.ranks.device.type == "cuda"
+        if cuda:
+            record_memory_history()
+
+        def write(finished: profile) -> None:
+            finished.export_chrome_trace(str(folder / f"trace-rank{run.ranks.rank}.json"))
+            if cuda:
+                write_memory_snapshot(str(folder / f"memory-rank{run.ranks.rank}.pickle"))
+
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        plan = schedule(wait=self.config.wait, warmup=1, active=self.config.steps, repeat=1)
+        profiler = profile(activities=activities, schedule=plan, on_trace_ready=write)
+        self.profiler = self.stack.enter_context(profiler)
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Tell the profiler that a step is done."""
+        assert self.profiler is not None
+        self.profiler.step()
+
+    def close(self, failed: bool) -> None:
+        """End the profiler."""
+        self.stack.close()
+
+
+def is_due(step: int, every: int) -> bool:
+    """Return whether something done every `every` steps is due after `step`; 0 is never."""
+    return every > 0 and step % every == 0

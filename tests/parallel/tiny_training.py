@@ -1,0 +1,157 @@
+"""Worker side: a few optimizer steps of a tiny model on a layout, traced for comparison.
+
+The functions run in the workers of the pool, and in the test's own process for the single-process reference.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.checkpoint.load import load_weights
+from dsv3.config.root import Config
+from dsv3.config.strict import strict
+from dsv3.data.loader import DataLoader
+from dsv3.data.packing import PackedRow
+from dsv3.distributed.process_group import RankContext
+from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
+from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
+from dsv3.planning.layout import ParallelDims
+from dsv3.training.evaluation import evaluate
+from dsv3.training.optimizer import BF16MomentAdamW
+from dsv3.training.schedule import StepHyperparameters
+from dsv3.training.step import StepMetrics, TrainStep, routers_by_place
+from tests.harness.composing import compose
+from tests.harness.tiny import MODEL
+
+VOCAB, SEQUENCE, GLOBAL_BATCH = 96, 16, 8
+TINY = [
+    *MODEL,
+    f"model.vocab_size={VOCAB}",
+    "model.num_layers=4",
+    "model.init_std=0.2",
+    f"train.sequence_length={SEQUENCE}",
+    f"train.global_batch_size={GLOBAL_BATCH}",
+    "data.document_mask=true",
+]
+RATES = {"sgd": 0.35, "adamw": 1e-3, "bf16 moments": 1e-3}
+HYPERPARAMETERS = StepHyperparameters(
+    lr=0.0, mtp_weight=1.0, balance_weight=0.01, bias_speed=0.01, z_loss_weight=1e-3
+)
+
+
+@dataclass
+class Trace:
+    """What is compared: metrics and full gradients of every step, parameters and buffers at the end."""
+
+    metrics: list[dict[str, float]]
+    gradients: list[dict[str, Tensor]]
+    state: dict[str, Tensor]
+    evaluation: float = 0.0
+
+
+class StepRows:
+    """An endless source of rows: step n reads GLOBAL_BATCH rows from number (n - 1) x GLOBAL_BATCH on."""
+
+    sequence_length = SEQUENCE
+
+    def __len__(self) -> int:
+        return GLOBAL_BATCH
+
+    def row(self, index: int) -> PackedRow:
+        """Return a row of several documents of uneven lengths, so that valid targets differ between ranks."""
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(0, VOCAB, (SEQUENCE + 1,), generator=generator)
+        starts = torch.rand(SEQUENCE + 1, generator=generator) < 0.1
+        return PackedRow(tokens.numpy(), starts.cumsum(-1).to(torch.int32).numpy())
+
+
+@functools.cache
+def mesh_of(degrees: ParallelDims, ranks_per_node: int | None = None) -> ParallelMesh:
+    """Return the one mesh of a layout in this process: DTensor caches meshes, and groups are costly."""
+    return ParallelMesh(degrees, "cpu", ranks_per_node)
+
+
+def train(
+    overrides: list[str], degrees: ParallelDims | None, steps: int, microbatch: int, optimizer: str = "sgd"
+) -> Trace | None:
+    """Train `steps` on data that depends only on the step; None on ranks that the layout leaves out."""
+    return train_config(configured(overrides, microbatch), degrees, steps, microbatch, optimizer)
+
+
+def configured(overrides: list[str], microbatch: int) -> Config:
+    """Compose the tiny model's config. It takes half a second, so do it once for all ranks."""
+    config: Config = strict(compose([*TINY, f"train.microbatch_size={microbatch}", *overrides]))
+    return config
+
+
+def train_config(
+    config: Config, degrees: ParallelDims | None, steps: int, microbatch: int, optimizer: str
+) -> Trace | None:
+    """Do what `train` does, with a composed config."""
+    setup = prepared(config, degrees, optimizer)
+    if setup is None:
+        return None
+    model, chosen, ranks = setup
+    trace = Trace([], [], {})
+    keep = chosen.register_step_pre_hook(lambda *_: trace.gradients.append(_gradients(model)))
+    step = TrainStep(model.forward_backward, chosen, ranks, clip_norm=1e9)
+    for number in range(steps):
+        metrics = take_step(step, number, microbatch, optimizer)
+        trace.metrics.append({name: value.item() for name, value in metrics.known().items()})
+    keep.remove()
+    trace.evaluation = evaluate(model.forward_backward, StepRows(), microbatch, ranks).loss
+    trace.state = {name: full(value).clone() for name, value in model.state_dict().items()}
+    return trace
+
+
+def prepared(
+    config: Config, degrees: ParallelDims | None, optimizer: str
+) -> tuple[ParallelModel, torch.optim.Optimizer, RankContext] | None:
+    """Build the model with non-zero expert biases, and its optimizer; None on ranks that are left out."""
+    rank = torch.distributed.get_rank() if degrees else 0
+    expert = config.parallel.expert
+    mesh = mesh_of(degrees, expert and expert.ranks_per_node) if degrees else None
+    if degrees and rank >= degrees.world_size:
+        return None
+    ranks = RankContext(rank, rank, degrees.world_size if degrees else 1, torch.device("cpu"))
+    ranks = assign_data_shard(ranks, mesh)
+    model = build_parallel_model(config, mesh, ranks.device)
+    for place, router in sorted(routers_by_place(model.model_parts).items()):
+        if router.selection_bias is not None:
+            generator = torch.Generator().manual_seed(place)
+            router.selection_bias.copy_(0.05 * torch.randn(router.selection_bias.shape, generator=generator))
+    if config.checkpoint.load:
+        load_weights(model.model_parts, find_checkpoint(config.checkpoint.load))
+    parameters = [p for part in model.model_parts for p in part.parameters()]
+    return model, _optimizer(optimizer, parameters), ranks
+
+
+def take_step(step: TrainStep, number: int, microbatch: int, optimizer: str) -> StepMetrics:
+    """Take the optimizer step of this number, from 0."""
+    loader = DataLoader(StepRows(), GLOBAL_BATCH, microbatch, step.ranks.data_rank, step.ranks.data_world)
+    hyperparameters = replace(HYPERPARAMETERS, lr=RATES[optimizer])
+    return step(loader.microbatches(number * GLOBAL_BATCH), hyperparameters)
+
+
+def _optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=1.0, foreach=False)
+    # With a tiny eps AdamW turns rounding into steps of the size of lr.
+    if name == "bf16 moments":
+        return BF16MomentAdamW(parameters, eps=1e-4, fused=False)
+    return torch.optim.AdamW(parameters, eps=1e-4, foreach=False)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return the whole tensor of a shard; a collective."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    assert isinstance(whole, Tensor)
+    return whole.detach()
+
+
+def _gradients(model: ParallelModel) -> dict[str, Tensor]:
+    named = [item for part in model.model_parts for item in part.named_parameters()]
+    return {name: full(p.grad).clone() for name, p in named if p.grad is not None}
