@@ -85,6 +85,9 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
         elif f.name == "_target_" and value != f.default:
             settings = [f.name for f in fields(node) if not f.name.startswith("_")]
             check_target(value, f"{path}_target_", allow_targets, settings)
+        elif isinstance(value, dict):
+            for name, nested in value.items():
+                _check_free_node(nested, f"{path}{f.name}.{name}", allow_targets)
         elif not f.metadata.get("unbounded"):
             _require_finite(f"{path}{f.name}", value)
     if hasattr(node, "validate"):
@@ -92,6 +95,18 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
             node.validate()
         except InvalidValue as error:
             raise InvalidValue(f"{path}{error.key}", error.value, error.allowed) from None
+
+
+def _check_free_node(node: Any, path: str, allow_targets: Sequence[str]) -> None:
+    """Raise UserError unless a node without a schema names a class that may be built and takes its keys."""
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise UserError(f"{path} has no _target_: name its class, +{path}._target_=package.module.Class")
+    hidden = [key for key in node if key.startswith("_") and key != "_target_"]
+    values = [item for value in node.values() for item in (value if isinstance(value, list) else [value])]
+    if hidden or any(isinstance(value, dict | list) for value in values):
+        raise UserError(f"{path} takes values and lists of values beside _target_, no nodes and no _keys_")
+    settings = [key for key in node if key != "_target_"]
+    check_target(node["_target_"], f"{path}._target_", allow_targets, settings)
 
 
 def _require_finite(key: str, value: Any) -> None:

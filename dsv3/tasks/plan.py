@@ -8,7 +8,7 @@ layout fits the device, and if not, the nearest change that fits. The numbers co
 - planning/memory.py, activations.py and traffic.py count bytes,
 - planning/report.py formats the text, which a run also stores as plan.txt.
 
-launch/job.py makes the plan for every task that uses a model; launch/launch.py refuses a run that does not
+launch/job.py makes the plan for every task that uses a model; dsv3/programs.py refuses a run that does not
 fit, and names the same fix.
 """
 
