@@ -3,22 +3,20 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsv3.config.registry import schema
+from dsv3.config.registry import Buildable, schema
 from dsv3.errors import require
 
 SMALLEST_VOCABULARY = 264  # 256 bytes, 6 special tokens, and 2 merges so that there is something to learn
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Buildable):
     """The fields that every source of training text has."""
 
     sets_sequence_length: ClassVar[bool] = False
     """True where rows have a length of their own, the source's `sequence_length`; else text is packed."""
 
     _target_: str = "???"  # OmegaConf's mark of a missing value: only the choices below can be built
-    _recursive_: bool = False
-    _convert_: str = "object"
     document_mask: bool = False
     """Keep attention within a document; off, as in the DeepSeek-V3 report (section 4.1)."""
     held_out: float = 0.03
@@ -74,12 +72,10 @@ class TokensDataConfig(DataConfig):
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Buildable):
     """The base of every tokenizer's config."""
 
     _target_: str = "???"
-    _recursive_: bool = False
-    _convert_: str = "object"
 
 
 @schema("tokenizer/trained")

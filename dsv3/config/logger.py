@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dsv3.config.registry import schema
+from dsv3.config.registry import Buildable, schema
 from dsv3.errors import require
 
 PROJECT_FORBIDS = "/\\#?%:"
@@ -21,12 +21,10 @@ class WandbMode(Enum):
 
 
 @dataclass
-class LoggerConfig:
+class LoggerConfig(Buildable):
     """The base of every logger's config."""
 
     _target_: str = "dsv3.metrics.loggers.NoLogger"
-    _recursive_: bool = False
-    _convert_: str = "object"
 
 
 @schema("logger/wandb")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dsv3.config.registry import schema
+from dsv3.config.registry import Buildable, schema
 from dsv3.errors import require, require_positive
 
 KEY = "parallel.degrees"
@@ -95,12 +95,10 @@ class DispatchBackend(Enum):
 
 @schema("recompute", choice="none")
 @dataclass
-class RecomputeConfig:
+class RecomputeConfig(Buildable):
     """Activation checkpointing, layer by layer."""
 
     _target_: str = "dsv3.parallel.activation_checkpoint.ActivationCheckpointing"
-    _recursive_: bool = False
-    _convert_: str = "object"
     mode: RecomputeMode = RecomputeMode.none
     """Activations to compute again: none, all but some operators' (selective), or whole layers (full)."""
     keep: list[SavedOp] = field(
@@ -118,12 +116,10 @@ class CompileBackend(Enum):
 
 @schema("compile", choice="off")
 @dataclass
-class CompileConfig:
+class CompileConfig(Buildable):
     """torch.compile, layer by layer."""
 
     _target_: str = "dsv3.parallel.compile.Compile"
-    _recursive_: bool = False
-    _convert_: str = "object"
     enabled: bool = False
     """Compile the layers."""
     backend: CompileBackend = CompileBackend.inductor
@@ -131,12 +127,10 @@ class CompileConfig:
 
 
 @dataclass
-class FullyShardConfig:
+class FullyShardConfig(Buildable):
     """FSDP2: parameters, gradients and optimizer state sharded over the ranks that see other tokens."""
 
     _target_: str = "dsv3.parallel.fsdp.FullyShard"
-    _recursive_: bool = False
-    _convert_: str = "object"
     prefetch: bool = True
     """All-gather the next layer while this one computes."""
     cpu_offload: bool = False
@@ -144,21 +138,17 @@ class FullyShardConfig:
 
 
 @dataclass
-class TensorParallelConfig:
+class TensorParallelConfig(Buildable):
     """Heads, dense hidden widths and vocabulary over `tp`, the sequence between (docs/parallelism.md)."""
 
     _target_: str = "dsv3.parallel.tensor_parallel.TensorParallel"
-    _recursive_: bool = False
-    _convert_: str = "object"
 
 
 @dataclass
-class ExpertParallelConfig:
+class ExpertParallelConfig(Buildable):
     """Experts over `ep`, in two levels where it spans nodes."""
 
     _target_: str = "dsv3.parallel.expert_parallel.ExpertParallel"
-    _recursive_: bool = False
-    _convert_: str = "object"
     backend: DispatchBackend = DispatchBackend.all_to_all
     """Implementation of token dispatch: all_to_all, or deepep on GPUs."""
     ranks_per_node: int | None = None
@@ -169,21 +159,17 @@ class ExpertParallelConfig:
 
 
 @dataclass
-class ContextParallelConfig:
+class ContextParallelConfig(Buildable):
     """Sequences over `cp` in the zigzag split; keys and values come from gathered latents."""
 
     _target_: str = "dsv3.parallel.context_parallel.ContextParallel"
-    _recursive_: bool = False
-    _convert_: str = "object"
 
 
 @dataclass
-class PipelineConfig:
+class PipelineConfig(Buildable):
     """Layers over `pp`."""
 
     _target_: str = "dsv3.parallel.pipeline_parallel.PipelineParallel"
-    _recursive_: bool = False
-    _convert_: str = "object"
     split: list[int] | None = None
     """First layer of every stage but the first; null balances the stages by cost."""
     stages_per_rank: int | None = None

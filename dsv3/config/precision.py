@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from dsv3.config.registry import schema
+from dsv3.config.registry import Buildable, schema
 
 
 class ComputeType(Enum):
@@ -36,12 +36,10 @@ class FP8Engine(Enum):
 
 
 @dataclass
-class BlockFP8Config:
+class BlockFP8Config(Buildable):
     """Linear layers and experts in FP8 (E4M3), forward and backward; DeepSeek-V3's report, section 3.3."""
 
     _target_: str = "dsv3.fp8.convert_model.BlockFP8"
-    _recursive_: bool = False
-    _convert_: str = "object"
     granularity: Granularity = Granularity.tile
     """Elements that share a scale; `tensor` is there to show what goes wrong without tiles."""
     power_of_two: bool = False

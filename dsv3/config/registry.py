@@ -6,6 +6,7 @@ schema: `defaults: [/schema/GROUP@_here_, _self_]`.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,15 @@ LAYOUTS, RECIPES = "layouts", "recipes"
 """Tables in conf/ that `model` and `parallel` choose from, so that they are no groups of their own."""
 
 _CHOICES: dict[str, dict[str, Any]] = {}
+
+
+@dataclass
+class Buildable:
+    """Base of a schema that `strict.build` turns into an object: the fields are the constructor's arguments."""
+
+    _target_: str = ""
+    _recursive_: bool = False
+    _convert_: str = "object"
 
 
 def command(program: str) -> list[str]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from dsv3.config.registry import schema
+from dsv3.config.registry import Buildable, schema
 from dsv3.errors import require, require_positive
 
 
@@ -16,7 +16,7 @@ class OutputFormat(Enum):
 
 
 @dataclass
-class TaskConfig:
+class TaskConfig(Buildable):
     """The base of conf/task."""
 
     uses_model: ClassVar[bool] = True
@@ -35,9 +35,6 @@ class TaskConfig:
     """The task's `path` is model.path where it is null."""
     reads_checkpoint: ClassVar[bool] = False
     """The task reads a run by checkpoint.load and does not resume it."""
-    _target_: str = ""
-    _recursive_: bool = False
-    _convert_: str = "object"
 
 
 @schema("task/train")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv3.config.precision import MomentType
-from dsv3.config.registry import schema
+from dsv3.config.registry import Buildable, schema
 from dsv3.errors import require, require_positive
 
 ADAMW = "torch.optim.AdamW"
@@ -17,12 +17,9 @@ SEEDS = 2**63
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Buildable):
     """The base of conf/optimizer."""
 
-    _target_: str = ""
-    _recursive_: bool = False
-    _convert_: str = "object"
     lr: float = 3e-3
     """Peak learning rate; the schedule multiplies it."""
 
@@ -80,12 +77,9 @@ def check_moments(optimizer: OptimizerConfig, moments: MomentType) -> None:
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Buildable):
     """The base of conf/schedule."""
 
-    _target_: str = ""
-    _recursive_: bool = False
-    _convert_: str = "object"
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     total_steps: int | None = None

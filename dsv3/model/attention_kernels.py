@@ -58,7 +58,7 @@ class Segments:
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
-        """The mask of flex_attention, built once for all layers."""
+        """Return the mask of flex_attention, built once for all layers."""
         return document_mask(self.starts)
 
 

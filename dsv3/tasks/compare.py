@@ -31,7 +31,7 @@ from dsv3.metrics.row import MetricsRow
 
 
 class State(Enum):
-    """How far a run has come; `stopped` is a run before its last step, one that is running included."""
+    """Progress of a run; `stopped` is a run before its last step, one that is running included."""
 
     done = "done"
     stopped = "stopped"
@@ -67,7 +67,7 @@ class RunSummary:
 
     @property
     def held_out(self) -> float | None:
-        """The last held-out loss, in nats."""
+        """Return the last held-out loss, in nats."""
         return next((row.evaluation_loss for row in self.rows[::-1] if row.evaluation_loss is not None), None)
 
     @property
@@ -78,7 +78,7 @@ class RunSummary:
 
     @property
     def state(self) -> State:
-        """The state of the run by its files; a run at its last step is done whatever failed before."""
+        """Return the state of the run by its files; a run at its last step is done whatever failed before."""
         if self.rows and self.step == self.steps:
             return State.done if self.held_out is not None else State.no_evaluation
         return State.failed if (self.directory / FAILED_FILE).exists() else State.stopped

@@ -30,7 +30,7 @@ from dsv3.training.step import ForwardBackward, StepMetrics
 
 @dataclass
 class TrainingRun:
-    """What callbacks may use of a run; the same on every rank but where noted."""
+    """The parts of a run that callbacks may use; the same on every rank but where noted."""
 
     config: Config
     directory: Path
@@ -57,7 +57,7 @@ class TrainingRun:
 
     @property
     def is_last_step(self) -> bool:
-        """Whether the step just done is the last of train.steps."""
+        """Return True after the last of train.steps."""
         return self.step == self.config.train.steps
 
 
@@ -78,7 +78,7 @@ class Callback:
 
     @property
     def wants_stop(self) -> bool:
-        """Whether the run must stop after this step, as far as this rank knows."""
+        """Return True where the run must stop after this step, as far as this rank knows."""
         return False
 
 
@@ -144,7 +144,7 @@ class SaveCheckpoint(Callback):
 
     @property
     def wants_stop(self) -> bool:
-        """Whether an async save has failed: the next save raises its error on every rank."""
+        """Return True where an async save has failed: the next save raises its error on every rank."""
         return self.manager.failed
 
     def _save(self, run: TrainingRun, wait: bool = False) -> None:

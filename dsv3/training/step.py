@@ -72,7 +72,7 @@ class LocalForwardBackward:
 
 
 class StepMetrics(NamedTuple):
-    """What one optimizer step measured; scalars on the device, None where the model has no such thing.
+    """Measurements of one optimizer step; scalars on the device, None where the model has no such thing.
 
     The names are those of metrics/row.py. Reading a value makes the host wait for the device.
     """
@@ -139,10 +139,10 @@ class TrainStep:
         if self.config.mtp_depths:
             metrics = metrics._replace(mtp_loss=sums.mtp)
         if self.config.num_moe_layers:
-            broken = sums.nonfinite_routers > 0
+            nonfinite = sums.nonfinite_routers > 0
             metrics = metrics._replace(
                 balance_loss=sums.balance * step.balance_weight,
-                first_nonfinite_router=torch.where(broken.any(), broken.int().argmax(), -1),
+                first_nonfinite_router=torch.where(nonfinite.any(), nonfinite.int().argmax(), -1),
                 **self._balance_experts(step.bias_speed),
             )
         return metrics
