@@ -1,8 +1,15 @@
-"""Errors that a command reports in its own words, and the suggestions that their messages carry."""
+"""Errors that a command reports in its own words, its exit codes, and the suggestions in its messages.
+
+cli/application.py prints an error and returns its exit code.
+"""
 
 import difflib
 from collections.abc import Iterable
 from reprlib import Repr
+
+DONE, FAILED, MISTAKE, STOPPED, KILLED = 0, 1, 2, 75, 130
+"""Exit codes: done; the run failed (RunFailed, and anything unforeseen); the user's mistake (UserError);
+stopped by SIGTERM or Ctrl-C after saving (distributed/signals.py); stopped at once, by a second signal."""
 
 
 class UserError(Exception):

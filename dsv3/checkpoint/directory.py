@@ -96,6 +96,12 @@ def complete_steps(run_dir: Path) -> list[Path]:
     return sorted(found, key=step_number)
 
 
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint that `resume=RUN_DIR` continues from: the newest complete one, else None."""
+    steps = complete_steps(run_dir)
+    return steps[-1] if steps else None
+
+
 def find_checkpoint(path: str) -> Path:
     """Return the checkpoint directory that `checkpoint.load=PATH` means: a run's newest, or the one given.
 
@@ -109,9 +115,8 @@ def find_checkpoint(path: str) -> Path:
     directory = _pointed(Path(path))
     if (directory / ".metadata").is_file():
         return directory
-    steps = complete_steps(directory)
-    if steps:
-        return steps[-1]
+    if newest := newest_checkpoint(directory):
+        return newest
     if not directory.exists():
         raise UserError(f"checkpoint.load={path} does not exist")
     if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
-from dsv3.checkpoint.directory import Progress, complete_steps, step_directory, sweep_leftovers
+from dsv3.checkpoint.directory import Progress, newest_checkpoint, step_directory, sweep_leftovers
 from dsv3.checkpoint.load import fill
 from dsv3.checkpoint.manifest import verify_together, with_way_out
 from dsv3.checkpoint.retention import update_pointers
@@ -90,8 +90,7 @@ class CheckpointManager:
 
         UserError where it is damaged, with the command that goes on from an older one.
         """
-        steps = complete_steps(self.run_dir)
-        directory = self.ranks.broadcast_object(steps[-1] if steps else None)
+        directory = self.ranks.broadcast_object(newest_checkpoint(self.run_dir))
         if directory is None:
             return None
         try:

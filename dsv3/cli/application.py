@@ -23,13 +23,11 @@ from dsv3.cli.arguments import flags_first, import_user_modules
 from dsv3.cli.error_messages import explain_error
 from dsv3.config.overrides import is_multirun
 from dsv3.config.registry import CONF, ROOT, command, config_groups, register
-from dsv3.distributed.signals import KILLED, Stopped
-from dsv3.errors import RunFailed, UserError
+from dsv3.distributed.signals import Stopped
+from dsv3.errors import DONE, FAILED, KILLED, MISTAKE, RunFailed, UserError
 from dsv3.launch.job import is_first_on_node
 from dsv3.launch.slurm import srun_variables
 from dsv3.launch.sweep import Sweep, die_with_sweep, mark_failed, share_source_with_jobs
-
-DONE, FAILED, MISTAKE = 0, 1, 2
 
 # Seconds that the other ranks of a node wait for the first one to report a mistake.
 PATIENCE = 3.0

@@ -29,7 +29,7 @@ _CHOICES: dict[str, dict[str, Any]] = {}
 
 @dataclass
 class Buildable:
-    """Base of a schema that `strict.build` turns into an object: the fields are the constructor's arguments."""
+    """Base of a schema that `strict.build` makes an object of: the fields are the constructor's arguments."""
 
     _target_: str = ""
     _recursive_: bool = False

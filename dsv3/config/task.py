@@ -20,7 +20,7 @@ class TaskConfig(Buildable):
     """The base of conf/task."""
 
     uses_model: ClassVar[bool] = True
-    """The task computes with a model: it runs in workers on a device."""
+    """The task runs a model: it needs workers and a device. A task of arithmetic alone does not."""
     trains: ClassVar[bool] = False
     """The task obeys the constraints of a training batch."""
     must_fit: ClassVar[bool] = False

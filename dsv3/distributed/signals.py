@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPED, KILLED = 75, 130
+from dsv3.errors import KILLED, STOPPED
 
 
 class Stopped(SystemExit):

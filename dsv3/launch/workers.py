@@ -18,8 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dsv3.config.strict import build
-from dsv3.distributed.signals import KILLED, STOPPED, Stopped
-from dsv3.errors import RunFailed, UserError
+from dsv3.distributed.signals import Stopped
+from dsv3.errors import KILLED, STOPPED, RunFailed, UserError
 from dsv3.launch.job import Job
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import pytest
 from dsv3.cli.application import Application
 from dsv3.cli.arguments import flags_first
 from dsv3.cli.help import train_help
-from dsv3.distributed.signals import STOPPED, Stopped
+from dsv3.distributed.signals import Stopped
+from dsv3.errors import STOPPED
 from tests.harness.commands import PlannedCommand
 
 
