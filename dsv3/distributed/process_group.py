@@ -46,7 +46,7 @@ class RankContext:
     world: int
     device: torch.device
     data: tuple[int, int] | None = None
-    """(share, shares): which share of a step's rows this rank reads; None gives every rank a share of its own."""
+    """(share, shares): the share of a step's rows that this rank reads; None: every rank another one."""
     loss_replicas: int = 1
     """Ranks that compute the same loss."""
     group: dist.ProcessGroup | None = None

@@ -118,7 +118,7 @@ class LogFile:
 class Console:
     """The progress, messages and final summary of a run, for people; programs read metrics.jsonl.
 
-    Output goes to stdout or, with `stderr`, to stderr, so that stdout holds nothing but the result, such as JSON.
+    Output goes to stdout or, with `stderr`, to stderr, so that stdout holds the result alone, such as JSON.
     Without a terminal there is a line every `log_every` steps. `log_path` gets the same text, appended. With
     `quiet` nothing is shown or written, for the ranks other than 0. Nothing here raises when a reader or a
     disk goes away, and all text is shown literally, never as markup.
