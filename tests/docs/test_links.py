@@ -21,8 +21,8 @@ PLACEHOLDER = re.compile(r"\*|[A-Z]{3,}|group")
 
 
 def without_examples(text: str) -> str:
-    """Return a page without its diffs: docs/extending.md adds files that are not there yet."""
-    return re.sub(r"```(?:diff|python|yaml)\n.*?```", "", text, flags=re.DOTALL)
+    """Return a page without its examples: docs/extending.md adds files that are not there yet."""
+    return re.sub(r"```(?:diff|python|yaml|text)\n.*?```", "", text, flags=re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
