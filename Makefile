@@ -19,7 +19,7 @@ train: setup
 
 # Two at a time, each on one thread; then, alone, those that start workers of their own and look at the clock.
 ALONE := $(addprefix tests/launch/test_, faults.py launch.py workers_stragglers.py slurm.py sweep.py) \
-	tests/distributed/test_watchdog.py tests/end_to_end
+	tests/distributed/test_watchdog.py
 
 test: setup
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ALONE:%=--ignore=%)

@@ -8,8 +8,6 @@ import hashlib
 import json
 import lzma
 import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ import pytest
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from tests.harness.commands import ConvertCommand, TrainCommand
 from tests.harness.outcome import Outcome
-from tests.harness.processes import ROOT, CommandLine, Process, rows
+from tests.harness.processes import CommandLine, rows
 
 HERE = Path(__file__).with_name("before_the_move")
 ORIGIN = "/tmp/before_the_move"
@@ -40,13 +39,15 @@ CONVERSIONS = [
     ("hf_to_hf", "hf", "bf16"),
     ("hf_to_hf", "hf", "fp8"),
 ]
+pytestmark = pytest.mark.slow
 
 
 class OldFiles:
     """A copy of before_the_move/ in `root`, and the commands on it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, capture: pytest.CaptureFixture[str]) -> None:
         self.root = root
+        self.capture = capture
         for source in (path for path in sorted(HERE.rglob("*")) if path.is_file()):
             _put(source, root / source.relative_to(HERE))
         self.here = root / "here"
@@ -65,26 +66,25 @@ class OldFiles:
         """What task=evaluate says of a run or a DCP, in one process."""
         data = [argument.format(root=self.root) for argument in EVALUATIONS[checkpoint]]
         load = f"checkpoint.load={self.root / checkpoint}"
-        finished = self.command_line.run("task=evaluate", load, *data, *CHOICES)
-        _require_success(finished)
+        command = TrainCommand(self.capture, self.root / "data" / "text")
+        finished = command.must("task=evaluate", load, *data, *CHOICES)
         result: dict[str, Any] = json.loads(finished.out.splitlines()[-1])
         return result
 
     def convert(self, direction: str, source: str, dtype: str) -> dict[str, str]:
         """The digests of what convert.py writes."""
         output = self.root / f"{direction}-{source}-{dtype}"
-        directory = self.here / output.name
-        directory.mkdir()
-        options = [f"input={self.root / source}", f"output={output}", f"dtype={dtype}"]
-        command = [sys.executable, str(ROOT / "convert.py"), f"direction={direction}", *options]
-        _require_success(Process(command, directory, self.command_line.environment).wait())
+        ConvertCommand(self.capture).must(direction, self.root / source, output, f"dtype={dtype}")
         return digests(output)
 
 
 @pytest.fixture
-def old_files(tmp_path: Path) -> OldFiles:
+def old_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> OldFiles:
     """The files from before the move, to be changed at will."""
-    return OldFiles(tmp_path)
+    monkeypatch.setenv("DSV3_CACHE", str(tmp_path / "cache"))
+    return OldFiles(tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +111,8 @@ def test_a_checkpoint_has_the_held_out_loss_that_it_had(
 
 
 def test_every_conversion_writes_the_same_bytes(old_files: OldFiles, expected: dict[str, Any]) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda conversion: old_files.convert(*conversion), CONVERSIONS))
-    names = ["-".join(conversion) for conversion in CONVERSIONS]
-    assert dict(zip(names, found, strict=True)) == expected["converted"]
+    found = {"-".join(conversion): old_files.convert(*conversion) for conversion in CONVERSIONS}
+    assert found == expected["converted"]
 
 
 def digests(directory: Path) -> dict[str, str]:

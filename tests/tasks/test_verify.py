@@ -18,6 +18,8 @@ pytest.importorskip("transformers")
 V3: dict[str, Any] = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
 V2: dict[str, Any] = {"norm_topk_prob": False, "q_lora_rank": None, "topk_method": "greedy"}
 
+pytestmark = pytest.mark.slow  # each loads a model into transformers
+
 
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
