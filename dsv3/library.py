@@ -1,6 +1,7 @@
 """Use dsv3 from Python: compose a config, build its model, load weights into it (docs/library.md)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra import compose as hydra_compose
@@ -8,8 +9,9 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from dsv3.cli.arguments import import_user_modules, user_config_dir
 from dsv3.cli.error_messages import explain_error
-from dsv3.config.overrides import override_key, quote_texts
+from dsv3.config.overrides import override_key, quote, quote_texts
 from dsv3.config.registry import CONF, config_groups, register
 from dsv3.config.root import Config
 from dsv3.config.strict import strict
@@ -22,20 +24,27 @@ if TYPE_CHECKING:
     from dsv3.model.transformer import Transformer
 
 
-def compose(overrides: Sequence[str] = ()) -> Config:
+def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
     """Return the checked config under `overrides`, as train.py's command line would read them.
+
+    `config_dir` holds presets and studies of your own, as --config-dir does. A run is resumed by the command.
 
     Raises:
         UserError: an override is wrong, in the words of the command line.
     """
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides is a list of strings: compose([{overrides!r}])")
+    import_user_modules(overrides)
     register()
+    own = user_config_dir([] if config_dir is None else [f"--config-dir={config_dir}"])
+    search = [] if own is None else [f"hydra.searchpath=[{quote(f'file://{own}')}]"]
     try:
         with initialize_config_dir(str(CONF), version_base=None):
-            composed = hydra_compose("config", quote_texts(overrides))
+            composed = hydra_compose("config", [*quote_texts(overrides), *search])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain_error(error, overrides, config_groups())) from None
     resolve_model(composed, {override_key(override) for override in overrides})
-    config: Config = strict(composed)
+    config: Config = strict(composed, composed.run.allow_targets)
     return config
 
 

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dsv3.cli.arguments import flags_first, import_user_modules
+from dsv3.cli.arguments import flags_first, import_user_modules, user_config_dir
 from dsv3.cli.error_messages import explain_error
 from dsv3.config.overrides import is_multirun
 from dsv3.config.registry import CONF, ROOT, command, config_groups, register
@@ -75,6 +75,7 @@ class Application:
         if {"-h", "--help"} & set(argv):
             try:
                 import_user_modules(argv)
+                user_config_dir(argv)
                 print(self.help_text(" ".join(command(self.program)), argv), flush=True)
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 return report(error, argv)
@@ -89,6 +90,7 @@ class Application:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             self.user_modules = import_user_modules(argv)
+            user_config_dir(argv)
             register()
             sys.argv = [f"{self.program}.py", *flags_first(self.prepare(argv))]
             if is_multirun(argv):

@@ -14,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dsv3.config.overrides import is_multirun, override_key, quote, quote_texts, split_override, typed_text
-from dsv3.config.registry import SCHEMAS
+from dsv3.config.registry import SCHEMAS, config_groups
 from dsv3.config.upgrade import upgrade_override
 from dsv3.errors import UserError
 from dsv3.launch.job import under_launcher
@@ -42,20 +42,39 @@ def prepare(argv: Sequence[str]) -> list[str]:
 
 def import_user_modules(argv: Sequence[str]) -> list[str]:
     """Import the modules of `run.allow_targets`, whose schemas may be choices, and return their names."""
-    typed = [
-        pair[1] for argument in argv if (pair := split_override(argument)) and pair[0] == "run.allow_targets"
-    ]
+    typed = [pair for argument in argv if (pair := split_override(argument))]
+    lists = [value for key, value in typed if key == "run.allow_targets"]
     modules = [
-        name.strip(" '\"") for value in typed for name in value.strip("[] ").split(",") if name.strip()
+        name.strip(" '\"") for value in lists for name in value.strip("[] ").split(",") if name.strip()
     ]
     for module in modules:
+        told = f"run.allow_targets={lists[-1]}"
         try:
             importlib.import_module(module)
+        except UserError:
+            raise
         except ModuleNotFoundError as error:
-            raise UserError(
-                f"run.allow_targets={typed[-1]}: no module named {error.name!r}; put its folder on PYTHONPATH"
-            ) from None
+            if error.name and f"{module}.".startswith(f"{error.name}."):
+                raise UserError(
+                    f"{told}: no module named {error.name!r}; put its folder on PYTHONPATH"
+                ) from None
+            raise UserError(f"{told}: {module} imports {error.name!r}, which is not there") from None
+        except Exception as error:
+            raise UserError(f"{told}: {module} cannot be imported: {type(error).__name__}: {error}") from None
     return modules
+
+
+def user_config_dir(argv: Sequence[str]) -> Path | None:
+    """Return the folder of --config-dir; UserError where a file has the name of a choice of dsv3."""
+    typed = get_args_parser().parse_known_args(list(argv))[0].config_dir
+    folder = Path(typed).absolute() if typed else None
+    for group, choices in config_groups().items():
+        for choice in choices:
+            if folder and (folder / group / f"{choice}.yaml").is_file():
+                raise UserError(
+                    f"{folder / group / choice}.yaml: {group}={choice} is dsv3's own; rename the file"
+                )
+    return folder
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:

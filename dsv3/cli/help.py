@@ -2,14 +2,13 @@
 
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
+from dsv3.cli.arguments import user_config_dir
 from dsv3.config.keys import descriptions, schema_keys, summary, value_text
 from dsv3.config.overrides import quote, quote_texts, split_override
 from dsv3.config.registry import CONF, config_groups, register
@@ -72,7 +71,8 @@ def train_help(program: str, argv: Sequence[str] = ()) -> str:
 
     With GROUP=CHOICE among `argv` the text explains these choices and their keys instead.
     """
-    groups = config_groups()
+    own = user_config_dir(argv)
+    groups = config_groups(*([own] if own and own.is_dir() else []))
     chosen = {pair[0]: pair[1] for pair in map(split_override, argv) if pair and pair[0] in groups}
     if chosen:
         return _choice_help(chosen, argv)
@@ -88,7 +88,10 @@ def train_help(program: str, argv: Sequence[str] = ()) -> str:
     told = {**descriptions(Config), "experiments": EXPERIMENTS}
     for group, choices in groups.items():
         marked = [f"{choice}*" if choice == defaults.get(group) else choice for choice in choices]
-        lines += [f"  {group:<12} {told[group]}", f"  {'':<12} {' '.join(marked)}"]
+        lines += [
+            f"  {group:<12} {told.get(group, 'A group of your own.')}",
+            f"  {'':<12} {' '.join(marked)}",
+        ]
     lines += ["", "Nodes without choices:"]
     lines += [f"  {node:<12} {text}" for node, text in told.items() if node not in groups]
     return "\n".join([*lines, "", _TRY.format(program=program), "Every key: docs/configuration.md"])
@@ -98,8 +101,8 @@ def _choice_help(chosen: dict[str, str], argv: Sequence[str]) -> str:
     """Return what each choice is, and its keys with the values that it gives them."""
     register()
     overrides = [argument for argument in quote_texts(argv) if split_override(argument)]
-    own = get_args_parser().parse_known_args(list(argv))[0].config_dir
-    folders = [CONF, *([Path(own).absolute()] if own else [])]
+    own = user_config_dir(argv)
+    folders = [CONF, *([own] if own else [])]
     with initialize_config_dir(str(CONF), version_base=None):
         search = [f"hydra.searchpath=[{quote(f'file://{folder}')}]" for folder in folders[1:]]
         composed = compose("config", [*overrides, *search])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsv3.errors import UserError
+
 T = TypeVar("T", bound=type)
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -21,7 +23,7 @@ ROOT = CONF.parents[1]
 SCHEMAS: dict[str, Any] = {}
 """Every schema by its name below `/schema/`."""
 
-LAYOUTS, RECIPES = "layouts", "recipes"
+LAYOUTS, RECIPES, RECIPES_LR = "layouts", "recipes", "recipes_lr"
 """Tables in conf/ that `model` and `parallel` choose from, so that they are no groups of their own."""
 
 _CHOICES: dict[str, dict[str, Any]] = {}
@@ -45,11 +47,16 @@ def schema(name: str, choice: str | None = None) -> Callable[[T], T]:
     """Return a class decorator that registers a schema as `name`: GROUP, or GROUP/CHOICE.
 
     A schema named GROUP/CHOICE is that choice, unless a file of conf/ is. `choice` makes one named GROUP a
-    choice too.
+    choice too. UserError for a name that another class has.
     """
     group, _, own = name.partition("/")
 
     def register_class(node: T) -> T:
+        taken = SCHEMAS.get(name)
+        if taken is not None and (taken.__module__, taken.__name__) != (node.__module__, node.__name__):
+            raise UserError(
+                f"{node.__module__}.{node.__name__}: {taken.__name__} is {name} already; take another name"
+            )
         SCHEMAS[name] = node
         if chosen := own or choice:
             _CHOICES.setdefault(group, {})[chosen] = node
@@ -58,9 +65,11 @@ def schema(name: str, choice: str | None = None) -> Callable[[T], T]:
     return register_class
 
 
-def config_groups(conf: Path = CONF) -> dict[str, list[str]]:
-    """Return the choices of every config group: files of `conf`, and schemas that are choices."""
-    groups = {folder.name: {path.stem for path in folder.glob("*.yaml")} for folder in _folders(conf)}
+def config_groups(*more: Path) -> dict[str, list[str]]:
+    """Return the choices of every config group: files of conf/ and of `more`, and schemas that are one."""
+    groups: dict[str, set[str]] = {}
+    for folder in (folder for conf in (CONF, *more) for folder in conf.iterdir() if folder.is_dir()):
+        groups.setdefault(folder.name, set()).update(path.stem for path in folder.glob("*.yaml"))
     for group, choices in _CHOICES.items():
         groups.setdefault(group, set()).update(choices)
     return {group: sorted(choices) for group, choices in sorted(groups.items())}
@@ -91,8 +100,10 @@ def register() -> None:
     for name, parallel in _layouts():
         store.store(name=name, group=LAYOUTS, node=parallel, package="parallel")
     for model, row in recipes().items():
-        values = {key: value for key, value in row.items() if isinstance(value, dict)}
+        values = {key: row[key] for key in ("schedule", "train")}
         store.store(name=model, group=RECIPES, node=values, package="_global_")
+        # The reports' learning rates are AdamW's: another optimizer keeps its own.
+        store.store(name=f"{model}-adamw", group=RECIPES_LR, node=row["optimizer"], package="optimizer")
 
 
 def _layouts() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -101,10 +112,6 @@ def _layouts() -> Iterator[tuple[str, dict[str, Any]]]:
         for preset, row in presets.items():
             degrees = {axis: degree for axis, degree in row.items() if axis != "world"}
             yield f"{model}-{preset}", {"degrees": degrees, "min_world_size": row["world"]}
-
-
-def _folders(conf: Path) -> list[Path]:
-    return sorted(path for path in conf.iterdir() if path.is_dir())
 
 
 def _table(name: str) -> dict[str, dict[str, Any]]:

@@ -18,8 +18,8 @@ from dsv3.errors import InvalidValue, UserError, did_you_mean
 TRUSTED = ("dsv3", "torch.optim")
 
 
-def check_target(target: str, key: str, allow: Sequence[str] = (), settings: Sequence[str] = ()) -> None:
-    """Raise UserError unless `target` names a class of a trusted module that takes all `settings`.
+def check_target(target: str, key: str, allow: Sequence[str] = (), settings: Sequence[str] = ()) -> type:
+    """Return the class `target`; UserError unless a trusted module defines it and it takes all `settings`.
 
     The check has two steps, because a dotted path may leave its package through an import
     (`dsv3.x.os.system`): the path must be module.Class with the module inside a trusted package, and the
@@ -41,6 +41,7 @@ def check_target(target: str, key: str, allow: Sequence[str] = (), settings: Seq
     refused = [name for name in settings if not _takes(found, name)]
     if refused:
         raise UserError(f"{key}={target} is not possible: it takes no {', '.join(refused)}")
+    return found
 
 
 def _takes(kind: type, name: str) -> bool:
@@ -82,7 +83,7 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
         value = getattr(node, f.name)
         if is_dataclass(value):
             validate(value, allow_targets, f"{path}{f.name}.")
-        elif f.name == "_target_" and value != f.default:
+        elif f.name == "_target_" and (value != f.default or not _inside(type(node).__module__, TRUSTED)):
             settings = [f.name for f in fields(node) if not f.name.startswith("_")]
             check_target(value, f"{path}_target_", allow_targets, settings)
         elif isinstance(value, dict):
@@ -106,7 +107,11 @@ def _check_free_node(node: Any, path: str, allow_targets: Sequence[str]) -> None
     if hidden or any(isinstance(value, dict | list) for value in values):
         raise UserError(f"{path} takes values and lists of values beside _target_, no nodes and no _keys_")
     settings = [key for key in node if key != "_target_"]
-    check_target(node["_target_"], f"{path}._target_", allow_targets, settings)
+    found = check_target(node["_target_"], f"{path}._target_", allow_targets, settings)
+    for name, parameter in inspect.signature(found).parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if needed and name not in node:
+            raise UserError(f"{path}.{name} is missing: {node['_target_']} needs it, +{path}.{name}=VALUE")
 
 
 def _require_finite(key: str, value: Any) -> None:

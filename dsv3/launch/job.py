@@ -127,6 +127,8 @@ class Job:
     run_dir: Path
     named_run_dir: bool
     """The user (or a sweep) chose run_dir; otherwise it may get a number to be new."""
+    resume_flags: list[str] = field(default_factory=list)
+    """Arguments that a resume must be given again: --config-dir and run.allow_targets are not stored."""
     notes: list[str] = field(default_factory=list)
     """Lines that the run prints before its first step: what it took without being told."""
 

@@ -14,7 +14,7 @@ from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_hf_checkpo
 from dsv3.checkpoint.manifest import verify_description
 from dsv3.config.model import HFModelConfig, ModelConfig
 from dsv3.config.overrides import split_override
-from dsv3.config.registry import LAYOUTS, RECIPES, recipes
+from dsv3.config.registry import LAYOUTS, RECIPES, RECIPES_LR, recipes
 from dsv3.config.root import Config
 from dsv3.config.strict import escape_interpolation, strict
 from dsv3.config.upgrade import upgrade_node
@@ -60,7 +60,7 @@ def prepare_job(composed: DictConfig) -> Job:
         raise UserError(
             f"{LAYOUTS} cannot be set directly: model and parallel choose it, parallel.degrees.* changes it"
         )
-    if RECIPES in keys:
+    if {RECIPES, RECIPES_LR} & keys:
         raise UserError(f"{RECIPES} cannot be set directly: model chooses it; type the keys it sets")
     for override, (key, value) in typed.items():
         if re.fullmatch(r"\{\s*\}", value):
@@ -69,7 +69,20 @@ def prepare_job(composed: DictConfig) -> Job:
     config: Config = strict(composed, OmegaConf.select(composed, "run.allow_targets") or ())
     sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
     job = plan_job(config, overrides, sweep)
+    job.resume_flags = [
+        *(
+            f"--config-dir={source.path}"
+            for source in hydra.runtime.config_sources
+            if source.provider == "command-line"
+        ),
+        *(override for override, (key, _) in typed.items() if key.lstrip("+") == "run.allow_targets"),
+    ]
     if job.config.task.trains:
+        warmup, steps = job.config.schedule.warmup_steps, job.config.train.steps
+        if warmup >= steps:
+            job.notes.append(
+                f"the warm-up is longer than the run: schedule.warmup_steps={warmup}, train.steps={steps}"
+            )
         job.notes += _recipe_notes(job.config, str(hydra.runtime.choices.get("model")))
     return job
 

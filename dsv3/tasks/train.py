@@ -23,6 +23,7 @@ from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import RankContext, join_process_group, make_deterministic
 from dsv3.distributed.signals import Stopped, StopRequest, stop_on_signal
+from dsv3.errors import UserError
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.job import Job
 from dsv3.launch.run_dir import check_same_data, make_run_dir, write_run_files
@@ -88,10 +89,10 @@ def _train(job: Job, world: RankContext, stop: StopRequest) -> float | None:
         listed = _build_callbacks(run, model, data, manager, recorder)
         console.start(config.train.steps, progress.step)
         if not _build_loop(job, run, data, listed, stop).train():
-            resume = shlex.join([*command("train"), f"resume={directory}"])
+            resume = shlex.join([*command("train"), f"resume={directory}", *job.resume_flags])
             raise Stopped(f"stopped after step {progress.step} and saved; go on: {resume}")
         if ranks.is_main:
-            _conclude(run, data)
+            _conclude(run, data, job.resume_flags)
         return recorder.latest.evaluation_loss if recorder.latest else None
 
 
@@ -119,7 +120,14 @@ def _build_callbacks(
     listed.append(callbacks.CollectGarbage(train.collect_garbage_every))
     if profile.enabled:
         listed.append(callbacks.Profile(profile))
-    return [*listed, *(build(node) for node in train.callbacks.values())]
+    for name, node in train.callbacks.items():
+        callback = build(node)
+        if not isinstance(callback, Callback):
+            raise UserError(
+                f"train.callbacks.{name}: {node['_target_']} is no dsv3.training.callbacks.Callback"
+            )
+        listed.append(callback)
+    return listed
 
 
 def _build_loop(
@@ -197,7 +205,7 @@ def _open_logger(run: TrainingRun, stack: ExitStack) -> Logger:
     return logger
 
 
-def _conclude(run: TrainingRun, data: PreparedData) -> None:
+def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str]) -> None:
     """Draw loss.png, print the table of results and the command to try next."""
     rows = jsonl.read_rows(run.directory / "metrics.jsonl")
     if rows:
@@ -205,7 +213,7 @@ def _conclude(run: TrainingRun, data: PreparedData) -> None:
         run.console.table("Done", _results(rows, run.directory))
     load = f"checkpoint.load={run.directory}"
     if run.step < run.config.train.steps:  # train.stop_after
-        following = [f"resume={run.directory}"]
+        following = [f"resume={run.directory}", *resume_flags]
     elif data.tokenizer is None:
         path = getattr(run.config.data, "path", "")
         following = ["task=evaluate", load, "data=tokens", f"data.path={path}"]

@@ -1,7 +1,7 @@
 """Every patch of docs/extending.md applies, takes no more files than it says, and works."""
 
-import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.harness.processes import ROOT, CommandLine
+from tests.harness.commands import PlannedCommand
+from tests.harness.processes import ROOT, CommandLine, rows
 from tests.harness.tiny import MODEL, TRAINING
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -81,6 +82,9 @@ def test_all_patches_work_together(extended: Path, command_line: CommandLine) ->
 def test_a_new_task_runs_and_explains_itself(extended: Path, command_line: CommandLine) -> None:
     assert run(extended, command_line, "task=count", "model=671b") == "682,636,472,320\n"
     assert "Count what one token uses." in run(extended, command_line, "task=count", "--help")
+    # A recipe's learning rate is AdamW's.
+    composed = yaml.safe_load(run(extended, command_line, "model=16b", "optimizer=lion", "--cfg", "job"))
+    assert (composed["optimizer"]["lr"], composed["schedule"]["warmup_steps"]) == (3e-4, 2000)
 
 
 def test_a_lab_outside_of_the_repository_has_presets_studies_and_classes(command_line: CommandLine) -> None:
@@ -118,26 +122,67 @@ def test_a_lab_outside_of_the_repository_has_presets_studies_and_classes(command
     assert "Learning rate at the end, as a share of the peak." in explained
 
 
+MINE = """
+from dataclasses import dataclass
+
+from dsv3.config.registry import schema
+from dsv3.config.training import AdamWConfig, ScheduleConfig
+
+
+@schema("optimizer/adamw")
+@dataclass
+class Mine(AdamWConfig):
+    betas: tuple[float, float] = (0.1, 0.2)
+"""
+TELL = "train.callbacks.tell"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["run.allow_targets=[nolab]"], "no module named 'nolab'; put its folder on PYTHONPATH"),
-        (["+train.callbacks.tell._target_=os.system"], "train.callbacks.tell._target_=os.system is refused"),
-        (["+train.callbacks.tell.every=1"], "train.callbacks.tell has no _target_"),
         (
-            [
-                "+train.callbacks.tell._target_=dsv3.training.callbacks.CollectGarbage",
-                "+train.callbacks.tell.x=1",
-            ],
-            "it takes no x",
+            ["run.allow_targets=[mine]"],
+            "mine.Mine: AdamWConfig is optimizer/adamw already; take another name",
         ),
+        (["run.allow_targets=[torn]"], "torn cannot be imported: SyntaxError"),
+        (["run.allow_targets=[needy]"], "needy imports 'nowhere', which is not there"),
+        (["--config-dir=taken", "schedule=wsd"], "schedule=wsd is dsv3's own; rename the file"),
+        ([f"+{TELL}._target_=os.system"], f"{TELL}._target_=os.system is refused"),
+        ([f"+{TELL}.every=1"], f"{TELL} has no _target_"),
+        ([f"+{TELL}._target_=dsv3.training.callbacks.CollectGarbage", f"+{TELL}.x=1"], "it takes no x"),
+        ([f"+{TELL}._target_=dsv3.training.callbacks.CollectGarbage"], f"{TELL}.every is missing"),
     ],
 )
-def test_a_mistake_in_a_users_own_class_is_told(
-    command_line: CommandLine, arguments: list[str], words: str
+def test_a_mistake_in_ones_own_classes_and_files_is_told(
+    planned: PlannedCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
-    environment = os.environ.get("PYTHONPATH", "")
-    assert "nolab" not in environment
-    ended = command_line.run(*MODEL, *arguments)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "torn.py").write_text("def (")
+    (tmp_path / "needy.py").write_text("import nowhere")
+    (tmp_path / "taken" / "schedule").mkdir(parents=True)
+    (tmp_path / "taken" / "schedule" / "wsd.yaml").write_text("decay: 0.9")
+    ended = planned.run(*MODEL, *arguments)
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
     assert words in ended.err
+
+
+def test_a_class_that_is_no_callback_is_refused_and_a_resume_is_told_what_to_type_again(
+    command_line: CommandLine,
+) -> None:
+    (command_line.directory / "mylab.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, re.S)[0])
+    command_line.environment["PYTHONPATH"] = str(command_line.directory)
+    wrong = ["+train.callbacks.wrong._target_=dsv3.metrics.loggers.NoLogger", "train.steps=1"]
+    refused = command_line.run(*command_line.training(command_line.directory / "wrong", *wrong))
+    assert refused.code == 2
+    assert "NoLogger is no dsv3.training.callbacks.Callback" in refused.err
+    run_dir = command_line.directory / "run"
+    mine = ["schedule=linear", "run.allow_targets=[mylab]", "train.steps=2", "train.stop_after=1"]
+    stopped = command_line.run(*command_line.training(run_dir, *mine))
+    assert stopped.code == 0, stopped.err
+    (line,) = (line for line in (run_dir / "log.txt").read_text().splitlines() if "resume=" in line)
+    again = command_line.run(*shlex.split(line)[2:])
+    assert again.code == 0, again.err
+    assert [row["step"] for row in rows(run_dir)] == [1, 2]

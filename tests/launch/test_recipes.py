@@ -47,6 +47,16 @@ def test_a_run_says_what_it_took_and_what_the_report_did_beside_it(planned: Plan
     assert planned.run("logger=none").job.notes == []
 
 
+def test_another_optimizer_keeps_its_own_learning_rate_and_a_long_warm_up_is_told(
+    planned: PlannedCommand,
+) -> None:
+    overrides = ["model=16b", "train.steps=3"]
+    assert strict_config(overrides).optimizer.lr == 4.2e-4
+    long, took, _ = planned.run(*FITTING, "train.steps=3").job.notes
+    assert long == "the warm-up is longer than the run: schedule.warmup_steps=2000, train.steps=3"
+    assert "optimizer.lr=0.00042" in took
+
+
 def test_a_recipe_cannot_be_typed(planned: PlannedCommand) -> None:
     outcome = planned.run("recipes=16b")
     assert outcome.code == 2
