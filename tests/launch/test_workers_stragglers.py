@@ -39,17 +39,24 @@ def test_a_child_that_hangs_is_killed_once_another_has_failed(
 
 
 def test_a_failure_is_seen_though_the_agent_reaps_what_has_failed() -> None:
-    """Three times, for whoever only looks now and then may look in time once."""
-    for _ in range(3):
+    """Five times, at most one of them missed: between a child's end and a look at it the agent may be first.
+
+    This agent looks ten times as often as torch's. A watcher that only looks now and then misses most.
+    """
+    missed = 0
+    for _ in range(5):
         with kill_stragglers(grace=0.1):
             stubborn, failed = start(STUBBORN), start("import os, time\ntime.sleep(0.5)\nos._exit(1)")
             try:
                 while failed.poll() is None:
                     time.sleep(0.02)
-                assert stubborn.wait(10) == -9
+                assert stubborn.wait(5) == -9
+            except subprocess.TimeoutExpired:
+                missed += 1
             finally:
                 stubborn.kill()
                 stubborn.wait()
+    assert missed <= 1
 
 
 @pytest.mark.parametrize("code", [0, 75])
