@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dsv3.cli.arguments import import_user_modules, user_config_dir
 from dsv3.cli.error_messages import explain_error
-from dsv3.config.overrides import override_key, quote, quote_texts
-from dsv3.config.registry import CONF, config_groups, register
+from dsv3.config.overrides import compose as compose_overrides
+from dsv3.config.overrides import override_key, quote_texts
+from dsv3.config.registry import config_groups
 from dsv3.config.root import Config
 from dsv3.config.strict import strict
 from dsv3.errors import UserError
@@ -35,12 +34,9 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
     if isinstance(overrides, str):
         raise TypeError(f"overrides is a list of strings: compose([{overrides!r}])")
     import_user_modules(overrides)
-    register()
     own = user_config_dir([] if config_dir is None else [f"--config-dir={config_dir}"])
-    search = [] if own is None else [f"hydra.searchpath=[{quote(f'file://{own}')}]"]
     try:
-        with initialize_config_dir(str(CONF), version_base=None):
-            composed = hydra_compose("config", [*quote_texts(overrides), *search])
+        composed = compose_overrides(quote_texts(overrides), own)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain_error(error, overrides, config_groups())) from None
     resolve_model(composed, {override_key(override) for override in overrides})
@@ -56,14 +52,9 @@ def load_model(config: Config, device: "torch.device | str" = "cpu") -> "Transfo
     """
     import torch  # composing alone does without it
 
-    from dsv3.checkpoint.directory import find_checkpoint
-    from dsv3.checkpoint.load import load_weights, require_weights
-    from dsv3.parallel.parallelize import build_model
+    from dsv3.distributed.process_group import RankContext
+    from dsv3.tasks.setup import load_parts
 
-    checkpoint = find_checkpoint(config.checkpoint.load) if config.checkpoint.load else None
-    if checkpoint is not None:
-        require_weights(config.model, checkpoint)
-    model = build_model(config, None, torch.device(device))
-    if checkpoint is not None:
-        load_weights([model], checkpoint)
+    alone = RankContext(rank=0, local_rank=0, world=1, device=torch.device(device))
+    (model,) = load_parts(config, None, alone).model_parts
     return model.eval()

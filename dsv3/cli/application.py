@@ -75,7 +75,6 @@ class Application:
         if {"-h", "--help"} & set(argv):
             try:
                 import_user_modules(argv)
-                user_config_dir(argv)
                 print(self.help_text(" ".join(command(self.program)), argv), flush=True)
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 return report(error, argv)

@@ -67,10 +67,12 @@ def import_user_modules(argv: Sequence[str]) -> list[str]:
 def user_config_dir(argv: Sequence[str]) -> Path | None:
     """Return the folder of --config-dir; UserError where a file has the name of a choice of dsv3."""
     typed = get_args_parser().parse_known_args(list(argv))[0].config_dir
-    folder = Path(typed).absolute() if typed else None
+    if not typed:
+        return None
+    folder = Path(typed).absolute()
     for group, choices in config_groups().items():
         for choice in choices:
-            if folder and (folder / group / f"{choice}.yaml").is_file():
+            if (folder / group / f"{choice}.yaml").is_file():
                 raise UserError(
                     f"{folder / group / choice}.yaml: {group}={choice} is dsv3's own; rename the file"
                 )

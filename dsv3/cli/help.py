@@ -2,16 +2,16 @@
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dsv3.cli.arguments import user_config_dir
 from dsv3.config.keys import descriptions, schema_keys, summary, value_text
-from dsv3.config.overrides import quote, quote_texts, split_override
-from dsv3.config.registry import CONF, config_groups, register
+from dsv3.config.overrides import compose, quote_texts, split_override
+from dsv3.config.registry import CONF, config_groups
 from dsv3.config.root import EXPERIMENTS, Config
 
 _TRY = """\
@@ -75,7 +75,7 @@ def train_help(program: str, argv: Sequence[str] = ()) -> str:
     groups = config_groups(*([own] if own and own.is_dir() else []))
     chosen = {pair[0]: pair[1] for pair in map(split_override, argv) if pair and pair[0] in groups}
     if chosen:
-        return _choice_help(chosen, argv)
+        return _choice_help(chosen, argv, own)
     root = yaml.safe_load((CONF / "config.yaml").read_text())
     defaults = {
         key: value for entry in root["defaults"] if isinstance(entry, dict) for key, value in entry.items()
@@ -97,15 +97,10 @@ def train_help(program: str, argv: Sequence[str] = ()) -> str:
     return "\n".join([*lines, "", _TRY.format(program=program), "Every key: docs/configuration.md"])
 
 
-def _choice_help(chosen: dict[str, str], argv: Sequence[str]) -> str:
+def _choice_help(chosen: dict[str, str], argv: Sequence[str], own: Path | None) -> str:
     """Return what each choice is, and its keys with the values that it gives them."""
-    register()
-    overrides = [argument for argument in quote_texts(argv) if split_override(argument)]
-    own = user_config_dir(argv)
+    composed = compose([argument for argument in quote_texts(argv) if split_override(argument)], own)
     folders = [CONF, *([own] if own else [])]
-    with initialize_config_dir(str(CONF), version_base=None):
-        search = [f"hydra.searchpath=[{quote(f'file://{folder}')}]" for folder in folders[1:]]
-        composed = compose("config", [*overrides, *search])
     lines = []
     for group, choice in chosen.items():
         files = [folder / group / f"{choice}.yaml" for folder in folders]

@@ -1,15 +1,18 @@
-"""Pass paths and prompts through Hydra's grammar unchanged, and read stored overrides."""
+"""Pass paths and prompts through Hydra's grammar unchanged, read stored overrides, and compose."""
 
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dsv3.config.checkpoint import HF_PREFIX
+from dsv3.config.registry import CONF, register
 from dsv3.config.strict import escape_interpolation
 
 TEXT_KEYS = frozenset(
@@ -95,3 +98,14 @@ def _quote_argument(argument: str, multirun: bool) -> str:
         part if part == "null" or re.fullmatch(_QUOTED, part, re.DOTALL) else quote(part) for part in parts
     )
     return f"{found['prefix']}{found['key']}={','.join(quoted)}"
+
+
+def compose(overrides: Sequence[str], own: Path | None = None, root: str = "config") -> DictConfig:
+    """Compose conf/ROOT.yaml under quoted `overrides`, outside of a command; Hydra's errors pass.
+
+    `own` is a user's config directory.
+    """
+    register()
+    search = [] if own is None else [f"hydra.searchpath=[{quote(f'file://{own}')}]"]
+    with initialize_config_dir(str(CONF), version_base=None):
+        return hydra_compose(root, [*overrides, *search])

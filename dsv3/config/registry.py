@@ -7,6 +7,7 @@ schema: `defaults: [/schema/GROUP@_here_, _self_]`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +115,7 @@ def _layouts() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{model}-{preset}", {"degrees": degrees, "min_world_size": row["world"]}
 
 
+@cache
 def _table(name: str) -> dict[str, dict[str, Any]]:
     """Return conf/NAME.yaml."""
     import yaml  # planning imports this file, and starts without it

@@ -67,18 +67,23 @@ def build_mesh(job: Job, ranks: RankContext) -> ParallelMesh | None:
 
 
 def load_model(job: Job, ranks: RankContext) -> tuple[ParallelModel, RankContext]:
-    """Return the configured model with the weights of checkpoint.load, and `ranks` with its data shard.
+    """Return the configured model as `load_parts` does, and `ranks` with its data shard."""
+    mesh = build_mesh(job, ranks)
+    return load_parts(job.config, mesh, ranks), assign_data_shard(ranks, mesh)
+
+
+def load_parts(config: Config, mesh: ParallelMesh | None, ranks: RankContext) -> ParallelModel:
+    """Return this rank's parts of the configured model, with the weights of checkpoint.load.
 
     Without checkpoint.load the model has its initial weights. UserError for a checkpoint that is damaged or
     of another model.
     """
-    path = job.config.checkpoint.load
+    path = config.checkpoint.load
     checkpoint = None if path is None else find_checkpoint(path)
     if checkpoint is not None:
         verify_together(checkpoint, ranks)
-        require_weights(job.config.model, checkpoint)  # before memory is taken
-    mesh = build_mesh(job, ranks)
-    model = build_parallel_model(job.config, mesh, ranks.device)
+        require_weights(config.model, checkpoint)  # before memory is taken
+    model = build_parallel_model(config, mesh, ranks.device)
     if checkpoint is not None:
         load_weights(model.model_parts, checkpoint)
-    return model, assign_data_shard(ranks, mesh)
+    return model

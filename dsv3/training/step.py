@@ -124,18 +124,15 @@ class TrainStep:
         local = local._replace(
             main=local.main / self.ranks.loss_replicas, mtp=local.mtp / self.ranks.loss_replicas
         )
-        flat, nonfinite_tiles = local.flat(), None
-        if self.in_fp8:  # the count travels with the losses: one all-reduce for all
-            count = take_nonfinite_tiles(self.model_parts, self.ranks.device).view(1)
-            *summed, nonfinite_tiles = self.ranks.sum(torch.cat([flat, count])).split([len(flat), 1])
-            sums, nonfinite_tiles = LossSums.from_flat(summed[0]), nonfinite_tiles.squeeze(0)
-        else:
-            sums = LossSums.from_flat(self.ranks.sum(flat))
+        flat = local.flat()
+        counts = [take_nonfinite_tiles(self.model_parts, self.ranks.device).view(1)] if self.in_fp8 else []
+        summed = self.ranks.sum(torch.cat([flat, *counts]))  # the count travels with the losses
+        sums = LossSums.from_flat(summed[: len(flat)])
         grad_norm = clip_gradients(self.model_parts, self.clip_norm, self.ranks)
         set_learning_rate(self.optimizer, step.lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = StepMetrics(sums.main, grad_norm, fp8_broken_tiles=nonfinite_tiles)
+        metrics = StepMetrics(sums.main, grad_norm, fp8_broken_tiles=summed[-1] if counts else None)
         if self.config.mtp_depths:
             metrics = metrics._replace(mtp_loss=sums.mtp)
         if self.config.num_moe_layers:

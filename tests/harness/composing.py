@@ -1,10 +1,8 @@
 """Compose conf/ in the test process, without a command line and without torch."""
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
-from dsv3.config.registry import CONF, register
+from dsv3.config.overrides import compose as compose_overrides
 from dsv3.config.root import Config
 from dsv3.config.strict import strict
 from dsv3.launch.prepare import resolve_model
@@ -12,9 +10,7 @@ from dsv3.launch.prepare import resolve_model
 
 def compose(overrides: list[str], root: str = "config") -> DictConfig:
     """Return train.py's config under `overrides`; with root `convert`, that of convert.py."""
-    register()
-    with initialize_config_dir(str(CONF), version_base=None):
-        return hydra_compose(root, overrides)
+    return compose_overrides(overrides, root=root)
 
 
 def strict_config(overrides: list[str]) -> Config:
