@@ -8,12 +8,15 @@ YAML. A file may be a link to elsewhere, as in a hub's cache: it is read as a te
 
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
@@ -25,10 +28,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dsv3.distributed.torch_private import chunk_location
 from dsv3.errors import UserError
+from dsv3.metrics.progress import Phase, phase
 
 
 class _Record:
@@ -139,9 +144,38 @@ def load_tensors(directory: Path, targets: dict[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
-            load(dict(targets), storage_reader=SafeReader(directory, metadata))
+            with loading(directory) as planner:
+                load(dict(targets), storage_reader=SafeReader(directory, metadata), planner=planner)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"{directory} cannot be read, it may be damaged: {_reason(error)}") from error
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """DCP's own planner; `work` gets the bytes of each tensor that has been read, and their total."""
+
+    def __init__(self, work: Phase) -> None:
+        super().__init__()
+        self.work = work
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        """Return the plan, and add up what this rank is going to read."""
+        sizes = [
+            item.lengths.numel() * self.lookup_tensor(item.dest_index).itemsize for item in new_plan.items
+        ]
+        self.work.total = sum(sizes)
+        return super().finish_plan(new_plan)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Take a tensor that has been read."""
+        super().commit_tensor(read_item, tensor)
+        self.work.advance(tensor.nbytes)
+
+
+@contextmanager
+def loading(directory: Path) -> Iterator[LoadPlanner]:
+    """Show how far a load is by DCP; yields the planner for it."""
+    with phase(f"loading {directory}") as work:
+        yield LoadPlanner(work)
 
 
 def require_tensors(directory: Path, metadata: Metadata, targets: dict[str, Tensor]) -> None:

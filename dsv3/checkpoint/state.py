@@ -1,6 +1,6 @@
 """The tensors of a training run (model, optimizer, random state) by their names in a checkpoint."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,9 @@ from torch.distributed.tensor import DTensor
 
 from dsv3.hf.names import MODEL_PREFIX
 from dsv3.model.transformer import Transformer
+
+OPTIMIZER_PREFIX = "optimizer.state."
+"""Put before the name of a parameter and of a tensor of its state: `optimizer.state.norm.weight.exp_avg`."""
 
 ModelParts = Sequence[Transformer]
 """The model of a rank: all of it, or some stages of a pipeline."""
@@ -24,9 +27,9 @@ def optimizer_state(model_parts: ModelParts, optimizer: torch.optim.Optimizer) -
     """Return the optimizer's tensors by name; its hyperparameters come from the config, not from a file."""
     named = [(name, parameter) for part in model_parts for name, parameter in part.named_parameters()]
     return [
-        (f"optimizer.state.{name}.{key}", value)
+        (f"{OPTIMIZER_PREFIX}{name}.{key}", value)
         for name, parameter in named
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     ]
 
@@ -50,6 +53,50 @@ def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+class NewState:
+    """The parameters that a checkpoint has no optimizer state of, such as those that were frozen.
+
+    Their state begins anew: `begin` puts back what it was before `make_optimizer_state`.
+    """
+
+    def __init__(
+        self, model_parts: ModelParts, optimizer: torch.optim.Optimizer, stored: Collection[str]
+    ) -> None:
+        known = {_parameter_name(name) for name in stored if name.startswith(OPTIMIZER_PREFIX)}
+        named = [item for part in model_parts for item in part.named_parameters()]
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self.optimizer = optimizer
+        self.parameters = {
+            name: parameter for name, parameter in named if id(parameter) in trained and name not in known
+        }
+        self._before = {
+            parameter: {key: value.clone() for key, value in optimizer.state.get(parameter, {}).items()}
+            for parameter in self.parameters.values()
+        }
+
+    def __contains__(self, name: str) -> bool:
+        """Return True for the name of a tensor of such a state."""
+        return _parameter_name(name) in self.parameters
+
+    def begin(self) -> list[str]:
+        """Set the state of these parameters to its start; return the names of those that have any."""
+        names = [name for name, parameter in self.parameters.items() if self.optimizer.state.get(parameter)]
+        for parameter, state in self._before.items():
+            self.optimizer.state[parameter] = state
+        return names
+
+
+def _parameter_name(name: str) -> str:
+    """Return the parameter of a tensor of the optimizer's state."""
+    return name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0]
+
+
+def missing_state(wanted: Iterable[str], stored: Collection[str]) -> list[str]:
+    """Return the kinds of optimizer state among the names `wanted` that a checkpoint does not have."""
+    kinds = {name.rpartition(".")[2] for name in wanted if name not in stored}
+    return sorted(kinds)
 
 
 def unique_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

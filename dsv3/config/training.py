@@ -1,79 +1,18 @@
-"""Schemas of the `optimizer` and `schedule` groups and of the `train` node."""
+"""Schemas of the `schedule` group and of the `train` node."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from dsv3.config.precision import MomentType
 from dsv3.config.registry import Buildable, schema
 from dsv3.errors import require, require_positive
 
-ADAMW = "torch.optim.AdamW"
+Number = TypeVar("Number", int, float)
 
-SLOWEST_BF16_BETA = 1 - 2**-8
-"""bf16 has 8 significant bits: a change of a value by less than 2^-8 of it may be rounded away."""
+BIAS_SPEED = 0.001
+"""Change of the expert bias per step in the report (section 4.2)."""
 
 SEEDS = 2**63
 """Seeds are 64-bit integers to torch and signed ones to NumPy."""
-
-
-@dataclass
-class OptimizerConfig(Buildable):
-    """The base of conf/optimizer."""
-
-    lr: float = 3e-3
-    """Peak learning rate; the schedule multiplies it."""
-
-    def state_bytes_per_parameter(self, moments: MomentType) -> int | None:
-        """Return the bytes of optimizer state per parameter that the plan counts; None if not known.
-
-        AdamW and Adam keep two moments in the dtype of `moments`, SGD one fp32 buffer if it has a momentum.
-        The schema of another optimizer overrides this method; without it the plan assumes AdamW's 8 bytes.
-        """
-        if self._target_ in (ADAMW, "torch.optim.Adam"):
-            return 4 if moments is MomentType.bf16 else 8
-        if self._target_ == "torch.optim.SGD":
-            return 4 if getattr(self, "momentum", 0) else 0
-        return None
-
-
-@schema("optimizer/adamw")
-@dataclass
-class AdamWConfig(OptimizerConfig):
-    """torch.optim.AdamW with the report's constants (section 4.2)."""
-
-    _target_: str = ADAMW
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and of the second moment per step."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, as a share of the learning rate; norm weights have none."""
-    fused: bool = True
-    """Use PyTorch's fused kernel."""
-
-    def validate(self) -> None:
-        require(self.lr >= 0, "lr", self.lr, "must be 0 or more")
-        right = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(right, "betas", list(self.betas), "must be two numbers from 0 up to 1, like [0.9,0.95]")
-        require_positive(self, "eps")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be 0 or more")
-
-
-def check_moments(optimizer: OptimizerConfig, moments: MomentType) -> None:
-    """Raise InvalidValue, by the keys of the root, where `optimizer` cannot keep its moments in `moments`.
-
-    A running mean that is rounded after each step stands still where a step changes it too little. With a
-    beta above SLOWEST_BF16_BETA not even gradients of 0 would bring it down.
-    """
-    if moments is MomentType.fp32:
-        return
-    key, name, other = "precision.moments", moments.name, "or take precision.moments=fp32"
-    target = optimizer._target_
-    require(target == ADAMW, key, name, f"only AdamW has them, and optimizer._target_={target}; {other}")
-    betas = list(getattr(optimizer, "betas", ()))
-    still = f"moments in {name} stand still where 1 - beta is below 2^-8"
-    right = max(betas, default=0.0) <= SLOWEST_BF16_BETA
-    require(right, "optimizer.betas", betas, f"{still}: take at most {SLOWEST_BF16_BETA} each, {other}")
 
 
 @dataclass
@@ -148,8 +87,8 @@ class BalanceConfig:
     Report: a bias speed of 0.001 for the first 14.3T of 14.8T tokens, then 0. The report uses no z-loss.
     """
 
-    bias_speed: float = 0.001
-    """Change of the expert bias per step."""
+    bias_speed: float | None = None
+    """Change of the expert bias per step; null is 0.001, and 0 from a released model: its biases stay."""
     bias_until: float = 14.3 / 14.8
     """Share of the run during which the expert bias is updated."""
     loss_weight: float = 0.0001
@@ -157,8 +96,14 @@ class BalanceConfig:
     z_loss_weight: float = 0.0
     """Weight of the router's z-loss (ST-MoE, arXiv 2202.08906; 0.001 there)."""
 
+    @property
+    def speed(self) -> float:
+        """Return the completed bias_speed."""
+        return _completed(self.bias_speed)
+
     def validate(self) -> None:
-        require(self.bias_speed >= 0, "bias_speed", self.bias_speed, "must be 0 or more")
+        speed = self.bias_speed
+        require(speed is None or speed >= 0, "bias_speed", speed, "must be 0 or more")
         require(0 <= self.bias_until <= 1, "bias_until", self.bias_until, "must lie between 0 and 1")
         for key in ("loss_weight", "z_loss_weight"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
@@ -246,7 +191,7 @@ class TrainConfig:
         require(0 <= self.seed < SEEDS, "seed", self.seed, f"must be 0 or more and below {SEEDS}")
 
 
-def _completed(value: int | None) -> int:
+def _completed(value: Number | None) -> Number:
     """Return a number that launch/job.py fills in before anything reads it."""
     assert value is not None
     return value

@@ -63,6 +63,8 @@ class Router(nn.Module):
         self.config = config
         self.z_loss = False
         """Whether the z-loss is computed, which keeps the logits; training/step.py says when."""
+        self.bias_moves = True
+        """Whether the expert bias moves after a step; training/optimizer.py freezes it."""
         self.reduction = LocalRouterReduction()
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None

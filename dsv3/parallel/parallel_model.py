@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dsv3.config.root import Config
 from dsv3.config.strict import build
-from dsv3.model.generation import generate, inference
+from dsv3.metrics.progress import phase
+from dsv3.model.generation import CachedLogits, NextLogits, generate, inference
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.parallelize import build_model
@@ -67,14 +68,23 @@ class ParallelModel:
         end: int | None,
     ) -> list[list[int]]:
         """Call model/generation.generate on any layout; all ranks call it together."""
-        logits = None
+        logits: NextLogits
         if self.mesh is not None and self.mesh.degrees.splits_rows:
             multiple = 2 * self.mesh.degrees.cp * self.mesh.degrees.tp
             logits = UncachedLogits(self.forward_backward, len(prompts), multiple, self.device)
+        else:
+            capacity = max(map(len, prompts), default=0) + max_tokens
+            logits = CachedLogits(self.model_parts[0], len(prompts), capacity)
         with ExitStack() as stack:
+            work = stack.enter_context(phase("sampling", max_tokens, "tokens"))
+
+            def counted(new: list[list[int]]) -> Tensor:
+                work.advance()
+                return logits(new)
+
             for part in self.model_parts:
                 stack.enter_context(inference(part))
-            return generate(self.model_parts[0], prompts, max_tokens, temperature, top_p, seed, end, logits)
+            return generate(self.model_parts[0], prompts, max_tokens, temperature, top_p, seed, end, counted)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's part of a checkpoint: parameters and expert biases by name."""
@@ -83,7 +93,8 @@ class ParallelModel:
 
 def build_parallel_model(config: Config, mesh: ParallelMesh | None, device: torch.device) -> ParallelModel:
     """Build the parts of the configured (and completed) model on this rank, with their initial weights."""
-    if mesh is not None and mesh.degrees.pp > 1:
-        return ParallelModel(build(config.parallel.pipeline)(config, mesh, device), mesh, device)
-    forward_backward = LocalForwardBackward(build_model(config, mesh, device), config.data.document_mask)
-    return ParallelModel(forward_backward, mesh, device)
+    with phase("building the model"):
+        if mesh is not None and mesh.degrees.pp > 1:
+            return ParallelModel(build(config.parallel.pipeline)(config, mesh, device), mesh, device)
+        forward_backward = LocalForwardBackward(build_model(config, mesh, device), config.data.document_mask)
+        return ParallelModel(forward_backward, mesh, device)

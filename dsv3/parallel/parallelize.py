@@ -8,6 +8,7 @@ from dsv3.config.root import Config
 from dsv3.config.strict import build
 from dsv3.distributed.torch_private import local_shape_and_offset
 from dsv3.fp8.convert_model import enable_fp8_all_gather
+from dsv3.metrics.progress import phase
 from dsv3.model.attention_kernels import check_kernel
 from dsv3.model.initialization import initialize
 from dsv3.model.transformer import Transformer
@@ -15,6 +16,7 @@ from dsv3.parallel.context_parallel import reduce_router_counts
 from dsv3.parallel.expert_parallel import dispatch_in_fp8
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.planning.pipeline_stages import reshard_after_forward, splits_backward
+from dsv3.training.optimizer import freeze
 
 
 def build_model(config: Config, mesh: ParallelMesh | None, device: torch.device) -> Transformer:
@@ -55,6 +57,7 @@ def parallelize(
             if wrapper is not None:
                 build(wrapper)(model, mesh)
         reduce_router_counts(model, mesh)
+    freeze(model, config.optimizer.frozen if config.task.trains else ())  # the wrappers made parameters anew
     split = mesh is not None and mesh.degrees.pp > 1 and splits_backward(parallel.schedule)
     if config.precision.fp8 is not None:
         fp8 = build(config.precision.fp8)
@@ -71,9 +74,16 @@ def parallelize(
 
 def materialize(model: Transformer, seed: int, device: torch.device) -> None:
     """Allocate a wrapped `model` on `device` and set its initial weights."""
-    model.to_empty(device=device)
-    enable_fp8_all_gather(model)
-    initialize(model, seed, write_shard)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    with phase("initializing weights", count, "parameters") as work:
+
+        def write(parameter: Tensor, value: Tensor) -> None:
+            write_shard(parameter, value)
+            work.advance(value.numel())
+
+        model.to_empty(device=device)
+        enable_fp8_all_gather(model)
+        initialize(model, seed, write)
 
 
 @torch.no_grad()

@@ -265,7 +265,7 @@ class PipelineForwardBackward:
         ours = {
             number: local_tensor(require_gradient(stage.model.embedding.weight))
             for number, stage in self.stages.items()
-            if number in (0, last)
+            if number in (0, last) and stage.model.embedding.weight.requires_grad
         }
         if len(ours) == 2:  # a V-shaped schedule puts both on one rank
             total = ours[0] + ours[last]
@@ -286,9 +286,8 @@ class PipelineForwardBackward:
     def _check_gradients(self) -> None:
         """Raise RunFailed if a parameter got no gradient in the first step: a schedule may lose one."""
         if not self.gradients_checked:
-            names = [
-                name for part in self.model_parts for name, p in part.named_parameters() if p.grad is None
-            ]
+            named = [item for part in self.model_parts for item in part.named_parameters()]
+            names = [name for name, p in named if p.requires_grad and p.grad is None]
             if names:
                 raise RunFailed(f"{names[0]} got no gradient through the pipeline ({len(names)} in all)")
             self.gradients_checked = True

@@ -19,6 +19,7 @@ from dsv3.planning.sharding import (
     is_used_in_fp32,
     local_numel,
     shard_numel,
+    shard_shape,
     uses_fp8_matmul,
 )
 from dsv3.planning.step_shape import StepShape
@@ -74,9 +75,13 @@ def _memory(
     config: ModelConfig, degrees: ParallelDims, shape: StepShape, rank: int, stages: list[StageLayers]
 ) -> MemoryBytes:
     groups = [stage_weights(config, stage) for stage in stages]
-    held = sum(shard_numel(weight, degrees) for stage in groups for group in stage for weight in group)
+    weights = [weight for stage in groups for group in stage for weight in group]
     state = shape.state
-    sizes = [held * state.parameter, held * state.gradient, held * state.optimizer]
+    sizes = [
+        sum(shard_numel(weight, degrees) for weight in weights) * state.parameter,
+        sum(shard_numel(weight, degrees) for weight in weights if state.trains(weight)) * state.gradient,
+        sum(state.optimizer_bytes(weight, shard_shape(weight, degrees)) for weight in weights),
+    ]
     parameters, gradients, optimizer = [0, 0, 0] if shape.cpu_offload else sizes
     return MemoryBytes(
         parameters,
@@ -103,7 +108,8 @@ def _weight_copies(stages: list[list[list[Weight]]], degrees: ParallelDims, shap
     blocks = [_gathered(block, degrees, shape) for stage in stages for block in stage[1:]]
     blocks.sort(reverse=True)
     copies = roots + sum(blocks if pipelined or not shape.reshard_after_forward else blocks[:GATHERED_BLOCKS])
-    sizes = [sum(local_numel(w, degrees) for w in group) for stage in stages for group in stage]
+    trains = shape.state.trains
+    sizes = [sum(local_numel(w, degrees) for w in group if trains(w)) for stage in stages for group in stage]
     # The gradients of one group, in the dtype they come in and in fp32 as they are reduced.
     reduced = max(sizes) * (FP32 + compute)
     return copies + reduced + (sum(sizes) * FP32 if pipelined else 0)

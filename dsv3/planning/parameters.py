@@ -1,4 +1,4 @@
-"""Every weight of a model as integers: shape, component, and the dim that tensor parallelism splits.
+"""Every weight of a model by name: shape, component, and the dim that tensor parallelism splits.
 
 Parameter counts, FLOPs, memory and traffic are all computed from this one table. It mirrors the modules of
 dsv3/model; a test holds it to them on the meta device.
@@ -12,7 +12,7 @@ over the hardware's peak is the MFU and not the HFU (training/loop.py computes i
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from dsv3.config.model import ModelConfig
@@ -42,6 +42,8 @@ class Weight:
     component: Component
     shape: tuple[int, ...]
     tensor_dim: int | None = None
+    name: str = field(default="", compare=False)
+    """The parameter's name in the model."""
 
     @property
     def numel(self) -> int:
@@ -56,34 +58,48 @@ class Weight:
 
 def embedding(config: ModelConfig) -> list[Weight]:
     """Return the input embedding, split over the vocabulary."""
-    return [Weight(Component.embedding, (config.vocab_size, config.dim), 0)]
+    return [Weight(Component.embedding, (config.vocab_size, config.dim), 0, "embedding.weight")]
 
 
 def output(config: ModelConfig) -> list[Weight]:
     """Return the last norm and the head, which is split over the vocabulary."""
-    return [_norm(config.dim), Weight(Component.head, (config.vocab_size, config.dim), 0)]
+    head = Weight(Component.head, (config.vocab_size, config.dim), 0, "head.weight")
+    return [_norm(config.dim, "norm"), head]
 
 
-def block(config: ModelConfig, dense: bool) -> list[Weight]:
-    """Return the weights of one layer with its two norms (model/transformer.py, Block)."""
-    feed_forward = _dense_ffn(config) if dense else _moe(config)
-    return [_norm(config.dim), *_attention(config), _norm(config.dim), *feed_forward]
+def block(config: ModelConfig, dense: bool, name: str = "") -> list[Weight]:
+    """Return the weights of the layer `name` with its two norms (model/transformer.py, Block)."""
+    feed_forward = (_dense_ffn if dense else _moe)(config, f"{name}.ffn")
+    norms = (_norm(config.dim, f"{name}.{part}_norm") for part in ("attention", "ffn"))
+    return [next(norms), *_attention(config, f"{name}.attention"), next(norms), *feed_forward]
 
 
 def layers(config: ModelConfig) -> list[list[Weight]]:
     """Return the weights of each layer of the main model, in order."""
-    return [block(config, n < config.num_dense_layers) for n in range(config.num_layers)]
+    return [block(config, n < config.num_dense_layers, layer_name(n)) for n in range(config.num_layers)]
 
 
 def mtp_modules(config: ModelConfig) -> list[list[Weight]]:
     """Return the weights of each MTP depth, without the shared embedding and head."""
-    return [[*mtp_join(config), *block(config, dense=False)] for _ in range(config.mtp_depths)]
+    return [[*mtp_join(config, n), *mtp_block(config, n)] for n in range(config.mtp_depths)]
 
 
-def mtp_join(config: ModelConfig) -> list[Weight]:
-    """Return the weights of an MTP depth around its layer: three norms and the projection."""
-    projection = Weight(Component.mtp_projection, (config.dim, 2 * config.dim))
-    return [projection, *(_norm(config.dim) for _ in range(3))]
+def mtp_join(config: ModelConfig, depth: int = 0) -> list[Weight]:
+    """Return the weights of MTP depth `depth`, from 0, around its layer: three norms and the projection."""
+    shape, name = (config.dim, 2 * config.dim), f"mtp.{depth}"
+    norms = (f"{name}.{part}" for part in ("embedding_norm", "hidden_norm", "norm"))
+    projection = Weight(Component.mtp_projection, shape, None, f"{name}.projection.weight")
+    return [projection, *(_norm(config.dim, norm) for norm in norms)]
+
+
+def mtp_block(config: ModelConfig, depth: int = 0) -> list[Weight]:
+    """Return the weights of the layer of MTP depth `depth`, from 0."""
+    return block(config, dense=False, name=f"mtp.{depth}.block")
+
+
+def layer_name(number: int) -> str:
+    """Return the name of a layer of the main model, from 0."""
+    return f"layers.{number}"
 
 
 def main_model(config: ModelConfig) -> list[Weight]:
@@ -91,41 +107,63 @@ def main_model(config: ModelConfig) -> list[Weight]:
     return [*embedding(config), *(w for layer in layers(config) for w in layer), *output(config)]
 
 
-def _norm(dim: int) -> Weight:
-    return Weight(Component.norms, (dim,))
+def every_weight(config: ModelConfig) -> list[Weight]:
+    """Return the weights of the whole model, MTP depths last."""
+    return [*main_model(config), *(weight for depth in mtp_modules(config) for weight in depth)]
 
 
-def _attention(config: ModelConfig) -> list[Weight]:
+def _norm(dim: int, name: str) -> Weight:
+    return Weight(Component.norms, (dim,), None, f"{name}.weight")
+
+
+def _attention(config: ModelConfig, name: str) -> list[Weight]:
     # tp splits the projections that have heads; those to the small latents are replicated.
-    a, dim, part = config.attention, config.dim, Component.attention
-    queries = [Weight(part, (a.heads * a.qk_head_dim, a.q_lora_rank or dim), 0)]
-    if a.q_lora_rank is not None:
-        queries += [Weight(part, (a.q_lora_rank, dim)), _norm(a.q_lora_rank)]
+    a, dim = config.attention, config.dim
+
+    def projection(part: str, rows: int, columns: int, tensor_dim: int | None = None) -> Weight:
+        return Weight(Component.attention, (rows, columns), tensor_dim, f"{name}.{part}_proj.weight")
+
+    query_rows = a.heads * a.qk_head_dim
+    if a.q_lora_rank is None:
+        queries = [projection("q", query_rows, dim, 0)]
+    else:
+        queries = [projection("q_b", query_rows, a.q_lora_rank, 0), projection("q_a", a.q_lora_rank, dim)]
+        queries.append(_norm(a.q_lora_rank, f"{name}.q_a_norm"))
     return [
         *queries,
-        Weight(part, (a.kv_lora_rank + a.qk_rope_head_dim, dim)),
-        _norm(a.kv_lora_rank),
-        Weight(part, (a.heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank), 0),
-        Weight(part, (dim, a.heads * a.v_head_dim), 1),
+        projection("kv_a", a.kv_lora_rank + a.qk_rope_head_dim, dim),
+        _norm(a.kv_lora_rank, f"{name}.kv_a_norm"),
+        projection("kv_b", a.heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank, 0),
+        projection("o", dim, a.heads * a.v_head_dim, 1),
     ]
 
 
-def _dense_ffn(config: ModelConfig) -> list[Weight]:
-    up = Weight(Component.dense_ffn, (config.dense_hidden_dim, config.dim), 0)
-    return [up, up, Weight(Component.dense_ffn, (config.dim, config.dense_hidden_dim), 1)]
+def _dense_ffn(config: ModelConfig, name: str) -> list[Weight]:
+    return _feed_forward(Component.dense_ffn, config.dim, config.dense_hidden_dim, name, (0, 0, 1))
 
 
-def _moe(config: ModelConfig) -> list[Weight]:
+def _moe(config: ModelConfig, name: str) -> list[Weight]:
     moe, dim = config.moe, config.dim
+    up, down = (moe.num_experts, 2 * moe.hidden_dim, dim), (moe.num_experts, dim, moe.hidden_dim)
     routed = [
-        Weight(Component.router, (moe.num_experts, dim)),
-        Weight(Component.experts, (moe.num_experts, 2 * moe.hidden_dim, dim)),
-        Weight(Component.experts, (moe.num_experts, dim, moe.hidden_dim)),
+        Weight(Component.router, (moe.num_experts, dim), None, f"{name}.router.weight"),
+        Weight(Component.experts, up, None, f"{name}.experts.gate_up_proj"),
+        Weight(Component.experts, down, None, f"{name}.experts.down_proj"),
     ]
     # Under tp the shared experts work on sequence shards and are replicated on every tp rank.
-    hidden = moe.num_shared_experts * moe.hidden_dim
-    up, down = (Weight(Component.shared_experts, shape) for shape in ((hidden, dim), (dim, hidden)))
-    return [*routed, up, up, down] if hidden else routed
+    hidden, whole = moe.num_shared_experts * moe.hidden_dim, (None, None, None)
+    shared = _feed_forward(Component.shared_experts, dim, hidden, f"{name}.shared_experts", whole)
+    return [*routed, *shared] if hidden else routed
+
+
+def _feed_forward(
+    component: Component, dim: int, hidden: int, name: str, tensor_dims: tuple[int | None, ...]
+) -> list[Weight]:
+    parts, shapes = ("gate", "up", "down"), ((hidden, dim), (hidden, dim), (dim, hidden))
+    return [
+        Weight(component, shape, tensor_dim, f"{name}.{part}_proj.weight")
+        for part, shape, tensor_dim in zip(parts, shapes, tensor_dims, strict=True)
+    ]
 
 
 def numel(of: Iterable[Weight]) -> int:

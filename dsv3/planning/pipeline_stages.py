@@ -5,6 +5,7 @@ those of torch.distributed.pipelining.schedules (torch 2.13); tests/planning/tes
 them to it.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -218,6 +219,8 @@ class StageLayers:
     dense: tuple[bool, ...]
     """Per layer of the main model in this stage, true if it is dense and false if it is MoE."""
     mtp_depths: int
+    first_layer: int = 0
+    """Number of the first layer in the main model."""
 
     @property
     def block_kinds(self) -> list[bool]:
@@ -255,6 +258,7 @@ def build_stages(config: ModelConfig, count: int, split: Sequence[int] | None = 
             count,
             tuple(layer < config.num_dense_layers for layer in its_layers),
             config.mtp_depths if number == last else 0,
+            its_layers.start,
         )
         for number, its_layers in enumerate(layers)
     ]
@@ -270,5 +274,7 @@ def stage_weights(config: ModelConfig, stage: StageLayers) -> list[list[Weight]]
         root += parameters.embedding(config)
     if stage.is_last:
         root += parameters.output(config)
-    root += stage.mtp_depths * parameters.mtp_join(config)
-    return [root, *(parameters.block(config, dense) for dense in stage.block_kinds)]
+    root += [weight for depth in range(stage.mtp_depths) for weight in parameters.mtp_join(config, depth)]
+    names = (parameters.layer_name(number) for number in itertools.count(stage.first_layer))
+    blocks = [parameters.block(config, dense, next(names)) for dense in stage.dense]
+    return [root, *blocks, *(parameters.mtp_block(config, depth) for depth in range(stage.mtp_depths))]

@@ -31,8 +31,8 @@ def local_numel(weight: Weight, degrees: ParallelDims) -> int:
     return math.prod(local_shape(weight, degrees))
 
 
-def shard_numel(weight: Weight, degrees: ParallelDims, shard: int = 0) -> int:
-    """Count the elements of `weight` in shard number `shard`.
+def shard_shape(weight: Weight, degrees: ParallelDims, shard: int = 0) -> tuple[int, ...]:
+    """Return the shape of shard number `shard` of `weight`.
 
     FSDP2 splits a dim into equal runs, the last ones shorter. Experts are split by whole experts while there
     are enough of them, else each by its rows.
@@ -41,7 +41,12 @@ def shard_numel(weight: Weight, degrees: ParallelDims, shard: int = 0) -> int:
     dim = 1 if weight.component is Component.experts and shards > local[0] else 0
     run = -(-local[dim] // shards)
     rows = max(0, min(run, local[dim] - shard * run))
-    return math.prod(local) // local[dim] * rows
+    return (*local[:dim], rows, *local[dim + 1 :])
+
+
+def shard_numel(weight: Weight, degrees: ParallelDims, shard: int = 0) -> int:
+    """Count the elements of `weight` in shard number `shard`."""
+    return math.prod(shard_shape(weight, degrees, shard))
 
 
 def shard_count(weight: Weight, degrees: ParallelDims) -> int:

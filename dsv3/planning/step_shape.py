@@ -1,10 +1,13 @@
 """The shape of an optimizer step: what the plan reads from a config besides the model and the degrees."""
 
+import math
 from dataclasses import dataclass, field
 
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import RecomputeMode, SavedOp
 from dsv3.planning.layout import ParallelDims
+from dsv3.planning.parameter_groups import HIDDEN_MATRICES, is_frozen
+from dsv3.planning.parameters import Weight
 from dsv3.planning.pipeline_stages import PipelineShape, StageLayers, build_stages, stages_of_rank
 
 
@@ -12,7 +15,7 @@ from dsv3.planning.pipeline_stages import PipelineShape, StageLayers, build_stag
 class StateBytes:
     """Bytes per parameter: fp32 master weight and gradient, optimizer state, copy in the compute dtype.
 
-    The optimizer's config says what its state takes (config/training.py); the default is AdamW with fp32
+    The optimizer's config says what its state takes (config/optimizer.py); the default is AdamW with fp32
     moments.
     """
 
@@ -22,12 +25,39 @@ class StateBytes:
     compute: int = 4
     unknown_optimizer: str = ""
     """`_target_` of an optimizer whose state is not known; its bytes are then assumed."""
+    hidden: int | None = None
+    """Optimizer state of the matrices of hidden layers, where it is another (Muon)."""
+    factored: bool = False
+    """The state of a matrix is a value per row and one per column, each of `optimizer` bytes (Adafactor)."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained."""
+
+    def trains(self, weight: Weight) -> bool:
+        """Return True where a weight has a gradient and optimizer state."""
+        return not self.frozen or not is_frozen(weight.name, self.frozen)
+
+    def optimizer_bytes(self, weight: Weight, shard: tuple[int, ...]) -> int:
+        """Return the bytes of optimizer state of a shard of `weight` of this shape."""
+        if not self.trains(weight):
+            return 0
+        if self.factored and len(shard) > 1:
+            *stack, rows, columns = shard
+            return math.prod(stack) * (rows + columns) * self.optimizer if math.prod(shard) else 0
+        of_hidden = self.hidden is not None and weight.component in HIDDEN_MATRICES
+        return math.prod(shard) * (self.hidden if of_hidden and self.hidden is not None else self.optimizer)
 
     def to_text(self) -> str:
         """Describe the policy in the words of docs/precision.md."""
-        assumed = f" (assumed for {self.unknown_optimizer})" if self.unknown_optimizer else ""
-        kept = f"master {self.parameter}, gradient {self.gradient}, optimizer {self.optimizer}{assumed}"
-        return f"{kept}, compute copy {self.compute}"
+        optimizer = f"optimizer {self.optimizer}"
+        if self.unknown_optimizer:
+            optimizer += f" (assumed for {self.unknown_optimizer})"
+        elif self.factored:
+            optimizer += " per row and column"
+        elif self.hidden is not None:
+            optimizer = f"optimizer {self.hidden} (hidden matrices) or {self.optimizer}"
+        kept = f"master {self.parameter}, gradient {self.gradient}, {optimizer}"
+        frozen = f"; frozen: {', '.join(self.frozen)}" if self.frozen else ""
+        return f"{kept}, compute copy {self.compute}{frozen}"
 
 
 @dataclass(frozen=True)

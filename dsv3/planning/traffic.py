@@ -74,7 +74,7 @@ def _traffic(
     reductions = 1 if degrees.pp > 1 else micro
     return TrafficBytes(
         dp=sum(_fsdp(config, degrees, shape, stage, gathers[stage.index], reductions) for stage in held),
-        dp_replicate=sum(_all_reduce_replicas(config, degrees, stage, reductions) for stage in held),
+        dp_replicate=sum(_all_reduce_replicas(config, degrees, shape, stage, reductions) for stage in held),
         tp=micro * sum(_tensor_parallel_ends(config, degrees, shape, stage) for stage in held)
         + micro * sum(_tensor_parallel_layer(config, degrees, shape, dense) for dense in layers),
         cp=micro * len(layers) * _context_parallel_layer(config, degrees, shape),
@@ -134,6 +134,7 @@ def _fsdp_weight(
 ) -> int:
     """Count one weight's part of _fsdp; uneven shards are sent at the length of the longest."""
     ranks, held = shard_count(weight, degrees), shard_numel(weight, degrees)
+    reductions *= shape.state.trains(weight)
     if shape.gathers_in_fp8 and is_gathered_in_fp8(weight, degrees):
         gathered = fp8_bytes(local_shape(weight, degrees)) // ranks
     else:
@@ -142,10 +143,11 @@ def _fsdp_weight(
 
 
 def _all_reduce_replicas(
-    config: ModelConfig, degrees: ParallelDims, stage: StageLayers, reductions: int
+    config: ModelConfig, degrees: ParallelDims, shape: StepShape, stage: StageLayers, reductions: int
 ) -> int:
     """Count all-reduces of the shards' gradients over the replicas, in fp32."""
-    held = sum(shard_numel(weight, degrees) for group in stage_weights(config, stage) for weight in group)
+    trained = [w for group in stage_weights(config, stage) for w in group if shape.state.trains(w)]
+    held = sum(shard_numel(weight, degrees) for weight in trained)
     return reductions * 2 * _ring(degrees.dp_replicate, held * FP32)
 
 
@@ -218,4 +220,6 @@ def _embedding_duplicate(config: ModelConfig, degrees: ParallelDims, shape: Step
     if not apart or not config.mtp_depths or rank not in (0, degrees.pp - 1):
         return 0
     (embedding,) = parameters.embedding(config)
+    if not shape.state.trains(embedding):
+        return 0
     return 2 * _ring(2, shard_numel(embedding, degrees) * FP32)

@@ -37,10 +37,10 @@ def update_expert_bias(routers: dict[int, Router], load: Tensor, speed: float) -
     """Move each bias by `speed`: up for an expert below its layer's mean load, down for one above.
 
     b += speed * sign(mean load - load), with the `load` [all MoE layers, experts] of the global batch.
-    Routers without a bias stay as they are.
+    Routers without a bias, and those whose bias is frozen, stay as they are.
     """
     for place, router in routers.items():
-        if router.selection_bias is not None:
+        if router.selection_bias is not None and router.bias_moves:
             router.selection_bias += speed * torch.sign(load[place].mean() - load[place])
 
 

@@ -1,4 +1,4 @@
-"""Build the optimizer, clip gradients, and AdamW with bf16 moments.
+"""Build the optimizer with its parameter groups, clip gradients, and AdamW with bf16 moments.
 
 DeepSeek-V3 stores the two moments of AdamW in bf16 (report, section 3.3.3): BF16MomentAdamW, chosen by
 precision.moments=bf16.
@@ -16,11 +16,14 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from dsv3.checkpoint.state import local_tensor
+from dsv3.config.optimizer import TORCH, MuonConfig, OptimizerConfig, check_moments
 from dsv3.config.precision import MomentType
 from dsv3.config.strict import build
-from dsv3.config.training import OptimizerConfig, check_moments
 from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.torch_private import foreach_add_, foreach_copy_, foreach_mul_, foreach_norm
+from dsv3.model.router import Router
+from dsv3.model.transformer import Transformer
+from dsv3.planning.parameter_groups import ParameterGroup, is_frozen, parameter_groups
 
 CHUNK_ELEMENTS = 2**22
 """Elements per update call. Their fp32 moments take 32 MiB: enough to keep a GPU busy."""
@@ -136,35 +139,62 @@ def _update(chunk: list[RowSlice], group: dict[str, Any]) -> None:
     foreach_copy_([rows.exp_avg_sq for rows in chunk], exp_avg_sqs)
 
 
-def build_optimizer(
-    config: OptimizerConfig, model_parts: Sequence[nn.Module], moments: MomentType = MomentType.fp32
-) -> torch.optim.Optimizer:
-    """Build the configured optimizer for the parameters of `model_parts`; norm weights do not decay.
+SHARDED = {
+    f"{TORCH}Adafactor": "dsv3.training.sharded_optimizers.ShardedAdafactor",
+    f"{TORCH}Rprop": "dsv3.training.sharded_optimizers.ShardedRprop",
+}
+"""What takes the place of PyTorch's class where parameters are sharded."""
 
-    The parameters of a group lie on one device mesh, because one multi-tensor update cannot span several.
-    InvalidValue for `moments` that the optimizer cannot store.
+
+def build_optimizer(
+    config: OptimizerConfig, model_parts: Sequence[Transformer], moments: MomentType = MomentType.fp32
+) -> torch.optim.Optimizer:
+    """Build the configured optimizer for the parameters of `model_parts` that are trained.
+
+    A group of parameters shares the settings of planning/parameter_groups.py and a device mesh, because one
+    multi-tensor update cannot span several. InvalidValue for `moments` that the optimizer cannot store.
     """
     check_moments(config, moments)
+    settings = parameter_groups(config, model_parts[0].config)
+    by_group: dict[tuple[Any, ParameterGroup], list[nn.Parameter]] = {}
+    for name, parameter in (item for part in model_parts for item in part.named_parameters()):
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            by_group.setdefault((mesh, settings[name]), []).append(parameter)
     if moments is MomentType.bf16:
         config = replace(config, _target_="dsv3.training.optimizer.BF16MomentAdamW")
-    by_group: dict[tuple[Any, bool], list[nn.Parameter]] = {}
-    for parameter in (p for part in model_parts for p in part.parameters()):
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        is_matrix = parameter.ndim > 1
-        by_group.setdefault((mesh, is_matrix), []).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": members} if is_matrix else {"params": members, "weight_decay": 0.0}
-        for (_, is_matrix), members in by_group.items()
-    ]
+    elif any(mesh is not None for mesh, _ in by_group):
+        config = replace(config, _target_=SHARDED.get(config._target_, config._target_))
+    groups = []
+    for (_, shared), members in by_group.items():
+        group: dict[str, Any] = {"params": members, "lr_scale": shared.lr_scale}
+        group["lr"] = config.lr * shared.lr_scale
+        if not shared.decays and hasattr(config, "weight_decay"):
+            group["weight_decay"] = 0.0
+        if isinstance(config, MuonConfig):
+            group |= {"hidden": shared.hidden, "fused_matrices": shared.fused}
+        groups.append(group)
+    # A pipeline rank whose layers are all frozen has an optimizer without parameters.
     # `params` goes through a partial: Hydra would try to copy tensors handed to it as config.
-    optimizer: torch.optim.Optimizer = build(config, _partial_=True)(params=groups)
+    optimizer: torch.optim.Optimizer = build(config, _partial_=True)(params=groups or [{"params": []}])
     return optimizer
 
 
+@torch.no_grad()
+def freeze(model: Transformer, patterns: Sequence[str]) -> None:
+    """Take the parameters and expert biases of `model` that match out of training."""
+    for name, parameter in model.named_parameters():
+        if is_frozen(name, patterns):
+            parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            module.bias_moves = not is_frozen(f"{name}.selection_bias", patterns)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times the factor of the group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()
@@ -177,11 +207,15 @@ def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float, ranks: Ran
     trained = [p for part in model_parts for p in part.parameters() if p.grad is not None]
     # A parameter of two pipeline stages (the embedding, which MTP shares) counts on one of them only.
     counted = [p.grad for p in trained if p.grad is not None and not getattr(p, "is_replica", False)]
-    norms = foreach_norm([local_tensor(gradient) for gradient in counted])
-    shares = torch.tensor([1.0 / replicas(gradient) for gradient in counted], device=ranks.device)
-    norm = ranks.sum((torch.stack(norms).square() * shares).sum()).sqrt()
+    squares = torch.zeros((), device=ranks.device)
+    if counted:  # a pipeline rank whose layers are all frozen has none
+        norms = foreach_norm([local_tensor(gradient) for gradient in counted])
+        shares = torch.tensor([1.0 / replicas(gradient) for gradient in counted], device=ranks.device)
+        squares = (torch.stack(norms).square() * shares).sum()
+    norm = ranks.sum(squares).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    foreach_mul_([local_tensor(p.grad) for p in trained if p.grad is not None], scale)
+    if trained:
+        foreach_mul_([local_tensor(p.grad) for p in trained if p.grad is not None], scale)
     return norm
 
 

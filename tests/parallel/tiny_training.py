@@ -20,7 +20,7 @@ from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.layout import ParallelDims
 from dsv3.training.evaluation import evaluate
-from dsv3.training.optimizer import BF16MomentAdamW
+from dsv3.training.optimizer import BF16MomentAdamW, build_optimizer
 from dsv3.training.schedule import StepHyperparameters
 from dsv3.training.step import StepMetrics, TrainStep, routers_by_place
 from tests.harness.composing import compose
@@ -36,7 +36,7 @@ TINY = [
     f"train.global_batch_size={GLOBAL_BATCH}",
     "data.document_mask=true",
 ]
-RATES = {"sgd": 0.35, "adamw": 1e-3, "bf16 moments": 1e-3}
+RATES = {"sgd": 0.35, "adamw": 1e-3, "bf16 moments": 1e-3, "configured": 1e-2}
 HYPERPARAMETERS = StepHyperparameters(
     lr=0.0, mtp_weight=1.0, balance_weight=0.01, bias_speed=0.01, z_loss_weight=1e-3
 )
@@ -84,7 +84,7 @@ def train(
 def configured(overrides: list[str], microbatch: int) -> Config:
     """Compose the tiny model's config. It takes half a second, so do it once for all ranks."""
     config: Config = strict(compose([*TINY, f"train.microbatch_size={microbatch}", *overrides]))
-    return config
+    return replace(config, precision=config.precision.on("cpu"))
 
 
 def train_config(
@@ -125,6 +125,8 @@ def prepared(
             router.selection_bias.copy_(0.05 * torch.randn(router.selection_bias.shape, generator=generator))
     if config.checkpoint.load:
         load_weights(model.model_parts, find_checkpoint(config.checkpoint.load))
+    if optimizer == "configured":
+        return model, build_optimizer(config.optimizer, model.model_parts), ranks
     parameters = [p for part in model.model_parts for p in part.parameters()]
     return model, _optimizer(optimizer, parameters), ranks
 

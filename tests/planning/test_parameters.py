@@ -45,11 +45,8 @@ def test_671b_with_its_mtp_depth() -> None:
 def test_every_weight_of_the_model_is_in_the_table_and_no_other(name: str) -> None:
     config = preset(name)
     model = on_meta(config)
-    table = [
-        *parameters.main_model(config),
-        *(w for module in parameters.mtp_modules(config) for w in module),
-    ]
-    assert sorted(w.shape for w in table) == sorted(tuple(p.shape) for p in model.parameters())
+    table = {weight.name: weight.shape for weight in parameters.every_weight(config)}
+    assert table == {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert parameters.total(config) == count(config).total == parameter_count(model)
 
 

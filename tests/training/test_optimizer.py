@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dsv3.config.training import AdamWConfig
-from dsv3.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from dsv3.config.optimizer import AdamWConfig
+from dsv3.training.expert_bias import update_expert_bias
+from dsv3.training.optimizer import build_optimizer, clip_gradients, freeze, set_learning_rate
 from tests.harness.trained import ALONE
 from tests.reference import tiny_model, tokens
 
@@ -62,3 +63,55 @@ def test_parameters_without_a_gradient_do_not_disturb_the_clipping() -> None:
     model.head.weight.grad = torch.zeros(48, 32)
     assert clip_gradients([model], 1.0, ALONE).item() == pytest.approx(128**0.5)
     assert model.norm.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_factor_of_the_learning_rate_stays_when_the_schedule_sets_it() -> None:
+    model = tiny_model()
+    config = AdamWConfig(lr=0.5, lr_scale={"embedding.*": 0.1, "*": 0.5}, no_decay=["embedding.*"])
+    optimizer = build_optimizer(config, [model])
+    rates = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert rates[id(model.embedding.weight)]["lr"] == pytest.approx(0.025)
+    set_learning_rate(optimizer, 2.0)
+    embedding, norm = rates[id(model.embedding.weight)], rates[id(model.norm.weight)]
+    assert (embedding["lr"], embedding["weight_decay"]) == (pytest.approx(0.1), 0.0)
+    assert (norm["lr"], norm["weight_decay"]) == (1.0, 0.1)
+
+
+def test_what_is_frozen_has_no_gradient_and_its_expert_bias_stays() -> None:
+    model = tiny_model()
+    freeze(model, ["layers.1.ffn.router.weight", "embedding.*"])
+    output = model(tokens(2, 9))
+    (output.logits.square().sum() + output.mtp_logits[0].square().sum()).backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {"layers.1.ffn.router.weight", "embedding.weight"}
+    optimizer = build_optimizer(AdamWConfig(), [model])
+    assert len({id(p) for group in optimizer.param_groups for p in group["params"]}) == (
+        len(list(model.parameters())) - 2
+    )
+    clip_gradients([model], 1.0, ALONE)
+    optimizer.step()
+    moves = {
+        name: router.bias_moves for name, router in zip(model.moe_layers(), model.routers(), strict=True)
+    }
+    assert [name for name, moving in moves.items() if not moving] == ["layers.1"]
+    routers = dict(enumerate(model.routers()))
+    before = [
+        router.selection_bias.clone() for router in routers.values() if router.selection_bias is not None
+    ]
+    load = torch.arange(float(len(routers) * model.config.moe.num_experts)).view(len(routers), -1)
+    update_expert_bias(routers, load, 0.5)
+    changed = [
+        not torch.equal(router.selection_bias, old)
+        for router, old in zip(routers.values(), before, strict=True)
+        if router.selection_bias is not None
+    ]
+    assert changed == list(moves.values())
+
+
+def test_a_rank_whose_layers_are_all_frozen_clips_and_steps_nothing() -> None:
+    model = tiny_model()
+    freeze(model, ["*"])
+    optimizer = build_optimizer(AdamWConfig(frozen=["*"]), [model])
+    assert clip_gradients([model], 1.0, ALONE) == 0.0
+    optimizer.step()
+    assert not optimizer.state

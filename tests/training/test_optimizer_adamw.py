@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw as functional
 
 from dsv3.checkpoint.state import make_optimizer_state
+from dsv3.config.optimizer import SLOWEST_BF16_BETA, AdamWConfig, OptimizerConfig
 from dsv3.config.precision import MomentType
-from dsv3.config.training import SLOWEST_BF16_BETA, AdamWConfig, OptimizerConfig
 from dsv3.errors import InvalidValue
 from dsv3.training import optimizer as optimizer_module
 from dsv3.training.optimizer import MOMENTS, BF16MomentAdamW, build_optimizer

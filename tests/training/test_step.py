@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dsv3.config.model import ModelConfig
+from dsv3.config.optimizer import AdamWConfig
 from dsv3.config.precision import FP8Engine, Granularity
-from dsv3.config.training import AdamWConfig, TrainConfig
+from dsv3.config.training import BIAS_SPEED, BalanceConfig, TrainConfig
 from dsv3.data.batch import Batch
 from dsv3.fp8.convert_model import BlockFP8
 from dsv3.metrics.recorder import FIRST_NONFINITE_ROUTER
@@ -203,10 +204,11 @@ def test_figures_are_those_of_the_metrics_row_that_the_model_has(
 
 def test_weights_switch_where_the_report_says() -> None:
     # A step is 0.1T tokens of 14.8T.
-    weights = {step: StepHyperparameters.at(step, 148, 0.5, TrainConfig()) for step in range(1, 149)}
+    train = TrainConfig(balance=BalanceConfig(bias_speed=BIAS_SPEED))
+    weights = {step: StepHyperparameters.at(step, 148, 0.5, train) for step in range(1, 149)}
     assert {step for step, w in weights.items() if w.mtp_weight == 0.3} == set(range(1, 101))
     assert {step for step, w in weights.items() if w.mtp_weight == 0.1} == set(range(101, 149))
-    assert {step for step, w in weights.items() if w.bias_speed == 0.001} == set(range(1, 144))
+    assert {step for step, w in weights.items() if w.bias_speed == BIAS_SPEED == 0.001} == set(range(1, 144))
     assert {step for step, w in weights.items() if w.bias_speed == 0.0} == set(range(144, 149))
     assert {(w.lr, w.balance_weight) for w in weights.values()} == {(0.5, 0.0001)}
 
