@@ -2,7 +2,7 @@
 
 import sys
 
-from dsv3.programs import convert
+from dsv3.start import convert
 
 if __name__ == "__main__":
     sys.exit(convert())

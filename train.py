@@ -2,7 +2,7 @@
 
 import sys
 
-from dsv3.programs import train
+from dsv3.start import train
 
 if __name__ == "__main__":
     sys.exit(train())

@@ -1,29 +1,34 @@
-"""The arguments before Hydra parses them: quoting, resume=DIR, and the defaults of this machine."""
+"""The arguments before Hydra parses them: quoting, and resume=DIR."""
 
 import importlib
-import itertools
-import re
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-import yaml
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dsv3.config.overrides import is_multirun, override_key, quote, quote_texts, split_override, typed_text
-from dsv3.config.registry import SCHEMAS, config_groups
-from dsv3.config.upgrade import upgrade_override
+from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.cli.chosen_targets import choose_by_target
+from dsv3.cli.hydra_node import refuse_hydra_overrides
+from dsv3.config.overrides import (
+    is_multirun,
+    override_key,
+    quote,
+    quote_texts,
+    split_override,
+    typed_text,
+    typed_texts,
+)
+from dsv3.config.registry import SCHEMAS, register_stored
 from dsv3.errors import UserError
 from dsv3.launch.job import under_launcher
-
-_KEPT = (("schedule", "total_steps"), ("schedule", "warmup_steps"), ("optimizer", "lr"), ("train", "steps"))
+from dsv3.launch.resume import ResumedRun
+from dsv3.launch.trained_on import carried_values, training_record
+from dsv3.metrics.progress import phase
 
 
 def prepare(argv: Sequence[str]) -> list[str]:
-    """Return the arguments for Hydra: resume expanded, text quoted, defaults of this machine added."""
+    """Return the arguments for Hydra: resume expanded, text quoted."""
     multirun = is_multirun(argv)
     if multirun and under_launcher():
         raise UserError(
@@ -31,26 +36,30 @@ def prepare(argv: Sequence[str]) -> list[str]:
         )
     if "run.resume" in map(override_key, argv):
         raise UserError("run.resume cannot be set directly: resume=RUN_DIR continues a run")
+    refuse_hydra_overrides(argv, "train")
     arguments = _expand_resume(argv, multirun)
-    if "hydra.sweep.dir" in map(override_key, argv):
-        raise UserError("hydra.sweep.dir cannot be set directly: run.dir=DIR says where a sweep's jobs go")
-    arguments = quote_texts(arguments)
+    if not multirun:
+        arguments = _begin_with_checkpoint(arguments)
+    arguments = quote_texts(choose_by_target(arguments))
     if multirun:
         _refuse_several_directories(arguments)
-    return arguments + _machine_defaults(arguments) + _sweep_defaults(arguments)
+    return arguments
+
+
+def prepare_convert(argv: Sequence[str]) -> list[str]:
+    """Return the arguments of convert.py for Hydra, with texts quoted."""
+    refuse_hydra_overrides(argv, "convert")
+    return quote_texts(argv)
 
 
 def import_user_modules(argv: Sequence[str]) -> list[str]:
     """Import the modules of `run.allow_targets`, whose schemas may be choices, and return their names."""
-    typed = [pair for argument in argv if (pair := split_override(argument))]
-    lists = [value for key, value in typed if key == "run.allow_targets"]
-    modules = [
-        name.strip(" '\"") for value in lists for name in value.strip("[] ").split(",") if name.strip()
-    ]
-    for module in modules:
-        told = f"run.allow_targets={lists[-1]}"
+    lists = [argument for argument in argv if override_key(argument) == "run.allow_targets"]
+    named = {module: told for told in lists for module in typed_texts(told)}
+    for module, told in named.items():
         try:
-            importlib.import_module(module)
+            with phase(f"importing {module}"):
+                importlib.import_module(module)
         except UserError:
             raise
         except ModuleNotFoundError as error:
@@ -61,43 +70,11 @@ def import_user_modules(argv: Sequence[str]) -> list[str]:
             raise UserError(f"{told}: {module} imports {error.name!r}, which is not there") from None
         except Exception as error:
             raise UserError(f"{told}: {module} cannot be imported: {type(error).__name__}: {error}") from None
-    return modules
-
-
-def user_config_dir(argv: Sequence[str]) -> Path | None:
-    """Return the folder of --config-dir; UserError where a file has the name of a choice of dsv3."""
-    typed = get_args_parser().parse_known_args(list(argv))[0].config_dir
-    if not typed:
-        return None
-    folder = Path(typed).absolute()
-    for group, choices in config_groups().items():
-        for choice in choices:
-            if (folder / group / f"{choice}.yaml").is_file():
-                raise UserError(
-                    f"{folder / group / choice}.yaml: {group}={choice} is dsv3's own; rename the file"
-                )
-    return folder
-
-
-def flags_first(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with flags before overrides, as Hydra wants; UserError for an unknown flag."""
-    completed = []
-    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        # --info may leave its value out, and would take the next override for it.
-        bare = argument == "--info" and (not following or "=" in following or following.startswith("-"))
-        completed.append("--info=all" if bare else argument)
-    parser = get_args_parser()
-    parser.error = _refuse_flag  # type: ignore[method-assign]  # it would print a usage of Hydra's and exit
-    overrides = parser.parse_intermixed_args(completed).overrides
-    return [*(argument for argument in completed if argument not in overrides), *overrides]
-
-
-def _refuse_flag(message: str) -> NoReturn:
-    raise UserError(f"{message} (--help lists what there is)")
+    return list(named)
 
 
 def _expand_resume(argv: Sequence[str], multirun: bool) -> list[str]:
-    """Replace `resume=DIR` by the run's stored overrides, followed by the new ones."""
+    """Replace `resume=DIR` by a root whose defaults are the run's values, for what is typed to act over."""
     resumes = [argument for argument in argv if argument.startswith("resume=")]
     if not resumes:
         return list(argv)
@@ -110,12 +87,30 @@ def _expand_resume(argv: Sequence[str], multirun: bool) -> list[str]:
         raise UserError(
             "resume= continues from the run's own checkpoint, checkpoint.load= starts a new run: give one"
         )
-    merged = {override_key(a): a for a in [*_stored_overrides(directory), *typed]}
-    for key, value in _stored_values(directory).items():
-        merged.setdefault(key, f"{key}={value}")
-    merged["run.dir"] = f"run.dir={quote(str(directory))}"
-    merged["run.resume"] = "run.resume=true"
-    return list(merged.values())
+    root = register_stored("config", ResumedRun.read(directory).defaults(typed, _allowed_modules(typed)))
+    return [*typed, f"run.dir={quote(str(directory))}", "run.resume=true", f"--config-name={root}"]
+
+
+def _begin_with_checkpoint(argv: Sequence[str]) -> list[str]:
+    """Add the root of checkpoint.load's values where a key may be set that only its data or tokenizer has.
+
+    Hydra would look for data.path in the default choice, before anything has read the checkpoint.
+    """
+    typed = dict(pair for pair in map(split_override, argv) if pair)
+    nodes = {key.partition(".")[0] for key in typed if "." in key or key == "experiments"}
+    load = next((argument for argument in argv if override_key(argument) == "checkpoint.load"), None)
+    if load is None or typed["checkpoint.load"] == "null" or not nodes & {"data", "tokenizer", "experiments"}:
+        return list(argv)
+    task = SCHEMAS.get(f"task/{typed.get('task', 'train')}")
+    if task is None:
+        return list(argv)  # Hydra refuses it
+    checkpoint = find_checkpoint(typed_text(load))
+    stored = carried_values(checkpoint, training_record(checkpoint), task, _allowed_modules(argv))
+    return [*argv, f"--config-name={register_stored('config', stored)}"]
+
+
+def _allowed_modules(argv: Sequence[str]) -> list[str]:
+    return [module for a in argv if override_key(a) == "run.allow_targets" for module in typed_texts(a)]
 
 
 def _refuse_beside_resume(directory: Path, typed: Sequence[str]) -> None:
@@ -139,61 +134,3 @@ def _refuse_several_directories(arguments: Sequence[str]) -> None:
                     f"{argument}: a sweep has one directory, in which its jobs are numbered; "
                     "a comma in its name needs quotes, \"run.dir='a,b'\""
                 )
-
-
-def _stored_overrides(directory: Path) -> list[str]:
-    """Return the overrides a run was started with, without those that count only when typed.
-
-    The file is data: an override of Hydra's own node (callbacks, launchers) or a flag (--config-dir) could
-    run anything, so it is refused, and `run.allow_targets` is dropped. Names of older code become today's.
-    """
-    if not (directory / "config.yaml").is_file():
-        raise UserError(f"resume={directory} holds no run: there is no config.yaml in it")
-    try:
-        stored = yaml.safe_load((directory / "overrides.yaml").read_text())
-        pairs = [(split_override(argument), argument) for argument in stored or []]
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        raise UserError(f"resume={directory}: overrides.yaml cannot be read ({error})") from None
-    for pair, argument in pairs:
-        if pair is None or "hydra" in re.split(r"[./@]", pair[0]):
-            raise UserError(
-                f"resume={directory}: overrides.yaml holds {argument!r}, which a run never stores"
-            )
-    # Nothing of `run` is kept, however it was written: the user types where to resume and what to trust.
-    return [
-        upgrade_override(argument)
-        for pair, argument in pairs
-        if pair and pair[0] != "train.stop_after" and pair[0].split(".")[0] != "run"
-    ]
-
-
-def _stored_values(directory: Path) -> dict[str, Any]:
-    """Return the values that a run keeps from its config.yaml unless they are typed anew.
-
-    These are the schedule's end, and what a model's recipe may set: a recipe may have come, or have changed,
-    since the run began.
-    """
-    try:
-        stored = yaml.safe_load((directory / "config.yaml").read_text())
-        values = {f"{node}.{key}": stored[node][key] for node, key in _KEPT}
-        return {key: float(value) if key == "optimizer.lr" else int(value) for key, value in values.items()}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"resume={directory}: config.yaml has no schedule.total_steps; is it a run directory?"
-        ) from None
-
-
-def _machine_defaults(arguments: Sequence[str]) -> list[str]:
-    """Return the default of bf16 where there is a GPU; the user's choice of precision wins."""
-    chosen = {override_key(argument) for argument in arguments}
-    if "precision" in chosen or "experiments" in chosen or shutil.which("nvidia-smi") is None:
-        return []
-    return ["precision=bf16"]
-
-
-def _sweep_defaults(arguments: Sequence[str]) -> list[str]:
-    """Return the default that lets an optuna study survive failed jobs; the plugin would allow none."""
-    pairs = dict(pair for pair in map(split_override, arguments) if pair)
-    if pairs.get("hydra/sweeper") != "optuna" or "hydra.sweeper.max_failure_rate" in pairs:
-        return []
-    return ["hydra.sweeper.max_failure_rate=1.0"]

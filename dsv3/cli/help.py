@@ -1,18 +1,20 @@
 """The text of --help, made from conf/ and from the descriptions in the schemas."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 
-from dsv3.cli.arguments import user_config_dir
+from dsv3.cli.flags import user_config_dir
+from dsv3.config.convert import ConvertConfig
 from dsv3.config.keys import descriptions, schema_keys, summary, value_text
 from dsv3.config.overrides import compose, quote_texts, split_override
-from dsv3.config.registry import CONF, config_groups
+from dsv3.config.registry import CONF, config_groups, default_choices
 from dsv3.config.root import EXPERIMENTS, Config
+from dsv3.errors import UserError, did_you_mean
 
 _TRY = """\
 Try:
@@ -73,19 +75,17 @@ def train_help(program: str, argv: Sequence[str] = ()) -> str:
     """
     own = user_config_dir(argv)
     groups = config_groups(*([own] if own and own.is_dir() else []))
+    told = {**descriptions(Config), "experiments": EXPERIMENTS}
+    _refuse_unknown(argv, [*told, *groups, "resume", "hydra"])
     chosen = {pair[0]: pair[1] for pair in map(split_override, argv) if pair and pair[0] in groups}
     if chosen:
         return _choice_help(chosen, argv, own)
-    root = yaml.safe_load((CONF / "config.yaml").read_text())
-    defaults = {
-        key: value for entry in root["defaults"] if isinstance(entry, dict) for key, value in entry.items()
-    }
+    defaults = default_choices()
     lines = [
         f"usage: {program} [-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",
         "",
         "Trains models of the DeepSeek-V3 family. Groups and their choices (* is the default):",
     ]
-    told = {**descriptions(Config), "experiments": EXPERIMENTS}
     for group, choices in groups.items():
         marked = [f"{choice}*" if choice == defaults.get(group) else choice for choice in choices]
         lines += [
@@ -97,9 +97,21 @@ def train_help(program: str, argv: Sequence[str] = ()) -> str:
     return "\n".join([*lines, "", _TRY.format(program=program), "Every key: docs/configuration.md"])
 
 
+def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:
+    """Raise UserError for a typed key that is of no group and of no node, of which no help could tell."""
+    known = list(dict.fromkeys(known))
+    for key, _ in filter(None, map(split_override, argv)):
+        first = re.split(r"[./@]", key)[0]
+        if first not in known:
+            raise UserError(f"there is no '{first}'.{did_you_mean(first, known)} Known: {', '.join(known)}")
+
+
 def _choice_help(chosen: dict[str, str], argv: Sequence[str], own: Path | None) -> str:
     """Return what each choice is, and its keys with the values that it gives them."""
-    composed = compose([argument for argument in quote_texts(argv) if split_override(argument)], own)
+    composed = compose(
+        [argument for argument in quote_texts(argv) if split_override(argument)],
+        [] if own is None else [f"file://{own}"],
+    )
     folders = [CONF, *([own] if own else [])]
     lines = []
     for group, choice in chosen.items():
@@ -144,5 +156,6 @@ def _values(node: Any, path: str) -> dict[str, str]:
 
 def convert_help(program: str, argv: Sequence[str] = ()) -> str:
     """Return the text of convert.py --help."""
+    _refuse_unknown(argv, [*descriptions(ConvertConfig), "hydra"])
     models = " ".join(choice for choice in config_groups()["model"] if choice != "hf")
     return _CONVERT.format(program=program, models=models)

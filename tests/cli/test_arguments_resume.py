@@ -82,6 +82,7 @@ def test_a_run_begun_from_a_checkpoint_that_is_gone_keeps_its_model(
 ) -> None:
     """The model came from the checkpoint then: no override names it."""
     directory = stored.store("model.dim=64")
+    stored.change(checkpoint__load="/gone")
     (directory / OVERRIDES_FILE).write_text(yaml.safe_dump(["checkpoint.load=/gone"]))
     config = planned.run(f"resume={directory}").job.config
     assert config.model.dim == 64

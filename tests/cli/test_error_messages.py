@@ -24,7 +24,7 @@ MISTAKES: dict[str, list[str]] = {
     "+foo=1": ["unknown key 'foo'", "train"],
     "++foo.bar=1": ["unknown key 'foo'"],
     "+model=16b": ["+model=16b", "without the +"],
-    "hydra/launcher=jobib": ["hydra/launcher=jobib", "'joblib'"],
+    "hydra/launcher=jobib -m": ["hydra/launcher=jobib", "'joblib'"],
     "hydra/sweeper=optun -m": ["hydra/sweeper=optun", "'optuna'"],
     "hydra.foo=1": ["hydra.foo", "sweep"],
     "experiments=nope": ["experiments=nope", "learning_rate"],
@@ -33,19 +33,43 @@ MISTAKES: dict[str, list[str]] = {
     "precision.fp8={gather:true}": ["precision.fp8={gather:true}", "null here; precision=fp8 has it"],
     "precision.fp8={}": ["precision.fp8={}", "sets nothing", "precision.fp8.KEY=VALUE"],
     "parallel=fsdp launch.nproc=2 parallel.fsdp.foo=1": ["unknown key 'parallel.fsdp.foo'"],
+    "~foo": ["~foo", "'foo' to remove"],
+    "model@train=debug": ["model@train=debug", "without the @train"],
+    # Flags of Hydra's, of which some would do nothing or replace the root.
     "--foo": ["--foo", "--help"],
+    "--cfg": ["--cfg", "expected one argument"],
+    "--cfg foo": ["'foo'", "'job'"],
+    "--info=foo": ["--info", "'foo'", "'searchpath'"],
+    "--config-dir": ["--config-dir", "expected one argument"],
+    "--config-dir=/nope": ["--config-dir=/nope", "no directory"],
+    "--config-name=foo": ["--config-name", "experiments=NAME"],
+    "--config-name=convert": ["--config-name", "experiments=NAME"],
+    "--config-path=/x": ["--config-path", "--config-dir=DIR"],
+    "--experimental-rerun=/x": ["--experimental-rerun", "resume=RUN_DIR"],
+    "--package train": ["--package", "--cfg job --package train"],
+    "--resolve": ["--resolve", "--cfg job --resolve"],
+    "-m --cfg job": ["-m and --cfg", "give one"],
+    "-m --info": ["-m and --info", "give one"],
+    "-mr": ["-m or --multirun"],
+    "--multi train.steps=1,2": ["--multi"],
+    "-sc": ["-sc", "install=SHELL", "bash, fish, zsh"],
+    "-sc query=bash": ["-sc", "install=SHELL"],
+    "-m train.steps=interval(1,3)": ["interval(...)", "hydra/sweeper=optuna"],
     # Values of the wrong type.
-    "train.steps=abc": ["train.steps=abc", "Integer"],
-    "train.steps=1.5": ["train.steps=1.5", "Integer"],
-    "train.steps=[1,2]": ["train.steps=[1,2]", "Integer"],
-    "train.steps=null": ["train.steps=null", "not Optional"],
-    "model.norm_eps=small": ["model.norm_eps=small", "Float"],
-    "train=3": ["train=3", "TrainConfig"],
+    "train.steps=abc": ["train.steps=abc", "whole number"],
+    "train.steps=1.5": ["train.steps=1.5", "whole number"],
+    "train.steps=1.5e0": ["train.steps=1.5e0", "whole number"],
+    "train.steps=1e99": ["train.steps=1e99", "whole number"],
+    "train.steps=[1,2]": ["train.steps=[1,2]", "whole number"],
+    "train.steps=null": ["train.steps=null", "must have a value"],
+    "model.norm_eps=small": ["model.norm_eps=small", "must be a number"],
+    "train=3": ["train=3", "train.KEY=VALUE"],
     "optimizer.betas=0.9": ["optimizer.betas=0.9", "list"],
     "model.rope.scaling=yran": ["model.rope.scaling=yran", "[none, yarn]", "Did you mean 'yarn'"],
     "precision.compute=bf61": ["precision.compute=bf61", "'bf16'"],
     # What Hydra cannot read.
     "train.steps=[1,2": ["'train.steps=[1,2'", "Quote"],
+    f"train.steps={'[' * 3000}": ["train.steps=", " ... ", "Quote"],
     "train.steps='3": ["train.steps='3", "quote"],
     "=3": ["=3", "key"],
     "foo": ["'foo'", "KEY=VALUE"],
@@ -90,7 +114,10 @@ MISTAKES: dict[str, list[str]] = {
     "checkpoint.load=/nope": ["checkpoint.load=/nope", "does not exist"],
     "checkpoint.load=hf:/some/model": ["checkpoint.load=hf:/some/model", "no config.json"],
     "checkpoint.load=.": ["checkpoint.load=.", "neither a run nor a checkpoint"],
+    "data=text data.path=${oc.env:DSV3_NOWHERE}/x": ["data.path=", "variable DSV3_NOWHERE is not set"],
     "run.dir=/etc/passwd": ["run.dir=/etc/passwd", "is a file"],
+    "run.dir=/etc/passwd/x": ["run.dir=/etc/passwd/x", "/etc/passwd is no directory"],
+    "-m run.dir=/etc/passwd/x train.steps=1,2": ["run.dir=/etc/passwd/x cannot be made"],
     "task=compare": ["task.runs=null", "task.runs=multirun/ID"],
     "task=compare task.runs=x task.output=a.pdf": ["task.output=a.pdf", ".png"],
     "resume=/nope": ["resume=/nope", "config.yaml"],
@@ -145,6 +172,101 @@ def test_a_mistake_is_told_in_two_lines_and_nothing_is_written(planned: PlannedC
         assert words in outcome.err
     assert not outcome.jobs
     assert not list(Path.cwd().iterdir())
+
+
+REMEDIES: dict[str, tuple[str, str]] = {
+    # What the message of a mistake names, and the command that it leads to.
+    "modle=debug": ("'model'", "model=debug"),
+    "model=debgu": ("'debug'", "model=debug"),
+    "model=16": ("'16b'", "task=plan model=16b"),
+    "trian.steps=3": ("'train'", "train.steps=3"),
+    "++model.moe.topk=2": ("'top_k'", "++model.moe.top_k=2"),
+    "+model=16b": ("without the +: model=16b", "task=plan model=16b"),
+    "model@train=debug": ("without the @train: model=debug", "model=debug"),
+    "experiments=nope": ("learning_rate", "experiments=learning_rate task=plan"),
+    "parallel.fsdp.foo=1": ("parallel=fsdp", "parallel=fsdp launch.nproc=2 parallel.fsdp.prefetch=false"),
+    "precision.fp8={gather:true}": ("precision=fp8 has it", "precision=fp8 precision.fp8={gather:true}"),
+    "precision.fp8={}": ("precision.fp8.KEY=VALUE", "precision=fp8 precision.fp8.gather=true"),
+    "--foo": ("--help", "--help"),
+    "--cfg foo": ("'job'", "--cfg job"),
+    "--info=foo": ("'searchpath'", "--info=searchpath"),
+    "--config-name=foo": ("experiments=NAME", "experiments=learning_rate task=plan"),
+    "--config-path=/x": ("--config-dir=DIR", "--config-dir=."),
+    "--package train": ("--cfg job --package train", "--cfg job --package train"),
+    "--resolve": ("--cfg job --resolve", "--cfg job --resolve"),
+    "-sc": ("-sc install=bash", "-sc install=bash"),
+    "-sc query=bash": ("-sc install=bash", "-sc install=bash"),
+    "train=3": ("train.KEY=VALUE", "train.steps=3"),
+    "optimizer.betas=0.9": ("[A,B]", "optimizer.betas=[0.9,0.95]"),
+    "model.rope.scaling=yran": ("'yarn'", "model.rope.scaling=yarn"),
+    "precision.compute=bf61": ("'bf16'", "precision.compute=bf16"),
+    "train.steps=1,2": ("-m sweeps", "-m task=plan train.steps=1,2"),
+    "~model": ("model=CHOICE", "model=debug"),
+    "~model.dim": ("model.dim=...", "model.dim=64"),
+    "model.moe.num_groups=3": ("1, 2, 4, 8, 16", "model.moe.num_groups=4"),
+    "optimizer.betas=[0.9,2]": ("[0.9,0.95]", "optimizer.betas=[0.9,0.95]"),
+    "precision.moments=bf16 optimizer.betas=[0.9,0.999]": (
+        "at most 0.99609375",
+        "precision.moments=bf16 optimizer.betas=[0.9,0.99609375]",
+    ),
+    "schedule=steps schedule.at=[0.9,0.8]": ("[0.8,0.9]", "schedule=steps schedule.at=[0.8,0.9]"),
+    "data=text": ("data.path=FILE_OR_FOLDER", "data=text data.path=."),
+    "task=compare": ("task.runs=multirun/ID", "task=compare task.runs=multirun/ID"),
+    "task=compare task.runs=x task.output=a.pdf": (".png", "task=compare task.runs=x task.output=a.png"),
+    "-m run.dir=/a,/b": ("\"run.dir='a,b'\"", "-m run.dir='a,b' task=plan train.steps=1,2"),
+    "launch.nnodes=2 launch.nproc=1 parallel=fsdp": (
+        "launch.rendezvous=HOST:PORT",
+        "launch.nnodes=2 launch.nproc=1 parallel=fsdp launch.rendezvous=[::1]:29500 launch.node_rank=1",
+    ),
+    "launch.rendezvous=node0": ("HOST:PORT", "launch.rendezvous=node0:29500"),
+    "launch=slrum": ("'slurm'", "launch=slurm"),
+    "launch.world_size=2": ("task=plan", "launch.world_size=2 task=plan parallel=fsdp"),
+    "launch.nproc=2": ("dp_shard=2 works", "launch.nproc=2 parallel.degrees.dp_shard=2 parallel=fsdp"),
+    "parallel.degrees.dp_shard=2": ("parallel=fsdp", "parallel.degrees.dp_shard=2 parallel=fsdp"),
+    "parallel=fsdp launch.nproc=2 parallel.degrees.tp=3": (
+        "nearest worlds (launch.nproc x launch.nnodes) that work: 3",
+        "task=plan parallel=fsdp launch.nproc=3 parallel.degrees.tp=1 train.global_batch_size=6",
+    ),
+    "parallel=fsdp launch.nproc=8 parallel.degrees.tp=8": (
+        "nearest that work: 4",
+        "parallel=fsdp launch.nproc=8 parallel.degrees.tp=4",
+    ),
+    "parallel=fsdp launch.nproc=2 parallel.degrees.ep=3": (
+        "nearest that work: 2",
+        "parallel=fsdp launch.nproc=2 parallel.degrees.ep=2",
+    ),
+    "parallel=fsdp launch.nproc=8 parallel.degrees.pp=8": (
+        "at most 4",
+        "parallel=fsdp launch.nproc=8 parallel.degrees.pp=4",
+    ),
+    "parallel=fsdp launch.nproc=3": ("6, 12", "parallel=fsdp launch.nproc=3 train.global_batch_size=6"),
+    "parallel.degrees.tp=2": ("parallel=tp_ep", "parallel=tp_ep parallel.degrees.tp=2"),
+    "parallel=pp parallel.pipeline=null": ("parallel=pp", "parallel=pp"),
+    "parallel=tp_ep parallel.degrees.tp=two": ("auto", "parallel=tp_ep parallel.degrees.tp=auto"),
+    "parallel=pp parallel.pipeline.split=[4]": ("1 to 3", "parallel=pp parallel.pipeline.split=[3]"),
+    "parallel=pp parallel.pipeline.stages_per_rank=2": (
+        "Interleaved1F1B takes more",
+        "parallel=pp parallel.schedule=Interleaved1F1B parallel.pipeline.stages_per_rank=2",
+    ),
+    "parallel=pp train.global_batch_size=1": (
+        "train.global_batch_size=2",
+        "parallel=pp train.global_batch_size=2",
+    ),
+    "parallel=pp parallel.schedule=DualPipeV parallel.reshard_after_forward=true": (
+        "leave it out",
+        "parallel=pp parallel.schedule=DualPipeV",
+    ),
+    "parallel=cp train.sequence_length=254": ("252, 256", "parallel=cp train.sequence_length=252"),
+}
+
+
+@pytest.mark.parametrize("mistake", REMEDIES)
+def test_the_remedy_that_a_message_names_works(planned: PlannedCommand, mistake: str) -> None:
+    named, command = REMEDIES[mistake]
+    assert named in planned.run("logger=none", *mistake.split(" ")).err
+    flag = [] if command.startswith("-sc") else ["logger=none"]
+    outcome = planned.run(*flag, *command.split(" "))
+    assert outcome.code == 0, outcome.err
 
 
 def test_the_last_choice_of_a_group_counts(planned: PlannedCommand) -> None:
@@ -216,10 +338,20 @@ def test_a_launcher_that_started_another_number_of_processes_is_told(
     assert planned.run("parallel=fsdp").job.plan.world_size == 4
 
 
-def test_help_is_told_without_composing(planned: PlannedCommand) -> None:
-    outcome = planned.run("modle=debug", "--help")
+@pytest.mark.parametrize("typed", ["modle=debug", "trian.steps=3", "modle.dim=3"])
+def test_help_on_something_that_is_not_there_says_so(planned: PlannedCommand, typed: str) -> None:
+    outcome = planned.run(typed, "--help")
+    assert outcome.code == 2
+    assert f"there is no '{typed[:5]}'. Did you mean" in outcome.err
+
+
+def test_help_and_version_are_told_without_composing(planned: PlannedCommand) -> None:
+    outcome = planned.run("train.steps=abc", "--help")
     assert outcome.code == 0
     assert "usage: python train.py" in outcome.out
+    outcome = planned.run("--version", "train.steps=abc")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("dsv3 ")
 
 
 def test_a_whole_node_is_called_null_only_where_that_was_the_matter() -> None:

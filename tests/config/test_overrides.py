@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dsv3.cli.arguments import prepare
-from dsv3.config.overrides import absolute_paths, quote_texts, typed_text
+from dsv3.config.key_types import KeyType, key_types
+from dsv3.config.overrides import absolute_paths, literal_notes, quote_texts, split_commas, typed_text
 from dsv3.config.strict import build, strict
 from dsv3.config.task import GenerateTaskConfig
+from dsv3.errors import UserError
 
 PARTS = [
     "$",
@@ -115,7 +117,7 @@ def test_without_a_sweep_a_comma_is_a_comma() -> None:
 
 
 @pytest.mark.parametrize(
-    "argument", ["checkpoint.load=null", "run.dir=", "train.steps=3", "model=16b", "-m", "x,y"]
+    "argument", ["checkpoint.load=null", "run.dir=", "train.steps=3", "model=16b", "-m", "x,y", "+foo=1e3"]
 )
 def test_other_arguments_are_left_alone(argument: str) -> None:
     assert quote_texts([argument]) == [argument]
@@ -139,3 +141,105 @@ def test_a_stored_path_is_absolute_and_keeps_what_says_how_it_is_read(
 @pytest.mark.parametrize("typed", ["'/a,b'", "/a b", '"/a, (b)"'])
 def test_a_sweep_has_one_directory_whatever_its_name(typed: str) -> None:
     assert prepare(["-m", f"run.dir={typed}", "train.steps=1,2"])
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory, which $SCRATCH is as well."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", f"{tmp_path}/s, c")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    return tmp_path
+
+
+PATHS = [key for key, types in key_types().items() if KeyType.path in types]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("~/x y", "HOME/x y"),
+        ("~", "HOME"),
+        ("a/~/x", "a/~/x"),
+        ("${oc.env:SCRATCH}/x", "HOME/s, c/x"),
+        ("/a/${ oc.env:SCRATCH }", "/a/HOME/s, c"),
+        ("${oc.env:NOWHERE,/d}/x", "/d/x"),
+        ("${oc.env:NOWHERE,'/d e'}", "/d e"),
+        ("${oc.env:NOWHERE,~}/x", "HOME/x"),
+        ("hf:~/x", "hf:HOME/x"),
+        ("hf:${oc.env:SCRATCH}/x", "hf:HOME/s, c/x"),
+        ("${run.dir}/x", "${run.dir}/x"),
+        ("'~/x'", "~/x"),
+    ],
+)
+def test_home_and_variables_are_filled_in_for_every_path(home: Path, typed: str, meant: str) -> None:
+    assert len(PATHS) > 10
+    for key in PATHS:
+        assert typed_text(f"{key}={typed}") == meant.replace("HOME", str(home)), key
+
+
+def test_home_and_variables_are_filled_in_in_each_part_of_a_sweep(home: Path) -> None:
+    typed = "data.path=~/a,${oc.env:NOWHERE,/d}/x,null,'~',${oc.env:SCRATCH}"
+    quoted = quote_texts(["-m", typed])[1]
+    assert quoted == f"data.path='{home}/a','/d/x',null,'~','{home}/s, c'"
+
+
+@pytest.mark.parametrize("key", ["task.prompt", "logger.name"])
+def test_nothing_is_filled_in_for_other_texts(home: Path, key: str) -> None:
+    for text in ("~/x", "${oc.env:SCRATCH}/x", "hf:~/x"):
+        assert typed_text(f"{key}={text}") == text
+
+
+@pytest.mark.parametrize("key", ["data.path", "run.dir", "checkpoint.load", "input"])
+def test_a_variable_that_is_not_set_is_named(home: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key}=\$\{{oc.env:NOWHERE\}}/x: .* variable NOWHERE is not set"):
+        quote_texts([f"{key}=${{oc.env:NOWHERE}}/x"])
+
+
+def test_a_run_stores_what_was_filled_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    typed = [
+        "data.path=${oc.env:SCRATCH}/x",
+        "checkpoint.load=hf:~/y",
+        "data.cache_dir=z",
+        "logger.name=1e10",
+    ]
+    stored = absolute_paths(quote_texts(typed))
+    monkeypatch.delenv("SCRATCH")
+    monkeypatch.setenv("HOME", "/gone")
+    again = [typed_text(argument) for argument in quote_texts(stored)]
+    assert again == [f"{home}/s, c/x", f"hf:{home}/y", f"{home}/z", "1e10"]
+
+
+def test_what_is_taken_literally_is_told_for_all_texts_but_prompts(home: Path) -> None:
+    told = ["data.path=${x}/y", "logger.name=${model.dim}", "run.dir=${oc.env:SCRATCH}/${x}"]
+    silent = ["task.prompt=${x}", "data.path=${oc.env:SCRATCH}", "logger.name='${x}'", "train.steps=${x}"]
+    notes = literal_notes([*told, *silent])
+    assert len(notes) == len(told)
+    for argument, note in zip(told, notes, strict=True):
+        assert note.startswith(f"{argument}: ${{...}} is taken literally")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", []),
+        ("a", ["a"]),
+        ("a, b", ["a", " b"]),
+        ("a,", ["a", ""]),
+        (",a", ["", "a"]),
+        ("f(a,b),c", ["f(a,b)", "c"]),
+        ("(a,b", ["(a", "b"]),
+        ("'a,b',c", ["'a,b'", "c"]),
+        ("'a,b'c,d", ["'a", "b'c", "d"]),
+        ("{a:[1,2]},b", ["{a:[1,2]}", "b"]),
+        ("${x:a,b},c", ["${x:a,b}", "c"]),
+    ],
+)
+def test_commas_in_brackets_and_quotes_do_not_split(text: str, parts: list[str]) -> None:
+    assert split_commas(text) == parts
+
+
+def test_a_choice_of_a_search_is_a_sweep_over_texts() -> None:
+    assert quote_texts(["-m", "logger.name=choice(1e3, a b)"])[1] == "logger.name=choice('1e3',' a b')"
+    assert quote_texts(["logger.name=choice(1e3,b)"]) == ["logger.name='choice(1e3,b)'"]
