@@ -1,21 +1,23 @@
 """Use dsv3 from Python: compose a config, build its model, load weights into it (docs/library.md)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from dsv3.cli.arguments import import_user_modules, user_config_dir
-from dsv3.cli.error_messages import explain_error
+from dsv3.cli.arguments import import_user_modules
+from dsv3.cli.error_messages import explain_error, root_groups
+from dsv3.cli.flags import user_config_dir
+from dsv3.cli.user_files import UserFiles
 from dsv3.config.overrides import compose as compose_overrides
-from dsv3.config.overrides import override_key, quote_texts
-from dsv3.config.registry import config_groups
+from dsv3.config.overrides import quote_texts
 from dsv3.config.root import Config
 from dsv3.config.strict import strict
 from dsv3.errors import UserError
-from dsv3.launch.prepare import resolve_model
+from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +37,12 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         raise TypeError(f"overrides is a list of strings: compose([{overrides!r}])")
     import_user_modules(overrides)
     own = user_config_dir([] if config_dir is None else [f"--config-dir={config_dir}"])
+    command = Composition(quote_texts(overrides), [] if own is None else [f"file://{own}"])
     try:
-        composed = compose_overrides(quote_texts(overrides), own)
+        composed = compose_over_checkpoint(compose_overrides(command.overrides, command.search), command)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain_error(error, overrides, config_groups())) from None
-    resolve_model(composed, {override_key(override) for override in overrides})
+        files = UserFiles(overrides, own)
+        raise UserError(explain_error(error, overrides, root_groups("config", files), files)) from None
     config: Config = strict(composed, composed.run.allow_targets)
     return config
 
@@ -56,5 +59,6 @@ def load_model(config: Config, device: "torch.device | str" = "cpu") -> "Transfo
     from dsv3.tasks.setup import load_parts
 
     alone = RankContext(rank=0, local_rank=0, world=1, device=torch.device(device))
+    config = replace(config, precision=config.precision.on(alone.device.type))
     (model,) = load_parts(config, None, alone).model_parts
     return model.eval()

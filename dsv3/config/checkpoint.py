@@ -1,7 +1,8 @@
 """Schema of the `checkpoint` node: the checkpoint that a command reads and the ones that a run keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from dsv3.config.registry import PATH
 from dsv3.errors import require, require_positive
 
 HF_PREFIX = "hf:"
@@ -15,7 +16,7 @@ class CheckpointConfig:
     Other complete checkpoints are deleted once a newer one is committed.
     """
 
-    load: str | None = None
+    load: str | None = field(default=None, metadata=PATH)
     """Run, step or DCP directory, or hf:DIR; a training run takes the weights only."""
     keep_last: int = 2
     """Newest complete checkpoints that stay."""

@@ -8,10 +8,9 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
-from typing import Any
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.registry import schema
+from dsv3.config.registry import PATH, schema
 from dsv3.errors import InvalidValue, did_you_mean, require
 
 AUTO = "auto"
@@ -55,6 +54,21 @@ class Direction(Enum):
     hf_to_hf = "hf_to_hf"
 
 
+_EVERY = frozenset({"direction", "output"})
+
+_CONVERSION = _EVERY | {"input", "dtype", "workers", "verify", "plan", "speeds", "model"}
+
+_TO_HF = _CONVERSION | {"scale_fmt", "max_shard_size"}
+
+READS = {
+    Direction.download: _EVERY | {"repo", "revision", "assets"},
+    Direction.hf_to_dcp: _CONVERSION,
+    Direction.dcp_to_hf: _TO_HF,
+    Direction.hf_to_hf: _TO_HF,
+}
+"""The keys and nodes that each direction reads; others are refused when they are typed."""
+
+
 class Assets(Enum):
     """The files of a repository that direction=download fetches."""
 
@@ -88,9 +102,9 @@ class ConvertConfig:
 
     direction: Direction
     """The conversion."""
-    input: str | None = None
+    input: str | None = field(default=None, metadata=PATH)
     """Directory to read; with plan=true null stands for a release of `model`."""
-    output: str | None = None
+    output: str | None = field(default=None, metadata=PATH)
     """Directory to write; must be empty, missing or an unfinished output of the same command."""
     dtype: StoredType = StoredType.bf16
     """Stored type of the output's weights; a DCP takes bf16 or fp32."""
@@ -98,7 +112,7 @@ class ConvertConfig:
     """Format of new fp8 scales; null is that of the input's scales."""
     max_shard_size: str = "5GB"
     """Largest safetensors file: 5GB, 500MiB, or a number of bytes."""
-    workers: Any = AUTO
+    workers: int | str = AUTO
     """Threads that compute; auto is one per core."""
     verify: bool = False
     """Read the finished output again and compare its digests; a complete one is not written anew."""

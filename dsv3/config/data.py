@@ -1,9 +1,9 @@
 """Schemas of the `data` and `tokenizer` groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from dsv3.config.registry import Buildable, schema
+from dsv3.config.registry import PATH, Buildable, schema
 from dsv3.errors import require
 
 SMALLEST_VOCABULARY = 264  # 256 bytes, 6 special tokens, and 2 merges so that there is something to learn
@@ -23,7 +23,7 @@ class DataConfig(Buildable):
     """Share of the documents set aside for evaluation, chosen by the hash of their content."""
     shuffle: bool = True
     """Permute documents and rows anew in every epoch; off keeps the order of the files."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=PATH)
     """Directory of prepared tokens; null is $DSV3_CACHE, else $XDG_CACHE_HOME/dsv3, else ~/.cache/dsv3."""
 
     def validate(self) -> None:
@@ -45,7 +45,7 @@ class TextDataConfig(DataConfig):
     """The user's own text: a file, or a folder of files."""
 
     _target_: str = "dsv3.data.sources.TextData"
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PATH)
     """Text file, or folder of text files."""
 
     def validate(self) -> None:
@@ -62,7 +62,7 @@ class TokensDataConfig(DataConfig):
     sets_sequence_length: ClassVar[bool] = True
 
     _target_: str = "dsv3.data.token_table.TokensData"
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PATH)
     """An .npy file of token ids, int32 or int64 [rows, width]; rows are `width - 1` tokens long."""
 
     def validate(self) -> None:
@@ -99,7 +99,7 @@ class LocalTokenizerConfig(TokenizerConfig):
     """A tokenizer on disk: a tokenizer.json, or a directory that holds one."""
 
     _target_: str = "dsv3.data.tokenizer.LocalTokenizer"
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PATH)
     """A tokenizer.json, or a directory that holds one."""
 
     def validate(self) -> None:

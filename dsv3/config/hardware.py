@@ -9,6 +9,9 @@ from dsv3.errors import require_positive
 # H200 is not GH200; PCIe and NVL cards of the same name are slower, so they are left to what they report.
 NAMED = re.compile(r"\b(GB200|B200|H200|H800|H100|A100)\b(?!.*(?:PCI|NVL))")
 
+AUTO, CPU = "auto", "cpu"
+"""The names that are no GPU's: ask this machine, and its CPU."""
+
 
 @schema("hardware")
 @dataclass

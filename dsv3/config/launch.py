@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from dsv3.config.registry import schema
+from dsv3.config.registry import PATH, schema
 from dsv3.errors import require, require_positive
 
 WEEK = 7 * 24 * 3600
@@ -94,7 +94,7 @@ class ProfileConfig:
 class RunConfig:
     """The run directory, and the modules that a command may build classes from."""
 
-    dir: str | None = None
+    dir: str | None = field(default=None, metadata=PATH)
     """Run directory; null is outputs/ID, in a sweep multirun/ID/N."""
     resume: bool = False
     """Set by resume=DIR, never directly: continue the run in `dir`."""

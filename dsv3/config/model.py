@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
-from dsv3.config.registry import schema
+from dsv3.config.registry import PATH, schema
 from dsv3.errors import require, require_positive
+
+MISSING: Any = "???"
+"""OmegaConf's mark of a missing value; planning reads this file without OmegaConf."""
 
 
 class RopeScaling(Enum):
@@ -200,13 +204,20 @@ def _require_aligned(key: str, width: int) -> None:
     require(width % 8 == 0, key, width, f"must be a multiple of 8 for grouped matmul; nearest: {near}")
 
 
-@schema("hf_model")
+@schema("model/hf")
 @dataclass
 class HFModelConfig(ModelConfig):
-    """A model whose numbers are still in the config.json of the checkpoint at `path` (model=hf).
+    """A HuggingFace checkpoint: every number comes from its config.json; keys that you type win.
 
-    launch/prepare.py puts a plain ModelConfig in its place.
+    launch/checkpoint_defaults.py fills the numbers in and puts a plain ModelConfig in its place.
     """
 
-    path: str | None = None
+    vocab_size: int = MISSING
+    dim: int = MISSING
+    num_layers: int = MISSING
+    num_dense_layers: int = MISSING
+    dense_hidden_dim: int = MISSING
+    attention: AttentionConfig = field(default_factory=lambda: AttentionConfig(*[MISSING] * 6))
+    moe: MoEConfig = field(default_factory=lambda: MoEConfig(*[MISSING] * 4))
+    path: str | None = field(default=None, metadata=PATH)
     """HuggingFace checkpoint: a directory with a config.json."""

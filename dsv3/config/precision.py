@@ -1,16 +1,26 @@
 """Schema of the `precision` group: the number formats of matmuls and of AdamW's moments."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from dsv3.config.hardware import CPU
 from dsv3.config.registry import Buildable, schema
 
 
 class ComputeType(Enum):
-    """The dtype of activations and of the weights' working copies; the value is torch's name."""
+    """The dtype of activations and of the weights' working copies; the value is torch's name.
 
+    `auto` is gone before anything is computed: launch/job.py puts the device's default in its place.
+    """
+
+    auto = "auto"
     fp32 = "float32"
     bf16 = "bfloat16"
+
+
+def default_compute(device: str) -> ComputeType:
+    """Return the dtype that `auto` means on a device, by its name: fp32 on cpu, bf16 on any GPU."""
+    return ComputeType.fp32 if device == CPU else ComputeType.bf16
 
 
 class MomentType(Enum):
@@ -52,14 +62,24 @@ class BlockFP8Config(Buildable):
     """Let FSDP gather and keep weights in FP8 where a shard holds whole blocks."""
 
 
-@schema("precision", choice="fp32")
+@schema("precision", choice="auto")
 @dataclass
 class PrecisionConfig:
     """Number formats; master weights and gradients are fp32."""
 
-    compute: ComputeType = ComputeType.fp32
-    """Dtype of activations and of the weights' working copies."""
+    compute: ComputeType = ComputeType.auto
+    """Dtype of activations and of the weights' working copies; auto is bf16 on a GPU, and fp32 on CPU."""
     moments: MomentType = MomentType.fp32
     """Dtype of AdamW's two moments."""
     fp8: BlockFP8Config | None = None
     """FP8 for the linear layers' matmuls; everything else keeps `compute`. Null is off."""
+
+    @property
+    def label(self) -> str:
+        """Return the name of the numbers that matmuls take: fp32, bf16 or fp8."""
+        return self.compute.name if self.fp8 is None else "fp8"
+
+    def on(self, device: str) -> "PrecisionConfig":
+        """Return this config with `auto` replaced by the default of a device, named as hardware is."""
+        auto = self.compute is ComputeType.auto
+        return replace(self, compute=default_compute(device)) if auto else self

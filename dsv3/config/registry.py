@@ -5,8 +5,8 @@ A schema that holds all there is to say of a choice is the choice: `@schema("sch
 schema: `defaults: [/schema/GROUP@_here_, _self_]`.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,15 @@ SCHEMAS: dict[str, Any] = {}
 
 LAYOUTS, RECIPES, RECIPES_LR = "layouts", "recipes", "recipes_lr"
 """Tables in conf/ that `model` and `parallel` choose from, so that they are no groups of their own."""
+
+RECIPE_SCHEDULE, DEFAULT_SCHEDULE = "recipe_schedule", "warmup_cosine"
+"""The resolver in conf/config.yaml and the key of a recipe, and the schedule of models without one."""
+
+PATH = {"path": True}
+"""Metadata of a field that holds a path: `~` and variables are filled in, and a run stores it absolute."""
+
+STORED = "stored"
+"""Values that a checkpoint carries: no group of the user's either."""
 
 _CHOICES: dict[str, dict[str, Any]] = {}
 
@@ -86,10 +95,39 @@ def recipes() -> dict[str, dict[str, Any]]:
     return _table(RECIPES)
 
 
+def register_resolvers() -> None:
+    """Register `recipe_schedule`: the schedule of a model's recipe, or the default one without a recipe."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver(RECIPE_SCHEDULE, recipe_schedule, replace=True)
+
+
+def recipe_schedule(model: str) -> str:
+    """Return the choice of `schedule` for a choice of `model`, unless another is typed or an experiment's."""
+    own = recipes().get(model, {}).get(RECIPE_SCHEDULE)
+    if own is None:
+        return DEFAULT_SCHEDULE
+    return str(own["choice"]) if len(own) == 1 else f"recipe_{model}"
+
+
+def default_choices(root: str = "config") -> dict[str, str | None]:
+    """Return the choice per group of conf/ROOT.yaml where no other is made."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    register_resolvers()
+    entries = yaml.safe_load((CONF / f"{root}.yaml").read_text())["defaults"]
+    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    own = {group: choice for group, choice in pairs if not group.startswith(("override", "optional"))}
+    chosen: dict[str, str | None] = OmegaConf.to_container(OmegaConf.create(own), resolve=True)  # type: ignore[assignment]
+    return chosen
+
+
 def register() -> None:
-    """Make schemas, choices, layouts and recipes known to Hydra."""
+    """Make schemas, choices, layouts, recipes and resolvers known to Hydra."""
     from hydra.core.config_store import ConfigStore  # planning imports this file, and does without hydra
 
+    register_resolvers()
     store = ConfigStore.instance()
     for name, node in SCHEMAS.items():
         group, _, last = f"schema/{name}".rpartition("/")
@@ -103,8 +141,63 @@ def register() -> None:
     for model, row in recipes().items():
         values = {key: row[key] for key in ("schedule", "train")}
         store.store(name=model, group=RECIPES, node=values, package="_global_")
+        own = row.get(RECIPE_SCHEDULE, {})
+        if len(own) > 1:  # with values of its own, a choice that nobody types
+            values = {key: value for key, value in own.items() if key != "choice"}
+            shape = SCHEMAS[f"schedule/{own['choice']}"](**values)
+            store.store(name=f"recipe_{model}", group="schedule", node=shape)
         # The reports' learning rates are AdamW's: another optimizer keeps its own.
         store.store(name=f"{model}-adamw", group=RECIPES_LR, node=row["optimizer"], package="optimizer")
+        # Muon's update has the size of AdamW's: Moonlight takes AdamW's rate and decay over (section 2.2).
+        taken = {key: value for key, value in row["optimizer"].items() if key in ("lr", "weight_decay")}
+        store.store(name=f"{model}-muon", group=RECIPES_LR, node=taken, package="optimizer")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Values that a checkpoint carries, to compose a command over them."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Nodes by group: what the group is unless a choice is typed or an experiment's."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Values of other nodes, such as {"train": {"sequence_length": 64}}."""
+    hf_model: Any = None
+    """Node of the choice model=hf with its numbers filled in."""
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """Names of the choices that `defaults` were, for the tables that go by them: a layout of the model."""
+    recipe: bool = True
+    """The recipe of a chosen model acts; a run that goes on keeps its own numbers."""
+
+
+def register_stored(root: str, stored: Stored) -> str:
+    """Make `stored` known to Hydra as defaults of conf/ROOT.yaml; return the name of that new root."""
+    import yaml
+    from hydra.core.config_store import ConfigStore
+
+    store, name = ConfigStore.instance(), "stored"
+    content = yaml.safe_load((CONF / f"{root}.yaml").read_text())
+    if stored.hf_model is not None:
+        store.store(name="hf", group="model", node=stored.hf_model)
+    for group, node in stored.defaults.items():
+        store.store(name=name, group=group, node=node)
+    store.store(name=name, group=STORED, node=dict(stored.values), package="_global_")
+    defaults = [
+        {group: name if group in stored.defaults else choice for group, choice in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for entry in content["defaults"]
+        if stored.recipe or f"optional {RECIPES}" not in entry
+    ]
+    if model := stored.choices.get("model"):
+        for table in (LAYOUTS, RECIPES_LR):
+            for entry in (entry for entry in defaults if f"optional {table}" in entry):
+                entry[f"optional {table}"] = entry[f"optional {table}"].replace("${model}", model)
+    # Before the experiment, whose values win as those of the command line do.
+    names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in defaults]
+    place = next(n for n, name in enumerate(names) if name == "experiments" or name.startswith("override "))
+    content["defaults"] = [*defaults[:place], {STORED: name}, *defaults[place:]]
+    store.store(name=f"{root}_{name}", node=content)
+    return f"{root}_{name}"
 
 
 def _layouts() -> Iterator[tuple[str, dict[str, Any]]]:

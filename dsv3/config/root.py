@@ -14,6 +14,7 @@ from dsv3.config.logger import (
     LoggerConfig,
 )
 from dsv3.config.model import ModelConfig
+from dsv3.config.optimizer import OptimizerConfig
 from dsv3.config.parallel import CompileConfig, ParallelConfig, RecomputeConfig
 from dsv3.config.precision import PrecisionConfig
 from dsv3.config.registry import schema
@@ -21,7 +22,6 @@ from dsv3.config.task import (
     TaskConfig,
 )
 from dsv3.config.training import (
-    OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
 )

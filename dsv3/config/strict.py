@@ -5,7 +5,8 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import Field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from dsv3.config.checkpoint import HF_PREFIX
 from dsv3.errors import InvalidValue, UserError, did_you_mean
 
 TRUSTED = ("dsv3", "torch.optim")
@@ -84,11 +86,14 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
         if is_dataclass(value):
             validate(value, allow_targets, f"{path}{f.name}.")
         elif f.name == "_target_" and (value != f.default or not _inside(type(node).__module__, TRUSTED)):
-            settings = [f.name for f in fields(node) if not f.name.startswith("_")]
+            settings = [f.name for f in fields(node) if not f.name.startswith("_") and is_argument(f)]
             check_target(value, f"{path}_target_", allow_targets, settings)
         elif isinstance(value, dict):
             for name, nested in value.items():
-                _check_free_node(nested, f"{path}{f.name}.{name}", allow_targets)
+                if is_argument(f):
+                    _check_free_node(nested, f"{path}{f.name}.{name}", allow_targets)
+                else:
+                    _require_finite(f"{path}{f.name}.{name}", nested)
         elif not f.metadata.get("unbounded"):
             _require_finite(f"{path}{f.name}", value)
     if hasattr(node, "validate"):
@@ -122,7 +127,12 @@ def _require_finite(key: str, value: Any) -> None:
 
 
 def build(node: Any, **runtime: Any) -> Any:
-    """Instantiate the `_target_` of a checked config node, with `runtime` arguments beside its fields."""
+    """Instantiate the `_target_` of a checked config node, with `runtime` arguments beside its fields.
+
+    Fields with the metadata `argument: False` are no arguments: the caller reads them.
+    """
+    if is_dataclass(node) and not all(map(is_argument, fields(node))):
+        node = {f.name: getattr(node, f.name) for f in fields(node) if is_argument(f)}
     try:
         # instantiate() unescapes strings twice: once when it resolves the node, once when it reads it.
         return instantiate(escape_interpolation(escape_interpolation(node)), **runtime)
@@ -130,11 +140,29 @@ def build(node: Any, **runtime: Any) -> Any:
         raise error.__cause__ or error from None  # the constructor's own error, such as a UserError
 
 
+def is_argument(field: Field[Any]) -> bool:
+    """Return True where a field of a schema is an argument of the constructor that the schema names."""
+    return bool(field.metadata.get("argument", True))
+
+
 def to_yaml(node: Any) -> dict[str, Any]:
     """Return a config dataclass as plain YAML values, enums by name."""
     container = OmegaConf.to_container(OmegaConf.structured(node), enum_to_str=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def to_absolute_yaml(node: Any) -> dict[str, Any]:
+    """Return the same with absolute paths, as a run stores its config: it may be read from elsewhere."""
+    values = to_yaml(node)
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            values[f.name] = to_absolute_yaml(value)
+        elif f.metadata.get("path") and value:
+            kind = HF_PREFIX if value.startswith(HF_PREFIX) else ""
+            values[f.name] = f"{kind}{Path(value.removeprefix(kind)).absolute()}"
+    return values
 
 
 def _unknown_keys(node: DictConfig, path: str) -> Iterator[tuple[str, list[str]]]:

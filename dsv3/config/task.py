@@ -1,11 +1,27 @@
 """Schemas of the `task` group, with what the launcher must know of a task before it imports torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
-from dsv3.config.registry import Buildable, schema
+from dsv3.config.registry import PATH, Buildable, schema
 from dsv3.errors import require, require_positive
+
+_OF_EVERY_TASK = ("task", "run")
+"""A sweep of any task has a directory."""
+
+_OF_A_MODEL = (
+    "experiments",
+    "model",
+    "parallel",
+    "precision=",
+    "precision.compute",
+    "precision.fp8",
+    "hardware",
+    "launch",
+    "checkpoint.load",
+)
+"""What a task reads that loads a model and does not train it."""
 
 
 class OutputFormat(Enum):
@@ -35,6 +51,15 @@ class TaskConfig(Buildable):
     """The task's `path` is model.path where it is null."""
     reads_checkpoint: ClassVar[bool] = False
     """The task reads a run by checkpoint.load and does not resume it."""
+    reads: ClassVar[tuple[str, ...]] = ("*",)
+    """The keys and nodes that the task reads, `precision=` for the choice alone; others are refused."""
+
+    @classmethod
+    def reads_key(cls, key: str) -> bool:
+        """Return True where the task reads `key`, dotted from the root; a group's name is its choice."""
+        return any(
+            name == "*" or key == name.removesuffix("=") or key.startswith(f"{name}.") for name in cls.reads
+        )
 
 
 @schema("task/train")
@@ -56,6 +81,18 @@ class EvaluateTaskConfig(TaskConfig):
     holds_model: ClassVar[bool] = True
     reads_rows: ClassVar[bool] = True
     reads_checkpoint: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = (
+        *_OF_EVERY_TASK,
+        *_OF_A_MODEL,
+        "compile",
+        "data",
+        "tokenizer",
+        "train.sequence_length",
+        "train.global_batch_size",
+        "train.microbatch_size",
+        "train.evaluate_batches",
+        "train.deterministic",
+    )
     _target_: str = "dsv3.tasks.evaluate.EvaluateTask"
 
 
@@ -84,6 +121,13 @@ class GenerateTaskConfig(TaskConfig, SamplingConfig):
 
     holds_model: ClassVar[bool] = True
     reads_checkpoint: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = (
+        *_OF_EVERY_TASK,
+        *_OF_A_MODEL,
+        "tokenizer=",
+        "tokenizer.path",
+        "train.seed",
+    )
     _target_: str = "dsv3.tasks.generate.GenerateTask"
     prompt: str = "def "
     """Text to continue."""
@@ -107,8 +151,9 @@ class VerifyTaskConfig(TaskConfig):
     """Weights of a checkpoint against HF transformers, layer by layer, on random rows of ids in fp32."""
 
     path_is_model_path: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = (*_OF_EVERY_TASK, "experiments", "model", "hardware", "launch")
     _target_: str = "dsv3.tasks.verify.VerifyTask"
-    path: str | None = None
+    path: str | None = field(default=None, metadata=PATH)
     """HuggingFace checkpoint; null is model.path."""
     sequences: int = 2
     """Random rows of the input."""
@@ -129,13 +174,16 @@ class CompareTaskConfig(TaskConfig):
     """The runs of a directory, such as a sweep's, by held-out loss."""
 
     uses_model: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = _OF_EVERY_TASK
     _target_: str = "dsv3.tasks.compare.CompareTask"
-    runs: str | None = None
+    runs: str | None = field(default=None, metadata=PATH)
     """Directory that holds the runs, such as multirun/ID."""
-    output: str | None = None
+    output: str | None = field(default=None, metadata=PATH)
     """PNG file of the loss curves; null is compare.png in the directory of `runs`."""
     reference: str | None = None
     """One of the jobs: also print the distance of the others' training losses from its own."""
+    mixed_data: bool = False
+    """Rank runs whose held-out data differ, too, with a column of what differs; off refuses them."""
     format: OutputFormat = OutputFormat.text
     """text, or json: the whole of stdout is one object."""
 

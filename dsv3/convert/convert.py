@@ -1,27 +1,15 @@
 """Carry out what convert.py is asked for: open a source, write the files of a target, verify them."""
 
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint
+from dsv3.checkpoint.directory import HF_DIR, MANIFEST_FILE, find_checkpoint
 from dsv3.checkpoint.load import open_hf_checkpoint, parameter_shapes
 from dsv3.checkpoint.manifest import verify, verify_description
 from dsv3.config.convert import AUTO, ConvertConfig, Direction, StoredType
@@ -33,7 +21,7 @@ from dsv3.convert.destination import Destination
 from dsv3.convert.download import download
 from dsv3.convert.engine import Conversion, ConversionEngine
 from dsv3.convert.estimate import estimate, estimated_bytes
-from dsv3.convert.hf_assets import HF_DIR, SCALES_FILE
+from dsv3.convert.hf_assets import SCALES_FILE
 from dsv3.convert.hf_target import require_valid_scales, to_hf
 from dsv3.convert.output_file import Interrupted, row_slices
 from dsv3.convert.request import is_verify_only
@@ -42,6 +30,7 @@ from dsv3.errors import RunFailed, quoted
 from dsv3.hf.names import SCALE_SUFFIX, mtp_duplicates
 from dsv3.hf.pread_file import DirectReader, fault
 from dsv3.hf.storage_reader import HFSource
+from dsv3.metrics.progress import amount, phase
 
 
 def require_equal_mtp_duplicates(source: HFSource, model: ModelConfig, workers: int) -> None:
@@ -50,7 +39,7 @@ def require_equal_mtp_duplicates(source: HFSource, model: ModelConfig, workers: 
     Here the two are one tensor, and the difference would be lost.
     """
     pairs = [(name, original) for name, original in mtp_duplicates(model).items() if name in source.stored]
-    with ThreadPoolExecutor(workers) as pool:
+    with phase("comparing what MTP layers share"), ThreadPoolExecutor(workers) as pool:
         for (name, original), equal in zip(
             pairs, pool.map(lambda pair: _equal_bytes(source, *pair), pairs), strict=True
         ):
@@ -76,25 +65,6 @@ def _equal_bytes(source: HFSource, name: str, other: str) -> bool:
     )
 
 
-@contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar of `total` bytes on stderr, if that is a terminal.
-
-    Yields a function that takes bytes done.
-    """
-    console = Console(file=sys.stderr)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
-
-
 def convert(config: ConvertConfig) -> str:
     """Carry out a conversion; return its summary."""
     if config.direction is Direction.download:
@@ -108,13 +78,14 @@ def convert(config: ConvertConfig) -> str:
     workers = (os.cpu_count() or 1) if config.workers == AUTO else int(config.workers)
     if config.plan and not config.input:
         return estimate(*estimated_bytes(config, model, parameter_shapes(model)), workers, config.speeds)
-    source = open_source(config.direction, directory, model, whole=config.verify and not config.plan)
-    if config.direction is Direction.hf_to_dcp:
-        assert isinstance(source, HFSource)
-        dtype = torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16
-        conversion = to_dcp(source, model, dtype)
-    else:
-        conversion = to_hf(config, source, model)
+    with phase("planning the files to write"):
+        source = open_source(config.direction, directory, model, whole=config.verify and not config.plan)
+        if config.direction is Direction.hf_to_dcp:
+            assert isinstance(source, HFSource)
+            dtype = torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16
+            conversion = to_dcp(source, model, dtype)
+        else:
+            conversion = to_hf(config, source, model)
     if config.plan:
         read = sum(file.stat().st_size for file in _input_files(source))
         return estimate(read, conversion.nbytes, workers, config.speeds)
@@ -128,7 +99,26 @@ def convert(config: ConvertConfig) -> str:
     gigabytes = conversion.nbytes / 1e9
     rate = gigabytes / max(seconds, 1e-9)
     summary = f"{output}: {gigabytes:.2f} GB in {seconds:.1f} s ({rate:.2f} GB/s)"
+    written = amount(len(conversion.files), "files")
+    summary += f"\n{count_tensors(source, model)}; {written} of weights written"
     return f"{summary}\n{verify_output(output)}" if config.verify else summary
+
+
+def count_tensors(source: HFSource | DcpSource, model: ModelConfig) -> str:
+    """Return the counts of what a conversion reads and of what it leaves out."""
+    files = amount(len(_input_files(source)), "files")
+    told = [f"{amount(len(source.layout), 'tensors')} read from {files}"]
+    if isinstance(source, HFSource):
+        duplicates = [name for name in mtp_duplicates(model) if name in source.stored]
+        taken = {tensor.name for tensor in source.layout}.union(duplicates)
+        stored = {name.removesuffix(SCALE_SUFFIX) for name in source.stored}
+        scales = sum(name.endswith(SCALE_SUFFIX) for name in source.stored)
+        told += [f"{amount(scales, 'scale grids')} with them"] if scales else []
+        if duplicates:
+            told.append(f"{amount(len(duplicates), 'duplicates')} of MTP layers, equal to their originals")
+        if left_out := len(stored - taken):
+            told.append(f"{amount(left_out, 'tensors')} left out, which the model does not have")
+    return ", ".join(told)
 
 
 def open_source(
@@ -148,10 +138,10 @@ def _carry_out(destination: Destination, conversion: Conversion, workers: int) -
         destination.require_space(conversion.nbytes)
         with (
             stop_on_signal(alone=True) as request,
-            progress(conversion.nbytes, f"writing {destination.output.name}") as report,
+            phase(f"writing {destination.output.name}", conversion.nbytes) as work,
         ):
             engine = ConversionEngine(
-                destination.partial, destination.journal, workers, report, lambda: request.requested
+                destination.partial, destination.journal, workers, work.advance, lambda: request.requested
             )
             finished = engine.run(conversion.files)
             conversion.complete(destination.partial, finished)

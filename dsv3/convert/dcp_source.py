@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3.checkpoint.dcp_metadata import read_metadata
+from dsv3.checkpoint.directory import HF_DIR
 from dsv3.config.model import ModelConfig
-from dsv3.convert.hf_assets import HF_DIR, SCALES_FILE, read_import_metadata
+from dsv3.convert.hf_assets import SCALES_FILE, read_import_metadata
 from dsv3.distributed.torch_private import locate_saved_tensor
 from dsv3.errors import UserError, quoted
 from dsv3.hf.names import MODEL_PREFIX, HFTensor, hf_layout

@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dsv3.checkpoint.directory import MODEL_FILE, TOKENIZER_DIR
+from dsv3.checkpoint.directory import HF_DIR, MODEL_FILE, TOKENIZER_DIR
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import to_yaml
 from dsv3.convert.destination import Finished
 from dsv3.convert.engine import Conversion
-from dsv3.convert.hf_assets import HF_DIR, IMPORT_METADATA_FILE, SCALES_FILE, copy_assets, write_json
+from dsv3.convert.hf_assets import IMPORT_METADATA_FILE, SCALES_FILE, copy_assets, copy_record, write_json
 from dsv3.convert.hf_target import SafetensorsOutput, ScaleGridSlice
 from dsv3.convert.output_file import HashingWriter, OutputFile, row_slices, view_buffer
 from dsv3.distributed.torch_private import chunk_location
@@ -138,6 +138,7 @@ def to_dcp(source: HFSource, model: ModelConfig, dtype: torch.dtype) -> Conversi
         write_metadata(directory, finished[: len(weights)], source.shapes, dtypes)
         (directory / MODEL_FILE).write_text(yaml.safe_dump(to_yaml(model), sort_keys=False))
         copy_assets(source.directory, directory / HF_DIR)
+        copy_record(source.directory, directory)
         # An export repeats how the weights were stored.
         stored_twice = all(name in source.stored for name in mtp_duplicates(model))
         import_metadata = {

@@ -30,6 +30,14 @@ _MAX_LOADERS = 3
 _POLL_SECONDS = 0.1
 """Seconds until a request to stop is noticed."""
 
+
+def count_threads(workers: int) -> tuple[int, int]:
+    """Return the files under way at once, and the loader threads of each."""
+    files = min(workers, MAX_FILES)
+    # One more than cores: reads go past the page cache, so nothing is read ahead while one computes.
+    return files, min(-(-workers // files) + 1, _MAX_LOADERS)
+
+
 _Numbered = tuple[int, OutputFile]
 """A file and its place in the order of the conversion's files."""
 
@@ -66,9 +74,7 @@ class ConversionEngine:
         self.journal = journal
         self.report = report
         self.stop_requested = stop_requested
-        self.max_files = min(workers, MAX_FILES)
-        # One more than cores: reads go past the page cache, so nothing is read ahead while one computes.
-        self.loaders = min(-(-workers // self.max_files) + 1, _MAX_LOADERS)
+        self.max_files, self.loaders = count_threads(workers)
         self._stop = Event()
         self._failure: BaseException | None = None
 

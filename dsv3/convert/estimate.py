@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from dsv3.config.convert import ConvertConfig, Direction, StoredType
 from dsv3.config.model import ModelConfig
-from dsv3.convert.engine import MAX_FILES
+from dsv3.convert.engine import count_threads
 from dsv3.convert.output_file import SLICE_BYTES
 from dsv3.hf.names import HFTensor, hf_layout, is_fp8_weight, with_mtp_duplicates
 from dsv3.planning.sharding import FP8_BLOCK
@@ -15,8 +15,7 @@ _PYTORCH_BYTES = 300 * 2**20
 
 def peak_memory(workers: int) -> int:
     """Return the bytes of the process: PyTorch, and the buffers of slices and loaders."""
-    files = min(workers, MAX_FILES)
-    loaders = -(-workers // files)
+    files, loaders = count_threads(workers)
     return _PYTORCH_BYTES + files * ((loaders + 1) * SLICE_BYTES + loaders * 2 * SLICE_BYTES)
 
 

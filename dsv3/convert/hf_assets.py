@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsv3.checkpoint.directory import MANIFEST_FILE
+from dsv3.checkpoint.directory import HF_DIR, MANIFEST_FILE
+from dsv3.checkpoint.training_record import TRAINING_FILE
 from dsv3.errors import UserError
 from dsv3.hf.safetensors_reader import INDEX
 
-HF_DIR, IMPORT_METADATA_FILE, SCALES_FILE = "hf", "dsv3.json", "scales.safetensors"
-"""In a DCP: the directory of the assets, the notes on how the weights were stored, and their fp8 scales."""
+IMPORT_METADATA_FILE, SCALES_FILE = "dsv3.json", "scales.safetensors"
+"""In hf/ of a DCP: the notes on how the weights were stored, and their fp8 scales."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp", ".msgpack", ".h5")
 
@@ -32,8 +33,14 @@ def copy_assets(source: Path, target: Path) -> None:
     """Copy the assets of an HF checkpoint; of a link, the file that it leads to."""
     target.mkdir(parents=True, exist_ok=True)
     for path in hf_assets(source):
-        if path.name not in (INDEX, IMPORT_METADATA_FILE, MANIFEST_FILE):
+        if path.name not in (INDEX, IMPORT_METADATA_FILE, MANIFEST_FILE, TRAINING_FILE):
             shutil.copyfile(path, target / path.name)
+
+
+def copy_record(source: Path, target: Path) -> None:
+    """Copy training.yaml beside the weights, where the weights of `source` were trained here."""
+    if (source / TRAINING_FILE).is_file():
+        shutil.copyfile(source / TRAINING_FILE, target / TRAINING_FILE)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -46,7 +53,10 @@ def copy_tokenizer(stored: Path, directory: Path) -> None:
     file = stored / "tokenizer.json"
     if file.is_file() and not (directory / file.name).exists():
         shutil.copyfile(file, directory / file.name)
-        write_json(directory / "tokenizer_config.json", _TOKENIZER_CONFIG)
+        beside = stored / "tokenizer_config.json"  # names bos and eos, without which ids would differ
+        named = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+        named.pop("auto_map", None)  # code that is not copied
+        write_json(directory / "tokenizer_config.json", named | _TOKENIZER_CONFIG)
 
 
 def read_import_metadata(directory: Path) -> dict[str, Any]:

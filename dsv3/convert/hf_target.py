@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.directory import TOKENIZER_DIR
+from dsv3.checkpoint.directory import HF_DIR, TOKENIZER_DIR
 from dsv3.config.convert import ConvertConfig, ScaleFormat, StoredType, parse_size
 from dsv3.config.model import ModelConfig
 from dsv3.convert.dcp_source import DcpSource
 from dsv3.convert.destination import Finished
 from dsv3.convert.engine import Conversion
-from dsv3.convert.hf_assets import HF_DIR, copy_assets, copy_tokenizer, write_json
+from dsv3.convert.hf_assets import copy_assets, copy_record, copy_tokenizer, write_json
 from dsv3.convert.output_file import HashingWriter, OutputFile, OutputSlice, row_slices, view_buffer
 from dsv3.fp8.quantize import quantize
 from dsv3.hf.config_json import config_json
@@ -27,6 +27,7 @@ from dsv3.hf.names import SCALE_SUFFIX, HFTensor, is_fp8_weight, stored_dtype, w
 from dsv3.hf.safetensors_reader import INDEX
 from dsv3.hf.safetensors_writer import Entry, SafetensorsPlan, SafetensorsWriter, index_json, plan_files
 from dsv3.hf.storage_reader import HFSource
+from dsv3.metrics.progress import phase
 
 
 class Source(Protocol):
@@ -202,9 +203,9 @@ def require_valid_scales(source: HFSource, workers: int) -> None:
     stored = source.stored
     names = [tensor.name for tensor in source.layout if source.is_quantized(tensor.name)]
     names.sort(key=lambda name: (str(stored[name + SCALE_SUFFIX].file), stored[name + SCALE_SUFFIX].offset))
-    with ThreadPoolExecutor(workers) as pool:
+    with phase("checking the scales", len(names), "tensors") as work, ThreadPoolExecutor(workers) as pool:
         for _ in pool.map(source.read_scales, names):
-            pass
+            work.advance()
 
 
 _DTYPE_NAMES = {StoredType.bf16: "bfloat16", StoredType.fp32: "float32", StoredType.fp8: "bfloat16"}
@@ -240,6 +241,7 @@ def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfi
         if origin.is_dir():
             copy_assets(origin, directory)
         write_json(directory / "config.json", values)
+        copy_record(source.directory, directory)
         copy_tokenizer(source.directory / TOKENIZER_DIR, directory)
 
     return Conversion(files, complete)

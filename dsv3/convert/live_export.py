@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from dsv3.checkpoint.directory import commit, prepare_partial
 from dsv3.checkpoint.load import open_hf_checkpoint, parameter_shapes
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
+from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.model import ModelConfig
 from dsv3.convert.dcp_source import intersect, relative_index
 from dsv3.convert.hf_assets import copy_tokenizer, write_json
@@ -24,6 +25,7 @@ from dsv3.hf.names import HFTensor, hf_layout, stored_dtype, with_mtp_duplicates
 from dsv3.hf.safetensors_header import byte_view
 from dsv3.hf.safetensors_reader import INDEX, read_headers
 from dsv3.hf.safetensors_writer import SafetensorsWriter, index_json, plan_files
+from dsv3.metrics.progress import phase
 from dsv3.parallel.parallel_model import ParallelModel
 
 _ROWS = 1024
@@ -40,8 +42,12 @@ def hf_weight_norms(config: ModelConfig, directory: Path) -> dict[str, float]:
     UserError as of HFSource. A tensor with nonfinite values has a nonfinite norm.
     """
     squares: dict[str, float] = {}
-    with closing(open_hf_checkpoint(directory, config)) as source:
+    with (
+        closing(open_hf_checkpoint(directory, config)) as source,
+        phase("computing the norm of every weight", len(source.layout), "tensors") as work,
+    ):
         for tensor in source.layout:
+            work.advance()
             rows = tensor.shape[0] if tensor.shape else 1
             for first in range(0, rows, _ROWS):
                 out = torch.empty(min(_ROWS, rows - first), *tensor.shape[1:])
@@ -92,10 +98,18 @@ def _copy_local_shard(parameter: Tensor, tensor: HFTensor, whole: Tensor) -> Non
 _LARGEST_FILE = 5 * 10**9
 
 
-def export_hf(model: ParallelModel, directory: Path, tokenizer: Path, ranks: RankContext) -> None:
+def export_hf(
+    model: ParallelModel,
+    directory: Path,
+    tokenizer: Path,
+    ranks: RankContext,
+    record: TrainingRecord | None = None,
+    step: int = 0,
+) -> None:
     """Write bf16 safetensors, config.json and the tokenizer to `directory`, which appears when complete.
 
-    All ranks call it together; rank 0 writes. UserError for a model that no class of transformers computes.
+    `record` says what the weights of `step` were trained on. All ranks call it together; rank 0 writes.
+    UserError for a model that no class of transformers computes.
     """
     config = model.model_parts[0].config
     values = config_json(config, "bfloat16")
@@ -108,13 +122,18 @@ def export_hf(model: ParallelModel, directory: Path, tokenizer: Path, ranks: Ran
     entries = [(name, stored_dtype(tensor, bf16), tensor.shape) for name, tensor in exported_tensors(config)]
     plans = plan_files(entries, _LARGEST_FILE)
     weights = stream(model, bf16)
-    for plan in plans:  # in the order of the stream
-        with (partial / plan.name).open("wb") as file, SafetensorsWriter(plan, file) as writer:
-            for name, tensor in islice(weights, len(plan.tensors)):
-                writer.write(name, tensor)
+    with phase(f"exporting {directory}", sum(plan.nbytes for plan in plans)) as work:
+        for plan in plans:  # in the order of the stream
+            with (partial / plan.name).open("wb") as file, SafetensorsWriter(plan, file) as writer:
+                for name, tensor in islice(weights, len(plan.tensors)):
+                    writer.write(name, tensor)
+                    work.advance(tensor.nbytes)
     if len(plans) > 1:
         (partial / INDEX).write_text(index_json(plans))
     write_json(partial / "config.json", values)
     copy_tokenizer(tokenizer, partial)
-    write_manifest(partial, {path.name: FileEntry.of(path) for path in sorted(partial.iterdir())})
+    if record is not None:
+        record.write(partial, step)
+    with phase(f"computing digests of {directory}"):
+        write_manifest(partial, {path.name: FileEntry.of(path) for path in sorted(partial.iterdir())})
     commit(partial, directory)

@@ -1,17 +1,22 @@
 """Check what convert.py was asked for: from the composed config to a typed one with its model."""
 
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3.checkpoint.directory import MANIFEST_FILE, MODEL_FILE, find_checkpoint, is_hf_checkpoint
-from dsv3.config.convert import ConvertConfig, Direction
+from dsv3.config.convert import READS, ConvertConfig, Direction, StoredType
 from dsv3.config.model import HFModelConfig
+from dsv3.config.overrides import split_override
+from dsv3.config.registry import Stored
 from dsv3.config.strict import strict
 from dsv3.errors import UserError, require
 from dsv3.hf.config_json import model_from_hf
-from dsv3.launch.prepare import changed_keys, stored_model
+from dsv3.launch.checkpoint_defaults import Composition, filled, plain_model, read_model
 
 
 def is_verify_only(config: Any) -> bool:
@@ -20,24 +25,48 @@ def is_verify_only(config: Any) -> bool:
     return asked and (Path(config.output) / MANIFEST_FILE).is_file()
 
 
-def prepare_conversion(composed: DictConfig) -> ConvertConfig:
-    """Return the checked config.
+def prepare_conversion(composed: DictConfig, command: Composition | None = None) -> ConvertConfig:
+    """Return the checked config of `command`, by default that of this job.
 
     model=hf becomes the model of the input, with the keys changed that were typed.
     """
     if OmegaConf.is_missing(composed, "direction"):
         raise UserError(f"direction is missing: give direction={'|'.join(each.name for each in Direction)}")
+    command = command or Composition.of_this_job("convert")
+    _refuse_unread(composed, command.overrides)
     reads = composed.direction is not Direction.download and not is_verify_only(composed)
     if reads and composed.input:
         _check_input(composed.direction, composed.input)
     if OmegaConf.get_type(composed, "model") is HFModelConfig:
-        composed.model = _model(composed) if reads else None
+        composed = _over_input(composed, command) if reads else composed
+        if OmegaConf.get_type(composed, "model") is HFModelConfig:
+            composed.model = None
     config: ConvertConfig = strict(composed)
     needs_input = reads and not (config.plan and config.model is not None)
     require(
         not needs_input or bool(config.input), "input", config.input, "give the directory to read, input=DIR"
     )
     return config
+
+
+def _refuse_unread(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise UserError for typed keys that the direction does not read; tell those of a finished output."""
+    direction = composed.direction
+    typed = {override: pair[0] for override in overrides if (pair := split_override(override))}
+    others = {f.name for f in fields(ConvertConfig)} - READS[direction]
+    unread = [told for told, key in typed.items() if key.partition(".")[0] in others]
+    if unread:
+        do, them = ("does", "it") if len(unread) == 1 else ("do", "them")
+        raise UserError(f"{' '.join(unread)} {do} nothing with direction={direction.name}: leave {them} out")
+    for told, key in typed.items():
+        if key == "speeds" and not composed.plan:
+            raise UserError(f"{told} is for an estimate alone: add plan=true, or leave it out")
+        if key == "scale_fmt" and composed.dtype is not StoredType.fp8 and composed.scale_fmt is not None:
+            raise UserError(f"{told} is the format of fp8 scales: add dtype=fp8, or leave it out")
+    if is_verify_only(composed):
+        idle = [told for told, key in typed.items() if key not in ("direction", "output", "verify", "plan")]
+        about = f"output={composed.output} is complete and only read again"
+        print(f"{about}{': not used are ' * bool(idle)}{' '.join(idle)}", file=sys.stderr)
 
 
 def _check_input(direction: Direction, path: str) -> None:
@@ -64,17 +93,17 @@ def _checkpoint(path: str) -> Path:
         raise UserError(str(error).replace("checkpoint.load=", "input=", 1)) from None
 
 
-def _model(composed: DictConfig) -> Any:
-    """Return the model of model.path, or else of the input; None where neither is given."""
+def _over_input(composed: DictConfig, command: Composition) -> DictConfig:
+    """Return the config with the model of model.path, or else of the input, and what was typed over it."""
     given, source = composed.model.path, composed.input
     if not (given or source):
-        return None
+        return composed
     if given and not Path(given).is_dir():
         raise UserError(f"model.path={given} is no directory")
     if composed.direction is Direction.dcp_to_hf and not given:
-        found = stored_model(_checkpoint(source) / MODEL_FILE)
+        model = read_model(_checkpoint(source) / MODEL_FILE)
     else:
-        found = OmegaConf.structured(model_from_hf(Path(given or source)))
-    for key in changed_keys(composed.model) - {"path"}:
-        OmegaConf.update(found, key, OmegaConf.select(composed.model, key))
-    return found
+        model = model_from_hf(Path(given or source))
+    composed = command.over(Stored(hf_model=filled(model, given)))
+    plain_model(composed)
+    return composed

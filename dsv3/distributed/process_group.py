@@ -141,14 +141,16 @@ def _threads(local_world: int) -> int:
 
 
 @contextmanager
-def join_process_group(timeout: int) -> Iterator[RankContext]:
+def join_process_group(timeout: int, on_cpu: bool = False) -> Iterator[RankContext]:
     """Join the process group that the environment describes, if any; leave it when all went well.
 
-    `timeout` is the time that a rank may wait, in seconds. On CPU the ranks of a node share its cores.
+    `timeout` is the time that a rank may wait, in seconds. `on_cpu` leaves the GPUs alone, where there are
+    any. On CPU the ranks of a node share its cores.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    has_gpu = not on_cpu and torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if device.type == "cpu":

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dsv3.config.hardware import NAMED, HardwareConfig
+from dsv3.config.hardware import AUTO, CPU, NAMED, HardwareConfig
 from dsv3.config.registry import CONF
+from dsv3.errors import UserError
 
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
 
@@ -83,6 +84,25 @@ def visible_gpus(machine: Machine | None = None) -> list[str]:
     if all(entry.isdigit() for entry in chosen):
         return [lines[int(entry)] for entry in chosen if int(entry) < len(lines)]
     return lines[: len(chosen)]  # UUIDs: only their count is known here
+
+
+def require_gpu(config: HardwareConfig, machine: Machine | None = None) -> None:
+    """Raise UserError where `config` names a GPU, to run on it, and this machine has none."""
+    if config.name not in (AUTO, CPU) and not visible_gpus(machine):
+        raise UserError(
+            f"hardware.name={config.name}, and nvidia-smi shows no GPU here: "
+            f"run on what is here with hardware={AUTO}, or plan for it with task=plan"
+        )
+
+
+def other_gpu(config: HardwareConfig, machine: Machine | None = None) -> str | None:
+    """Return a line for the user where this machine has another GPU than `config` names."""
+    here = visible_gpus(machine) if config.name not in (AUTO, CPU) else []
+    found = NAMED.search(here[0]) if here else None
+    if not here or (found and found[1].lower() == config.name):
+        return None
+    name = here[0].rsplit(",", 1)[0].strip()
+    return f"hardware.name={config.name}, but the GPU here is {name}: memory and MFU are of the one named"
 
 
 def _detect_gpu(machine: Machine) -> HardwareConfig | None:

@@ -1,13 +1,13 @@
 """The plan of a run: memory, traffic and bubble of a layout, before anything is started."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv3.config.hardware import HardwareConfig
 from dsv3.config.model import ModelConfig
+from dsv3.config.optimizer import OptimizerConfig
 from dsv3.config.parallel import DispatchBackend, ParallelConfig, PipelineConfig, SavedOp
 from dsv3.config.precision import MomentType
 from dsv3.config.root import Config
-from dsv3.config.training import OptimizerConfig
 from dsv3.planning import parameters
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import MemoryBytes, rank_memory
@@ -36,6 +36,9 @@ class Plan:
     """That of the fullest rank."""
     traffic: TrafficBytes
     """That of the rank that sends most."""
+    precision: str = ""
+    """Number format of the matmuls: fp32, bf16 or fp8."""
+    precision_reason: str = ""
 
     @property
     def world_size(self) -> int:
@@ -72,10 +75,14 @@ class Plan:
             "bubble": self.bubble,
             "tokens_per_second_per_gpu": None,
             "mfu": None,
+            "precision": self.precision,
+            "precision_reason": self.precision_reason,
         }
 
 
-def make_plan(config: Config, degrees: ParallelDims, hardware: HardwareConfig) -> Plan:
+def make_plan(
+    config: Config, degrees: ParallelDims, hardware: HardwareConfig, precision_reason: str = "as configured"
+) -> Plan:
     """Plan a completed config on resolved `degrees` and detected `hardware`."""
     train, parallel, expert = config.train, config.parallel, config.parallel.expert
     precision, on_cpu = config.precision, hardware.name == "cpu"
@@ -99,7 +106,8 @@ def make_plan(config: Config, degrees: ParallelDims, hardware: HardwareConfig) -
         ranks_per_node=configured or config.launch.nproc or hardware.devices_per_node,
         fp8=None if precision.fp8 is None else FP8Shape(precision.fp8.dispatch, precision.fp8.gather),
     )
-    return plan_from_shape(config.model, degrees, hardware, shape)
+    plan = plan_from_shape(config.model, degrees, hardware, shape)
+    return replace(plan, precision=precision.label, precision_reason=precision_reason)
 
 
 def plan_from_shape(
@@ -113,11 +121,15 @@ def plan_from_shape(
 def state_bytes(optimizer: OptimizerConfig, moments: MomentType, compute: int) -> StateBytes:
     """Return the bytes per parameter with `optimizer`; one with unknown state counts as AdamW."""
     known = optimizer.state_bytes_per_parameter(moments)
-    if known is None:
-        return StateBytes(
-            optimizer=ASSUMED_STATE_BYTES, compute=compute, unknown_optimizer=optimizer._target_
-        )
-    return StateBytes(optimizer=known, compute=compute)
+    hidden = optimizer.state_bytes_per_hidden_parameter(moments)
+    return StateBytes(
+        optimizer=ASSUMED_STATE_BYTES if known is None else known,
+        compute=compute,
+        unknown_optimizer=optimizer._target_ if known is None else "",
+        hidden=None if hidden == known else hidden,
+        factored=optimizer.factored_state,
+        frozen=tuple(optimizer.frozen),
+    )
 
 
 def _pipeline_shape(parallel: ParallelConfig, pp: int) -> PipelineShape:

@@ -102,12 +102,16 @@ def _model_rows(plan: Plan) -> list[tuple[str, str]]:
         ("active parameters", f"{parameters.active(model):,}"),
         ("FLOPs per token", f"{causal:,.3f} G causal, {square:,.3f} G full square"),
         ("hardware", plan.hardware.name),
+        *([("precision", f"{plan.precision}: {plan.precision_reason}")] if plan.precision else []),
         ("layout", f"{plan.world_size:,} ranks = {axes}; ep {plan.degrees.ep}"),
     ]
     if plan.degrees.pp > 1:
         p = shape.pipelining
         rows.append(("schedule", f"{p.schedule.name}, {plan.degrees.pp} ranks x {p.per_rank} stages"))
-    rows.append(("microbatch", f"{batch}, recompute {shape.recompute.value}"))
+    sequences = shape.microbatch_size * shape.microbatches * plan.degrees.data_parallel
+    tokens = sequences * shape.sequence_length
+    rows.append(("batch", f"{sequences:,} sequences, {tokens:,} tokens per step"))
+    rows.append(("microbatch", f"{batch} and rank, recompute {shape.recompute.value}"))
     rows.append(("bytes per parameter", shape.state.to_text()))
     return rows + _fp8_rows(plan)
 
@@ -117,7 +121,7 @@ def _fp8_rows(plan: Plan) -> list[tuple[str, str]]:
     model, fp8 = plan.model, plan.shape.fp8
     if fp8 is None:
         return []
-    every = [*parameters.main_model(model), *(w for depth in parameters.mtp_modules(model) for w in depth)]
+    every = parameters.every_weight(model)
 
     def share(some: list[Weight]) -> str:
         return f"{numel(some):,} parameters, {numel(some) / numel(every):.1%}"

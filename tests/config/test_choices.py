@@ -13,12 +13,18 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from dsv3.cli.help import train_help
-from dsv3.config.registry import CONF, LAYOUTS, RECIPES, SCHEMAS, choice_schema, config_groups
-from dsv3.config.root import Config
-from dsv3.config.strict import build, strict
+from dsv3.config.registry import (
+    CONF,
+    LAYOUTS,
+    RECIPES,
+    SCHEMAS,
+    choice_schema,
+    config_groups,
+    default_choices,
+)
+from dsv3.config.strict import build
 from dsv3.errors import UserError
-from dsv3.launch.prepare import resolve_model
-from tests.harness.composing import compose
+from tests.harness.composing import strict_config
 from tests.hf.test_config_json import RELEASED_V3
 
 MODELS = ("16b", "moonlight_16b", "236b", "671b", "kimi_k2")
@@ -33,13 +39,6 @@ NEEDED = {
     ("task", "verify"): ["model=hf", "model.path={hf}"],
     ("task", "compare"): ["task.runs=somewhere"],
 }
-
-
-def strict_config(overrides: list[str]) -> Config:
-    composed = compose(overrides)
-    resolve_model(composed, [override.split("=")[0] for override in overrides])
-    config: Config = strict(composed)
-    return config
 
 
 @pytest.fixture
@@ -112,7 +111,7 @@ def test_a_file_of_conf_says_more_than_the_schema_it_extends(path: Path) -> None
 
 
 def test_every_group_is_in_the_defaults_of_the_root() -> None:
-    assert set(defaults()) == set(config_groups())
+    assert set(default_choices()) == set(config_groups())
 
 
 def test_help_lists_every_choice_and_marks_the_default() -> None:
@@ -124,9 +123,10 @@ def test_help_lists_every_choice_and_marks_the_default() -> None:
         if line.startswith("  ") and line.split()
     }
     for group, choices in config_groups().items():
-        marked = [f"{choice}*" if choice == defaults()[group] else choice for choice in choices]
+        default = default_choices()[group]
+        marked = [f"{choice}*" if choice == default else choice for choice in choices]
         assert listed[group] == marked
-        assert defaults()[group] is None or f"{defaults()[group]}*" in marked
+        assert default is None or f"{default}*" in marked
 
 
 def test_numbers_of_conf_are_keys_of_the_schema_they_extend() -> None:
@@ -140,10 +140,3 @@ def test_numbers_of_conf_are_keys_of_the_schema_they_extend() -> None:
         name = next(iter(schema)) if isinstance(schema, dict) else schema
         node = SCHEMAS[name.removeprefix("/schema/").removesuffix("@_here_")]
         OmegaConf.merge(OmegaConf.structured(node), text)
-
-
-def defaults() -> dict[str, str | None]:
-    """The root's choice for each of our groups."""
-    entries = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
-    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-    return {group: choice for group, choice in pairs if not group.startswith(("override", "optional"))}

@@ -72,6 +72,7 @@ def test_a_stored_permission_does_not_count(
     planned: PlannedCommand, stored: StoredRun, permission: str
 ) -> None:
     directory = stored.store("optimizer._target_=collections.OrderedDict", permission)
+    stored.change(optimizer___target_="collections.OrderedDict")
     outcome = planned.run(f"resume={directory}")
     assert outcome.code == 2
     assert "is refused" in outcome.err

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from dsv3.config.optimizer import AdamWConfig
 from dsv3.config.training import (
-    AdamWConfig,
     BalanceConfig,
     DeepSeekV3Config,
     MTPLossConfig,

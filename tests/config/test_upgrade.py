@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from dsv3.config.overrides import split_override
 from dsv3.config.strict import check_target
 from dsv3.config.upgrade import KEYS, TARGETS, upgrade_node, upgrade_override, upgrade_target
-from dsv3.launch.prepare import stored_model
+from dsv3.launch.checkpoint_defaults import read_model
 from tests.harness.commands import PlannedCommand
 from tests.harness.composing import compose
 from tests.harness.runs import StoredRun
@@ -154,4 +154,4 @@ def test_the_model_of_a_checkpoint_that_older_code_stored_is_read(
     model = OmegaConf.to_container(compose([]).model, enum_to_str=True)
     assert isinstance(model, dict)
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({**model, "_target_": "dsv3.model.old.Old"}))
-    assert stored_model(tmp_path / "model.yaml")._target_ == "dsv3.model.transformer.Transformer"
+    assert read_model(tmp_path / "model.yaml")._target_ == "dsv3.model.transformer.Transformer"

@@ -79,8 +79,11 @@ def test_help_tells_every_direction_and_key(convert: ConvertCommand) -> None:
         (["direction=hf_to_dcp", "input={in}", "output=x", "model=debug"], "has no 'model.layers.4.enorm"),
         (["direction=hf_to_dcp", "plan=true", "input={in}", "speeds=[0]"], "speeds=[0.0]"),
         (["direction=download", "output=x"], "repo=null is not possible"),
-        (["direction=download", "repo=a/b", "plan=true"], "plan=True is not possible"),
-        (["direction=download", "repo=a/b", "output=x", "verify=true"], "verify=True is not possible"),
+        (["direction=download", "repo=a/b", "plan=true"], "plan=true does nothing with direction=download"),
+        (
+            ["direction=download", "repo=a/b", "output=x", "verify=true"],
+            "verify=true does nothing with direction=download",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_a_line_or_two(
@@ -213,3 +216,24 @@ def test_a_run_without_a_checkpoint_is_told(convert: ConvertCommand, run: Path, 
     (tmp_path / "new").mkdir()
     shutil.copy(run / "config.yaml", tmp_path / "new")
     refused(convert("dcp_to_hf", tmp_path / "new", tmp_path / "out"), "input=", "holds no checkpoint yet")
+
+
+def test_a_conversion_counts_what_it_read_dropped_and_left_out(
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
+) -> None:
+    stored = read_release(fp8_release)
+    grids = sum(name.endswith("_scale_inv") for name in stored)
+    weights = len(stored) - grids
+    arguments = ["direction=hf_to_dcp", f"input={fp8_release}"]
+    whole = succeeded(convert.run(*arguments, f"output={tmp_path / 'whole'}")).out
+    assert (
+        f"{weights - 2} tensors read from 3 files, {grids} scale grids with them, 2 duplicates of MTP"
+        in whole
+    )
+    assert "left out" not in whole
+    files = len(list((tmp_path / "whole").glob("*.distcp"))) + 1  # the scale grids have a file of their own
+    assert f"{files} files of weights written" in whole
+    bare = succeeded(convert.run(*arguments, "model.mtp_depths=0", f"output={tmp_path / 'bare'}")).out
+    last = sum("layers.3." in name and not name.endswith("_scale_inv") for name in stored)
+    assert last > 2
+    assert f"{last} tensors left out, which the model does not have" in bare

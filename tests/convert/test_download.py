@@ -8,8 +8,10 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from dsv3.config.convert import Assets, ConvertConfig, Direction
+from dsv3.convert import download as download_module
 from dsv3.convert.download import download
 from dsv3.errors import RunFailed, UserError
+from dsv3.metrics.progress import Phase
 
 
 def ask(output: Path, assets: Assets = Assets.config) -> ConvertConfig:
@@ -95,3 +97,34 @@ def test_a_download_that_breaks_off_is_a_failure_not_a_mistake(
     use(monkeypatch, Hub(OSError("connection reset")))
     with pytest.raises(RunFailed, match="goes on"):
         download(ask(tmp_path / "out"))
+
+
+def test_the_bytes_are_counted_and_no_other_bar_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[int, int | None]] = []
+
+    def play(repo: str, tqdm_class: Any, **asked: Any) -> None:
+        files = tqdm_class(total=3, desc="Fetching 3 files")
+        received = tqdm_class(total=0, unit="B", name="received", disable=False)
+        written = tqdm_class(total=0, unit="B", name="written")
+        for bar in (received, written):
+            bar.total = 4000
+        files.update(1)
+        received.update(100)
+        written.update(3000)
+        seen.append((phases[0].done, phases[0].total))
+        Hub()(repo, **asked)
+
+    phases: list[Phase] = []
+
+    def remember(work: Phase) -> Any:
+        phases.append(work)
+        return counting_bar(work)
+
+    counting_bar = download_module._counting_bar
+    monkeypatch.setattr(download_module, "_counting_bar", remember)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", play)
+    download(ask(tmp_path / "out"))
+    assert seen == [(3000, 4000)]
+    assert capsys.readouterr() == ("", "")

@@ -16,15 +16,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3.cli.application import Application, report
-from dsv3.config.convert import Direction
-from dsv3.launch.job import Job
+from dsv3.config.registry import Stored
+from dsv3.launch.checkpoint_defaults import Composition
+from dsv3.launch.job import Job, SweepJob
 from dsv3.launch.prepare import prepare_job
 from dsv3.programs import CONVERT, TRAIN, check, start_conversion
 from tests.harness.composing import compose
 from tests.harness.outcome import Outcome, succeeded
 from tests.harness.tiny import MODEL, TRAINING
 
-Carrier = Callable[[DictConfig], float | None]
+Carrier = Callable[..., float | None]
 
 
 def run_here(program: Application, argv: list[str], execute: Carrier | None = None) -> int:
@@ -109,8 +110,8 @@ class PlannedCommand(Command):
         """Run the command with exactly these arguments; collect its jobs instead of starting them."""
         jobs: list[Job] = []
 
-        def keep(composed: DictConfig) -> None:
-            job = prepare_job(composed)
+        def keep(composed: DictConfig, sweep: SweepJob | None = None) -> None:
+            job = prepare_job(composed, sweep)
             check(job)
             jobs.append(job)
 
@@ -129,14 +130,11 @@ class ConvertCommand(Command):
         """Convert `source` to `output`."""
         if self.whole:
             return self.run(f"direction={direction}", f"input={source}", f"output={output}", *more)
-        config = copy.deepcopy(_composed())
-        config.direction, config.input, config.output = Direction[direction], str(source), str(output)
-        for key, _, value in (argument.partition("=") for argument in more):
-            OmegaConf.update(config, key, yaml.safe_load(value))
+        command = Uncomposed([f"direction={direction}", f"input={source}", f"output={output}", *more])
 
         def carry_out() -> int:
             try:
-                start_conversion(config)
+                start_conversion(command.over(Stored()), command)
             except BaseException as error:
                 return report(error, [])
             return 0
@@ -146,6 +144,20 @@ class ConvertCommand(Command):
     def must(self, direction: str, source: Path | str, output: Path | str, *more: str) -> Outcome:
         """Convert `source` to `output`; has to succeed."""
         return succeeded(self(direction, source, output, *more))
+
+
+class Uncomposed(Composition):
+    """A command of convert.py whose overrides are set one by one, in the place of Hydra."""
+
+    def over(self, stored: Stored) -> DictConfig:
+        """Return the config with the values of a checkpoint below the overrides."""
+        config = copy.deepcopy(_composed())
+        if stored.hf_model is not None:
+            config.model = OmegaConf.structured(stored.hf_model)
+        for key, _, value in (argument.partition("=") for argument in self.overrides):
+            paths = ("input", "output")
+            OmegaConf.update(config, key, value if key in paths else yaml.safe_load(value))
+        return config
 
 
 @functools.cache

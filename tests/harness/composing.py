@@ -1,11 +1,13 @@
 """Compose conf/ in the test process, without a command line and without torch."""
 
+from dataclasses import replace
+
 from omegaconf import DictConfig
 
 from dsv3.config.overrides import compose as compose_overrides
 from dsv3.config.root import Config
 from dsv3.config.strict import strict
-from dsv3.launch.prepare import resolve_model
+from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint
 
 
 def compose(overrides: list[str], root: str = "config") -> DictConfig:
@@ -14,8 +16,10 @@ def compose(overrides: list[str], root: str = "config") -> DictConfig:
 
 
 def strict_config(overrides: list[str]) -> Config:
-    """Return the checked config of train.py under `overrides`, with the model's preset resolved."""
-    composed = compose(overrides)
-    resolve_model(composed, [override.split("=")[0] for override in overrides])
+    """Return the checked config of train.py under `overrides`, with the model's preset resolved.
+
+    Its precision is that of a CPU where none is chosen: tests compare in fp32, on a machine with GPUs too.
+    """
+    composed = compose_over_checkpoint(compose(overrides), Composition(overrides))
     config: Config = strict(composed)
-    return config
+    return replace(config, precision=config.precision.on("cpu"))

@@ -1,5 +1,7 @@
 """Read and write what a run reads and leaves on the disk, without torch."""
 
+import copy
+import functools
 import json
 import random
 import re
@@ -8,9 +10,10 @@ from typing import Any
 
 import yaml
 
+from dsv3.checkpoint.directory import CONFIG_FILE
 from dsv3.config.strict import strict, to_yaml
 from dsv3.launch.job import plan_job
-from dsv3.launch.run_dir import CONFIG_FILE, OVERRIDES_FILE
+from dsv3.launch.run_dir import OVERRIDES_FILE
 from tests.harness.composing import compose
 
 VOLATILE = ("tokens_per_second", "mfu", "memory_gib")
@@ -53,8 +56,27 @@ class StoredRun:
             r"[+]*(run|hydra|checkpoint|experiments)|[-~]|\d|.*_target_"
         )  # not for a config of ours
         kept = [override for override in overrides if not foreign.match(str(override))]
-        config = to_yaml(plan_job(strict(compose(kept)), kept).config)
+        config = copy.deepcopy(_completed(tuple(kept)))
         config["schedule"]["total_steps"] = total_steps
         (self.directory / CONFIG_FILE).write_text(yaml.safe_dump(config))
         (self.directory / OVERRIDES_FILE).write_text(yaml.safe_dump(list(overrides)))
         return self.directory
+
+    def change(self, **values: Any) -> None:
+        """Set values of config.yaml, by dotted keys with `__` for a dot; a value of None removes the key."""
+        config = yaml.safe_load((self.directory / CONFIG_FILE).read_text())
+        for key, value in values.items():
+            *nodes, name = key.split("__")
+            node = config
+            for part in nodes:
+                node = node.setdefault(part, {})
+            node.pop(name, None)
+            if value is not None:
+                node[name] = value
+        (self.directory / CONFIG_FILE).write_text(yaml.safe_dump(config))
+
+
+@functools.cache
+def _completed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a run of these overrides stores as its config; composing takes half a second."""
+    return to_yaml(plan_job(strict(compose(list(overrides))), list(overrides)).config)

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from dsv3.config.hardware import HardwareConfig
+from dsv3.config.optimizer import AdamWConfig, OptimizerConfig
 from dsv3.config.parallel import ParallelConfig, RecomputeConfig, RecomputeMode
 from dsv3.config.precision import ComputeType, MomentType, PrecisionConfig
-from dsv3.config.training import AdamWConfig, OptimizerConfig
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.plan import Plan, plan_from_shape
 from dsv3.planning.step_shape import StateBytes, StepShape
