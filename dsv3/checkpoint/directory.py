@@ -16,7 +16,16 @@ from dsv3.errors import UserError
 
 MODEL_FILE, STATE_FILE, TOKENIZER_DIR = "model.yaml", "state.json", "tokenizer"
 
+CONFIG_FILE = "config.yaml"
+"""The resolved config of a run; written last, it makes a directory a run."""
+
+ENVIRONMENT_FILE = "environment.json"
+"""Versions, hardware and the fingerprint of the data of a run."""
+
 MANIFEST_FILE = "manifest.json"
+
+HF_DIR = "hf"
+"""In a checkpoint that was converted from a HuggingFace one: what came beside its weights."""
 
 LATEST, BEST = "latest", "best"
 """Links beside the steps of a run, each to one of them."""
@@ -122,7 +131,7 @@ def find_checkpoint(path: str) -> Path:
     if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
         hint = f"checkpoint.load={HF_PREFIX}{shlex.quote(path)}"
         raise UserError(f"checkpoint.load={path} is a HuggingFace checkpoint: {hint} reads it")
-    what = "no checkpoint yet" if (directory / "config.yaml").exists() else "neither a run nor a checkpoint"
+    what = "no checkpoint yet" if (directory / CONFIG_FILE).exists() else "neither a run nor a checkpoint"
     raise UserError(f"checkpoint.load={path} holds {what}: give a run, step or DCP directory")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata, require_tensors
+from dsv3.checkpoint.dcp_metadata import load_tensors, loading, read_metadata, require_tensors
 from dsv3.checkpoint.directory import is_hf_checkpoint
 from dsv3.checkpoint.state import ModelParts, local_tensor, model_state, unique_by_name
 from dsv3.config.model import ModelConfig
@@ -88,7 +88,8 @@ def _load_hf_tensors(source: HFSource, tensors: dict[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
-            load(dict(tensors), storage_reader=HFStorageReader(source))
+            with loading(source.directory) as planner:
+                load(dict(tensors), storage_reader=HFStorageReader(source), planner=planner)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values() if isinstance(cause, UserError)]
         raise (causes[0] if causes else error) from None

@@ -1,9 +1,11 @@
 """Save and restore a training run: model, optimizer, progress and random state."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
 from dsv3.checkpoint.directory import Progress, newest_checkpoint, step_directory, sweep_leftovers
@@ -13,32 +15,47 @@ from dsv3.checkpoint.retention import update_pointers
 from dsv3.checkpoint.save import Saver, Snapshot, Staging
 from dsv3.checkpoint.state import (
     ModelParts,
+    NewState,
     local_tensor,
     make_optimizer_state,
+    missing_state,
     model_state,
     optimizer_state,
     random_state,
     unique_by_name,
 )
+from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed, UserError
+from dsv3.metrics.progress import phase
 
 
 class CheckpointManager:
     """The checkpoints of one run; every method is called by all ranks together."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: RankContext) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        ranks: RankContext,
+        record: TrainingRecord | None = None,
+    ) -> None:
+        """Manage the checkpoints in `run_dir`; rank 0 writes `record` beside the weights of each."""
         self.run_dir = run_dir
         self.config = config
+        self.record = record
         self.ranks = ranks
+        self.notes: list[str] = []
+        """What the user should know of the last restore."""
         self.newest: Path | None = None
         """The checkpoint that this process restored, or began to save, last."""
-        self.saver = Saver(run_dir, config, ranks)
+        self.saver = Saver(run_dir, config, ranks, record)
         self.staging = Staging()
         if ranks.is_main:
-            sweep_leftovers(run_dir)
-            update_pointers(run_dir, config)  # a kill may have come between a commit and this
+            with phase("removing what unfinished saves have left"):
+                sweep_leftovers(run_dir)
+                update_pointers(run_dir, config)  # a kill may have come between a commit and this
 
     @property
     def failed(self) -> bool:
@@ -83,7 +100,29 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait until no save is in flight; raise the error of the last one."""
-        self.saver.wait()
+        with phase("waiting for the checkpoint before to be written"):
+            self.saver.wait()
+
+    def _start_state(self, new: NewState, directory: Path) -> None:
+        """Begin the state that the checkpoint does not have, and say so."""
+        names = sorted({name for names in self.ranks.all_gather_object(new.begin()) for name in names})
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            self.notes.append(
+                f"{directory.name} has no optimizer state of {len(names)} parameters, it begins anew: {shown}"
+            )
+
+    def _require_state(
+        self, state: list[tuple[str, Tensor]], stored: Collection[str], directory: Path
+    ) -> None:
+        """Raise UserError on all ranks where another optimizer has left other state."""
+        missing = self.ranks.all_gather_object(missing_state((name for name, _ in state), stored))
+        kinds = sorted({kind for kinds in missing for kind in kinds})
+        if kinds:
+            raise UserError(
+                f"{directory} was saved by another optimizer: it has no {', '.join(kinds)}\n"
+                f"resume with the run's own optimizer, or start a new run: checkpoint.load={self.run_dir}"
+            )
 
     def restore(self, model_parts: ModelParts, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Load the newest complete checkpoint into model and optimizer; return None where there is none.
@@ -97,13 +136,18 @@ class CheckpointManager:
             verify_together(directory, self.ranks)
         except UserError as error:
             raise with_way_out(error, directory) from None
-        make_optimizer_state(optimizer)
-        # A layout with more ranks than before has no stored random state for the new ones.
         stored = read_metadata(directory).state_dict_metadata
-        random = {name: state for name, state in random_state(self.ranks.rank).items() if name in stored}
-        wanted = [*model_state(model_parts), *optimizer_state(model_parts, optimizer), *random.items()]
+        new = NewState(model_parts, optimizer, stored)
+        with phase("making room for the optimizer's state"):
+            make_optimizer_state(optimizer)
+        self._start_state(new, directory)
+        state = [item for item in optimizer_state(model_parts, optimizer) if item[0] not in new]
+        self._require_state(state, stored, directory)
+        # A layout with more ranks than before has no stored random state for the new ones.
+        random = {name: value for name, value in random_state(self.ranks.rank).items() if name in stored}
+        wanted = [*model_state(model_parts), *state, *random.items()]
         fill(wanted, lambda tensors: load_tensors(directory, tensors))
-        for state in random.values():
-            torch.set_rng_state(state)
+        for generator in random.values():
+            torch.set_rng_state(generator)
         self.newest = directory
         return Progress.read(directory)

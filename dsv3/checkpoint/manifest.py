@@ -18,8 +18,10 @@ import xxhash
 from dsv3.checkpoint.directory import MANIFEST_FILE, STATE_FILE, complete_steps, promises_manifest, write_text
 from dsv3.config.registry import command
 from dsv3.errors import UserError
+from dsv3.metrics.progress import phase
 
-_TENSOR_FILES = (".distcp", ".safetensors")
+TENSOR_FILES = (".distcp", ".safetensors")
+"""Endings of the files that hold weights."""
 
 _BUFFER_BYTES = 16 * 2**20
 
@@ -86,9 +88,7 @@ def read_manifest(directory: Path) -> dict[str, FileEntry] | None:
         raise UserError(f"{path} cannot be read, it may be damaged: {reason}") from None
 
 
-def verify(
-    directory: Path, files: Iterable[str] | None = None, progress: Callable[[int], None] | None = None
-) -> bool:
+def verify(directory: Path, files: Iterable[str] | None = None) -> bool:
     """Compare `files` of a directory (None: all) with its manifest, all the sizes first.
 
     Return False where there is no manifest to compare with; names that the manifest does not list are
@@ -99,8 +99,7 @@ def verify(
         return False
     chosen = entries if files is None else {name: entries[name] for name in files if name in entries}
     check_sizes(directory, chosen)
-    for name, entry in chosen.items():
-        check_digest(directory, name, entry, progress)
+    check_digests(directory, chosen)
     return True
 
 
@@ -108,7 +107,7 @@ def verify_description(directory: Path) -> bool:
     """Compare all sizes, and the content of all files but the tensors: a quick check before workers start."""
     entries = read_manifest(directory) or {}
     check_sizes(directory, entries)
-    return verify(directory, [name for name in entries if not name.endswith(_TENSOR_FILES)])
+    return verify(directory, [name for name in entries if not name.endswith(TENSOR_FILES)])
 
 
 def check_sizes(directory: Path, entries: dict[str, FileEntry]) -> None:
@@ -123,17 +122,19 @@ def check_sizes(directory: Path, entries: dict[str, FileEntry]) -> None:
             raise UserError(f"{path} is {what}: it has {size:,} bytes, {MANIFEST_FILE} says {entry.size:,}")
 
 
-def check_digest(
-    directory: Path, name: str, entry: FileEntry, progress: Callable[[int], None] | None = None
-) -> None:
-    """Raise UserError unless the file's content has the digest that the manifest says."""
-    path = directory / name
-    try:
-        found = digest(path, progress)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if found != entry.digest:
-        raise UserError(f"{path} is altered: its XXH3-128 is {found}, {MANIFEST_FILE} says {entry.digest}")
+def check_digests(directory: Path, entries: dict[str, FileEntry]) -> None:
+    """Raise UserError for the first file whose content has not the digest that the manifest says."""
+    with phase(f"verifying {directory}", sum(entry.size for entry in entries.values())) as work:
+        for name, entry in entries.items():
+            path = directory / name
+            try:
+                found = digest(path, work.advance)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+            if found != entry.digest:
+                raise UserError(
+                    f"{path} is altered: its XXH3-128 is {found}, {MANIFEST_FILE} says {entry.digest}"
+                )
 
 
 def _digest_of(files: object) -> str:
@@ -168,11 +169,12 @@ def verify_together(directory: Path, ranks: "RankContext") -> None:
     try:
         entries = read_manifest(directory) or {}
         check_sizes(directory, entries)  # by every rank: a node may see another disk
-        for name in shares(entries, ranks.world)[ranks.rank]:
-            check_digest(directory, name, entries[name])
+        check_digests(directory, {name: entries[name] for name in shares(entries, ranks.world)[ranks.rank]})
     except UserError as error:
         problem = str(error)
-    for found in ranks.all_gather_object(problem):
+    with phase("waiting for the other ranks to verify theirs"):
+        problems = ranks.all_gather_object(problem)
+    for found in problems:
         if found is not None:
             raise UserError(found)
 

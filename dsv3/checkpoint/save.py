@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dsv3.checkpoint.directory import (
@@ -35,11 +36,13 @@ from dsv3.checkpoint.directory import (
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
 from dsv3.checkpoint.retention import prune
 from dsv3.checkpoint.state import local_tensor
+from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import to_yaml
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed
+from dsv3.metrics.progress import Phase, phase
 
 
 class Staging:
@@ -70,16 +73,32 @@ class Staging:
         return dict(self.host_copies)
 
 
-class StagedPlanner(DefaultSavePlanner):
-    """Plans with the tensors themselves, which know the layout, and writes their copies on the host."""
+class SavePlanner(DefaultSavePlanner):
+    """Plans with the tensors themselves, which know the layout; `work` gets the bytes that are written.
 
-    def __init__(self, host_copies: dict[str, Tensor]) -> None:
+    Where there are `host_copies`, those are written.
+    """
+
+    def __init__(self, host_copies: dict[str, Tensor] | None, work: Phase) -> None:
         super().__init__()
         self.host_copies = host_copies
+        self.work = work
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return the copy of this rank's shard of a tensor; a rank never holds more than one."""
-        return self.host_copies[index.fqn]
+        """Return this rank's shard of a tensor, or its copy; a rank never holds more than one."""
+        return super().lookup_object(index) if self.host_copies is None else self.host_copies[index.fqn]
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Return the plan, and add up what this rank is going to write."""
+        stored = [item.tensor_data for item in new_plan.items if item.tensor_data is not None]
+        self.work.total = sum(data.chunk.sizes.numel() * data.properties.dtype.itemsize for data in stored)
+        return super().finish_plan(new_plan)
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """Return the tensor of an item, which is written next."""
+        found = super().resolve_data(write_item)
+        self.work.advance(found.nbytes if isinstance(found, Tensor) else 0)
+        return found
 
 
 @dataclass
@@ -108,11 +127,12 @@ class _Writer(FileSystemWriter):
 
 def save_tensors(partial: Path, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
     """Write this rank's share of the tensors and, on rank 0, the `.metadata`; synced to the disk."""
-    if snapshot.host_copies is None:
-        save(snapshot.tensors, storage_writer=_Writer(partial), process_group=group)
-    else:
-        # They are on the host already; copying ahead would wait for the training step's stream.
-        writer, planner = _Writer(partial, per_thread_copy_ahead=0), StagedPlanner(snapshot.host_copies)
+    with phase(f"saving step {snapshot.progress.step}") as work:
+        planner = SavePlanner(snapshot.host_copies, work)
+        # Copies are on the host already; copying ahead would wait for the training step's stream, and would
+        # open a CUDA context for tensors that are not on a GPU at all (hardware=cpu).
+        on_gpu = snapshot.host_copies is None and any(each.is_cuda for each in snapshot.tensors.values())
+        writer = _Writer(partial) if on_gpu else _Writer(partial, per_thread_copy_ahead=0)
         save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group)
 
 
@@ -134,9 +154,16 @@ _BACKGROUND_TIMEOUT = timedelta(hours=6)
 class Saver:
     """Writes the checkpoints of one run, at most one at a time; every method is called by all ranks."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: RankContext) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        ranks: RankContext,
+        record: TrainingRecord | None = None,
+    ) -> None:
         self.run_dir = run_dir
         self.config = config
+        self.record = record
         self.ranks = _background(ranks) if config.async_save else ranks
         # DCP warns that one process has no process group. For good, as catch_warnings is not for threads.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -193,6 +220,8 @@ class Saver:
         partial = partial_directory(directory)
         write_text(partial / MODEL_FILE, yaml.safe_dump(to_yaml(snapshot.model), sort_keys=False))
         snapshot.progress.write(partial)
+        if self.record is not None:
+            self.record.write(partial, snapshot.progress.step)
         tokenizer = self.run_dir / TOKENIZER_DIR
         if tokenizer.exists():
             shutil.copytree(tokenizer, partial / TOKENIZER_DIR)
@@ -234,4 +263,10 @@ def _background(ranks: RankContext) -> RankContext:
 def _entries(folder: Path, pattern: str, but: dict[str, FileEntry] | None = None) -> dict[str, FileEntry]:
     """Return the files below `folder` that match and are not in `but`, by relative path."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob(pattern) if path.is_file()}
-    return {name: FileEntry.of(path) for name, path in paths.items() if name not in (but or {})}
+    with phase(f"computing digests of {folder}", len(paths), "files") as work:
+        entries = {}
+        for name, path in paths.items():
+            if name not in (but or {}):
+                entries[name] = FileEntry.of(path)
+            work.advance()
+    return entries

@@ -5,6 +5,7 @@ What a run has stored is read as data; nothing is built from it.
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,20 +15,35 @@ from typing import Any
 
 import yaml
 
-from dsv3.checkpoint.directory import MODEL_FILE, complete_steps, step_number, write_text
+from dsv3.checkpoint.directory import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    MODEL_FILE,
+    complete_steps,
+    newest_checkpoint,
+    step_number,
+    write_text,
+)
 from dsv3.checkpoint.manifest import check_newest
+from dsv3.checkpoint.training_record import TrainingRecord, weights_identity
+from dsv3.config.convergence import Kind, convergence_hash, flatten, kind
 from dsv3.config.overrides import absolute_paths
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, to_yaml
 from dsv3.config.upgrade import upgrade_node
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
+from dsv3.launch.trained_on import training_record
+from dsv3.metrics.progress import phase
 from dsv3.planning.report import format_plan
 
-CONFIG_FILE, OVERRIDES_FILE, ENVIRONMENT_FILE = "config.yaml", "overrides.yaml", "environment.json"
+OVERRIDES_FILE = "overrides.yaml"
 
-_KEPT = ("data._target_", "data.held_out", "data.shuffle", "train.seed", "train.sequence_length")
-"""Keys that a run keeps beside model and tokenizer: they decide which rows there are, and their order."""
+_FIXED = (
+    *("model", "tokenizer", "data._target_", "data.held_out", "data.shuffle"),
+    *("train.seed", "train.sequence_length"),
+)
+"""What a run keeps: its weights belong to one model and tokenizer, its place to one order of the rows."""
 
 _PACKAGES = ("dsv3", "torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
 
@@ -46,16 +62,6 @@ def read_stored_values(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} holds no config; is it a run directory?") from None
 
 
-def flatten(node: Any, path: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts, and of dicts in lists, by their dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        nested = isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
-        inner = nested or isinstance(value, dict)
-        leaves |= flatten(value, f"{path}{key}.") if inner else {f"{path}{key}": value}
-    return leaves
-
-
 def check_stored_targets(
     file: Path, stored: Mapping[str, Any], checked: Mapping[str, Any], allow: Sequence[str]
 ) -> None:
@@ -66,6 +72,16 @@ def check_stored_targets(
     for key, target in stored.items():
         if key.rpartition(".")[2] == "_target_" and target != checked.get(key):
             check_target(str(target), f"{file}: {key}", allow)
+
+
+def check_can_make(directory: Path) -> None:
+    """Raise UserError where a run directory could not be made or written: long before the run makes it."""
+    path = directory.absolute()
+    above = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not above.is_dir():
+        raise UserError(f"run.dir={directory} cannot be made: {above} is no directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir={directory} cannot be made: {above} is not writable; name another")
 
 
 def check_run_dir(directory: Path, resume: bool) -> None:
@@ -80,21 +96,28 @@ def check_run_dir(directory: Path, resume: bool) -> None:
 
 def make_run_dir(job: Job) -> Path:
     """Make the job's run directory; a default one that exists already gets a number behind its name."""
-    directory, number = job.run_dir.absolute(), 1
+    directory = job.run_dir.absolute()
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        while not job.named_run_dir:
-            try:
-                directory.mkdir()
-                return directory
-            except FileExistsError:
-                number += 1
-                directory = directory.with_name(f"{job.run_dir.name}_{number}")
-        directory.mkdir(exist_ok=True)
+        if not job.named_run_dir:
+            return make_new_dir(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         _set_aside_checkpoints(directory)
     except OSError as error:
         raise UserError(f"run.dir={directory} cannot be made: {error.strerror}") from None
     return directory
+
+
+def make_new_dir(directory: Path) -> Path:
+    """Make a directory that nobody has made before, with a number behind its name where it exists."""
+    made, number = directory, 1
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            made.mkdir()  # fails where it exists: of two commands in the same second one gets the next number
+            return made
+        except FileExistsError:
+            number += 1
+            made = directory.with_name(f"{directory.name}_{number}")
 
 
 def _set_aside_checkpoints(directory: Path) -> None:
@@ -106,16 +129,57 @@ def _set_aside_checkpoints(directory: Path) -> None:
         checkpoints.rename(aside)
 
 
-def write_run_files(job: Job, data: dict[str, Any]) -> None:
-    """Write the files that describe this run; config.yaml comes last and makes the directory a run."""
+def record_run(job: Job, data_fingerprint: str, tokenizer_fingerprint: str | None) -> TrainingRecord:
+    """Return what the run is going to be trained on; a resumed run keeps the history of what it was.
+
+    UserError where the newest checkpoint's training.yaml is damaged.
+    """
+    load, fingerprints = job.config.checkpoint.load, (data_fingerprint, tokenizer_fingerprint)
+    if not job.config.run.resume:
+        weights = weights_identity(load) if load else None
+        return TrainingRecord.of_run(job.config, *fingerprints, weights)
+    newest = newest_checkpoint(job.run_dir)
+    before = training_record(newest) if newest else None
+    weights = read_environment(job.run_dir).get("weights") or (before.weights if before else None)
+    if load and weights is None:
+        weights = _identity_if_there(load)
+    found = TrainingRecord.of_run(job.config, *fingerprints, weights, before.history if before else [])
+    if before is None or before.step == 0:
+        return found
+    past = before.convergence or convergence_hash(before.config, *fingerprints, weights)
+    if found.convergence == past:
+        return found
+    history = [*before.history, {"step": before.step, "convergence": past}]
+    return TrainingRecord.of_run(job.config, *fingerprints, weights, history)
+
+
+def _identity_if_there(load: str) -> str:
+    """Return the identity of weights that a run of older code began with, which may be gone."""
+    try:
+        return weights_identity(load)
+    except UserError:
+        return "unknown"
+
+
+def write_run_files(job: Job, data: Mapping[str, Any], record: TrainingRecord) -> None:
+    """Write the files that describe this run; config.yaml comes last and makes the directory a run.
+
+    `data` are the counts of the data.
+    """
     directory = job.run_dir
     overrides = yaml.safe_dump(absolute_paths(job.overrides), sort_keys=False, allow_unicode=True)
     write_text(directory / OVERRIDES_FILE, overrides)
-    write_text(directory / ENVIRONMENT_FILE, json.dumps(environment(job, data), indent=1) + "\n")
+    write_text(directory / ENVIRONMENT_FILE, json.dumps(environment(job, data, record), indent=1) + "\n")
     write_text(directory / "plan.txt", format_plan(job.plan) + "\n")
-    write_text(
-        directory / CONFIG_FILE, yaml.safe_dump(to_yaml(job.config), sort_keys=False, allow_unicode=True)
-    )
+    config = yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True)
+    write_text(directory / CONFIG_FILE, config)
+
+
+def read_origin(directory: Path) -> dict[str, Any]:
+    """Return the overrides and the git commit that a run has stored, for its logger."""
+    environment = json.loads((directory / ENVIRONMENT_FILE).read_text())
+    overrides = yaml.safe_load((directory / OVERRIDES_FILE).read_text())
+    return {"overrides": overrides, "git_commit": environment["git_commit"]}
 
 
 def check_same_run(config: Config, directory: Path) -> None:
@@ -129,8 +193,8 @@ def check_same_run(config: Config, directory: Path) -> None:
         raise UserError(f"resume={directory}: {CONFIG_FILE} holds no model; is it a run directory?")
     check_stored_targets(file, stored, typed, config.run.allow_targets)
     for key, now in typed.items():
-        kept = key in _KEPT or key.startswith(("model.", "tokenizer."))
-        if kept and key in stored and stored[key] != now:
+        fixed = any(key == each or key.startswith(f"{each}.") for each in _FIXED)
+        if fixed and kind(key) is Kind.learnt and key in stored and stored[key] != now:
             raise UserError(
                 f"resume={directory} has {key}={stored[key]}, not {now}: a run keeps its model and its data; "
                 "checkpoint.load= starts a new one from its weights"
@@ -162,17 +226,35 @@ def check_same_data(fingerprint: str, directory: Path) -> None:
         )
 
 
-def environment(job: Job, data: dict[str, Any]) -> dict[str, Any]:
-    """Return versions, git commit, hardware and the data's fingerprint, for environment.json."""
+def environment(job: Job, data: Mapping[str, Any], record: TrainingRecord) -> dict[str, Any]:
+    """Return versions, git commit, hardware, how the run was composed and what it learns from."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "hardware": asdict(job.hardware),
         "world_size": job.plan.world_size,
-        "data": data,
+        "convergence": record.convergence,
+        "weights": record.weights,
+        "data": {
+            "fingerprint": record.data_fingerprint,
+            "tokenizer_fingerprint": record.tokenizer_fingerprint,
+            **data,
+        },
+        "choices": job.choices,
+        "config_dirs": job.config_dirs,
+        "filled_in": sorted(job.reasons),
     }
+
+
+def read_environment(directory: Path) -> dict[str, Any]:
+    """Return what environment.json of a run says; nothing where it cannot be read."""
+    try:
+        stored = json.loads((directory / ENVIRONMENT_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
 
 
 def _version(package: str) -> str | None:
@@ -182,12 +264,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of this source tree, with `+changes` where files differ from it; None outside git."""
     root = Path(__file__).resolve().parent
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        with phase("asking git for the commit"):
+            commit = _git(root, "rev-parse", "HEAD")
+            return commit + (
+                "+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
+            )
     except (OSError, subprocess.SubprocessError):
         return None
 

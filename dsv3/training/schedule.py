@@ -27,7 +27,7 @@ class StepHyperparameters:
         share = step / total_steps
         mtp, balance = config.mtp_loss, config.balance
         mtp_weight = mtp.weight if share <= mtp.switch_at else mtp.final_weight
-        bias_speed = balance.bias_speed if share <= balance.bias_until else 0.0
+        bias_speed = balance.speed if share <= balance.bias_until else 0.0
         return cls(lr, mtp_weight, balance.loss_weight, bias_speed, balance.z_loss_weight)
 
 
