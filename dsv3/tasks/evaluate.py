@@ -2,17 +2,28 @@
 
 import json
 import math
+from typing import Any
 
+from dsv3.checkpoint.training_record import TrainingRecord
+from dsv3.config.convergence import shown
+from dsv3.config.strict import to_yaml
+from dsv3.data.sources import PreparedData
 from dsv3.distributed.process_group import join_process_group, make_deterministic
 from dsv3.errors import RunFailed
+from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data, precision_choice
 from dsv3.launch.job import Job
+from dsv3.launch.trained_on import training_record
 from dsv3.metrics.console import Console
-from dsv3.tasks.setup import load_model, prepare_data, require_checkpoint, stored_tokenizer
+from dsv3.metrics.progress import entering
+from dsv3.tasks.setup import JOINING, load_model, load_own_tokenizer, prepare_data, require_checkpoint
 from dsv3.training.evaluation import evaluate
 
 
 class EvaluateTask:
-    """Prints a table to stderr and `{"loss": .., "perplexity": .., "tokens": ..}` as stdout's last line."""
+    """Prints a table to stderr and `{"loss": .., "perplexity": .., "tokens": ..}` as stdout's last line.
+
+    The keys behind these three say what the loss was measured on (docs/checkpoints.md).
+    """
 
     def run(self, job: Job) -> float:
         """Return the held-out loss in nats, a sweep's objective; write nothing but the data cache.
@@ -22,9 +33,11 @@ class EvaluateTask:
         config = job.config
         checkpoint = require_checkpoint(job)
         make_deterministic(config.train.deterministic, config.train.seed)
-        with join_process_group(config.launch.timeout) as ranks:
-            tokenizer = stored_tokenizer(config, checkpoint, job.overrides)
-            data = prepare_data(config, ranks, tokenizer, evaluate=True)
+        with entering(JOINING, join_process_group(config.launch.timeout, job.on_cpu)) as ranks:
+            # Of a table of ids that is given every row is scored; of a run's own table those it held out.
+            every_row = config.data.sets_sequence_length and not job.own_data
+            held_out_only = every_row or not config.data.sets_sequence_length
+            data = prepare_data(config, ranks, load_own_tokenizer(config, checkpoint), evaluate=held_out_only)
             model, ranks = load_model(job, ranks)
             loss, tokens = evaluate(
                 model.forward_backward,
@@ -37,14 +50,69 @@ class EvaluateTask:
                 raise RunFailed(f"the held-out loss of {checkpoint} is {loss}")
             if ranks.is_main:
                 perplexity = math.exp(min(loss, 700.0))  # exp overflows a float above 709
-                console = Console(stderr=True)
-                rows = [
-                    ("checkpoint", str(checkpoint)),
-                    ("loss", f"{loss:,.4f}"),
-                    ("perplexity", f"{perplexity:,.4f}"),
-                    ("tokens", f"{tokens:,}"),
-                ]
-                console.table("Held-out", rows)
-                console.close()
-                print(json.dumps({"loss": loss, "perplexity": perplexity, "tokens": tokens}), flush=True)
+                measured = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
+                record = training_record(checkpoint)
+                described, differs = _describe(job, data, record, every_row)
+                told = measured | {"checkpoint": str(checkpoint)} | described
+                told["comparable"] = None if record is None else not differs
+                told["run_precision"] = None if record is None else precision_choice(record.config)
+                _report(told, data, differs)
+                print(json.dumps(told), flush=True)
             return loss
+
+
+def _describe(
+    job: Job, data: PreparedData, record: TrainingRecord | None, every_row: bool
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return what the loss is measured on, and the keys on which the run's own evaluations differ from it."""
+    config, tokenizer = job.config, data.tokenizer
+    described = {
+        "data": choice_name("data", config.data._target_),
+        "data_path": getattr(config.data, "path", None),
+        "data_fingerprint": data.fingerprint,
+        "held_out": None if every_row else config.data.held_out,
+        "sequence_length": data.sequence_length,
+        "document_mask": config.data.document_mask,
+        "precision": precision_choice(to_yaml(config)),
+        "tokenizer": tokenizer and choice_name("tokenizer", config.tokenizer._target_),
+        "tokenizer_fingerprint": data.tokenizer_fingerprint,
+    }
+    if record is None:
+        return described, {}
+    here = to_yaml(config)
+    if every_row:
+        here["data"]["held_out"] = EVERY_ROW
+    run = held_out_data(record.config, record.data_fingerprint, record.tokenizer_fingerprint)
+    return described, differing(
+        {"here": held_out_data(here, data.fingerprint, data.tokenizer_fingerprint), "run": run}
+    )
+
+
+def _report(told: dict[str, Any], data: PreparedData, differs: dict[str, dict[str, Any]]) -> None:
+    """Print the table to stderr, and a line where the loss is not comparable with those of the run."""
+    console = Console(stderr=True)
+    place = f" {told['data_path']}" if told["data_path"] else ""
+    share = EVERY_ROW if told["held_out"] is None else f"{told['held_out']:.4g} held out"
+    rows = [
+        ("checkpoint", told["checkpoint"]),
+        ("data", f"{told['data']}{place}, {share}, fingerprint {told['data_fingerprint']}"),
+        ("sequence length", f"{told['sequence_length']:,}"),
+        ("document mask", "on" if told["document_mask"] else "off"),
+        ("precision", told["precision"]),
+    ]
+    if data.tokenizer is not None:
+        size, fingerprint = data.tokenizer.size, told["tokenizer_fingerprint"]
+        rows.append(("tokenizer", f"{told['tokenizer']}, {size:,} ids, fingerprint {fingerprint}"))
+    rows += [
+        ("tokens", f"{told['tokens']:,}"),
+        ("loss", f"{told['loss']:,.4f}"),
+        ("perplexity", f"{told['perplexity']:,.4f}"),
+    ]
+    console.table("Held-out", rows)
+    if differs:
+        pairs = (f"{key} {shown(at['here'])} (the run: {shown(at['run'])})" for key, at in differs.items())
+        console.message(f"not comparable with the losses of the run: {', '.join(pairs)}")
+    own = told["run_precision"]
+    if own not in (None, told["precision"]):
+        console.message(f"the run computed in {own}: precision={own} gives its losses")
+    console.close()

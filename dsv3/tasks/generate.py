@@ -7,8 +7,9 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import join_process_group
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
+from dsv3.metrics.progress import entering
 from dsv3.parallel.parallel_model import ParallelModel
-from dsv3.tasks.setup import load_model, require_checkpoint, stored_tokenizer
+from dsv3.tasks.setup import JOINING, load_model, load_own_tokenizer, require_checkpoint
 
 
 class GenerateTask:
@@ -20,7 +21,7 @@ class GenerateTask:
 
     def run(self, job: Job) -> None:
         """Load the checkpoint, sample with train.seed and print."""
-        with join_process_group(job.config.launch.timeout) as ranks:
+        with entering(JOINING, join_process_group(job.config.launch.timeout, job.on_cpu)) as ranks:
             tokenizer = _load_tokenizer(job, require_checkpoint(job))
             model, ranks = load_model(job, ranks)
             text = sample_text(model, tokenizer, self.sampling, self.prompt, job.config.train.seed)
@@ -55,7 +56,7 @@ def _load_tokenizer(job: Job, checkpoint: Path) -> Tokenizer:
 
     UserError where there is none, or it has more ids than the model's vocabulary.
     """
-    tokenizer = stored_tokenizer(job.config, checkpoint, job.overrides)
+    tokenizer = load_own_tokenizer(job.config, checkpoint)
     if tokenizer is None:
         path = getattr(job.config.tokenizer, "path", None)
         if path is None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dsv3.checkpoint.directory import TOKENIZER_DIR, find_checkpoint
+from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.checkpoint.load import load_weights, require_weights
 from dsv3.checkpoint.manifest import verify_together
 from dsv3.config.root import Config
@@ -12,8 +12,13 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
+from dsv3.launch.trained_on import checkpoint_tokenizer, tokenizer_folder, training_record
+from dsv3.metrics.progress import phase
 from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
+
+JOINING = "setting up device and process group"
+"""Title of the phase in which a process becomes one of the ranks."""
 
 
 def prepare_data(
@@ -33,19 +38,21 @@ def prepare_data(
 
     # One process does the work and the rest find it done. A failure of that process ends the others too.
     data = prepare() if ranks.local_rank == 0 else None
-    ranks.barrier()
+    with phase("waiting for the data of the other ranks"):
+        ranks.barrier()
     data = data or prepare()
     data.check_vocabulary(config.model.vocab_size)
     return data
 
 
-def stored_tokenizer(config: Config, checkpoint: Path, overrides: list[str]) -> Tokenizer | None:
-    """Return the tokenizer stored with a checkpoint; None where there is none or the user chose another."""
-    is_chosen = any(override.lstrip("+").startswith("tokenizer") for override in overrides)
-    folder = checkpoint / TOKENIZER_DIR
-    if (checkpoint / "tokenizer.json").is_file():
-        folder = checkpoint  # a HuggingFace checkpoint
-    return Tokenizer.from_file(folder) if folder.is_dir() and not is_chosen else None
+def load_own_tokenizer(config: Config, checkpoint: Path) -> Tokenizer | None:
+    """Return the tokenizer that a checkpoint carries; None where it has none or another one was chosen."""
+    folder, allow = tokenizer_folder(checkpoint), config.run.allow_targets
+    if folder is None or config.tokenizer != checkpoint_tokenizer(
+        checkpoint, training_record(checkpoint), allow
+    ):
+        return None
+    return Tokenizer.from_file(folder)
 
 
 def require_checkpoint(job: Job) -> Path:
@@ -63,7 +70,8 @@ def build_mesh(job: Job, ranks: RankContext) -> ParallelMesh | None:
         return None
     expert = job.config.parallel.expert
     ranks_per_node = expert.ranks_per_node if expert is not None else None
-    return ParallelMesh(job.plan.degrees, ranks.device.type, ranks_per_node)
+    with phase("setting up the device mesh"):
+        return ParallelMesh(job.plan.degrees, ranks.device.type, ranks_per_node)
 
 
 def load_model(job: Job, ranks: RankContext) -> tuple[ParallelModel, RankContext]:
@@ -82,7 +90,8 @@ def load_parts(config: Config, mesh: ParallelMesh | None, ranks: RankContext) ->
     checkpoint = None if path is None else find_checkpoint(path)
     if checkpoint is not None:
         verify_together(checkpoint, ranks)
-        require_weights(config.model, checkpoint)  # before memory is taken
+        with phase("comparing the checkpoint with the model"):
+            require_weights(config.model, checkpoint)  # before memory is taken
     model = build_parallel_model(config, mesh, ranks.device)
     if checkpoint is not None:
         load_weights(model.model_parts, checkpoint)

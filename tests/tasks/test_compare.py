@@ -4,15 +4,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from dsv3.config.task import OutputFormat
+from dsv3.config.task import CompareTaskConfig, OutputFormat
 from dsv3.errors import UserError
+from dsv3.launch.run_results import State, differing_overrides, find_runs, held_out_differences
 from dsv3.launch.sweep import mark_failed
+from dsv3.metrics.console import format_table
 from dsv3.metrics.row import MetricsRow
-from dsv3.tasks.compare import CompareTask, State, differing_overrides, find_runs, format_table
+from dsv3.tasks.compare import CompareTask
+from tests.harness.commands import PlannedCommand
 from tests.harness.processes import ROOT
 
 NAME = 'sweep, it\'s = "one" $HOME (1)'
@@ -72,6 +76,11 @@ def test_a_run_that_went_on_to_its_end_is_done_whatever_failed_before(sweep: Pat
     assert next(run for run in find_runs(sweep) if run.directory.name == "0").state is State.done
 
 
+def test_a_run_that_turned_nonfinite_at_its_last_step_has_failed(sweep: Path) -> None:
+    mark_failed(sweep / "3", "step 3: the loss is nan", [])
+    assert next(run for run in find_runs(sweep) if run.directory.name == "3").state is State.failed
+
+
 def words(line: str) -> str:
     return " ".join(line.split())
 
@@ -126,7 +135,7 @@ def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_pa
     ended = subprocess.run(
         command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert ended.stderr == "0 False\n"
+    assert ended.stderr.splitlines()[-1] == "0 False"
     printed = json.loads(ended.stdout)
     assert printed["plot"] == "a, b's.png"
     assert (tmp_path / "a, b's.png").exists()
@@ -142,6 +151,7 @@ def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_pa
         "state": "done",
         "reason": None,
         "largest_difference": None,
+        "convergence": None,
     }
     assert printed["runs"][4]["reason"] == "train.steps=0 is not possible"
 
@@ -185,3 +195,104 @@ def test_a_directory_that_is_no_place_of_runs_is_a_mistake(sweep: Path, tmp_path
             find_runs(directory)
     with pytest.raises(UserError, match=r"task\.output=.* cannot be written"):
         CompareTask(str(sweep), str(tmp_path / "no" / "x.png"), OutputFormat.text).run(None)  # type: ignore[arg-type]
+
+
+def store_data(folder: Path, loss: float | None, data: str = "d1", **changes: Any) -> None:
+    """Write a run as `store` does, with what decides on its held-out data."""
+    store(folder, [], [5.0, 4.0, 3.0], loss)
+    train = {"steps": 3, "sequence_length": 32, "evaluate_batches": None, "seed": 0}
+    train |= {key: changes[key] for key in train if key in changes}
+    source = {"_target_": "dsv3.data.sources.TextData", "path": f"/texts/{data}", "held_out": 0.03}
+    source |= {"document_mask": False}
+    source |= {key: changes[key] for key in source if key in changes}
+    tokenizer = {"_target_": "dsv3.data.tokenizer.TrainedTokenizer", "vocab_size": 300}
+    config = {"train": train, "data": source, "tokenizer": tokenizer}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if changes.get("older"):
+        return
+    told = {"fingerprint": data, "tokenizer_fingerprint": changes.get("tokenizer", "t1")}
+    told["rows_evaluated"] = changes.get("rows_evaluated", 9)
+    environment = {"convergence": changes.get("convergence", "c" * 16), "data": told}
+    (folder / "environment.json").write_text(json.dumps(environment))
+
+
+MIXED = {
+    "data": ({"data": "d2"}, "data is d1 in 0, d2 in 1"),
+    "share": ({"held_out": 0.1}, "data.held_out is 0.03 in 0, 0.1 in 1"),
+    "tokenizer": ({"tokenizer": "t2"}, "tokenizer is t1 in 0, t2 in 1"),
+    "length": ({"sequence_length": 64}, "train.sequence_length is 32 in 0, 64 in 1"),
+    "mask": ({"document_mask": True}, "data.document_mask is false in 0, true in 1"),
+    "batches": ({"evaluate_batches": 2}, "train.evaluate_batches is all in 0, 9 in 1"),
+    "an older run": ({"data": "d2", "older": True}, "data is text /texts/d1 in 0, text /texts/d2 in 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), MIXED.values(), ids=MIXED.keys())
+def test_runs_of_other_held_out_data_are_ranked_when_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    store_data(tmp_path / "0", 3.0)
+    store_data(tmp_path / "1", 2.0, **changes)
+    with pytest.raises(UserError) as refusal:
+        CompareTask(str(tmp_path), None, OutputFormat.text).run(None)  # type: ignore[arg-type]
+    first, second = str(refusal.value).splitlines()
+    assert first == f"the runs of {tmp_path} cannot be ranked, their held-out data differ: {words}"
+    assert second.startswith("task.mixed_data=true ranks them")
+    CompareTask(str(tmp_path), None, OutputFormat.text, mixed_data=True).run(None)  # type: ignore[arg-type]
+    titles, best, other, *_ = capsys.readouterr().out.splitlines()
+    assert "held-out data" in titles
+    key = words.partition(" ")[0]
+    assert best.startswith("1 ")
+    assert f"{key}={words.rsplit(' in ', 1)[0].rsplit(', ', 1)[1]}" in best
+    assert f"{key}=" in other
+
+
+def test_equal_held_out_data_are_ranked_and_unknown_or_unevaluated_ones_do_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_data(tmp_path / "0", 3.0)
+    store_data(tmp_path / "1", 2.0, evaluate_batches=None, seed=1, convergence="e" * 16)
+    store_data(tmp_path / "2", None, "d2", sequence_length=64)  # has no held-out loss
+    store(tmp_path / "3", [], [5.0], 4.0)  # says nothing
+    assert not held_out_differences(find_runs(tmp_path))
+    CompareTask(str(tmp_path), None, OutputFormat.text).run(None)  # type: ignore[arg-type]
+    lines = capsys.readouterr().out.splitlines()
+    assert words(lines[0]).endswith("state convergence")
+    assert [line.split()[-1] for line in lines[1:5]] == ["e" * 16, "c" * 16, "-", "c" * 16]
+
+
+def test_batches_that_score_the_same_rows_are_the_same_data(tmp_path: Path) -> None:
+    store_data(tmp_path / "0", 3.0, evaluate_batches=2, rows_evaluated=8)
+    store_data(tmp_path / "1", 2.0, evaluate_batches=4, rows_evaluated=8)
+    assert not held_out_differences(find_runs(tmp_path))
+
+
+def test_differences_are_of_what_is_learnt_or_of_how_it_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_data(tmp_path / "0", 3.0)
+    store_data(tmp_path / "1", 2.0, seed=1, convergence="e" * 16)
+    config = yaml.safe_load((tmp_path / "1" / "config.yaml").read_text())
+    config |= {"logger": {"name": "seed=1"}, "compile": {"enabled": True}}
+    (tmp_path / "1" / "config.yaml").write_text(yaml.safe_dump(config))
+    CompareTask(str(tmp_path), None, OutputFormat.text).run(None)  # type: ignore[arg-type]
+    lines = capsys.readouterr().out.splitlines()
+    assert "differences in what is learnt: train.seed" in lines
+    assert "differences in how it is computed alone: compile.enabled" in lines
+    CompareTask(str(tmp_path), None, OutputFormat.json).run(None)  # type: ignore[arg-type]
+    printed = json.loads(capsys.readouterr().out)
+    assert [run["convergence"] for run in printed["runs"]] == ["e" * 16, "c" * 16]
+    assert printed["differences"] == [
+        {"key": "train.seed", "kind": "learnt", "values": {"0": 0, "1": 1}},
+        {"key": "compile.enabled", "kind": "computed", "values": {"0": "absent", "1": True}},
+    ]
+    assert printed["held_out_data"] == {}
+
+
+def test_the_key_that_the_refusal_names_is_one_that_can_be_typed(
+    planned: PlannedCommand, tmp_path: Path
+) -> None:
+    typed = ["task=compare", f"task.runs={tmp_path}", "task.mixed_data=true"]
+    task = planned.run(*typed).job.config.task
+    assert isinstance(task, CompareTaskConfig)
+    assert task.mixed_data

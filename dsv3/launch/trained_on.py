@@ -1,0 +1,220 @@
+"""What a checkpoint was trained on: its data, tokenizer and length, as defaults of a command that reads it.
+
+training.yaml beside the weights says it. A run of older code has no such file: its config.yaml and
+environment.json serve. A checkpoint from elsewhere says nothing but its tokenizer.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dsv3.checkpoint.directory import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    HF_DIR,
+    TOKENIZER_DIR,
+    complete_steps,
+    find_checkpoint,
+    step_number,
+)
+from dsv3.checkpoint.manifest import verify
+from dsv3.checkpoint.training_record import TRAINING_FILE, TrainingRecord
+from dsv3.config.data import LocalTokenizerConfig
+from dsv3.config.registry import SCHEMAS, Stored
+from dsv3.config.root import Config
+from dsv3.config.strict import check_target, escape_interpolation
+from dsv3.config.task import TaskConfig
+from dsv3.config.upgrade import upgrade_node
+from dsv3.errors import UserError
+from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data
+from dsv3.launch.job import MICROBATCH_TOKENS, Job
+
+
+def training_record(checkpoint: Path) -> TrainingRecord | None:
+    """Return what a checkpoint was trained on, None where nothing says it; UserError for a damaged file."""
+    if (checkpoint / TRAINING_FILE).is_file():
+        verify(checkpoint, [TRAINING_FILE])
+        return TrainingRecord.read(checkpoint)
+    run = checkpoint.parent.parent
+    is_step = checkpoint in complete_steps(run)
+    return run_record(run, step_number(checkpoint)) if is_step and (run / CONFIG_FILE).is_file() else None
+
+
+def run_record(run: Path, step: int = 0) -> TrainingRecord:
+    """Return the record of a run by its config.yaml and environment.json; UserError for a damaged config."""
+    file = run / CONFIG_FILE
+    try:
+        config = upgrade_node(yaml.safe_load(file.read_text()))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} cannot be read: it does not say what the run was trained on")
+    data = run_data(run)
+    return TrainingRecord("", data.get("fingerprint"), data.get("tokenizer_fingerprint"), step, config)
+
+
+def run_data(run: Path) -> dict[str, Any]:
+    """Return what environment.json says of a run's data; nothing where it cannot be read."""
+    try:
+        data = json.loads((run / ENVIRONMENT_FILE).read_text())["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def tokenizer_folder(checkpoint: Path) -> Path | None:
+    """Return the folder of the tokenizer that a checkpoint carries, None where it carries none."""
+    # The assets of HuggingFace have a tokenizer_config.json too, which names bos and eos.
+    for folder in (checkpoint, checkpoint / HF_DIR, checkpoint / TOKENIZER_DIR):
+        if (folder / "tokenizer.json").is_file():
+            return folder
+    return None
+
+
+def checkpoint_tokenizer(checkpoint: Path, record: TrainingRecord | None, allow: Sequence[str]) -> Any:
+    """Return the node of the tokenizer that a checkpoint goes with, None where it names none.
+
+    While a command has this node, it uses the files of the checkpoint. Raises UserError as `rebuild` does.
+    """
+    if record is not None and "tokenizer" in record.config:
+        return rebuild("tokenizer", record.config["tokenizer"], str(checkpoint), allow)
+    folder = tokenizer_folder(checkpoint)
+    return None if folder is None else LocalTokenizerConfig(path=str(folder.absolute()))
+
+
+def carried_values(
+    checkpoint: Path, record: TrainingRecord | None, task: type[TaskConfig], allow: Sequence[str]
+) -> Stored:
+    """Return the defaults that a checkpoint sets for a task: its tokenizer; its data where that is read."""
+    defaults, train = {}, {}
+    tokenizer = checkpoint_tokenizer(checkpoint, record, allow)
+    if tokenizer is not None:
+        defaults["tokenizer"] = escape_interpolation(tokenizer)
+    if record is not None and task.reads_checkpoint:
+        data = record.config.get("data")
+        if task.reads_rows and data is not None:
+            node = rebuild("data", data, str(checkpoint), allow)
+            if node.cache_dir is not None and not Path(node.cache_dir).is_dir():
+                node.cache_dir = None  # of another machine
+            defaults["data"] = escape_interpolation(node)
+        stored = record.config.get("train")
+        if isinstance(stored, dict) and type(stored.get("sequence_length")) is int:
+            train["sequence_length"] = stored["sequence_length"]
+    return Stored(defaults, {"train": train} if train else {})
+
+
+def forget_length(composed: DictConfig, stored: Stored, typed: set[str]) -> None:
+    """Remove a checkpoint's length where the rows of other data have a length of their own."""
+    source: Any = OmegaConf.get_type(composed, "data")
+    carried = stored.values.get("train", {}).get("sequence_length")
+    chosen = typed & {"train.sequence_length", "train"} or composed.train.sequence_length != carried
+    if carried is not None and source.sets_sequence_length and not chosen:
+        composed.train.sequence_length = None
+
+
+def rebuild(group: str, stored: Any, where: str, allow: Sequence[str] = ()) -> Any:
+    """Return a stored node of a config group as the schema that has its `_target_` and its keys.
+
+    Raises:
+        UserError: no schema has them, or the class may not be built.
+    """
+    node = stored if isinstance(stored, dict) else {}
+    target = str(node.get("_target_"))
+    choices: list[Any] = [schema for name, schema in SCHEMAS.items() if name.startswith(f"{group}/")]
+    if not any(schema._target_ == target for schema in choices):
+        check_target(target, f"{where}: {group}._target_", allow)
+        if target.startswith("dsv3."):
+            raise UserError(f"{where}: {group}._target_={target} is refused: no choice of {group} builds it")
+    # A class of the user's may stand in the place of one of ours: then the keys decide.
+    for schema in sorted(choices, key=lambda schema: schema._target_ != target):
+        if node.keys() <= {f.name for f in fields(schema)}:
+            try:
+                merged = OmegaConf.merge(OmegaConf.structured(schema), escape_interpolation(node))
+                return OmegaConf.to_object(merged)
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{where}: what it says of {group} is not possible: {reason}") from None
+    raise UserError(
+        f"{where}: no choice of {group} here has the keys {', '.join(sorted(map(str, node)))} of {target}: "
+        f"choose one, {group}=..."
+    )
+
+
+def reads_own_data(config: Config, record: TrainingRecord | None, typed: set[str]) -> bool:
+    """Return True where a command reads the data that its checkpoint was trained on, by its own split.
+
+    UserError where that data is gone, with the place where the run had it.
+    """
+    stored = record.config.get("data") if record is not None and config.task.reads_rows else None
+    if not isinstance(stored, dict) or "data" in typed or stored.get("_target_") != config.data._target_:
+        return False
+    path = stored.get("path")
+    if path is not None and path == getattr(config.data, "path", None) and not Path(path).exists():
+        raise UserError(
+            f"checkpoint.load={config.checkpoint.load} was trained on data.path={path}, which is not there: "
+            "name the place where it is now, data.path=PATH"
+        )
+    return True
+
+
+def with_own_microbatch(job: Job, record: TrainingRecord, chosen: int | None) -> Config:
+    """Return the job's config with the microbatches of the run, whose sums then round alike.
+
+    A microbatch that was chosen stays, and so does the default where the run's has more tokens than it, for
+    which this machine may have no room, or where a pipeline has rules for it.
+    """
+    config, stored = job.config, record.config.get("train", {})
+    size, length = stored.get("microbatch_size"), stored.get("sequence_length")
+    fits = type(size) is int and 0 < size * config.train.length <= MICROBATCH_TOKENS
+    if chosen is None and fits and length == config.train.length and job.plan.degrees.pp == 1:
+        return replace(config, train=replace(config.train, microbatch_size=size))
+    return config
+
+
+def other_data_notes(run: TrainingRecord) -> list[str]:
+    """Return a line where a run trains on other data than the checkpoint it starts from, or other ids."""
+    load = run.config.get("checkpoint", {}).get("load")
+    resumed = run.config.get("run", {}).get("resume")
+    first = training_record(find_checkpoint(load)) if load and not resumed else None
+    if first is None:
+        return []
+    notes = []
+    trained, here = (
+        held_out_data(record.config, record.data_fingerprint, record.tokenizer_fingerprint)
+        for record in (first, run)
+    )
+    differ = differing({"checkpoint": trained, "run": here})
+    if "data" in differ:
+        places = [told["data"][1] for told in (trained, here)]
+        prints = [record.data_fingerprint for record in (first, run)]
+        told = [f"data={place} (fingerprint {found})" for place, found in zip(places, prints, strict=True)]
+        notes.append(f"the checkpoint was trained on {told[0]}, this run trains on {told[1]}")
+    if "tokenizer" in differ:
+        notes.append("the checkpoint knows the ids of another tokenizer: the run has its own, as chosen")
+    return notes
+
+
+def untold_note(config: Config, checkpoint: Path) -> str:
+    """Return a line on what a command reads with a checkpoint that does not say what it was trained on."""
+    data, used = config.data, []
+    if config.task.reads_rows:
+        path = getattr(data, "path", None)
+        used.append(f"data={choice_name('data', data._target_)}{f' {path}' if path else ''}")
+        share = f"{data.held_out:.4g} of the documents held out"
+        used.append(EVERY_ROW if data.sets_sequence_length else share)
+        if not data.sets_sequence_length:
+            used.append(f"rows of {config.train.length:,} tokens")
+        used.append("a document mask" if data.document_mask else "no document mask")
+    if not (config.task.reads_rows and data.sets_sequence_length):
+        folder, node = tokenizer_folder(checkpoint), checkpoint_tokenizer(checkpoint, None, ())
+        own = folder is not None and config.tokenizer == node
+        choice = choice_name("tokenizer", config.tokenizer._target_)
+        used.append(f"the tokenizer of {folder}" if own else f"tokenizer={choice}")
+    load = config.checkpoint.load
+    return f"checkpoint.load={load} does not say what it was trained on; used: {', '.join(used)}"
