@@ -16,6 +16,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from dsv3.errors import UserError
+from dsv3.metrics.progress import phase
 
 LOCK_TIMEOUT = 1800.0  # seconds to wait for the process that builds the entry
 
@@ -55,7 +56,10 @@ def load_or_build(target: Path, read: Callable[[Path], Value], build: Callable[[
         # flock only: filelock's fallback, a file that must not exist, would outlive a process that is killed.
         lock = FileLock(target.with_name(f".{target.name}.lock"), fallback_to_soft=False)
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):  # no locks here, or LOCK_TIMEOUT is over
+            with (
+                contextlib.suppress(OSError),  # no locks here, or LOCK_TIMEOUT is over
+                phase(f"waiting for the process that makes {target.name}", each_node=True),
+            ):
                 held.enter_context(lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.1))
             with contextlib.suppress(CacheEntryError):  # another process built it while this one waited
                 return read(target)

@@ -2,12 +2,13 @@
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from dsv3.errors import UserError
+from dsv3.metrics.progress import Phase, phase
 
 EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
@@ -37,7 +38,9 @@ class Corpus:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.skipped = 0  # files that are not text, known after the first pass
+        # Files that are not UTF-8 text, and empty ones, known after the first pass.
+        self.skipped = self.empty = 0
+        self._reading: Phase | None = None  # of the first pass
         self._infos: list[DocumentInfo] | None = None
 
     def documents(self) -> Iterator[Document]:
@@ -48,8 +51,14 @@ class Corpus:
         Raises:
             UserError: a file cannot be read.
         """
-        self.skipped = 0
-        for path in self._paths():
+        self.skipped = self.empty = 0
+        with phase(f"looking for files in {self.root}", each_node=True):
+            paths = self._paths()
+            if self._reading is not None:
+                self._reading.total, self._reading.unit = len(paths), "files"
+        for path in paths:
+            if self._reading is not None:
+                self._reading.advance()
             try:
                 content = path.read_bytes()
             except OSError as error:
@@ -62,11 +71,19 @@ class Corpus:
                 self.skipped += 1
             elif text:
                 yield Document(self._name(path), text)
+            else:
+                self.empty += 1
 
     def infos(self) -> list[DocumentInfo]:
         """Return name, digest and size of every document; the first call reads the texts."""
         if self._infos is None:
-            self._infos = [DocumentInfo(d.name, d.digest(), len(d.text)) for d in self.documents()]
+            infos = []
+            with phase(f"reading {self.root}", unit="documents", each_node=True) as self._reading:
+                for document in self.documents():
+                    infos.append(DocumentInfo(document.name, document.digest(), len(document.text)))
+                    if self._reading.total is None:  # a corpus that is not read file by file
+                        self._reading.advance()
+            self._infos, self._reading = infos, None
         return self._infos
 
     def fingerprint(self) -> str:
@@ -163,20 +180,28 @@ class HeldOutSplit:
         distinct = {info.digest: info for info in corpus.infos()}
         self.duplicates = len(corpus.infos()) - len(distinct)
         self.is_single = len(distinct) == 1
+        self.size = sum(info.size for info in corpus.infos())  # characters of both sides and duplicates
         self._held_out = _choose_held_out(list(distinct.values()), held_out)
+        kept = sum(info.size for digest, info in distinct.items() if digest not in self._held_out)
+        self.training_size = round(kept or self.size * (1 - held_out))  # characters of the training side
 
-    def training(self) -> Iterator[Document]:
-        """Yield the training documents in the corpus's order, each content once."""
-        return self._side(held_out=False)
+    def training(self, report: Callable[[int], None] | None = None) -> Iterator[Document]:
+        """Yield the training documents in the corpus's order, each content once.
 
-    def evaluation(self) -> Iterator[Document]:
-        """Yield the held-out documents in the corpus's order, each content once."""
-        return self._side(held_out=True)
+        `report` gets the characters of every document that is read on the way, `size` in all.
+        """
+        return self._side(False, report)
 
-    def _side(self, held_out: bool) -> Iterator[Document]:
+    def evaluation(self, report: Callable[[int], None] | None = None) -> Iterator[Document]:
+        """Yield the held-out documents in the corpus's order, each content once; `report` as above."""
+        return self._side(True, report)
+
+    def _side(self, held_out: bool, report: Callable[[int], None] | None) -> Iterator[Document]:
         seen: set[str] = set()
         for document in self.corpus.documents():
             digest = document.digest()
+            if report is not None:
+                report(len(document.text))
             if digest in seen:
                 continue
             seen.add(digest)

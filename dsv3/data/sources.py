@@ -1,15 +1,16 @@
 """The data sources `data=stdlib` and `data=text`: from a corpus to training rows and held-out rows."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dsv3.data.cache import cache_root
 from dsv3.data.corpus import Corpus, Document, HeldOutSplit, StdlibCorpus, TextCorpus
 from dsv3.data.packing import PackedDataset, PackedEvaluationDataset, RowDataset
 from dsv3.data.token_file import FORMAT, TokenFile, load_or_tokenize
-from dsv3.data.tokenizer import Tokenizer, TokenizerSource
+from dsv3.data.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource
 from dsv3.errors import UserError
+from dsv3.metrics.progress import amount, phase
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class PreparedData:
     def sequence_length(self) -> int:
         """Return the tokens per row without the one after it; data of token ids sets it itself."""
         return self.held_out.sequence_length
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Return the fingerprint of the tokenizer; None for data that is token ids already."""
+        return self.tokenizer.fingerprint() if self.tokenizer else None
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check that a model of `vocab_size` ids has an embedding for every id.
@@ -101,27 +107,38 @@ class CorpusData:
             tokenizer = tokenizer_source
         else:
             texts = (document.text for document in split.training())  # held-out text must not shape it
-            tokenizer = tokenizer_source.prepare(texts, root / f"tokenizer-{key}")
+            title = f"training the tokenizer on {amount(split.training_size, 'characters')}"
+            if isinstance(tokenizer_source, LocalTokenizer):
+                title = "loading the tokenizer"
+            with phase(title, each_node=True):
+                tokenizer = tokenizer_source.prepare(texts, root / f"tokenizer-{key}")
         prefix = f"tokens-{key}-{tokenizer.fingerprint()}"
 
-        def tokenize(documents: Iterator[Document], side: str) -> TokenFile:
-            return load_or_tokenize(root / f"{prefix}-{side}", tokenizer, (d.text for d in documents))
+        def tokenize(read: Callable[[Callable[[int], None]], Iterator[Document]], side: str) -> TokenFile:
+            title = {"train": "training", "held_out": "held-out"}[side]
+            with phase(f"tokenizing the {title} text", split.size, "characters", each_node=True) as work:
+                texts = (document.text for document in read(work.advance))
+                return load_or_tokenize(root / f"{prefix}-{side}", tokenizer, texts)
 
-        held_out = tokenize(split.evaluation(), "held_out")
+        held_out = tokenize(split.evaluation, "held_out")
         summary = {
+            "documents_read": len(split.corpus.infos()),
             "duplicates_dropped": split.duplicates,
             "files_skipped": split.corpus.skipped,
+            "files_empty": split.corpus.empty,
+            "characters_train": split.training_size,
             "vocabulary": tokenizer.size,
             "documents_held_out": held_out.num_documents,
             "tokens_held_out": len(held_out.tokens),
         }
         train = None
         if not evaluate:
-            tokens = tokenize(split.training(), "train")
+            tokens = tokenize(split.training, "train")
             train = PackedDataset(tokens.tokens, tokens.offsets, sequence_length, seed, self.shuffle)
             summary["documents_train"] = tokens.num_documents
             summary["tokens_train"] = len(tokens.tokens)
             summary["rows_per_epoch"] = len(train)
+            summary["tokens_left_out"] = len(tokens.tokens) - 1 - len(train) * sequence_length
         rows = PackedEvaluationDataset(held_out.tokens, held_out.offsets, sequence_length)
         return PreparedData(train, rows, tokenizer, split.corpus.fingerprint(), summary)
 

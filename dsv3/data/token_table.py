@@ -12,6 +12,7 @@ from dsv3.data.packing import EpochCache, Ids, PackedRow, permutation
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer, TokenizerSource
 from dsv3.errors import UserError
+from dsv3.metrics.progress import phase
 
 CHUNK_IDS = 1 << 22  # ids that are checked together
 
@@ -56,15 +57,17 @@ class PreparedTable(PreparedData):
     def check_vocabulary(self, vocab_size: int) -> None:
         """Read the whole table, and raise UserError at the first id outside 0 .. vocab_size - 1."""
         step = max(1, CHUNK_IDS // self.table.shape[1])
-        for first in range(0, len(self.table), step):
-            chunk = self.table[first : first + step]
-            invalid = (chunk < 0) | (chunk >= vocab_size)
-            if invalid.any():
-                row, column = (int(i) for i in np.argwhere(invalid)[0])
-                raise UserError(
-                    f"data.path: row {first + row} holds the id {int(chunk[row, column])}, "
-                    f"the model's vocabulary is 0 to {vocab_size - 1} (model.vocab_size={vocab_size})"
-                )
+        with phase("checking the token ids", self.table.nbytes) as work:
+            for first in range(0, len(self.table), step):
+                chunk = self.table[first : first + step]
+                invalid = (chunk < 0) | (chunk >= vocab_size)
+                if invalid.any():
+                    row, column = (int(i) for i in np.argwhere(invalid)[0])
+                    raise UserError(
+                        f"data.path: row {first + row} holds the id {int(chunk[row, column])}, "
+                        f"the model's vocabulary is 0 to {vocab_size - 1} (model.vocab_size={vocab_size})"
+                    )
+                work.advance(chunk.nbytes)
 
 
 class TokensData:

@@ -7,7 +7,7 @@ process.
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv3.errors import quoted
 from dsv3.hf.pread_file import OpenFiles, PreadFile, fault
 from dsv3.hf.safetensors_header import LONGEST_HEADER, TensorInfo, byte_view, json_object, read_header
+from dsv3.metrics.progress import phase
 
 WINDOW = 4 * 2**20
 """Bytes of whole rows that are in memory while columns are cut out of them."""
@@ -167,15 +168,18 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _collect(directory: Path, files: Iterable[str]) -> dict[str, TensorInfo]:
+def _collect(directory: Path, files: Sequence[str]) -> dict[str, TensorInfo]:
     """Return the tensors of all files by name; UserError for a name in two files."""
     tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for tensor in read_header(PreadFile(directory / file)):
-            if tensor.name in tensors:
-                other = quoted(tensors[tensor.name].file.name)
-                raise fault(tensor.file, f"has {quoted(tensor.name)}, which {other} has as well: remove one")
-            tensors[tensor.name] = tensor
+    with phase(f"reading the headers of {directory}", len(files), "files") as work:
+        for file in files:
+            for tensor in read_header(PreadFile(directory / file)):
+                if tensor.name in tensors:
+                    other = quoted(tensors[tensor.name].file.name)
+                    text = f"has {quoted(tensor.name)}, which {other} has as well: remove one"
+                    raise fault(tensor.file, text)
+                tensors[tensor.name] = tensor
+            work.advance()
     return tensors
 
 

@@ -1,93 +1,29 @@
 """The console output of a run: a bar on a terminal, plain lines elsewhere, and the same text in log.txt."""
 
-import os
 import sys
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column
+from rich.progress import Progress
+from rich.table import Table
 from rich.text import Text
 
+from dsv3.metrics import progress
 from dsv3.metrics.row import MetricsRow
+from dsv3.metrics.terminal import Terminal
 
 # The time left follows the pace over this many steps, so that a slow first step is soon forgotten.
 PACE_WINDOW = 50
 
 # Seconds between two drawings of the bar.
 DRAW_EVERY = 0.1
-
-
-class _ResilientRichConsole(RichConsole):
-    """A rich console that goes quiet when its pipe breaks, where rich would end the process."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        # What Python flushes at exit, and what others print, goes nowhere instead of failing again.
-        with suppress(OSError, ValueError, AttributeError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.file.fileno())
-            os.close(nowhere)
-
-
-class Terminal:
-    """Print text and draw a progress bar on `stream`; go silent for good once the stream is broken."""
-
-    def __init__(self, stream: TextIO | None, quiet: bool = False) -> None:
-        # Python has no sys.stdout where the parent closed it.
-        self._stream = stream or StringIO()
-        self._rich = _ResilientRichConsole(
-            file=self._stream, quiet=quiet or stream is None, highlight=False, soft_wrap=True
-        )
-
-    def print(self, text: str, style: str = "") -> None:
-        """Print one line, literally."""
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        printable = text.encode(encoding, "replace").decode(encoding)
-        with self._guarded():
-            self._rich.print(Text(printable, style))
-
-    def start_bar(self, total: int, done: int) -> Progress | None:
-        """Start a live bar; return None where the stream is not a terminal that could show one."""
-        # FORCE_COLOR makes rich take a pipe for a terminal: ask the stream as well.
-        if self._rich.quiet or not (self._stream.isatty() and self._rich.is_interactive):
-            return None
-        single = Column(no_wrap=True)
-        columns = (
-            TextColumn("step {task.completed}/{task.total}", table_column=single),
-            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-            TextColumn("{task.fields[status]}", markup=False, table_column=single),
-        )
-        # Drawn from step(): a drawing thread would take the GIL from training, and could not be guarded.
-        bar = Progress(*columns, console=self._rich, auto_refresh=False, expand=True)
-        bar.add_task("", total=total, completed=done, status="")
-        with self._guarded():
-            bar.start()
-        return bar
-
-    def update_bar(self, bar: Progress, step: int, status: str) -> None:
-        """Move the bar to `step` and show `status` beside it."""
-        with self._guarded():
-            bar.update(bar.task_ids[0], completed=step, status=status, refresh=True)
-
-    def end_bar(self, bar: Progress) -> None:
-        """Leave the bar as it is and show the cursor again."""
-        with self._guarded():
-            bar.stop()
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError):  # a terminal that went away, a stream that somebody closed
-            self._rich.on_broken_pipe()
 
 
 class LogFile:
@@ -139,6 +75,8 @@ class Console:
         self._log_every = log_every
         self._clock = clock
         self._bar: Progress | None = None
+        self.has_shown_steps = False
+        """A step has been shown, so that the run speaks for itself."""
         self._total_steps = 0
         self._first_step = 0
         self._started = clock()
@@ -151,7 +89,10 @@ class Console:
         self._started = self._clock()
         self._pace.clear()
         self._pace.append((self._started, done))
+        progress.interrupt()
         self._bar = self._terminal.start_bar(total, done)
+        if self._bar is not None:
+            progress.print_above(self._terminal)
 
     def step(self, row: MetricsRow) -> None:
         """Show the metrics of a step: move the bar, and print a line where one is due.
@@ -159,6 +100,7 @@ class Console:
         A line is due at the first and the last step, every `log_every` steps, and at steps with a held-out
         loss. A bar replaces the lines, except those with a held-out loss; log.txt gets all of them.
         """
+        self.has_shown_steps = True
         now = self._clock()
         # Rows read from a GPU come many at once: the window must span several such bursts.
         if len(self._pace) > 1 and now - self._pace[-2][0] < DRAW_EVERY:
@@ -179,6 +121,7 @@ class Console:
             line = "  ".join([f"step {row.step}/{self._total_steps}", *_format_known(metrics), eta])
             self._log.write(line)
             if has_evaluation or self._bar is None:
+                progress.interrupt()
                 self._terminal.print(line)
         if self._bar is not None and (now - self._drawn >= DRAW_EVERY or row.step >= self._total_steps):
             self._drawn = now
@@ -219,10 +162,12 @@ class Console:
     def _print(self, text: str, style: str = "") -> None:
         text = replace_control_characters(text)
         self._log.write(text)
+        progress.interrupt()
         self._terminal.print(text, style)
 
     def _end_bar(self) -> None:
         if self._bar is not None:
+            progress.print_above(None)
             self._terminal.end_bar(self._bar)
             self._bar = None
 
@@ -240,6 +185,24 @@ def replace_control_characters(text: str) -> str:
         char if char in harmless or unicodedata.category(char) not in ("Cc", "Cs") else "\ufffd"
         for char in text
     )
+
+
+def format_table(rows: Sequence[Sequence[str]], titles: Sequence[str], left_aligned: Sequence[str]) -> str:
+    """Return rows of cells under their titles as plain text, the same on a terminal and in a pipe.
+
+    Columns are right-aligned, as numbers are, except those named in `left_aligned`. No cell is cut or
+    wrapped, so that a line can be searched.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:
+        table.add_column(Text(title), justify="left" if title in left_aligned else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(replace_control_characters(cell)) for cell in row))  # Text: no markup is parsed
+    # Wider than any row: rich would fit the table to the terminal, or to 80 columns in a pipe.
+    console = RichConsole(file=StringIO(), color_system=None, width=10**9)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
 
 
 def _format_known(metrics: Sequence[tuple[str, float | None]]) -> list[str]:
