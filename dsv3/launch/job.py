@@ -9,11 +9,16 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dsv3.config.hardware import HardwareConfig
+from dsv3.checkpoint.directory import HF_DIR, find_checkpoint, is_hf_checkpoint
+from dsv3.checkpoint.training_record import TrainingRecord
+from dsv3.config.convergence import flatten
+from dsv3.config.hardware import CPU, HardwareConfig
+from dsv3.config.optimizer import check_moments
 from dsv3.config.parallel import WORLD_AXES
+from dsv3.config.precision import ComputeType
 from dsv3.config.root import Config
 from dsv3.config.strict import build
-from dsv3.config.training import check_moments
+from dsv3.config.training import BIAS_SPEED
 from dsv3.errors import UserError
 from dsv3.hf.config_json import config_json
 from dsv3.planning.checks import check_expert_backend, check_fp8
@@ -26,11 +31,12 @@ from dsv3.planning.layout import (
     check_wrappers,
     resolve_degrees,
 )
+from dsv3.planning.parameter_groups import check_groups
 from dsv3.planning.pipeline_stages import min_microbatches, stage_count, supports_microbatches
 from dsv3.planning.plan import Plan, make_plan
 
 # Unless set, a microbatch has as many sequences as make about this many tokens ...
-_MICROBATCH_TOKENS = 4096
+MICROBATCH_TOKENS = 4096
 
 # ... and a global batch has so many sequences, or more where ranks or a pipeline need it.
 _GLOBAL_BATCH = 8
@@ -76,7 +82,8 @@ def world_size(config: Config) -> int:
             f"launch.nnodes={launch.nnodes} needs launch.rendezvous=HOST:PORT of node 0, launch.node_rank=N "
             "on each node; or use torchrun, srun or launch=slurm"
         )
-    gpus = 0 if launch.submits else len(visible_gpus())  # the GPUs of the node to run on are not known yet
+    # The GPUs of the node that Slurm will choose are not known yet; hardware=cpu leaves those here alone.
+    gpus = 0 if launch.submits or config.hardware.name == CPU else len(visible_gpus())
     # The GPUs of this node set the size of a world that can grow; on CPU the layout does.
     grown = gpus * launch.nnodes if _grows(config) else 1
     world = chosen or (max(_product(config), grown) if gpus else _smallest(config))
@@ -115,6 +122,37 @@ def _grows(config: Config) -> bool:
     return any(map(degrees.is_auto, WORLD_AXES))
 
 
+@dataclass(frozen=True)
+class SweepJob:
+    """The place of a job in its sweep."""
+
+    number: str
+    """Name of the job's directory."""
+    place: int
+    """From 1: the trials that an earlier command has finished count as well."""
+    total: int | None
+    """Jobs of the sweep; None where the sweeper does not say."""
+    differs: list[str]
+    """Overrides of the swept keys."""
+    directory: Path
+    """That of the sweep."""
+
+    @property
+    def heading(self) -> str:
+        """Return the line that announces the job."""
+        place = f"{self.place} of {self.total}" if self.total else f"{self.place}"
+        return f"job {self.number} ({place}): {' '.join(self.differs)} -> {self.directory / self.number}"
+
+    @property
+    def short_name(self) -> str:
+        """Return what differs by the last words of its keys, `lr=1e-3 top_k=2`, where those differ."""
+        short = [override.partition("=")[0].rpartition(".")[2] for override in self.differs]
+        if len(set(short)) < len(short):
+            return " ".join(self.differs)
+        values = [override.partition("=")[2] for override in self.differs]
+        return " ".join(f"{key}={value}" for key, value in zip(short, values, strict=True))
+
+
 @dataclass
 class Job:
     """A planned job as the workers receive it; it travels between processes by pickle."""
@@ -128,44 +166,112 @@ class Job:
     named_run_dir: bool
     """The user (or a sweep) chose run_dir; otherwise it may get a number to be new."""
     resume_flags: list[str] = field(default_factory=list)
-    """Arguments that a resume must be given again: --config-dir and run.allow_targets are not stored."""
+    """Arguments that a resume must be given again: run.allow_targets is not stored."""
+    typed: list[str] = field(default_factory=list)
+    """Overrides of this command alone; those of a resumed run are among `overrides` too."""
+    config_dirs: list[str] = field(default_factory=list)
+    """Folders of config files beside dsv3's own that the command was composed with."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """Names of the choices of the config groups, such as {"model": "16b"}."""
+    sweep: SweepJob | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a value is what it is, by the key, of every value that was filled in."""
+    own_data: bool = False
+    """The data is what checkpoint.load was trained on, and its held-out rows are those of its run."""
+    recipe: list[str] = field(default_factory=list)
+    """Lines on what a run took from its model's recipe, and what else the model's report did."""
     notes: list[str] = field(default_factory=list)
     """Lines that the run prints before its first step: what it took without being told."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Return True where hardware=cpu keeps the job from the GPUs, if there are any."""
+        return self.config.hardware.name == CPU
 
 
 def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None) -> Job:
     """Plan the job of a checked config: world, degrees, batch, memory; UserError where they cannot be."""
     world = world_size(config)
-    degrees = resolve_degrees(config.parallel, world, config.model, _sequence_length(config))
+    length = _sequence_length(config)
+    degrees = resolve_degrees(config.parallel, world, config.model, length)
     if config.task.uses_model:
         check_wrappers(config.parallel, degrees)
-    config = complete_config(config, degrees)
+    hardware = detect_hardware(config.hardware, ranks_per_node(config, world))
+    config, reasons = complete_config(config, degrees, hardware, length)
     train = config.train
     if config.task.trains:
         if train.export_hf_every:
             config_json(config.model, "bfloat16")  # or the first export would end the run
         check_moments(config.optimizer, config.precision.moments)
+        check_groups(config.optimizer, config.model)
         check_batch(degrees, train.length, train.batch, train.microbatch)
     elif config.task.reads_rows:
         check_sequence(degrees, train.length)
     check_schedule(config.parallel, degrees, train.batch, train.microbatch)
-    hardware = detect_hardware(config.hardware, ranks_per_node(config, world))
-    plan = make_plan(config, degrees, hardware)
+    plan = make_plan(config, degrees, hardware, reasons.get("precision.compute", "as configured"))
     check_expert_backend(config, plan)
     check_fp8(config, plan)
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    return Job(config, overrides, hardware, plan, run_dir, bool(sweep_dir or config.run.dir))
+    named_run_dir = bool(sweep_dir or config.run.dir)
+    return Job(config, overrides, hardware, plan, run_dir, named_run_dir, reasons=reasons)
 
 
-def complete_config(config: Config, degrees: ParallelDims) -> Config:
-    """Return the config with null values filled in: lengths, batch sizes, the schedule's end."""
-    train = config.train
-    length, ranks = _sequence_length(config), degrees.data_parallel
-    whole = train.global_batch_size or _global_batch(config, degrees)
-    micro = train.microbatch_size or _microbatch(config, degrees, whole // ranks, length)
-    train = replace(train, sequence_length=length, global_batch_size=whole, microbatch_size=micro)
+def complete_config(
+    config: Config, degrees: ParallelDims, hardware: HardwareConfig, length: int
+) -> tuple[Config, dict[str, str]]:
+    """Return the config with null and auto values filled in, and the reasons of these values by their keys.
+
+    They are the sequence `length`, batch sizes, the schedule's end, the compute dtype and the speed of the
+    expert bias.
+    """
+    train, ranks, reasons = config.train, degrees.data_parallel, {}
+    if config.data.sets_sequence_length:
+        reasons["train.sequence_length"] = "the width of the rows sets it"
+    elif train.sequence_length is None:
+        reasons["train.sequence_length"] = "the model's pre-training length"
+    whole = train.global_batch_size
+    if whole is None:
+        whole = _global_batch(config, degrees)
+        needed = f"as {ranks} data-parallel ranks need" + (" in a pipeline" if degrees.pp > 1 else "")
+        reasons["train.global_batch_size"] = needed if whole != _GLOBAL_BATCH else "the default"
+    micro = train.microbatch_size
+    if micro is None:
+        micro = _microbatch(config, degrees, whole // ranks, length)
+        reasons["train.microbatch_size"] = f"at most about {MICROBATCH_TOKENS:,} tokens"
+    if config.precision.compute is ComputeType.auto:
+        found = config.hardware.name == "auto"
+        named = "no GPU was found" if hardware.name == CPU else f"{hardware.name} was found"
+        reasons["precision.compute"] = named if found else f"hardware={config.hardware.name}"
+    balance = train.balance
+    if balance.bias_speed is None:
+        speed, reasons["train.balance.bias_speed"] = _bias_speed(config)
+        balance = replace(balance, bias_speed=speed)
+    if config.schedule.total_steps is None:
+        reasons["schedule.total_steps"] = "train.steps"
+    train = replace(
+        train, sequence_length=length, global_batch_size=whole, microbatch_size=micro, balance=balance
+    )
     schedule = replace(config.schedule, total_steps=config.schedule.total_steps or train.steps)
-    return replace(config, train=train, schedule=schedule)
+    precision = config.precision.on(hardware.name)
+    return replace(config, train=train, schedule=schedule, precision=precision), reasons
+
+
+def _bias_speed(config: Config) -> tuple[float, str]:
+    """Return the speed of the expert bias where none is typed, and its reason.
+
+    The biases of a released model are part of how it routes: a fine-tune must not move them unasked. A run
+    that goes on from the weights of such a fine-tune keeps them too.
+    """
+    load = config.checkpoint.load
+    if load is None or config.run.resume or not config.task.trains:
+        return BIAS_SPEED, "the report's"
+    checkpoint = find_checkpoint(load)
+    if record := TrainingRecord.read(checkpoint):
+        held = flatten(record.config).get("train.balance.bias_speed") == 0
+        return (0.0, f"as in the run of {load}") if held else (BIAS_SPEED, "the report's")
+    if is_hf_checkpoint(checkpoint) or (checkpoint / HF_DIR).is_dir():
+        return 0.0, f"{load} is a released model"
+    return BIAS_SPEED, "the report's"
 
 
 def _sequence_length(config: Config) -> int:
@@ -193,7 +299,7 @@ def _global_batch(config: Config, degrees: ParallelDims) -> int:
 def _microbatch(config: Config, degrees: ParallelDims, sequences: int, length: int) -> int:
     """Return the sequences per microbatch; gradient accumulation goes over the rest of a rank's `sequences`.
 
-    It is the largest divisor that keeps a microbatch near _MICROBATCH_TOKENS and suits the pipeline schedule.
+    It is the largest divisor that keeps a microbatch near MICROBATCH_TOKENS and suits the pipeline schedule.
     """
     per_rank = stage_count(config.parallel, degrees.pp) // degrees.pp
 
@@ -202,5 +308,5 @@ def _microbatch(config: Config, degrees: ParallelDims, sequences: int, length: i
         schedule = config.parallel.schedule
         return rest == 0 and (degrees.pp == 1 or supports_microbatches(schedule, degrees.pp, per_rank, count))
 
-    most = min(sequences, max(1, _MICROBATCH_TOKENS // length))
+    most = min(sequences, max(1, MICROBATCH_TOKENS // length))
     return max(filter(runs, range(1, most + 1)), default=1)

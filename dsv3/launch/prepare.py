@@ -1,57 +1,38 @@
 """Turn a composed config into a planned job: resolve the model node, check types, plan; imports no torch."""
 
 import re
-from collections.abc import Collection
+import shlex
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_hf_checkpoint
-from dsv3.checkpoint.manifest import verify_description
-from dsv3.config.model import HFModelConfig, ModelConfig
-from dsv3.config.overrides import split_override
-from dsv3.config.registry import LAYOUTS, RECIPES, RECIPES_LR, recipes
+from dsv3.checkpoint.directory import CONFIG_FILE, find_checkpoint, newest_checkpoint, step_number
+from dsv3.config.convergence import flatten, shown
+from dsv3.config.logger import LoggerConfig, RunOrigin
+from dsv3.config.overrides import override_key, split_override
+from dsv3.config.registry import LAYOUTS, RECIPE_SCHEDULE, RECIPES, RECIPES_LR, SCHEMAS, recipes
 from dsv3.config.root import Config
-from dsv3.config.strict import escape_interpolation, strict
-from dsv3.config.upgrade import upgrade_node
+from dsv3.config.strict import strict, to_yaml
 from dsv3.errors import UserError
-from dsv3.hf.config_json import model_from_hf
-from dsv3.launch.job import Job, plan_job
-from dsv3.launch.run_dir import CONFIG_FILE
+from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint
+from dsv3.launch.job import Job, SweepJob, plan_job
+from dsv3.launch.resume import ResumedRun, resume_notes
+from dsv3.launch.run_dir import read_stored_values
+from dsv3.launch.schedule_outlook import fit_warmup, schedule_notes
+from dsv3.launch.trained_on import reads_own_data, training_record, untold_note, with_own_microbatch
+from dsv3.launch.typed_keys import inert_notes, refuse_unread
+from dsv3.planning.hardware import other_gpu
 
 
-def changed_keys(model: DictConfig, path: str = "") -> set[str]:
-    """Return the keys of model=hf that an experiment or a file has set, beside its defaults."""
-    keys: set[str] = set()
-    defaults = OmegaConf.structured(OmegaConf.get_type(model))
-    for key in map(str, model):
-        if OmegaConf.is_missing(model, key):
-            continue
-        if isinstance(model[key], DictConfig):
-            keys |= changed_keys(model[key], f"{path}{key}.")
-        elif key in defaults and (OmegaConf.is_missing(defaults, key) or model[key] != defaults[key]):
-            keys.add(f"{path}{key}")
-    return keys
+def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
+    """Check everything that can be checked before a process starts, and plan; UserError otherwise.
 
-
-def stored_model(path: Path, inside: bool = False) -> DictConfig:
-    """Return the model of a model.yaml, or with `inside` of a run's config.yaml, by today's names."""
-    try:
-        content = yaml.safe_load(path.read_text())
-        content = upgrade_node(content["model"] if inside else content, "model")
-        stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), escape_interpolation(content))
-        assert isinstance(stored, DictConfig)
-        return stored
-    except Exception as error:
-        raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}") from None
-
-
-def prepare_job(composed: DictConfig) -> Job:
-    """Check everything that can be checked before a process starts, and plan; UserError otherwise."""
+    `sweep` is the place of a job in its sweep.
+    """
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
     typed = {override: pair for override in overrides if (pair := split_override(override))}
@@ -65,86 +46,88 @@ def prepare_job(composed: DictConfig) -> Job:
     for override, (key, value) in typed.items():
         if re.fullmatch(r"\{\s*\}", value):
             raise UserError(f"{override}: an empty node sets nothing; name its keys, {key}.KEY=VALUE")
-    resolve_model(composed, keys)
+    task: Any = OmegaConf.get_type(composed, "task")
+    refuse_unread(task, typed)
+    command = Composition.of_this_job()
+    run = ResumedRun.read(Path(composed.run.dir)) if composed.run.resume else None
+    composed = compose_over_checkpoint(composed, command)
     config: Config = strict(composed, OmegaConf.select(composed, "run.allow_targets") or ())
-    sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
-    job = plan_job(config, overrides, sweep)
-    job.resume_flags = [
-        *(
-            f"--config-dir={source.path}"
-            for source in hydra.runtime.config_sources
-            if source.provider == "command-line"
-        ),
-        *(override for override, (key, _) in typed.items() if key.lstrip("+") == "run.allow_targets"),
-    ]
+    in_sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
+    load = config.checkpoint.load if config.task.reads_checkpoint else None
+    record = training_record(find_checkpoint(load)) if load else None
+    own_data = reads_own_data(config, record, keys)
+    warmup = config.schedule.warmup_steps
+    warmup_notes: list[str] = []
+    if config.task.trains:
+        config, warmup_notes = fit_warmup(config, overrides, resumed=run is not None)
+    job = plan_job(config, run.merged(overrides) if run else overrides, in_sweep)
+    if config.schedule.warmup_steps != warmup:
+        job.reasons["schedule.warmup_steps"] = "a tenth of the schedule"
+    if record is not None and own_data:
+        job.own_data, job.config = True, with_own_microbatch(job, record, config.train.microbatch_size)
+    if load and record is None:
+        job.notes.append(untold_note(job.config, find_checkpoint(load)))
+    job.sweep, job.choices = sweep, {group: str(choice) for group, choice in hydra.runtime.choices.items()}
+    if run is not None:
+        job.choices = run.named_choices(job.choices)
+    job.config = replace(job.config, logger=_named_logger(job))
+    job.typed, job.config_dirs = overrides, [path.removeprefix("file://") for path in command.search]
+    job.resume_flags = [each for each, (key, _) in typed.items() if key.lstrip("+") == "run.allow_targets"]
+    if run is not None:
+        job.notes += resume_notes(run, job.config, overrides, job.config_dirs)
+        job.config_dirs = list(dict.fromkeys([*job.config_dirs, *run.config_dirs]))
+    if job.config.task.uses_model and not job.config.launch.submits:
+        job.notes += filter(None, [other_gpu(job.config.hardware)])
+    # In a sweep of any task run.dir is where the jobs that fail are marked.
+    told = {override: pair for override, pair in typed.items() if not (in_sweep and pair[0] == "run.dir")}
+    job.notes += inert_notes(job, told)
     if job.config.task.trains:
-        warmup, steps = job.config.schedule.warmup_steps, job.config.train.steps
-        if warmup >= steps:
-            job.notes.append(
-                f"the warm-up is longer than the run: schedule.warmup_steps={warmup}, train.steps={steps}"
-            )
-        job.notes += _recipe_notes(job.config, str(hydra.runtime.choices.get("model")))
+        newest = newest_checkpoint(run.directory) if run else None
+        done = step_number(newest) if newest else 0
+        job.notes += warmup_notes + schedule_notes(job.config, done, flatten(run.config) if run else None)
+        job.recipe = [] if run else _recipe_lines(job, str(hydra.runtime.choices.get("model")))
     return job
 
 
-def _recipe_notes(config: Config, model: str) -> list[str]:
+def _named_logger(job: Job) -> LoggerConfig:
+    """Return the logger's config with the names that follow from the command; a resumed run keeps its own."""
+    logger = job.config.logger
+    if job.config.run.resume:
+        stored = read_stored_values(job.run_dir / CONFIG_FILE)
+        null = [f.name for f in fields(logger) if getattr(logger, f.name) is None]
+        own: dict[str, Any] = {name: stored.get(f"logger.{name}") for name in null}
+        logger = replace(logger, **own)
+    names = [job.choices.get(group) for group in ("model", "parallel", "experiments")]
+    if job.config.checkpoint.load and "model" not in map(override_key, job.overrides):
+        names[0] = None  # the checkpoint's
+    precision = "fp8" if job.config.precision.fp8 is not None else job.config.precision.compute.name
+    origin = RunOrigin(
+        command=shlex.join(job.overrides),
+        choices=[
+            name for name in (*names[:2], precision, *names[2:]) if name not in (None, "None", "stored")
+        ],
+        sweep=job.sweep.directory.absolute().name if job.sweep else None,
+        differs=job.sweep.short_name if job.sweep else "",
+    )
+    return logger.filled_in(origin)
+
+
+def _recipe_lines(job: Job, model: str) -> list[str]:
     """Return what the run took from the recipe of its model, and what else the model's report did."""
-    row = recipes().get(model)
+    row, config = recipes().get(model), job.config
     if row is None:
         return []
-    nodes = {node: values for node, values in row.items() if isinstance(values, dict)}
-    taken = [
-        f"{node}.{key}={value:g}"
-        for node, values in nodes.items()
-        for key, value in values.items()
-        if getattr(getattr(config, node), key) == value
-    ]
+    has = flatten(to_yaml(config))
+    nodes = {node: row[node] for node in ("optimizer", "schedule", "train")}
+    wanted = {f"{node}.{key}": value for node, values in nodes.items() for key, value in values.items()}
+    taken = [f"{key}={shown(value)}" for key, value in wanted.items() if has.get(key) == value]
+    own = row.get(RECIPE_SCHEDULE)
+    if own and isinstance(config.schedule, SCHEMAS[f"schedule/{own['choice']}"]):
+        taken.insert(0, f"schedule={own['choice']}")
+    filled = "train.global_batch_size" in job.reasons
+    small = ": a small layout cannot hold the report's batch, so it is no default" if filled else ""
     return [
-        f"recipe of model={model}, {row['source']}: {' '.join(taken) or 'nothing of it was left'}",
-        f"the report also has {row['report']}; this run has {config.schedule._target_.rpartition('.')[2]}, "
-        f"{config.train.batch:,} sequences of {config.train.length:,} tokens per step",
+        f"{row['source']}: {' '.join(taken) or 'nothing of it was left'}",
+        f"the report also has {row['report']}; this run has {config.train.batch:,} sequences of "
+        f"{config.train.length:,} tokens per step{small}",
     ]
-
-
-def resolve_model(composed: DictConfig, keys: Collection[str]) -> None:
-    """Replace the model node by the model that lies elsewhere; `model.*` among `keys` stays.
-
-    The model comes from model.path with model=hf, or from checkpoint.load unless `model` was typed. A resumed
-    run has its model in its own config.yaml: the place where it came from may be gone.
-    """
-    from_hf = OmegaConf.get_type(composed, "model") is HFModelConfig
-    from_checkpoint = OmegaConf.select(composed, "checkpoint.load") and not {"model", "experiments"} & set(
-        keys
-    )
-    if not from_hf and not from_checkpoint:
-        return
-    path = composed.model.path if from_hf else None
-    task: Any = OmegaConf.get_type(composed, "task")
-    if getattr(task, "path_is_model_path", False) and composed.task.path is None:
-        composed.task.path = escape_interpolation(path)
-    changed = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
-    changed |= changed_keys(composed.model) if from_hf else set()
-    if composed.run.resume:
-        found = stored_model(Path(composed.run.dir) / CONFIG_FILE, inside=True)
-    elif from_hf:
-        found = OmegaConf.structured(model_from_hf(_hf_directory(path)))
-    elif is_hf_checkpoint(checkpoint := find_checkpoint(composed.checkpoint.load)):
-        found = OmegaConf.structured(model_from_hf(checkpoint))
-    else:
-        verify_description(checkpoint)
-        file = checkpoint / MODEL_FILE
-        if not file.is_file():
-            raise UserError(f"{file} is missing: say which model it is, model=...")
-        found = stored_model(file)
-    for key in changed - {"path"}:
-        OmegaConf.update(found, key, OmegaConf.select(composed.model, key))
-    composed.model = found
-
-
-def _hf_directory(path: str | None) -> Path:
-    """Return model.path; UserError where it is no directory."""
-    if not path:
-        raise UserError("model.path is missing: give a HuggingFace checkpoint, model.path=DIR")
-    if not Path(path).is_dir():
-        raise UserError(f"model.path={path} is no directory: give a HuggingFace checkpoint, model.path=DIR")
-    return Path(path)

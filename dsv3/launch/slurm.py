@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from dsv3.config.launch import SlurmLaunchConfig
-from dsv3.config.overrides import absolute_paths, quote, split_override
+from dsv3.config.overrides import absolute_paths, override_key, quote, split_override
 from dsv3.config.registry import ROOT
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
@@ -94,7 +94,7 @@ def batch_script(job: Job) -> str:
     """Return the script: the options for Slurm, and one srun that starts every rank."""
     options = "\n".join(f"#SBATCH {option}" for option in _options(job))
     here = ROOT / "train.py"
-    start = [str(here)] if here.is_file() else ["-m", "dsv3.programs"]
+    start = [str(here)] if here.is_file() else ["-m", "dsv3.start"]
     program = shlex.join([sys.executable, *start, *_arguments(job)])
     return f"""#!/bin/bash
 {options}
@@ -123,8 +123,22 @@ def _options(job: Job) -> Iterator[str]:
 
 
 def _arguments(job: Job) -> list[str]:
-    """Return the job's overrides as one could type them, with the run directory that has been made."""
-    pairs = [(split_override(override), override) for override in absolute_paths(job.overrides)]
+    """Return the job's arguments as one could type them, with the run directory that has been made."""
+    # A resume composes over the run: what it was started with, typed again, would count as typed now.
+    own = job.typed if job.config.run.resume else job.overrides
+    pairs = [(split_override(override), override) for override in absolute_paths(own)]
     kept = [override for pair, override in pairs if pair and pair[0] not in ("run.dir", "run.resume")]
+    folders = ",".join(quote(f"file://{folder}") for folder in job.config_dirs)
+    flags = [f"hydra.searchpath=[{folders}]"] if folders else []
     where = "resume" if job.config.run.resume else "run.dir"
-    return [*kept, f"{where}={quote(str(job.run_dir))}"]
+    return [*flags, *kept, *_names(job), f"{where}={quote(str(job.run_dir))}"]
+
+
+def _names(job: Job) -> list[str]:
+    """Return the logger's names of a sweep's job as arguments: the job step knows of no sweep."""
+    if job.sweep is None:
+        return []
+    typed = set(map(override_key, job.overrides))
+    names = {name: getattr(job.config.logger, name, None) for name in ("name", "group", "job_type")}
+    pairs = {f"logger.{name}": value for name, value in names.items() if value is not None}
+    return [f"{key}={quote(value)}" for key, value in pairs.items() if key not in typed]

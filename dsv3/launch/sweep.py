@@ -1,19 +1,28 @@
-"""A sweep's directory and failed jobs, recorded in files because a job may run anywhere."""
+"""A sweep: its directory, its jobs and what they left, in files because a job may run anywhere."""
 
+import contextlib
 import json
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3.config.overrides import absolute_paths
-from dsv3.errors import RunFailed
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
 
-FAILED_FILE = "failed.json"
+from dsv3.config.overrides import absolute_paths
+from dsv3.config.registry import config_groups
+from dsv3.errors import RunFailed
+from dsv3.launch.job import SweepJob
+from dsv3.launch.run_dir import make_new_dir
+
+FAILED_FILE, RESULT_FILE = "failed.json", "result.json"
 
 _SHOWN = 5
 
@@ -21,25 +30,54 @@ _SHOWN = 5
 _LOOK_EVERY = 1.0
 
 
+@dataclass
 class Sweep:
-    """The directory of one sweep, and the failures that its jobs have recorded there."""
+    """The jobs of one command under -m; it travels to the processes of the jobs."""
 
-    def __init__(self) -> None:
-        self.directory: Path | None = None
-        self._standing: dict[Path, int] = {}
+    directory: Path | None = None
+    arguments: list[str] = field(default_factory=list)
+    """The command's, as Hydra takes them; none where no sweep starts."""
+    first: int = 0
+    """Number of the first job: a search that goes on keeps the directories of its earlier trials."""
+    finished: int = 0
+    """Trials that earlier commands have finished."""
+    standing: dict[Path, int] = field(default_factory=dict)
+    """Files of earlier sweeps in the directory, and when they were written."""
 
     def choose(self, chosen: str | None) -> str:
-        """Return the directory of the jobs, `chosen` (run.dir) or a new one; note earlier failures."""
+        """Return the directory of the jobs, `chosen` (run.dir) or a new one; note what is there."""
         if self.directory is None:
             self.directory = Path(chosen or f"multirun/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-            self._standing = {path: path.stat().st_mtime_ns for path in _marks(self.directory)}
+            if self.arguments and not chosen:
+                with contextlib.suppress(OSError):  # Hydra fails on the same directory next, and is explained
+                    self.directory = make_new_dir(self.directory)
+            files = [path for name in (FAILED_FILE, RESULT_FILE) for path in self._files(name)]
+            self.standing = {path: path.stat().st_mtime_ns for path in files}
         return str(self.directory)
+
+    def number(self, counted: int) -> int:
+        """Return the number of the job that Hydra counts as `counted`, from 0."""
+        return self.first + counted
+
+    def job(
+        self, counted: int, overrides: Sequence[str], sweeper: Mapping[str, Any], directory: Path
+    ) -> SweepJob:
+        """Return the place of a job, by Hydra's count, its overrides, the sweeper and the job's directory."""
+        searched = sweeper.get("params") or {}
+        arguments = [*self.arguments, *(f"{key}={value}" for key, value in searched.items())]
+        swept, constant = split_arguments(arguments)
+        counts = [number_of_choices(override) for override in swept.values()]
+        trials, known = sweeper.get("n_trials"), [count for count in counts if count is not None]
+        total = math.prod(known) if sweeper["_target_"].endswith("BasicSweeper") else None
+        if trials is not None:
+            total = self.finished + trials
+        typed = [override for override in overrides if override.partition("=")[0].lstrip("+") not in constant]
+        place = self.finished + counted + 1
+        return SweepJob(directory.name, place, total, typed, Path(self.directory or directory.parent))
 
     def failure(self) -> RunFailed | None:
         """Return the jobs that failed in this sweep with their first reasons; None if none failed."""
-        if self.directory is None:
-            return None
-        new = [p for p in _marks(self.directory) if self._standing.get(p) != p.stat().st_mtime_ns]
+        new = [path for path, _ in self.left(FAILED_FILE)]
         if not new:
             return None
         lines = [f"job {path.parent.name}: {read_failure(path.parent)[0]}" for path in new[:_SHOWN]]
@@ -49,6 +87,44 @@ class Sweep:
         names = ", ".join(path.parent.name for path in new)
         return RunFailed("\n".join([f"{jobs} {names} of {self.directory}; the others went on", *lines]))
 
+    def left(self, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yield the files of a name that the jobs of this sweep have written, with their contents."""
+        for path in self._files(name):
+            if self.standing.get(path) != path.stat().st_mtime_ns:
+                yield path, _read_json(path)
+
+    def _files(self, name: str) -> list[Path]:
+        """Return the files of a name in the order of their jobs' numbers."""
+        found = self.directory.glob(f"*/{name}") if self.directory else ()
+        return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Override], set[str]]:
+    """Return the swept keys of a command with their overrides, and the keys of one value."""
+    parser, swept, constant = OverridesParser.create(), {}, set()
+    for argument in arguments:
+        if not argument.startswith("-"):
+            override = parser.parse_override(argument)
+            key = override.key_or_group
+            if override.is_sweep_override():
+                swept[key] = override
+            else:
+                constant.add(key)
+    return swept, constant - set(swept)
+
+
+def number_of_choices(override: Override) -> int | None:
+    """Return the number of values of a swept override; None for an interval."""
+    value: Any = override.value()
+    if isinstance(value, Glob):
+        return len(value.filter(config_groups().get(override.key_or_group, [])))
+    return sum(1 for _ in override.sweep_string_iterator()) if override.is_discrete_sweep() else None
+
+
+def in_parallel_job() -> bool:
+    """Return True in a process of joblib's pool, which hydra/launcher=joblib starts jobs in."""
+    return multiprocessing.get_start_method(allow_none=True) == "loky"
+
 
 def share_source_with_jobs(root: Path) -> None:
     """Let the jobs' processes import dsv3 from `root`, as this one does, whatever is installed."""
@@ -56,20 +132,40 @@ def share_source_with_jobs(root: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *(path for path in others if path != str(root))])
 
 
-def mark_failed(directory: Path, reason: str, overrides: Sequence[str]) -> None:
-    """Record in a job's directory the reason of its failure and its overrides."""
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {"reason": reason, "overrides": absolute_paths(overrides)}
-    (directory / FAILED_FILE).write_text(json.dumps(content, indent=1) + "\n")
+def mark_failed(
+    directory: Path, reason: str, overrides: Sequence[str], more: Mapping[str, Any] | None = None
+) -> None:
+    """Record in a job's directory the reason of its failure, its overrides, and `more` for the report."""
+    content = {"reason": reason, "overrides": absolute_paths(overrides), **(more or {})}
+    _write_json(directory / FAILED_FILE, content)
+
+
+def record_result(directory: Path, content: Mapping[str, Any]) -> None:
+    """Record in a job's directory what the report at the end of the sweep tells of it."""
+    _write_json(directory / RESULT_FILE, content)
 
 
 def read_failure(directory: Path) -> tuple[str, list[str]]:
     """Return reason and overrides of the failure recorded in `directory`; empty where there is none."""
     try:
-        content: Any = json.loads((directory / FAILED_FILE).read_text())
+        content = _read_json(directory / FAILED_FILE)
         return str(content["reason"]), [str(override) for override in content["overrides"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return "", []
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; an empty one where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def die_with_sweep() -> None:
@@ -77,7 +173,7 @@ def die_with_sweep() -> None:
 
     For jobs of hydra/launcher=joblib only: what submitit submits is to outlive the command.
     """
-    if multiprocessing.get_start_method(allow_none=True) == "loky":
+    if in_parallel_job():
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
 
 
@@ -85,9 +181,3 @@ def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_LOOK_EVERY)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _marks(directory: Path) -> list[Path]:
-    """Return the failure files in the order of their jobs' numbers."""
-    found = directory.glob(f"*/{FAILED_FILE}")
-    return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))

@@ -14,13 +14,16 @@ import signal
 import sys
 import threading
 from collections.abc import Collection, Iterator
+from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dsv3.config.strict import build
 from dsv3.distributed.signals import Stopped
+from dsv3.distributed.streams import outlive_readers
 from dsv3.errors import KILLED, STOPPED, RunFailed, UserError
-from dsv3.launch.job import Job
+from dsv3.launch.job import Job, is_first_on_node
+from dsv3.metrics.progress import phase
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -126,17 +129,25 @@ def start_workers(job: Job) -> float | None:
 
     The first worker that fails ends the others. SIGTERM and Ctrl-C reach the workers as SIGTERM.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with phase("importing torch"):
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _silence_agent()
-    options = {**_rendezvous(job), "nproc_per_node": job.plan.world_size // job.config.launch.nnodes}
+    count = job.plan.world_size // job.config.launch.nnodes
+    options = {**_rendezvous(job), "nproc_per_node": count}
+    started = multiprocessing.get_context("spawn").Event()  # set by the first worker, which speaks from there
     known = LaunchConfig.__dataclass_fields__  # shutdown_timeout is newer than torch 2.11
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
     try:
-        with _signals_as_exceptions(), _spawning(), kill_stragglers():
-            results: dict[int, Any] = elastic_launch(config, _work)(job, os.getpid())
+        with (
+            _signals_as_exceptions(),
+            _spawning(),
+            kill_stragglers(),
+            phase(f"starting {count} workers", until=started.is_set),
+        ):
+            results: dict[int, Any] = elastic_launch(config, _work)(job, os.getpid(), started)
     except ChildFailedError as error:
         raise _first_failure(error) from None
     except SignalException:
@@ -185,13 +196,18 @@ def _spawning() -> Iterator[None]:
         multiprocessing.set_start_method(before, force=True)
 
 
-def _work(job: Job, launcher: int) -> float | None:
+def _work(job: Job, launcher: int, started: Event) -> float | None:
     """Run the task in one worker, which a kill -9 of its launcher ends as well."""
     die_with_parent()
     if os.getppid() != launcher:
         os._exit(1)
+    outlive_readers()
+    if is_first_on_node():
+        started.set()
     try:
-        return build(job.config.task).run(job)  # type: ignore[no-any-return]
+        with phase("importing torch"):
+            task = build(job.config.task)
+        return task.run(job)  # type: ignore[no-any-return]
     except Stopped as stopped:
         if os.environ["RANK"] == "0":
             print(stopped.message, file=sys.stderr, flush=True)

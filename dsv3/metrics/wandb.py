@@ -19,11 +19,16 @@ INIT_TIMEOUT = 30.0
 
 FINISH_TIMEOUT = 60.0
 
+NOT_LOGGED_IN = "not logged in (`wandb login`, or set WANDB_API_KEY)"
+
 OLD_MODES = {"dryrun": "offline", "run": "online"}
 
 
 class WandbLogger:
     """Log to wandb under `run_dir/wandb`; a resumed run continues under its old wandb id.
+
+    Offline, each part of a run has a folder of its own, which counts its steps from 0. They carry the same id
+    and the wish to resume, by which `wandb sync RUN_DIR/wandb` makes them one run and numbers the steps on.
 
     The arguments are the fields of WandbLoggerConfig. Any error of wandb becomes one warning, and the run
     goes on without it: metrics.jsonl has the same values.
@@ -35,11 +40,19 @@ class WandbLogger:
         entity: str | None = None,
         name: str | None = None,
         group: str | None = None,
-        tags: Sequence[str] = (),
+        job_type: str | None = None,
+        tags: Sequence[str] | None = None,
+        notes: str | None = None,
         mode: WandbMode = WandbMode.auto,
     ) -> None:
-        self._identity: dict[str, Any] = {"project": project, "entity": entity, "group": group}
-        self._tags = list(tags)
+        self._identity: dict[str, Any] = {
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "job_type": job_type,
+            "notes": notes,
+        }
+        self._tags = list(tags or ())
         self._name = name
         self._mode = mode
         self._run: Any = None
@@ -54,11 +67,10 @@ class WandbLogger:
     ) -> None:
         """Start the run, or continue the one whose id `run_dir` holds; `files` are copied as they are now."""
         self._notify = notify
-        mode = resolve_mode(self._mode, os.environ)
-        if mode == "online" and not logged_in(os.environ):
+        mode, _ = effective_mode(self._mode, os.environ)
+        if mode == "offline" and resolve_mode(self._mode, os.environ) == "online":
             # wandb would ask for a key at the terminal, with the other ranks waiting.
-            notify("warning: wandb: not logged in (`wandb login`, or set WANDB_API_KEY), recording offline")
-            mode = "offline"
+            notify(f"warning: wandb: {NOT_LOGGED_IN}, recording offline")
         if mode != "disabled":
             self._guard(lambda: self._start(run_dir, mode, config, files))
 
@@ -141,6 +153,18 @@ def resolve_mode(mode: WandbMode, environ: Mapping[str, str]) -> str:
     if named := environ.get("WANDB_MODE"):
         return OLD_MODES.get(named, named)
     return "online" if logged_in(environ) else "offline"
+
+
+def effective_mode(mode: WandbMode, environ: Mapping[str, str]) -> tuple[str, str]:
+    """Return the mode that a run records in, and the reason: online needs a user who is logged in."""
+    resolved = resolve_mode(mode, environ)
+    if resolved == "online" and not logged_in(environ):
+        return "offline", NOT_LOGGED_IN
+    if mode is not WandbMode.auto:
+        return resolved, f"logger.mode={mode.value}"
+    if named := environ.get("WANDB_MODE"):
+        return resolved, f"WANDB_MODE={named}"
+    return resolved, "logged in" if resolved == "online" else NOT_LOGGED_IN
 
 
 def logged_in(environ: Mapping[str, str]) -> bool:

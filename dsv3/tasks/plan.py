@@ -17,6 +17,8 @@ import os
 
 from dsv3.config.task import OutputFormat
 from dsv3.launch.job import Job
+from dsv3.launch.sweep_report import record_plan
+from dsv3.metrics.progress import phase
 from dsv3.planning.report import format_plan
 
 
@@ -27,10 +29,18 @@ class PlanTask:
         self.format = format
 
     def run(self, job: Job) -> None:
-        """Print the job's plan to stdout, as text or as one JSON object, on rank 0 only."""
+        """Print the job's plan to stdout, as text or as one JSON object, on rank 0 only.
+
+        The plans of a sweep are printed together at its end, see launch/sweep_report.py.
+        """
         if os.environ.get("RANK", "0") != "0":
+            return
+        if job.sweep is not None:
+            record_plan(job, self.format.value)
             return
         if self.format is OutputFormat.json:
             print(json.dumps(job.plan.to_json(), indent=1))
         else:
-            print(format_plan(job.plan))
+            with phase("looking for a better layout"):
+                text = format_plan(job.plan)
+            print(text)

@@ -1,9 +1,13 @@
 """A released model brings its report's recipe; typed keys and studies win, and the run says what it took."""
 
+from typing import Any
+
 import pytest
 import yaml
 
-from dsv3.config.registry import CONF, recipes
+from dsv3.config.convergence import flatten
+from dsv3.config.registry import CONF, SCHEMAS, recipes
+from dsv3.config.strict import to_yaml
 from tests.config.test_choices import MODELS
 from tests.harness.commands import PlannedCommand
 from tests.harness.composing import strict_config
@@ -15,36 +19,50 @@ FITTING = ("model=16b", "parallel=fsdp", "hardware=h100", "precision=bf16", "rec
 def test_every_released_model_has_a_recipe_with_its_source() -> None:
     assert set(recipes()) == set(MODELS)
     for row in recipes().values():
-        assert set(row) == {"source", "optimizer", "schedule", "train", "report"}
+        assert set(row) - {"recipe_schedule"} == {"source", "optimizer", "schedule", "train", "report"}
         assert "arXiv" in row["source"]
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_model_brings_its_recipe_and_the_debug_model_keeps_the_defaults(model: str) -> None:
     config, row = strict_config([f"model={model}"]), recipes()[model]
-    assert config.optimizer.lr == row["optimizer"]["lr"] < 1e-3
-    assert config.schedule.warmup_steps == row["schedule"]["warmup_steps"]
-    assert config.train.steps == row["train"]["steps"]
+    has = flatten(to_yaml(config))
+    for node in ("optimizer", "schedule", "train"):
+        assert row[node].items() <= {key: has[f"{node}.{key}"] for key in row[node]}.items()
+    assert config.optimizer.lr < 1e-3
+    shape = dict(row.get("recipe_schedule", {"choice": "warmup_cosine"}))
+    assert isinstance(config.schedule, SCHEMAS[f"schedule/{shape.pop('choice')}"])
+    assert {key: getattr(config.schedule, key) for key in shape} == shape
     debug = strict_config([])
     assert (debug.optimizer.lr, debug.schedule.warmup_steps, debug.train.steps) == (3e-3, 20, 300)
+    assert isinstance(debug.schedule, SCHEMAS["schedule/warmup_cosine"])
 
 
 def test_what_is_typed_or_studied_wins_over_the_recipe() -> None:
     typed = strict_config(["model=671b", "optimizer.lr=1e-3", "schedule=wsd", "train.steps=7"])
     assert (typed.optimizer.lr, typed.train.steps, typed.schedule.warmup_steps) == (1e-3, 7, 2000)
+    assert isinstance(typed.schedule, SCHEMAS["schedule/wsd"])
+    # The shares at which 236b's rate drops are of its own schedule alone.
+    for override, shares in (("schedule=steps", [0.8, 0.9]), ("schedule.at=[0.5]", [0.5])):
+        schedule: Any = strict_config(["model=236b", override]).schedule
+        assert schedule.at == shares
     study = yaml.safe_load((CONF / "experiments" / "fp8_loss.yaml").read_text())
     assert strict_config(["model=671b", "experiments=fp8_loss"]).train.steps == study["train"]["steps"]
 
 
 def test_a_run_says_what_it_took_and_what_the_report_did_beside_it(planned: PlannedCommand) -> None:
-    took, beside = planned.run(*FITTING, "optimizer.lr=1e-3").job.notes
+    took, beside = planned.run(*FITTING, "optimizer.lr=1e-3").job.recipe
     assert took == (
-        "recipe of model=16b, DeepSeek-V2-Lite (arXiv 2405.04434, appendix B): "
-        "schedule.warmup_steps=2000 train.steps=302000"
+        "DeepSeek-V2-Lite (arXiv 2405.04434, appendix B): schedule=steps optimizer.betas=[0.9,0.95] "
+        "optimizer.weight_decay=0.1 schedule.warmup_steps=2000 train.steps=302000 train.clip_norm=1.0"
     )
-    assert beside.startswith("the report also has schedule=steps, 4,608 sequences")
-    assert beside.endswith("this run has WarmupCosine, 8 sequences of 4,096 tokens per step")
-    assert planned.run("logger=none").job.notes == []
+    assert beside == (
+        "the report also has 4,608 sequences of 4,096 tokens per step; this run has 8 sequences of 4,096 "
+        "tokens per step: a small layout cannot hold the report's batch, so it is no default"
+    )
+    assert "schedule=" not in planned.run(*FITTING, "schedule=wsd").job.recipe[0]
+    job = planned.run("logger=none").job
+    assert job.recipe == job.notes == []
 
 
 def test_another_optimizer_keeps_its_own_learning_rate_and_a_long_warm_up_is_told(
@@ -52,9 +70,9 @@ def test_another_optimizer_keeps_its_own_learning_rate_and_a_long_warm_up_is_tol
 ) -> None:
     overrides = ["model=16b", "train.steps=3"]
     assert strict_config(overrides).optimizer.lr == 4.2e-4
-    long, took, _ = planned.run(*FITTING, "train.steps=3").job.notes
-    assert long == "the warm-up is longer than the run: schedule.warmup_steps=2000, train.steps=3"
-    assert "optimizer.lr=0.00042" in took
+    job = planned.run(*FITTING, "train.steps=3").job
+    assert any("warm" in note and "2000" in note for note in job.notes)
+    assert "optimizer.lr=0.00042" in job.recipe[0]
 
 
 def test_a_recipe_cannot_be_typed(planned: PlannedCommand) -> None:
@@ -74,3 +92,12 @@ def test_a_run_goes_on_with_its_own_numbers_though_a_recipe_has_come_since(
     train = job.config.train
     assert (job.config.optimizer.lr, job.config.schedule.warmup_steps, train.steps) == (2e-3, 11, 500)
     assert planned.run(f"resume={directory}", "optimizer.lr=1e-4").job.config.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_muon_takes_the_rate_and_the_decay_of_adamw_and_other_optimizers_keep_their_own(model: str) -> None:
+    of_adamw, muon = (strict_config([f"model={model}", f"optimizer={name}"]) for name in ("adamw", "muon"))
+    rates: list[Any] = [of_adamw.optimizer, muon.optimizer]
+    assert rates[0].lr == rates[1].lr == recipes()[model]["optimizer"]["lr"]
+    assert rates[0].weight_decay == rates[1].weight_decay
+    assert strict_config([f"model={model}", "optimizer=sgd"]).optimizer.lr == 1e-3

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def test_joblib_runs_jobs_side_by_side(command_line: CommandLine, tmp_path: Path
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     swept = sweep(command_line, directory, *launcher, "train.steps=0,2")
     assert_one_ran_and_one_failed(swept, directory)
+    jobs, _, ranking = swept.out.partition(f"\nJobs of {directory}\n")
+    assert all(line.startswith(("[0] ", "[1] ")) for line in jobs.splitlines()), jobs
+    assert "[1] job 1 (2 of 2): train.steps=2" in jobs
+    assert "[1] step 2/2" in jobs  # a worker's
+    assert "task=compare" in ranking
+    assert "[0] job 0 failed: train.steps=0" in swept.err
 
 
 def test_the_jobs_of_a_killed_sweep_do_not_go_on(command_line: CommandLine, tmp_path: Path) -> None:
@@ -127,6 +134,13 @@ def test_the_directory_of_a_sweep_is_set_by_run_dir_alone(planned: PlannedComman
         assert outcome.code == ("0" in arguments[0])
     assert json.loads(Path("sweep/0/failed.json").read_text())["overrides"][-1] == "train.steps=0"
     assert HydraConfig.instance().cfg is None
+
+
+def test_two_sweeps_in_one_second_have_two_directories(here: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        chosen = list(threads.map(lambda _: Sweep(arguments=["-m"]).choose(None), range(24)))
+    assert len(set(chosen)) == 24
+    assert {str(path) for path in Path("multirun").iterdir()} == set(chosen)
 
 
 def test_more_failures_than_are_shown_are_counted(tmp_path: Path) -> None:

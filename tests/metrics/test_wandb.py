@@ -72,10 +72,11 @@ def test_an_init_that_fails_is_one_warning_and_the_run_goes_on(
 def test_a_log_that_fails_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         dir = str(tmp_path)
+        step = 0
 
         def define_metric(self, *_: object, **__: object) -> None: ...
 
-        def log(self, _: object) -> None:
+        def log(self, *_: object, **__: object) -> None:
             raise BrokenPipeError("wandb-core is gone")
 
     monkeypatch.setattr(wandb, "init", lambda **_: Broken())

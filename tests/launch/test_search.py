@@ -1,0 +1,107 @@
+"""An optuna study is kept beside its jobs: after a kill the same command does what is left of it."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from dsv3.launch.search import STUDY_NAME, continue_search
+from dsv3.launch.sweep import Sweep
+from tests.harness.commands import PlannedCommand
+from tests.harness.processes import KILL, CommandLine, rows
+from tests.tasks.test_compare import store
+
+optuna = pytest.importorskip("optuna")
+pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+
+SEARCH = ["hydra/sweeper=optuna", "optimizer.lr=tag(log, interval(1e-4, 1e-2))"]
+GRID = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "train.steps=2,3,4,5"]
+
+
+def study(finished: int, running: int = 0) -> None:
+    """Make a study in ./sweep with so many trials that are finished, the last of them a failed one."""
+    Path("sweep").mkdir(exist_ok=True)
+    address = f"sqlite:///{Path('sweep/study.db').absolute()}"
+    made = optuna.create_study(study_name=STUDY_NAME, storage=address)
+    for number in range(finished + running):
+        trial = made.ask()
+        if number < finished - 1:
+            made.tell(trial, 1.0)
+        elif number < finished:
+            made.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def added(arguments: list[str], sweep: Sweep | None = None) -> dict[str, str] | None:
+    """Return the overrides that a search below ./sweep gets besides its own."""
+    overrides = continue_search([*arguments, "run.dir=sweep"], sweep or Sweep())
+    return None if overrides is None else dict(override.split("=", 1) for override in overrides)
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_goes_on_where_it_stopped(command_line: CommandLine, tmp_path: Path) -> None:
+    directory = tmp_path / "a study (it's)"
+    search = [*SEARCH, "hydra.sweeper.n_trials=2", "train.steps=60"]
+    arguments = ["-m", *command_line.training(directory, *search)]
+    process = command_line.start(*arguments)
+    process.wait_for_steps(directory / "1", 0)
+    process.send(KILL)
+    assert process.wait().code == -KILL
+    kept = rows(directory / "0")
+    again = command_line.run(*arguments)
+    assert again.code == 0, again.err
+    assert "has 1 of 2 trials, 1 broken off and not counted: 1 to go" in again.err
+    assert "job 2 (2 of 2): optimizer.lr=" in again.out
+    with sqlite3.connect(directory / "study.db") as opened:
+        states = dict(opened.execute("select number, state from trials").fetchall())
+        values = opened.execute("select value from trial_values order by trial_id").fetchall()
+    assert states == {0: "COMPLETE", 1: "RUNNING", 2: "COMPLETE"}
+    assert rows(directory / "0") == kept
+    losses = [rows(directory / number)[-1]["evaluation_loss"] for number in ("0", "2")]
+    assert values == [(loss,) for loss in losses]
+
+
+def test_a_new_search_keeps_its_study_and_outlives_failed_jobs(here: Path) -> None:
+    assert added(SEARCH) == {
+        "hydra.sweeper.max_failure_rate": "1.0",
+        "hydra.sweeper.n_jobs": "1",
+        "hydra.sweeper.storage": f"'sqlite:///{here}/sweep/study.db'",
+        "hydra.sweeper.study_name": f"'{STUDY_NAME}'",
+    }
+    typed = [
+        "hydra.sweeper.max_failure_rate=0.5",
+        "hydra.sweeper.n_jobs=3",
+        "hydra.sweeper.storage=sqlite://",
+    ]
+    assert added([*SEARCH, *typed]) == {}
+    assert continue_search(["train.steps=1,2"], Sweep()) == []
+
+
+def test_only_trials_that_are_not_finished_are_left(here: Path) -> None:
+    study(finished=2, running=1)
+    sweep = Sweep()
+    left = added([*SEARCH, "hydra.sweeper.n_trials=5"], sweep)
+    assert left is not None
+    assert left["hydra.sweeper.n_trials"] == "3"
+    assert (sweep.first, sweep.finished) == (3, 2)
+    assert sweep.number(0) == 3
+    left = added(GRID)
+    assert left is not None
+    assert left["hydra.sweeper.n_trials"] == "2"
+
+
+def test_a_job_that_ended_in_a_batch_that_was_broken_off_is_told_to_the_study(here: Path) -> None:
+    study(finished=1, running=2)
+    store(Path("sweep/1"), [], [3.0, 2.0, 1.0], 1.5)
+    store(Path("sweep/2"), [], [3.0, 2.0])
+    left = added([*SEARCH, "hydra.sweeper.n_trials=4"])
+    assert left is not None
+    assert left["hydra.sweeper.n_trials"] == "2"
+    made = optuna.load_study(study_name=STUDY_NAME, storage="sqlite:///sweep/study.db")
+    assert [trial.value for trial in made.trials] == [None, 1.5, None]
+
+
+def test_a_search_that_has_all_its_trials_starts_no_job(planned: PlannedCommand) -> None:
+    study(finished=4)
+    outcome = planned.run("-m", "task=train", *GRID, "run.dir=sweep")
+    assert (outcome.code, outcome.jobs) == (0, [])
+    assert "has 4 of 4 trials: 0 to go" in outcome.err

@@ -1,0 +1,117 @@
+"""The end of a sweep: one JSON line or one row per plan, and rankings of what was trained or evaluated."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dsv3.launch.job import SweepJob
+from dsv3.launch.sweep import Sweep
+from tests.harness.commands import TrainCommand
+from tests.harness.tiny import MODEL, TRAINING
+
+PLANS = ("-m", "task=plan", "model=671b", "hardware=h800", "parallel=pp,tp_ep", "launch.world_size=100,2048")
+
+
+def words(line: str) -> str:
+    return " ".join(line.split())
+
+
+def test_a_sweep_of_plans_prints_one_json_line_per_job(commands: TrainCommand) -> None:
+    outcome = commands.run(*PLANS, "task.format=json", "train.steps=1e3")
+    assert outcome.code == 1  # 100 ranks are no layout
+    jobs = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [job["job"] for job in jobs] == [0, 1, 2, 3]
+    single = json.loads(
+        commands.must(
+            *("task=plan", "task.format=json", "model=671b", "hardware=h800"),
+            *("parallel=tp_ep", "launch.world_size=2048"),
+        ).out
+    )
+    named = {
+        "job": 3,
+        "overrides": {
+            "model": "671b",
+            "hardware": "h800",
+            "parallel": "tp_ep",
+            "launch.world_size": "2048",
+            "train.steps": "1000",
+        },
+        "model": "671b",
+        "parallel": "tp_ep",
+        "hardware": "h800",
+        "precision": "bf16",
+    }
+    assert jobs[3] == named | single
+    assert "leaves no whole dp_shard of a world of 100 ranks" in jobs[0]["error"]
+    assert jobs[0]["overrides"]["launch.world_size"] == "100"
+    assert {"model": "671b", "parallel": "pp", "hardware": "h800"}.items() <= jobs[0].items()
+    headings = [line for line in outcome.err.splitlines() if line.startswith("job 2 (3 of 4): ")]
+    (directory,) = Path("multirun").iterdir()
+    assert headings == [f"job 2 (3 of 4): parallel=tp_ep launch.world_size=100 -> {directory}/2"]
+
+
+def test_a_sweep_of_plans_is_one_table(commands: TrainCommand) -> None:
+    few = ("-m", "task=plan", "model=671b", "hardware=h800", "parallel=pp", "launch.world_size=100,2048")
+    titles, *rows = map(words, commands.run(*few).out.splitlines())
+    assert titles == "job overrides fits GiB per rank device GiB tokens/s per GPU bubble mfu"
+    assert rows[0] == "0 launch.world_size=100 no layout - - - - -"
+    name, differs, fits, total, device, *_ = rows[1].split()
+    assert (name, differs, fits) == ("1", "launch.world_size=2048", "no")
+    assert float(total) > float(device)
+    assert len(rows) == 2
+
+
+def test_a_sweep_ends_with_its_ranking_and_the_command_that_compares(commands: TrainCommand) -> None:
+    never = [f"train.{name}_every=0" for name in ("evaluate", "generate", "checkpoint")]
+    settings = [*MODEL, "model.mtp_depths=0", *TRAINING, *never, "data=text", f"data.path={commands.text}"]
+    swept = commands.run("-m", *settings, "train.steps=0,1,4", "run.dir=a sweep", "schedule.warmup_steps=0")
+    assert swept.code == 1
+    *_, title, titles, best, second, failed, _, _, compare = swept.out.splitlines()
+    assert title == "Jobs of a sweep"
+    assert words(titles).startswith("job overrides held-out loss")
+    assert best.split()[:2] == ["2", "train.steps=4"]
+    assert second.split()[:2] == ["1", "train.steps=1"]
+    assert words(failed).startswith("0 train.steps=0 - - 0/? - failed")
+    assert "job 0: train.steps=0 is not possible" in swept.err
+    typed = shlex.split(compare)
+    assert typed[-2:] == ["task=compare", "task.runs=a sweep"]
+    printed = commands.must(*typed[2:]).out.splitlines()
+    assert words(printed[1]) == words(best)
+    assert "job 1 (2 of 3): train.steps=1 -> a sweep/1" in swept.out
+
+    evaluated = commands.run(
+        "-m", "task=evaluate", "checkpoint.load='a sweep/1','a sweep/2',none", "run.dir=told"
+    )
+    assert evaluated.code == 1
+    assert len([json.loads(line) for line in evaluated.out.splitlines()]) == 2
+    table = evaluated.err[evaluated.err.index("perplexity  state") :].splitlines()[1:4]
+    assert [words(row).split()[0] for row in table] == ["1", "0", "2"]
+    assert [words(row).split()[-1] for row in table] == ["done", "done", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "params", "total", "constant"),
+    [
+        (["a=1,2,3", "b=1,2", "c=4"], {}, 6, "c=4"),
+        (["a=range(1,4)"], {"b": "choice(1,2)", "c": 4}, 6, "c=4"),
+        (["model=glob(*b)", "a=1"], {}, 4, "a=1"),
+    ],
+)
+def test_the_jobs_are_counted_and_what_they_share_is_left_out(
+    arguments: list[str], params: dict[str, object], total: int, constant: str
+) -> None:
+    sweeper = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": params}
+    job = Sweep(arguments=["-m", *arguments]).job(1, ["x=1", constant], sweeper, Path("multirun/now/1"))
+    assert (job.place, job.total, job.differs) == (2, total, ["x=1"])
+    assert job.heading == f"job 1 (2 of {total}): x=1 -> multirun/now/1"
+
+
+def test_a_job_is_named_by_the_last_words_of_the_keys_that_differ() -> None:
+    def name(*differs: str) -> str:
+        return SweepJob("0", 1, None, list(differs), Path()).short_name
+
+    assert name("optimizer.lr=1e-3", "model.moe.top_k=2") == "lr=1e-3 top_k=2"
+    clash = ["model.moe.hidden_dim=1", "model.dense.hidden_dim=2"]
+    assert name(*clash) == " ".join(clash)
