@@ -15,8 +15,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.fp8_figures import new_figure
+from dsv3.launch.run_results import RunSummary, find_runs
 from dsv3.metrics.plots import HELD_OUT, QUIET, TRAINING, write_png
-from dsv3.tasks.compare import RunSummary, find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 BOUND = 0.0025

@@ -1,4 +1,4 @@
-"""The two programs: train.py (installed as dsv3-train) and convert.py (dsv3-convert).
+"""The two programs: train.py (installed as dsv3-train) and convert.py (dsv3-convert); start.py starts them.
 
 Application takes the command line to a composed config. Here the config becomes a job, and the job starts: in
 this process, in workers of its own or through Slurm. torch is imported only then.
@@ -10,48 +10,49 @@ import sys
 from omegaconf import DictConfig
 
 from dsv3.cli.application import Application
-from dsv3.cli.arguments import prepare
+from dsv3.cli.arguments import prepare, prepare_convert
 from dsv3.cli.help import convert_help, train_help
-from dsv3.config.overrides import quote_texts
 from dsv3.config.strict import build
 from dsv3.convert.request import prepare_conversion
-from dsv3.launch.job import Job, under_launcher
+from dsv3.launch.checkpoint_defaults import Composition
+from dsv3.launch.job import Job, SweepJob, under_launcher
 from dsv3.launch.prepare import prepare_job
-from dsv3.launch.run_dir import check_run_dir, check_same_run
+from dsv3.launch.run_dir import check_can_make, check_run_dir, check_same_run
 from dsv3.launch.slurm import in_slurm_step
 from dsv3.launch.sweep import FAILED_FILE
+from dsv3.metrics.progress import phase
 from dsv3.planning.checks import require_weights_fit
+from dsv3.planning.hardware import require_gpu
 from dsv3.planning.report import require_fits
 
 
-def train() -> int:
-    """Run train.py's command line: train, evaluate, plan, sample, sweep; return the exit code."""
-    return TRAIN.run(sys.argv[1:])
-
-
-def convert() -> int:
-    """Run convert.py's command line; return the exit code."""
-    return CONVERT.run(sys.argv[1:])
-
-
-def start_job(composed: DictConfig) -> float | None:
+def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | None:
     """Check and plan what Hydra composed, and run it; return the result, which is a sweep's objective."""
-    job = prepare_job(composed)
-    check(job)
+    with phase("planning"):
+        job = prepare_job(composed, sweep)
+        check(job)
     task, settings = job.config.task, job.config.launch
     if task.writes_run:  # the failure mark of an earlier attempt does not count for this one
         (job.run_dir / FAILED_FILE).unlink(missing_ok=True)
     if task.uses_model and settings.submits and not under_launcher() and not in_slurm_step(os.environ):
         from dsv3.launch.slurm import submit
 
-        submit(job)
+        with phase("submitting to Slurm"):
+            submit(job)
         return None
+    if task.uses_model:
+        require_gpu(job.config.hardware)
+    if not task.writes_run and os.environ.get("RANK", "0") == "0":  # a run tells them itself, and keeps them
+        for note in job.notes:
+            print(note, file=sys.stderr)
     if not task.uses_model or job.plan.world_size == 1 or under_launcher():
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from dsv3.launch.workers import die_with_parent
 
             die_with_parent()  # or a kill -9 of torchrun would leave this rank behind
-        return build(task).run(job)  # type: ignore[no-any-return]
+        with phase(f"importing {'torch' if task.uses_model else 'the task'}"):
+            todo = build(task)
+        return todo.run(job)  # type: ignore[no-any-return]
     from dsv3.launch.workers import start_workers
 
     return start_workers(job)
@@ -63,22 +64,23 @@ def check(job: Job) -> None:
         check_run_dir(job.run_dir, job.config.run.resume)
         if job.config.run.resume:
             check_same_run(job.config, job.run_dir)
+    if job.config.task.writes_run:
+        check_can_make(job.run_dir)
     if job.config.task.must_fit:
         require_fits(job.plan)
     if job.config.task.holds_model:
         require_weights_fit(job.config.model, job.plan.degrees, job.hardware)
 
 
-def start_conversion(composed: DictConfig) -> None:
-    """Check what Hydra composed, and convert in its direction."""
-    config = prepare_conversion(composed)
-    from dsv3.convert.convert import convert  # imports torch: not for a mistake that is found without it
+def start_conversion(composed: DictConfig, command: Composition | None = None) -> None:
+    """Check what Hydra composed of `command`, by default this job's, and convert in its direction."""
+    with phase("reading the description of the input"):
+        config = prepare_conversion(composed, command)
+    with phase("importing torch"):
+        from dsv3.convert.convert import convert  # not for a mistake that is found without it
 
     print(convert(config))
 
 
 TRAIN = Application("train", "config", train_help, prepare, start_job)
-CONVERT = Application("convert", "convert", convert_help, quote_texts, start_conversion)
-
-if __name__ == "__main__":  # python -m dsv3.programs, which launch=slurm starts where there is no train.py
-    sys.exit(train())
+CONVERT = Application("convert", "convert", convert_help, prepare_convert, start_conversion)

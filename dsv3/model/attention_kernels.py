@@ -21,7 +21,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_at
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from dsv3.config.model import AttentionKernel
+from dsv3.config.model import AttentionConfig, AttentionKernel
 from dsv3.errors import require
 from dsv3.model.cpu_attention import blocked_attention
 
@@ -112,9 +112,34 @@ def check_kernel(
 def auto(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
     """Attend by varlen for documents if the GPU has FlashAttention, else by sdpa; shapes as in the module."""
     width = max(q.shape[-1], v.shape[-1])
-    if segments is not None and q.is_cuda and _flash_takes(q.device, q.dtype, width):
+    if _auto_takes_varlen(segments is not None and q.is_cuda, q.device, q.dtype, width):
         return varlen(q, k, v, scale, segments)
     return sdpa(q, k, v, scale, segments)
+
+
+def _auto_takes_varlen(documents_on_cuda: bool, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    return documents_on_cuda and _flash_takes(device, dtype, width)
+
+
+def explain_kernel(
+    config: AttentionConfig, device: torch.device, dtype: torch.dtype, documents: bool, cp: int = 1
+) -> tuple[str, str]:
+    """Return the kernel that computes attention on `device` in `dtype`, and the reason for it.
+
+    `documents` says that documents are masked; with `cp` ranks per sequence queries attend to gathered keys.
+    """
+    told = f"model.attention.kernel={config.kernel.value}"
+    width = max(config.qk_head_dim, config.v_head_dim)
+    each = "documents are masked" if documents else "rows are attended whole"
+    if config.kernel in (AttentionKernel.varlen, AttentionKernel.flex) and cp == 1:
+        return config.kernel.value, told
+    if device.type != "cuda":
+        return "blocks of queries", f"{told}, and the device is a CPU; {each}"
+    if cp > 1:
+        return "sdpa", f"queries attend to the gathered keys of {cp} ranks (context parallelism); {each}"
+    if config.kernel is AttentionKernel.auto and _auto_takes_varlen(documents, device, dtype, width):
+        return "varlen", f"{told}; {each}, and FlashAttention takes heads of {width}"
+    return "sdpa", f"{told}; {each}"
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:

@@ -12,6 +12,7 @@ from dsv3.checkpoint.directory import TOKENIZER_DIR, Progress, find_checkpoint
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.manifest import verify_together
+from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.precision import FP8Engine
 from dsv3.config.registry import command
 from dsv3.config.root import Config
@@ -26,18 +27,21 @@ from dsv3.distributed.signals import Stopped, StopRequest, stop_on_signal
 from dsv3.errors import UserError
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.job import Job
-from dsv3.launch.run_dir import check_same_data, make_run_dir, write_run_files
+from dsv3.launch.run_dir import check_same_data, make_run_dir, read_origin, record_run, write_run_files
+from dsv3.launch.trained_on import other_data_notes
 from dsv3.metrics import jsonl
 from dsv3.metrics.console import Console
 from dsv3.metrics.loggers import Logger
 from dsv3.metrics.plots import plot_loss_curve
+from dsv3.metrics.progress import entering, phase
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 from dsv3.parallel.mesh import assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.parameters import training_flops_per_token
 from dsv3.tasks.generate import sample_text
-from dsv3.tasks.setup import build_mesh, prepare_data, stored_tokenizer
+from dsv3.tasks.setup import JOINING, build_mesh, load_own_tokenizer, prepare_data
+from dsv3.tasks.this_run import THIS_RUN_FILE, RunFacts
 from dsv3.training import callbacks
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.loop import Loop, Throughput
@@ -55,7 +59,7 @@ class TrainTask:
         """Return the last held-out loss, a sweep's objective; raise Stopped when a signal ended the run."""
         make_deterministic(job.config.train.deterministic, job.config.train.seed)
         with (
-            join_process_group(job.config.launch.timeout) as ranks,
+            entering(JOINING, join_process_group(job.config.launch.timeout, job.on_cpu)) as ranks,
             stop_on_signal(alone=ranks.world == 1) as stop,
         ):
             return _train(job, ranks, stop)
@@ -63,26 +67,30 @@ class TrainTask:
 
 def _train(job: Job, world: RankContext, stop: StopRequest) -> float | None:
     """Train on this rank of `world`, which reads the data share that the layout gives it."""
-    config = job.config
-    data = prepare_data(config, world, _own_tokenizer(job))
+    config, own_tokenizer = job.config, _own_tokenizer(job)
+    data = prepare_data(config, world, own_tokenizer)
     if config.run.resume:
         check_same_data(data.fingerprint, job.run_dir)
     mesh = build_mesh(job, world)
     model = build_parallel_model(config, mesh, world.device)
     optimizer = build_optimizer(config.optimizer, model.model_parts, config.precision.moments)
     ranks = assign_data_shard(world, mesh)
-    job.run_dir = directory = world.broadcast_object(make_run_dir(job) if world.is_main else job.run_dir)
+    with phase("making the run directory"):  # ranks wait for one another here
+        job.run_dir = directory = world.broadcast_object(make_run_dir(job) if world.is_main else job.run_dir)
     world.watch(directory)
-    manager = CheckpointManager(directory, config.checkpoint, world)
+    record = record_run(job, data.fingerprint, data.tokenizer_fingerprint) if world.is_main else None
+    manager = CheckpointManager(directory, config.checkpoint, world, record)
     progress = _restore(config, directory, world, manager, model, optimizer)
+    job.notes += manager.notes
     log_path = directory / "log.txt"
     console = Console(config.train.log_every, log_path=log_path, quiet=not ranks.is_main)
     run = TrainingRun(config, directory, ranks, model.forward_backward, optimizer, progress, console)
     with ExitStack() as stack:
         stack.callback(console.close)
         if ranks.is_main:
-            _describe(job, run, data)
-            run.logger = _open_logger(run, stack)
+            assert record is not None
+            _describe(RunFacts(job, run, data, record, own_tokenizer is not None))
+            run.logger = _open_logger(run, stack, record)
         layers = config.model.moe_layers()
         metrics = directory / "metrics.jsonl"
         recorder = Recorder(metrics, ranks, config.train.log_every, console, run.logger, layers)
@@ -103,7 +111,7 @@ def _build_callbacks(
     train, profile, tokenizer = run.config.train, run.config.profile, data.tokenizer
 
     def export(folder: Path) -> None:
-        export_hf(model, folder, run.directory / TOKENIZER_DIR, run.ranks)
+        export_hf(model, folder, run.directory / TOKENIZER_DIR, run.ranks, manager.record, run.step)
 
     listed: list[Callback] = [
         callbacks.Evaluate(data.held_out, train.evaluate_every),
@@ -157,7 +165,7 @@ def _own_tokenizer(job: Job) -> Tokenizer | None:
         folder = job.run_dir / TOKENIZER_DIR
         return Tokenizer.from_file(folder) if folder.is_dir() else None
     if job.config.checkpoint.load:
-        return stored_tokenizer(job.config, find_checkpoint(job.config.checkpoint.load), job.overrides)
+        return load_own_tokenizer(job.config, find_checkpoint(job.config.checkpoint.load))
     return None
 
 
@@ -182,26 +190,36 @@ def _restore(
     return progress
 
 
-def _describe(job: Job, run: TrainingRun, data: PreparedData) -> None:
-    """Write the files that describe the run, and say what the user may not expect."""
+def _describe(facts: RunFacts) -> None:
+    """Write the files that describe the run, and tell what it is about to do; this_run.txt gets longer."""
+    run, data = facts.run, facts.data
     if data.tokenizer is not None:
         data.tokenizer.save(run.directory / TOKENIZER_DIR)
-    write_run_files(job, {"fingerprint": data.fingerprint, **data.summary})
-    if fp8_engine_name(run.forward_backward.model_parts) == FP8Engine.emulated.name:
-        device = run.ranks.device.type
-        run.console.message(f"FP8 products are emulated on {device}: the same numbers, slower")
-    for note in job.notes:
-        run.console.message(note)
-    if run.step:
-        run.console.message(f"going on after step {run.step} of {run.directory}")
+    train, scored = run.config.train, len(data.held_out)
+    if train.evaluate_batches is not None:
+        scored = min(scored, train.evaluate_batches * train.microbatch * run.ranks.data_world)
+    write_run_files(facts.job, {**data.summary, "rows_evaluated": scored}, facts.record)
+    facts.job.notes += other_data_notes(facts.record)
+    lines = facts.lines()
+    for line in lines:
+        run.console.message(line)
+    with (run.directory / THIS_RUN_FILE).open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
-def _open_logger(run: TrainingRun, stack: ExitStack) -> Logger:
+def _open_logger(run: TrainingRun, stack: ExitStack, record: TrainingRecord) -> Logger:
     """Return the configured logger, opened; `stack` finishes it with the run's exit code."""
     logger: Logger = build(run.config.logger)
-    stack.push(lambda kind, *_: logger.finish(0 if kind is None else 1))
-    files = [run.directory / name for name in ("config.yaml", "plan.txt")]
-    logger.open(run.directory, to_yaml(run.config), files, run.console.message)
+
+    def finish(kind: type[BaseException] | None, *_: object) -> None:
+        with phase("finishing the logger"):
+            logger.finish(0 if kind is None else 1)
+
+    stack.push(finish)
+    files = [run.directory / name for name in ("config.yaml", "plan.txt", THIS_RUN_FILE)]
+    with phase("starting the logger"):
+        values = to_yaml(run.config) | read_origin(run.directory) | {"convergence": record.convergence}
+        logger.open(run.directory, values, files, run.console.message)
     return logger
 
 
@@ -209,7 +227,8 @@ def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str]) -> 
     """Draw loss.png, print the table of results and the command to try next."""
     rows = jsonl.read_rows(run.directory / "metrics.jsonl")
     if rows:
-        plot_loss_curve(rows, run.directory / "loss.png", f"Loss of {run.directory.name}")
+        with phase("drawing loss.png"):
+            plot_loss_curve(rows, run.directory / "loss.png", f"Loss of {run.directory.name}")
         run.console.table("Done", _results(rows, run.directory))
     load = f"checkpoint.load={run.directory}"
     if run.step < run.config.train.steps:  # train.stop_after
@@ -242,5 +261,6 @@ def _results(rows: list[MetricsRow], directory: Path) -> list[tuple[str, str]]:
         results.append(("tokens/s", f"{median(rates):,.0f}"))
     results.append(("peak memory", f"{max(row.memory_gib or 0.0 for row in rows):.2f} GiB"))
     results.append(("written to", f"{directory}"))
-    results.append(("", "metrics.jsonl, loss.png, checkpoints/, config.yaml, plan.txt, log.txt"))
+    files = f"config.yaml, {THIS_RUN_FILE}, plan.txt, log.txt"
+    results.append(("", f"metrics.jsonl, loss.png, checkpoints/, {files}"))
     return results

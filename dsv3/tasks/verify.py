@@ -23,10 +23,12 @@ from dsv3.distributed.process_group import join_process_group
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 from dsv3.metrics.console import Console
+from dsv3.metrics.progress import entering, phase
 from dsv3.model.generation import inference
 from dsv3.model.layers import cross_entropy_sum
 from dsv3.parallel.parallelize import build_model
 from dsv3.planning import parameters
+from dsv3.tasks.setup import JOINING
 
 BYTES_PER_PARAMETER = 4
 """Both models are compared in fp32."""
@@ -54,7 +56,7 @@ class VerifyTask:
 
         RunFailed names the first layer that departs, or the first weight with nonfinite values.
         """
-        with join_process_group(job.config.launch.timeout) as ranks:
+        with entering(JOINING, join_process_group(job.config.launch.timeout, job.on_cpu)) as ranks:
             if ranks.world > 1:
                 raise UserError(f"task=verify compares in one process: launch.nproc=1, not {ranks.world}")
             values, reason = self._measure(job, ranks.device)
@@ -86,12 +88,15 @@ class VerifyTask:
         load_weights([model], self.path)
         hf_model, reason = _load_hf_model(self.path, needed, device)
         if hf_model is None:
-            norms = {name: value.float().norm().item() for name, value in model.state_dict().items()}
+            with phase("computing the norm of every weight"):
+                norms = {name: value.float().norm().item() for name, value in model.state_dict().items()}
             return norms, f"shapes and norms only: {reason}"
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, model.config.vocab_size, self.shape, generator=generator).to(device)
-        expected = hidden_states(hf_model, hf_model.model.embed_tokens, hf_model.model.layers, tokens)
-        found = hidden_states(model, model.embedding, model.layers.values(), tokens)
+        with phase("running the model of transformers"):
+            expected = hidden_states(hf_model, hf_model.model.embed_tokens, hf_model.model.layers, tokens)
+        with phase("running our model"):
+            found = hidden_states(model, model.embedding, model.layers.values(), tokens)
         return {name: relative_difference(found[name], expected[name]) for name in found}, ""
 
     def _fp32_config(self, job: Job) -> Config:
@@ -109,8 +114,6 @@ class VerifyTask:
                 file=sys.stderr,
             )
             model = replace(model, mtp_depths=0)
-        if any(key.partition(".")[0] == "precision" for key in keys):
-            print("verified in fp32, as transformers computes: precision is not used", file=sys.stderr)
         return replace(job.config, model=model, precision=PrecisionConfig(compute=ComputeType.fp32))
 
 
@@ -152,14 +155,16 @@ def _load_hf_model(path: Path, needed: int, device: torch.device) -> tuple[Any, 
     free = _free_memory(device)
     if needed > free:
         return None, _describe_need("transformers' model beside ours", needed, free)
-    import transformers
+    with phase("importing transformers"):
+        import transformers
 
     # By class, for kimi_k2 is a DeepSeek-V3 with a name that AutoModel does not know.
     is_v2 = json.loads((path / "config.json").read_text())["model_type"] == "deepseek_v2"
     model_class = transformers.DeepseekV2ForCausalLM if is_v2 else transformers.DeepseekV3ForCausalLM
     try:
-        model = model_class.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        return model.to(device).eval(), ""
+        with phase("loading the model of transformers"):
+            model = model_class.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+            return model.to(device).eval(), ""
     except Exception as error:
         return None, f"transformers cannot load it ({str(error).splitlines()[0][:120]})"
 

@@ -9,6 +9,7 @@ import torch
 from dsv3.data.loader import evaluation_batches
 from dsv3.data.packing import RowDataset
 from dsv3.distributed.process_group import RankContext
+from dsv3.metrics.progress import phase
 from dsv3.model.generation import inference
 from dsv3.training.loss import valid_tokens
 from dsv3.training.step import ForwardBackward
@@ -36,15 +37,19 @@ def evaluate(
     and gradients stay as they are. All ranks call it together.
     """
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss sum, valid tokens
+    own = evaluation_batches(rows, microbatch_size, ranks.data_rank, ranks.data_world)
+    count = -(-len(rows) // (microbatch_size * ranks.data_world))
+    count = count if batches is None else min(count, batches)
     with ExitStack() as stack:
+        work = stack.enter_context(phase("computing the held-out loss", count, "batches"))
         for part in forward_backward.model_parts:
             stack.enter_context(inference(part))
-        own = evaluation_batches(rows, microbatch_size, ranks.data_rank, ranks.data_world)
         for batch in islice(own, batches):
             batch = batch.to(ranks.device)
             total[0] += forward_backward.evaluate(batch)
             total[1] += valid_tokens(batch)
-    loss, tokens = ranks.sum(total).tolist()
+            work.advance()
+        loss, tokens = ranks.sum(total).tolist()
     # Ranks that compute the same loss, or read the same rows, have each added it to the sums.
     tokens = round(tokens) // ranks.row_replicas
     return Evaluation(loss / ranks.loss_replicas / max(tokens, 1), tokens)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dsv3.data.loader import DataLoader
 from dsv3.distributed.signals import StopRequest
+from dsv3.metrics.progress import phase
 from dsv3.metrics.row import MetricsRow
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.schedule import Schedule, StepHyperparameters
@@ -50,6 +51,9 @@ class Loop:
             for callback in self.callbacks:
                 stack.push(lambda kind, *_, close=callback.close: close(kind is not None))
                 callback.on_train_start(self.run)
+            compiles = " (compiling)" if self.run.config.compile.enabled else ""
+            title = f"taking step {progress.step + 1}{compiles}"
+            stack.enter_context(phase(title, until=lambda: self.run.console.has_shown_steps))
             finished = True
             while finished and progress.step < last:
                 self._advance()

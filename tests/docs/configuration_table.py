@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import dsv3.config.root  # noqa: F401 - registers every schema
-from dsv3.config.keys import schema_keys, summary
+from dsv3.config.convergence import kind
+from dsv3.config.keys import Key, schema_keys, summary
 from dsv3.config.registry import SCHEMAS
+from tests.config.key_effects import effect
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 BEGIN, END = "<!-- keys: made by tests/docs/configuration_table.py -->", "<!-- end of keys -->"
@@ -22,15 +24,22 @@ def table() -> str:
 
 
 def _section(prefix: str, title: str, schema: Any) -> str:
-    # hf_model is the schema of model=hf: its keys are typed as those of any model.
-    if title == "hf_model":
-        prefix, title = "model", "model=hf"
+    # The keys of model=hf are typed as those of any model.
     keys = [key for key in schema_keys(schema, prefix) if title != "model=hf" or key.name == "model.path"]
     text = f"### {title}\n\n{summary(schema)}{' It has the keys of `model`, and:' * (title == 'model=hf')}\n"
     if not keys:
         return f"{text}\nNo keys.\n"
-    rows = "\n".join(f"| `{key.name}` | {key.kind} | `{key.default}` | {key.description} |" for key in keys)
-    return f"{text}\n| key | type | default | description |\n|---|---|---|---|\n{rows}\n"
+    rows = "\n".join(_row(title, key) for key in keys)
+    titles = ("key", "type", "default", "changes", "shows in", "description")
+    return f"{text}\n| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n{rows}\n"
+
+
+def _row(title: str, key: Key) -> str:
+    """Return the row of a key: `changes` is its kind of difference between two runs."""
+    found = effect(title.replace("=", "/"), key.name)
+    shows = found.shows if found else ""
+    cells = (f"`{key.name}`", key.kind, f"`{key.default}`", kind(key.name).name, shows, key.description)
+    return f"| {' | '.join(cells)} |"
 
 
 def document(text: str) -> str:

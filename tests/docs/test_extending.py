@@ -126,7 +126,7 @@ MINE = """
 from dataclasses import dataclass
 
 from dsv3.config.registry import schema
-from dsv3.config.training import AdamWConfig, ScheduleConfig
+from dsv3.config.optimizer import AdamWConfig
 
 
 @schema("optimizer/adamw")

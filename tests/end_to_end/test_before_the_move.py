@@ -69,7 +69,13 @@ class OldFiles:
         command = TrainCommand(self.capture, self.root / "data" / "text")
         finished = command.must("task=evaluate", load, *data, *CHOICES)
         result: dict[str, Any] = json.loads(finished.out.splitlines()[-1])
-        return result
+        return {key: result[key] for key in ("loss", "perplexity", "tokens")}
+
+    def evaluate_as_stored(self, run: str) -> float:
+        """Return the held-out loss that task=evaluate finds where nothing is typed but the run."""
+        command = TrainCommand(self.capture, self.root / "data" / "text")
+        finished = command.must("task=evaluate", f"checkpoint.load={self.root / run}", "hardware=cpu")
+        return float(json.loads(finished.out.splitlines()[-1])["loss"])
 
     def convert(self, direction: str, source: str, dtype: str) -> dict[str, str]:
         """The digests of what convert.py writes."""
@@ -108,6 +114,13 @@ def test_a_checkpoint_has_the_held_out_loss_that_it_had(
 ) -> None:
     wanted = expected["evaluated"][checkpoint]
     assert old_files.evaluate(checkpoint) == pytest.approx(wanted, rel=TOLERANCE, abs=0)
+
+
+@pytest.mark.parametrize("run", ["tokens", "text"])
+def test_a_run_is_scored_on_the_data_that_it_was_trained_on(old_files: OldFiles, run: str) -> None:
+    """Two ranks have trained it, one scores it."""
+    measured = rows(old_files.root / run)[-1]["evaluation_loss"]
+    assert old_files.evaluate_as_stored(run) == pytest.approx(measured, rel=TOLERANCE, abs=0)
 
 
 def test_every_conversion_writes_the_same_bytes(old_files: OldFiles, expected: dict[str, Any]) -> None:

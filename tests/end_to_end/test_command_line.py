@@ -20,11 +20,13 @@ def test_a_run_is_trained_evaluated_sampled_and_gone_on_with_from_anywhere(comma
     assert trained.code == 0, trained.err
     assert [row["step"] for row in rows(run_dir)] == [1, 2, 3]
 
-    data = ["data=text", f"data.path={command_line.text}", "train.sequence_length=32", "data.held_out=0.1"]
-    evaluated = command_line.run("task=evaluate", f"checkpoint.load={NAME}", *data)
+    ranks = ["parallel=fsdp", "launch.nproc=2", "train.evaluate_batches=1"]
+    evaluated = command_line.run(
+        "task=evaluate", f"checkpoint.load={NAME}", *ranks, "train.microbatch_size=1"
+    )
     assert evaluated.code == 0, evaluated.err
     result = json.loads(evaluated.out.splitlines()[-1])
-    assert set(result) == {"loss", "perplexity", "tokens"}
+    assert result["loss"] == pytest.approx(rows(run_dir)[-1]["evaluation_loss"], rel=1e-6)
 
     prompt = 'w1, "w2" = $w3 (it\'s)\\'
     sampled = command_line.run(

@@ -1,5 +1,6 @@
 """Attention kernels against softmax(scale * q k^T) v written out with its mask."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,15 @@ from torch.nn.attention.flex_attention import create_block_mask
 from dsv3.config.model import AttentionKernel
 from dsv3.errors import UserError
 from dsv3.model import attention_kernels
-from dsv3.model.attention_kernels import attention_kernel, check_kernel, document_mask, document_segments
+from dsv3.model.attention_kernels import (
+    attention_kernel,
+    check_kernel,
+    document_mask,
+    document_segments,
+    explain_kernel,
+)
 from tests.harness.operators import Operators
+from tests.harness.tiny import model_config
 from tests.reference import assert_close, assert_same_gradients, normal
 
 SCALE = 0.7
@@ -190,6 +198,41 @@ def test_auto_takes_varlen_for_documents_where_the_gpu_can(
     segments = document_segments(DOCUMENTS if packed else None)
     attention_kernel(AttentionKernel.auto)(*on_cuda(dtype), SCALE, segments)
     assert taken == [expected]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "documents", "cp", "flash", "told"),
+    [
+        (
+            "auto",
+            "cuda",
+            True,
+            1,
+            True,
+            ("varlen", "documents are masked, and FlashAttention takes heads of"),
+        ),
+        ("auto", "cuda", True, 1, False, ("sdpa", "documents are masked")),
+        ("auto", "cuda", False, 1, True, ("sdpa", "rows are attended whole")),
+        ("sdpa", "cuda", True, 1, True, ("sdpa", "kernel=sdpa; documents are masked")),
+        ("flex", "cuda", True, 1, True, ("flex", "kernel=flex")),
+        ("auto", "cpu", True, 1, True, ("blocks of queries", "the device is a CPU; documents are masked")),
+        ("flex", "cuda", False, 2, True, ("sdpa", "the gathered keys of 2 ranks")),
+    ],
+)
+def test_the_kernel_that_is_taken_is_told_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    device: str,
+    documents: bool,
+    cp: int,
+    flash: bool,
+    told: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(attention_kernels, "_flash_takes", lambda *_: flash)
+    config = replace(model_config().attention, kernel=AttentionKernel[kernel])
+    name, reason = explain_kernel(config, torch.device(device), torch.bfloat16, documents, cp)
+    assert name == told[0]
+    assert told[1] in reason
 
 
 @pytest.mark.parametrize(
