@@ -141,8 +141,8 @@ def mark_failed(
 
 
 def record_result(directory: Path, content: Mapping[str, Any]) -> None:
-    """Record in a job's directory what the report at the end of the sweep tells of it."""
-    _write_json(directory / RESULT_FILE, content)
+    """Add to what a job's directory records for the report at the end of the sweep."""
+    _write_json(directory / RESULT_FILE, _read_json(directory / RESULT_FILE) | dict(content))
 
 
 def read_failure(directory: Path) -> tuple[str, list[str]]:

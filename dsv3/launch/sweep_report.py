@@ -22,6 +22,9 @@ from dsv3.launch.sweep import FAILED_FILE, RESULT_FILE, Sweep, record_result
 
 _GIB = 2**30
 
+_DECIDING = ("data_fingerprint", "held_out", "tokenizer_fingerprint", "sequence_length", "document_mask")
+"""What task=evaluate tells of its data that decides which tokens a loss is the mean of."""
+
 _NAMED = ("model", "parallel", "hardware", "precision")
 
 
@@ -152,6 +155,17 @@ def _report_losses(jobs: Mapping[str, Mapping[str, Any]]) -> None:
         rows.append([number, " ".join(job["differs"]), *known])
     titles = ["job", "overrides", "held-out loss", "perplexity", "state"]
     print(f"\n{format_table(rows, titles, left_aligned=('job', 'overrides', 'state'))}", file=sys.stderr)
+    measured = {number: job.get("measured_on", {}) for number, job in jobs.items() if "loss" in job}
+    mixed = {
+        key: {number: values.get(key) for number, values in measured.items()}
+        for key in _DECIDING
+        if len({str(values.get(key)) for values in measured.values()}) > 1
+    }
+    if mixed:
+        from dsv3.launch.run_results import format_differences
+
+        told = format_differences(mixed)
+        print(f"the losses do not rank them, their held-out data differ: {told}", file=sys.stderr)
 
 
 def _runs(sweep: Sweep) -> list[Any]:

@@ -12,6 +12,7 @@ from dsv3.distributed.process_group import join_process_group, make_deterministi
 from dsv3.errors import RunFailed
 from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data, precision_choice
 from dsv3.launch.job import Job
+from dsv3.launch.sweep import record_result
 from dsv3.launch.trained_on import training_record
 from dsv3.metrics.console import Console
 from dsv3.metrics.progress import entering
@@ -56,6 +57,8 @@ class EvaluateTask:
                 told = measured | {"checkpoint": str(checkpoint)} | described
                 told["comparable"] = None if record is None else not differs
                 told["run_precision"] = None if record is None else precision_choice(record.config)
+                if job.sweep is not None:
+                    record_result(job.run_dir, {"measured_on": described})
                 _report(told, data, differs)
                 print(json.dumps(told), flush=True)
             return loss

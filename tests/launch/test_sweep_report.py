@@ -89,6 +89,11 @@ def test_a_sweep_ends_with_its_ranking_and_the_command_that_compares(commands: T
     table = evaluated.err[evaluated.err.index("perplexity  state") :].splitlines()[1:4]
     assert [words(row).split()[0] for row in table] == ["1", "0", "2"]
     assert [words(row).split()[-1] for row in table] == ["done", "done", "failed"]
+    assert "do not rank" not in evaluated.err
+
+    lengths = ["checkpoint.load=a sweep/1", "train.sequence_length=16,32", "run.dir=lengths"]
+    assert "train.sequence_length" not in (others := commands.must("-m", "task=evaluate", *lengths)).out
+    assert "data differ: sequence_length is 16 in 0, 32 in 1" in others.err
 
 
 @pytest.mark.parametrize(
