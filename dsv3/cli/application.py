@@ -25,7 +25,7 @@ from dsv3.cli.arguments import import_user_modules
 from dsv3.cli.error_messages import explain_error, root_groups
 from dsv3.cli.flags import check_flags, flags_first, user_config_dir, version
 from dsv3.cli.user_files import UserFiles
-from dsv3.config.overrides import is_multirun, literal_notes
+from dsv3.config.overrides import is_multirun, job_overrides, literal_notes
 from dsv3.config.registry import CONF, ROOT, command, register
 from dsv3.distributed.signals import Stopped
 from dsv3.distributed.streams import discard
@@ -176,7 +176,7 @@ class Application:
         task: Any = OmegaConf.get_type(config, "task") if "task" in config else None
         if runtime.mode is RunMode.MULTIRUN:
             directory = Path(runtime.runtime.output_dir)
-            place = self.sweep.job(runtime.job.num, runtime.overrides.task, runtime.sweeper, directory)
+            place = self.sweep.job(runtime.job.num, job_overrides(), runtime.sweeper, directory)
             parallel = in_parallel_job()
             with prefix_lines(f"[{place.number}] ") if parallel else contextlib.nullcontext():
                 return self._job_of_sweep(config, task, runtime, place, directory)
@@ -194,7 +194,7 @@ class Application:
         trains = getattr(task, "writes_run", False)
         apart = "" if in_parallel_job() else "\n"
         print(apart + place.heading, file=sys.stdout if trains else sys.stderr, flush=True)
-        described = describe_job(config, runtime.runtime.choices, runtime.overrides.task, place)
+        described = describe_job(config, runtime.runtime.choices, job_overrides(), place)
         try:
             result = self.execute(config, place)
             if _searches(runtime.sweeper) and (result is None or not math.isfinite(result)):
@@ -205,7 +205,7 @@ class Application:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             print(f"job {place.number} failed: {reason}", file=sys.stderr, flush=True)
-            mark_failed(directory, reason, list(runtime.overrides.task), described)
+            mark_failed(directory, reason, job_overrides(), described)
             if _searches(runtime.sweeper) and runtime.sweeper.get("max_failure_rate") != 1:
                 raise RunFailed(f"job {place.number} failed") from None
             return None  # the failure mark reports it; for an exception Hydra prints a line of its own

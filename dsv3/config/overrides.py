@@ -9,6 +9,7 @@ from pathlib import Path
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -89,6 +90,16 @@ def absolute_paths(overrides: Sequence[str]) -> list[str]:
     """Return overrides as a run stores them: with absolute paths, which a resume from elsewhere finds."""
     types = _types(overrides)
     return [_absolute(override, types) for override in overrides]
+
+
+def job_overrides() -> list[str]:
+    """Return the overrides of the job that Hydra runs now, quoted.
+
+    OmegaConf, which holds them, would fill in the ${...} of a text and take away what escapes it.
+    """
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    return overrides
 
 
 def typed_text(argument: str) -> str:

@@ -38,6 +38,9 @@ STORED = "stored"
 
 _CHOICES: dict[str, dict[str, Any]] = {}
 
+_HANDED_OVER: dict[str, Any] = {}
+"""What Hydra's ConfigStore, which is one per process, has been given, by group and name."""
+
 
 @dataclass
 class Buildable:
@@ -125,32 +128,29 @@ def default_choices(root: str = "config") -> dict[str, str | None]:
 
 def register() -> None:
     """Make schemas, choices, layouts, recipes and resolvers known to Hydra."""
-    from hydra.core.config_store import ConfigStore  # planning imports this file, and does without hydra
-
     register_resolvers()
-    store = ConfigStore.instance()
     for name, node in SCHEMAS.items():
         group, _, last = f"schema/{name}".rpartition("/")
-        store.store(name=last, group=group, node=node)
+        _store(name=last, group=group, node=node)
     for group, choices in _CHOICES.items():
         for choice in choices:
             if node := choice_schema(group, choice):
-                store.store(name=choice, group=group, node=node)
+                _store(name=choice, group=group, node=node)
     for name, parallel in _layouts():
-        store.store(name=name, group=LAYOUTS, node=parallel, package="parallel")
+        _store(name=name, group=LAYOUTS, node=parallel, package="parallel")
     for model, row in recipes().items():
         values = {key: row[key] for key in ("schedule", "train")}
-        store.store(name=model, group=RECIPES, node=values, package="_global_")
+        _store(name=model, group=RECIPES, node=values, package="_global_")
         own = row.get(RECIPE_SCHEDULE, {})
         if len(own) > 1:  # with values of its own, a choice that nobody types
             values = {key: value for key, value in own.items() if key != "choice"}
             shape = SCHEMAS[f"schedule/{own['choice']}"](**values)
-            store.store(name=f"recipe_{model}", group="schedule", node=shape)
+            _store(name=f"recipe_{model}", group="schedule", node=shape)
         # The reports' learning rates are AdamW's: another optimizer keeps its own.
-        store.store(name=f"{model}-adamw", group=RECIPES_LR, node=row["optimizer"], package="optimizer")
+        _store(name=f"{model}-adamw", group=RECIPES_LR, node=row["optimizer"], package="optimizer")
         # Muon's update has the size of AdamW's: Moonlight takes AdamW's rate and decay over (section 2.2).
         taken = {key: value for key, value in row["optimizer"].items() if key in ("lr", "weight_decay")}
-        store.store(name=f"{model}-muon", group=RECIPES_LR, node=taken, package="optimizer")
+        _store(name=f"{model}-muon", group=RECIPES_LR, node=taken, package="optimizer")
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,14 @@ class Stored:
 def register_stored(root: str, stored: Stored) -> str:
     """Make `stored` known to Hydra as defaults of conf/ROOT.yaml; return the name of that new root."""
     import yaml
-    from hydra.core.config_store import ConfigStore
 
-    store, name = ConfigStore.instance(), "stored"
+    name = "stored"
     content = yaml.safe_load((CONF / f"{root}.yaml").read_text())
     if stored.hf_model is not None:
-        store.store(name="hf", group="model", node=stored.hf_model)
+        _store(name="hf", group="model", node=stored.hf_model)
     for group, node in stored.defaults.items():
-        store.store(name=name, group=group, node=node)
-    store.store(name=name, group=STORED, node=dict(stored.values), package="_global_")
+        _store(name=name, group=group, node=node)
+    _store(name=name, group=STORED, node=dict(stored.values), package="_global_")
     defaults = [
         {group: name if group in stored.defaults else choice for group, choice in entry.items()}
         if isinstance(entry, dict)
@@ -196,8 +195,18 @@ def register_stored(root: str, stored: Stored) -> str:
     names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in defaults]
     place = next(n for n, name in enumerate(names) if name == "experiments" or name.startswith("override "))
     content["defaults"] = [*defaults[:place], {STORED: name}, *defaults[place:]]
-    store.store(name=f"{root}_{name}", node=content)
+    _store(name=f"{root}_{name}", node=content)
     return f"{root}_{name}"
+
+
+def _store(name: str, node: Any, group: str | None = None, package: str | None = None) -> None:
+    """Hand a node to Hydra's ConfigStore unless it has it: all of them would take a tenth of a second."""
+    from hydra.core.config_store import ConfigStore  # planning imports this file, and does without hydra
+
+    place = f"{group}/{name}"
+    if place not in _HANDED_OVER or _HANDED_OVER[place] != node:
+        ConfigStore.instance().store(name=name, group=group, node=node, package=package)
+        _HANDED_OVER[place] = node
 
 
 def _layouts() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -21,7 +21,7 @@ from dsv3.convert.engine import Conversion
 from dsv3.convert.hf_assets import copy_assets, copy_record, copy_tokenizer, write_json
 from dsv3.convert.output_file import HashingWriter, OutputFile, OutputSlice, row_slices, view_buffer
 from dsv3.fp8.quantize import quantize
-from dsv3.hf.config_json import config_json
+from dsv3.hf.config_json import config_json, model_from_hf, updated_config
 from dsv3.hf.config_values import read_config
 from dsv3.hf.names import SCALE_SUFFIX, HFTensor, is_fp8_weight, stored_dtype, with_mtp_duplicates
 from dsv3.hf.safetensors_reader import INDEX
@@ -250,9 +250,11 @@ def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfi
 def _config_values(
     origin: Path, model: ModelConfig, dtype: str, quantization: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the config.json that came with the weights, or a new one, with the dtypes that are written."""
-    came_with_weights = (origin / "config.json").is_file()
-    values = dict(read_config(origin).values) if came_with_weights else config_json(model, dtype)
+    """Return the config.json that came with the weights, or a new one, with model and dtypes as written."""
+    if (origin / "config.json").is_file():
+        values = updated_config(read_config(origin).values, model, model_from_hf(origin))
+    else:
+        values = config_json(model, dtype)
     values.pop("quantization_config", None)
     if model.mtp_depths == 0:
         values.pop("num_nextn_predict_layers", None)

@@ -265,6 +265,25 @@ def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
     return values | _moe_to_hf(moe, kind) | _rope_to_hf(model.rope)
 
 
+def updated_config(values: dict[str, Any], model: ModelConfig, came: ModelConfig) -> dict[str, Any]:
+    """Return the config.json that `came` was read from, with the numbers of `model` where the two differ.
+
+    UserError for a model that neither class of transformers computes.
+    """
+    if model == came:
+        return dict(values)
+    wanted, known = config_json(model, ""), config_json(came, "")
+    stale = set(known) - set(wanted)
+    if (model.num_layers, model.num_dense_layers) != (came.num_layers, came.num_dense_layers):
+        stale.add("mlp_layer_types")
+    changed = {key: value for key, value in wanted.items() if value != known.get(key)}
+    if model.rope != came.rope:
+        # rope_parameters says the same in newer files, which would then contradict the rest.
+        stale.add("rope_parameters")
+        changed |= _rope_to_hf(model.rope)
+    return {key: value for key, value in values.items() if key not in stale} | changed
+
+
 def _moe_to_hf(moe: MoEConfig, kind: str) -> dict[str, Any]:
     grouped = moe.num_groups > 1
     method = "noaux_tc" if kind == "deepseek_v3" else "group_limited_greedy" if grouped else "greedy"

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_hf_checkpoint
 from dsv3.checkpoint.manifest import verify_description
 from dsv3.config.model import HFModelConfig, ModelConfig
-from dsv3.config.overrides import compose, override_key
+from dsv3.config.overrides import compose, job_overrides, override_key
 from dsv3.config.registry import Stored
 from dsv3.config.strict import escape_interpolation
 from dsv3.config.upgrade import upgrade_node
@@ -43,7 +43,7 @@ class Composition:
         hydra = HydraConfig.get()
         own = [source.path for source in hydra.runtime.config_sources if source.schema == "file"]
         # The first file source is conf/ itself.
-        return cls(list(hydra.overrides.task), [f"file://{Path(path).absolute()}" for path in own[1:]], root)
+        return cls(job_overrides(), [f"file://{Path(path).absolute()}" for path in own[1:]], root)
 
     @property
     def keys(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from dsv3.checkpoint.directory import CONFIG_FILE, find_checkpoint, newest_checkpoint, step_number
 from dsv3.config.convergence import flatten, shown
 from dsv3.config.logger import LoggerConfig, RunOrigin
-from dsv3.config.overrides import override_key, split_override
+from dsv3.config.overrides import job_overrides, override_key, split_override
 from dsv3.config.registry import LAYOUTS, RECIPE_SCHEDULE, RECIPES, RECIPES_LR, SCHEMAS, recipes
 from dsv3.config.root import Config
 from dsv3.config.strict import strict, to_yaml
@@ -34,18 +35,9 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     `sweep` is the place of a job in its sweep.
     """
     hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
+    overrides = job_overrides()
     typed = {override: pair for override in overrides if (pair := split_override(override))}
-    keys = {key for key, _ in typed.values()}
-    if LAYOUTS in keys:
-        raise UserError(
-            f"{LAYOUTS} cannot be set directly: model and parallel choose it, parallel.degrees.* changes it"
-        )
-    if {RECIPES, RECIPES_LR} & keys:
-        raise UserError(f"{RECIPES} cannot be set directly: model chooses it; type the keys it sets")
-    for override, (key, value) in typed.items():
-        if re.fullmatch(r"\{\s*\}", value):
-            raise UserError(f"{override}: an empty node sets nothing; name its keys, {key}.KEY=VALUE")
+    _refuse_tables(typed)
     task: Any = OmegaConf.get_type(composed, "task")
     refuse_unread(task, typed)
     command = Composition.of_this_job()
@@ -55,7 +47,7 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     in_sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
     load = config.checkpoint.load if config.task.reads_checkpoint else None
     record = training_record(find_checkpoint(load)) if load else None
-    own_data = reads_own_data(config, record, keys)
+    own_data = reads_own_data(config, record, {key for key, _ in typed.values()})
     warmup = config.schedule.warmup_steps
     warmup_notes: list[str] = []
     if config.task.trains:
@@ -63,16 +55,16 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     job = plan_job(config, run.merged(overrides) if run else overrides, in_sweep)
     if config.schedule.warmup_steps != warmup:
         job.reasons["schedule.warmup_steps"] = "a tenth of the schedule"
+    job.sweep, job.choices = sweep, {group: str(choice) for group, choice in hydra.runtime.choices.items()}
+    job.typed, job.config_dirs = overrides, [path.removeprefix("file://") for path in command.search]
+    job.resume_flags = [each for each, (key, _) in typed.items() if key.lstrip("+") == "run.allow_targets"]
     if record is not None and own_data:
         job.own_data, job.config = True, with_own_microbatch(job, record, config.train.microbatch_size)
     if load and record is None:
         job.notes.append(untold_note(job.config, find_checkpoint(load)))
-    job.sweep, job.choices = sweep, {group: str(choice) for group, choice in hydra.runtime.choices.items()}
     if run is not None:
         job.choices = run.named_choices(job.choices)
     job.config = replace(job.config, logger=_named_logger(job))
-    job.typed, job.config_dirs = overrides, [path.removeprefix("file://") for path in command.search]
-    job.resume_flags = [each for each, (key, _) in typed.items() if key.lstrip("+") == "run.allow_targets"]
     if run is not None:
         job.notes += resume_notes(run, job.config, overrides, job.config_dirs)
         job.config_dirs = list(dict.fromkeys([*job.config_dirs, *run.config_dirs]))
@@ -87,6 +79,20 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
         job.notes += warmup_notes + schedule_notes(job.config, done, flatten(run.config) if run else None)
         job.recipe = [] if run else _recipe_lines(job, str(hydra.runtime.choices.get("model")))
     return job
+
+
+def _refuse_tables(typed: Mapping[str, tuple[str, str]]) -> None:
+    """Raise UserError for overrides (by override: key, value) of dsv3's own tables, and for empty nodes."""
+    for override, (key, value) in typed.items():
+        if key == LAYOUTS:
+            raise UserError(
+                f"{LAYOUTS} cannot be set directly: model and parallel choose it, "
+                "parallel.degrees.* changes it"
+            )
+        if key in (RECIPES, RECIPES_LR):
+            raise UserError(f"{RECIPES} cannot be set directly: model chooses it; type the keys it sets")
+        if re.fullmatch(r"\{\s*\}", value):
+            raise UserError(f"{override}: an empty node sets nothing; name its keys, {key}.KEY=VALUE")
 
 
 def _named_logger(job: Job) -> LoggerConfig:

@@ -22,8 +22,8 @@ class Interrupt:
         if name == module:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
-if how == "ignored":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# As a shell starts a command in the foreground, or in the background.
+signal.signal(signal.SIGINT, signal.SIG_IGN if how == "ignored" else signal.default_int_handler)
 from dsv3.start import train
 sys.argv[1:] = ["--version"]
 sys.exit(train())

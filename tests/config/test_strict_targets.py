@@ -191,7 +191,7 @@ def test_a_typed_model_takes_the_place_of_the_checkpoints(planned: PlannedComman
     ("text", "words"),
     [
         ("_target_: os.system", "model._target_=os.system is refused"),
-        ("dim: '${oc.env:HOME}'", "model.dim: "),
+        ("dim: '${oc.env:HOME}'", "could not be converted to Integer"),
         ("foo: 1", "model.yaml is not a model"),
         ("!!python/object/apply:os.system ['touch ran']", "model.yaml is not a model"),
         ("[1", "model.yaml is not a model"),

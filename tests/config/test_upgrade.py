@@ -140,10 +140,10 @@ def test_the_tokens_of_a_run_that_older_code_stored_are_the_same_data(
     directory = stored.store()
     file = directory / "config.yaml"
     config = yaml.safe_load(file.read_text())
-    config["data"]["_target_"] = "dsv3.data.table.TokensData"
+    config["data"] |= {"_target_": "dsv3.data.table.TokensData", "path": "gone.npy"}
     file.write_text(yaml.safe_dump(config))
-    outcome = planned.run(f"resume={directory}")
-    assert outcome.code == 2  # the run at hand has other data
+    outcome = planned.run(f"resume={directory}", "data=stdlib")
+    assert outcome.code == 2
     assert "data._target_=dsv3.data.token_table.TokensData, not" in outcome.err
 
 

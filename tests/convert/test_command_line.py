@@ -25,7 +25,7 @@ ODD = [
     'say "x"',
     "(1) [2] {3}",
     "k=v",
-    "$HOME ${oc.env:HOME} $x",
+    "$HOME ${HOME} ${env:HOME} $x",
     "back\\slash\\",
     "ü模",
 ]
@@ -106,6 +106,19 @@ def test_paths_may_hold_anything(
     convert.must("dcp_to_hf", here / name / "out", here / f"{name} back")  # absolute
     assert read_release(here / f"{name} back").keys() == read_release(source).keys()
     assert sorted(os.listdir(here)) == sorted([name, f"{name} back"])  # noqa: PTH208
+
+
+def test_a_directory_named_like_a_variable_of_the_environment_is_typed_escaped_and_quoted(
+    convert: ConvertCommand, bf16_release: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    shutil.copytree(bf16_release, here / "${oc.env:HOME}" / "in")
+    typed = r"\${oc.env:HOME}"
+    convert.must("hf_to_dcp", f"'{typed}/in'", f"'{typed}/out'", f"model.path='{typed}/in'", "verify=true")
+    convert.must("dcp_to_hf", f'"{typed}/out"', f'"{typed} back"')
+    back = here / "${oc.env:HOME} back"
+    assert read_release(back).keys() == read_release(bf16_release).keys()
+    assert sorted(os.listdir(here)) == ["${oc.env:HOME}", back.name]  # noqa: PTH208
 
 
 def test_the_real_command_from_another_directory(bf16_release: Path, tmp_path: Path) -> None:

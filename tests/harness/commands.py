@@ -6,6 +6,7 @@ tests/harness/processes.py runs the same commands as real processes.
 
 import copy
 import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,10 +39,13 @@ def run_here(program: Application, argv: list[str], execute: Carrier | None = No
         program.program, program.root, program.help_text, program.prepare, execute or program.execute
     )
     os.environ.pop("HYDRA_FULL_ERROR", None)
+    handlers = logging.root.handlers[:]
     try:
         return application.run(argv)
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
+        # Some flags let Hydra log to the stdout of now, which is closed after this test.
+        logging.root.handlers[:] = handlers
 
 
 class Command:

@@ -9,6 +9,7 @@ import yaml
 
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.config.convert import ConvertConfig
+from dsv3.config.overrides import absolute_paths, typed_text
 from dsv3.convert.request import prepare_conversion
 from dsv3.hf.config_json import config_json
 from dsv3.programs import CONVERT
@@ -84,6 +85,18 @@ def test_typed_values_act_over_a_dcp(planned: PlannedCommand, described: Path) -
     load = f"checkpoint.load={described}"
     assert_own(planned.run("task=plan", load).job.config.model)
     assert_default(planned.run("task=plan", load, *DEFAULTS).job.config.model)
+
+
+@pytest.mark.parametrize("typed", ["${model.dim}/x", "${foo}", r"'\${oc.env:HOME}/x'", "a\\${b}"])
+def test_a_text_with_an_interpolation_is_the_same_after_the_second_composition(
+    planned: PlannedCommand, described: Path, typed: str
+) -> None:
+    job = planned.run("task=train", f"checkpoint.load={described}", "logger=none", f"run.dir={typed}").job
+    text = typed.replace(r"\$", "$").strip("'") if typed.startswith("'") else typed
+    assert job.config.run.dir == text
+    assert [str(Path(text).absolute())] == [
+        typed_text(each) for each in absolute_paths(job.overrides) if each.startswith("run.dir=")
+    ]
 
 
 def experiment(folder: Path, text: str) -> list[str]:

@@ -26,7 +26,7 @@ def refused(directory: Path, arguments: list[str]) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=directory,
-        env={"PYTHONPATH": str(ROOT)},
+        env={"PYTHONPATH": str(ROOT), "DSV3_PROGRESS": "off"},
         capture_output=True,
         text=True,
     )
