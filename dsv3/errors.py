@@ -52,10 +52,13 @@ def require_positive(config: object, *keys: str) -> None:
         require(value is None or value > 0, key, value, "must be above 0")
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` with the choice closest to a mistyped word, or an empty string."""
+def did_you_mean(word: str, choices: Iterable[str], before: str = "") -> str:
+    """Return ` Did you mean 'x'?` with the choice closest to a mistyped word, or an empty string.
+
+    `before` is what is to be typed in front of the choice, such as the node of a key.
+    """
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" Did you mean '{found[0]}'?" if found else ""
+    return f" Did you mean '{before}{found[0]}'?" if found else ""
 
 
 def closest_values(works: Iterable[int], value: int) -> list[int]:

@@ -14,8 +14,9 @@ from dsv3.cli.arguments import prepare, prepare_convert
 from dsv3.cli.help import convert_help, train_help
 from dsv3.config.strict import build
 from dsv3.convert.request import prepare_conversion
+from dsv3.distributed.signals import NOTHING_SAVED, leave_on_signal
 from dsv3.launch.checkpoint_defaults import Composition
-from dsv3.launch.job import Job, SweepJob, under_launcher
+from dsv3.launch.job import Job, SweepJob, is_first_on_node, under_launcher
 from dsv3.launch.prepare import prepare_job
 from dsv3.launch.run_dir import check_can_make, check_run_dir, check_same_run
 from dsv3.launch.slurm import in_slurm_step
@@ -50,7 +51,9 @@ def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | No
             from dsv3.launch.workers import die_with_parent
 
             die_with_parent()  # or a kill -9 of torchrun would leave this rank behind
-        with phase(f"importing {'torch' if task.uses_model else 'the task'}"):
+        untouched = task.writes_run and sweep is None and is_first_on_node()
+        importing = phase(f"importing {'torch' if task.uses_model else 'the task'}")
+        with leave_on_signal(lambda: NOTHING_SAVED if untouched else ""), importing:
             todo = build(task)
         return todo.run(job)  # type: ignore[no-any-return]
     from dsv3.launch.workers import start_workers
@@ -76,7 +79,7 @@ def start_conversion(composed: DictConfig, command: Composition | None = None) -
     """Check what Hydra composed of `command`, by default this job's, and convert in its direction."""
     with phase("reading the description of the input"):
         config = prepare_conversion(composed, command)
-    with phase("importing torch"):
+    with leave_on_signal(), phase("importing torch"):
         from dsv3.convert.convert import convert  # not for a mistake that is found without it
 
     print(convert(config))

@@ -24,6 +24,8 @@ def _start(program: str) -> int:
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # `nohup`, or a script's `python train.py &`
     if not ignored:
         signal.signal(signal.SIGINT, _leave)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, _leave)
     from dsv3.errors import KILLED
     from dsv3.metrics.progress import phase
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dsv3.checkpoint.dcp_metadata import load_tensors, loading, read_metadata, require_tensors
@@ -21,6 +22,7 @@ from dsv3.config.strict import build
 from dsv3.errors import UserError
 from dsv3.hf.names import MODEL_PREFIX
 from dsv3.hf.pread_file import PreadFile
+from dsv3.hf.safetensors_reader import read_headers
 from dsv3.hf.storage_reader import HFSource, HFStorageReader
 
 
@@ -36,6 +38,23 @@ def expected_tensors(config: ModelConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = build(config)
     return {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def stored_weights(directory: Path) -> str:
+    """Return the narrowest number format, such as bf16, in which a checkpoint stores a matrix."""
+    if is_hf_checkpoint(directory):
+        dtypes = [entry.dtype for entry in read_headers(directory).values() if len(entry.shape) > 1]
+    else:
+        dtypes = [
+            entry.properties.dtype
+            for name, entry in read_metadata(directory).state_dict_metadata.items()
+            if name.startswith(MODEL_PREFIX)
+            and isinstance(entry, TensorStorageMetadata)
+            and len(entry.size) > 1
+        ]
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}
+    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+    return names.get(narrowest, str(narrowest))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

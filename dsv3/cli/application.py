@@ -5,7 +5,7 @@ import importlib
 import io
 import math
 import os
-import signal
+import shutil
 import sys
 import time
 import traceback
@@ -27,7 +27,7 @@ from dsv3.cli.flags import check_flags, flags_first, user_config_dir, version
 from dsv3.cli.user_files import UserFiles
 from dsv3.config.overrides import is_multirun, job_overrides, literal_notes
 from dsv3.config.registry import CONF, ROOT, command, register
-from dsv3.distributed.signals import Stopped
+from dsv3.distributed.signals import NOTHING_SAVED, Stopped, leave_on_signal
 from dsv3.distributed.streams import discard
 from dsv3.errors import DONE, FAILED, KILLED, MISTAKE, InvalidValue, RunFailed, UserError
 from dsv3.launch.job import SweepJob, is_first_on_node
@@ -97,7 +97,11 @@ class Application:
         os.environ.update(srun_variables(os.environ))
         register_resolvers(self.sweep)
         # Until training handles signals there is nothing to save: SIGTERM ends the command as Ctrl-C does.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with leave_on_signal(self._last_words, until=self._has_composed):
+            return self._run(argv, verbose)
+
+    def _run(self, argv: list[str], verbose: bool) -> int:
+        """Execute the command, with Python's own traceback of an error where `verbose`."""
         try:
             flags = check_flags(argv, self.program)
             self.user_modules = import_user_modules(argv)
@@ -109,7 +113,7 @@ class Application:
             with progress.phase("reading the command line"):
                 register()
                 arguments = ["--hydra-help"] if flags.hydra_help else flags_first(self.prepare(argv))
-                UserFiles(arguments, own).check_texts()
+                UserFiles(arguments, own).check()
             for note in literal_notes(argv) if is_first_on_node() else []:
                 print(note, file=sys.stderr)
             if is_multirun(argv) and not {"-c", "--cfg", "-i", "--info"} & set(argv):
@@ -141,12 +145,14 @@ class Application:
                 error = failed  # Hydra and its sweepers raise the first failure, or an error of their own
             if isinstance(error, Exception) and not self.composed:
                 error = self._as_mistake(error, argv)
-            if isinstance(error, KeyboardInterrupt) and self.untouched and is_first_on_node():
-                print("stopped before the first step; nothing was saved", file=sys.stderr)
+            if isinstance(error, KeyboardInterrupt) and (words := self._last_words()):
+                print(words, file=sys.stderr)
             return report(error, argv, self.root)
-        finally:
-            signal.signal(signal.SIGTERM, before)
         return _flushed()
+
+    def _last_words(self) -> str:
+        """Return what a command says that is stopped now."""
+        return NOTHING_SAVED if self.untouched and is_first_on_node() else ""
 
     def _as_mistake(self, error: Exception, argv: list[str]) -> Exception:
         """Return an error from before any job as the user's mistake, unless it is an error of dsv3's code.
@@ -161,6 +167,8 @@ class Application:
             return RunFailed(f"stdout cannot be written: {error.strerror}")
         if isinstance(error, OSError | yaml.YAMLError | UnicodeDecodeError):
             return UserError(explain_error(error, argv, {}, user_files(argv)))
+        if refusal := _plugin_refusal(error, argv, self.sweep):
+            return refusal
         *_, last = traceback.extract_tb(error.__traceback__)
         composing = {"hydra", "omegaconf", "antlr4", "yaml", "argparse.py"} & set(Path(last.filename).parts)
         return ConfigCompositionException(str(error) or type(error).__name__) if composing else error
@@ -209,6 +217,30 @@ class Application:
             if _searches(runtime.sweeper) and runtime.sweeper.get("max_failure_rate") != 1:
                 raise RunFailed(f"job {place.number} failed") from None
             return None  # the failure mark reports it; for an exception Hydra prints a line of its own
+
+
+def _plugin_refusal(error: Exception, argv: Sequence[str], sweep: Sweep) -> UserError | None:
+    """Return what a launcher or sweeper of Hydra's has raised before it had begun a job, as a mistake."""
+    paths = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    own = max((n for n, path in enumerate(paths) if path.is_relative_to(ROOT / "dsv3")), default=-1)
+    parts = [part for path in paths[own + 1 :] for part in path.parts]
+    kinds = [kind for kind in ("launcher", "sweeper") if any(part.endswith(f"_{kind}") for part in parts)]
+    begun = sweep.directory is not None and any(
+        entry.is_dir() and not entry.name.startswith(".") for entry in sweep.directory.glob("*")
+    )
+    if not kinds or "hydra_plugins" not in parts or begun:
+        return None
+    kind = kinds[0]
+    if sweep.directory is not None:
+        (sweep.directory / "multirun.yaml").unlink(missing_ok=True)  # Hydra's
+        shutil.rmtree(sweep.directory / ".submitit", ignore_errors=True)
+        with contextlib.suppress(OSError):  # there are files of other commands in it
+            sweep.directory.rmdir()
+            if sweep.directory.parent.name == "multirun":
+                sweep.directory.parent.rmdir()
+    choice = next((each for each in argv if each.startswith(f"hydra/{kind}=")), f"the {kind}")
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{choice} cannot start the jobs: {reason} (hydra.{kind}.KEY=VALUE are its settings)")
 
 
 def _searches(sweeper: Any) -> bool:

@@ -16,8 +16,10 @@ from hydra.errors import (
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from dsv3.cli.user_files import UserFiles, find_key, find_word, shown
-from dsv3.config.overrides import split_override
+from dsv3.config.keys import schema_keys
+from dsv3.config.overrides import split_commas, split_override
 from dsv3.config.registry import CONF, SCHEMAS, config_groups
+from dsv3.config.strict import unknown_key
 from dsv3.errors import did_you_mean
 
 _EXTRAS = {
@@ -171,6 +173,10 @@ def _bad_value(cause: OmegaConfBaseException, arguments: Sequence[str], groups: 
     if isinstance(cause, InterpolationResolutionError):
         guilty = [argument for argument in arguments if "${" in argument]
         hint = "; \\${ is a text that is not to be filled in" if guilty else ""
+        if found := re.search(r"Interpolation key '(.*)' not found", reason):
+            keys = [known.name.lstrip(".") for known in schema_keys(SCHEMAS["config"], "")]
+            hint = f": name another key by its whole path, as ${{train.seed}}{hint}."
+            hint += did_you_mean(found[1], keys)
         return f"{' '.join(guilty) or key}: {reason}{hint}"
     if isinstance(cause, ValidationError):
         typed = [pair[1] for pair in map(split_override, arguments) if pair and pair[0] == key]
@@ -181,9 +187,7 @@ def _bad_value(cause: OmegaConfBaseException, arguments: Sequence[str], groups: 
         hint = did_you_mean(typed[-1], members[1].split(", ")) if members else ""
         return f"{key}={typed[-1]} is not possible: {reason}{hint}"
     if "not in" in reason and key:
-        last = key.rpartition(".")[2]
-        known = _known_keys(cause.parent_node) or list(groups)
-        return f"unknown key '{key}'.{did_you_mean(last, known)} Known here: {', '.join(known) or 'nothing'}"
+        return unknown_key(key, _known_keys(cause.parent_node) or list(groups))
     if "does not support deletion" in reason:
         return f"~{key}: a key cannot be removed; give it a value, {key}=..."
     return f"{key}: {reason}" if key else reason
@@ -195,6 +199,8 @@ def _reason(reason: str, key: str) -> str:
         return f"must be a {'whole ' * (kind[1] == 'Integer')}number"
     if reason.endswith("is not Optional"):
         return "must have a value"
+    if re.match(r"Cannot assign \w+ to Dict\[", reason):
+        return f"has a value per name: {key}={{NAME:VALUE}}"
     if "is not a subclass of" in reason:
         return f"is a node of keys: {key}.KEY=VALUE"
     return "must be a list, [A,B]" if "is not a ListConfig" in reason else reason
@@ -222,6 +228,9 @@ def _bad_composition(
         key, value = split_override(argument) or ("", "")
         if argument.startswith("~") and argument[1:].partition("=")[0] in groups:
             return f"{argument}: a group cannot be removed; choose, {argument[1:].partition('=')[0]}=CHOICE"
+        if key in groups and key != "experiments" and value.startswith("["):
+            first = split_commas(value.strip("[] "))[0]
+            return f"{argument}: {key} has one choice and no list: {key}={first}"
         if key in groups and argument.startswith("+") and "Multiple values" in str(error):
             return f"{argument}: {key} is chosen already; without the +: {key}={value}"
         if key in groups and value not in groups[key] and "must be a string" in str(error):

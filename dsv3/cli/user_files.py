@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dsv3.config.key_types import KeyType, key_types
 from dsv3.config.overrides import split_commas, split_override
-from dsv3.config.registry import CONF
+from dsv3.config.registry import CONF, config_groups
 from dsv3.errors import UserError
 
 _PACKAGE = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
@@ -45,6 +45,18 @@ class UserFiles:
             if found := find_key(file, key):
                 return f"{shown(file)}:{found[0]}: "
         return ""
+
+    def check(self) -> None:
+        """Raise UserError for what Hydra would tell without a fix: a choice's suffix, a file without keys."""
+        groups = config_groups(*(folder for folder in self.folders if folder.is_dir()))
+        for key, value in self.typed:
+            for choice in split_commas(value.strip("[]")) if key in groups else []:
+                name = choice.strip().removesuffix(".yaml").removesuffix(".yml")
+                if name != choice.strip():
+                    raise UserError(f"{key}={value}: a choice is named without its suffix: {key}={name}")
+        for file in self.used:
+            _require_keys(file)
+        self.check_texts()
 
     def check_texts(self) -> None:
         """Raise UserError for a text that YAML reads as a number or a truth value and does not give back."""
@@ -110,6 +122,21 @@ def shown(file: Path) -> str:
     path = os.path.realpath(file) if file.is_relative_to(CONF) else str(file)
     below = os.path.relpath(path)
     return path if below.startswith("..") else below
+
+
+def _require_keys(file: Path) -> None:
+    """Raise UserError for a file that holds a list, a value or nothing where keys belong."""
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # Hydra cannot read it either
+    experiment = file.parent.name == "experiments"
+    if isinstance(root, yaml.MappingNode) or (root is None and not (experiment and _package(file))):
+        return
+    found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a value"}.get(type(root), "nothing")
+    header = "the line `# @package _global_`, and then " if experiment else ""
+    line = root.start_mark.line + 1 if root is not None else 1
+    raise UserError(f"{shown(file)}:{line}: {found} stands where keys belong: write {header}KEY: VALUE")
 
 
 def _package(file: Path) -> str:

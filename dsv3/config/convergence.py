@@ -78,6 +78,9 @@ A node stands here by its name alone where new keys of it are surely of its kind
 listed, so that a test asks for a decision on a new one.
 """
 
+EXTENT = ("train.steps", "train.stop_after")
+"""The computed keys that say how far a run goes; a note tells them apart."""
+
 LOAD = "checkpoint.load"
 
 ABSENT = "absent"
@@ -177,6 +180,29 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
     ]
     found = [each for each in found if each.a != each.b]
     return sorted(found, key=lambda each: each.kind is not Kind.learnt)
+
+
+def told_differences(found: Sequence[Difference]) -> list[str]:
+    """Return differences as text for people, a node that appears or vanishes as one entry.
+
+    `parallel.fsdp null -> on` stands for the keys of the node; what is null on one side and absent on the
+    other is no difference to anyone.
+    """
+    nodes = {d.key: d for d in found if {None, ABSENT} == {_hashable(d.a), _hashable(d.b)}}
+    told: dict[str, None] = {}
+    for d in found:
+        if d.key in nodes:
+            continue
+        above = next((key for key in nodes if d.key.startswith(f"{key}.")), None)
+        if above is not None:
+            told[f"{above} {'null -> on' if d.a == ABSENT else 'on -> null'}"] = None
+        elif not (d.key.endswith("._target_") and ABSENT in (d.a, d.b)):
+            told[str(d)] = None
+    return list(told)
+
+
+def _hashable(value: Any) -> Any:
+    return str(value) if isinstance(value, list | dict) else value
 
 
 def shown(value: Any) -> str:

@@ -10,8 +10,8 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from dsv3.config.precision import ComputeType, MomentType
-from dsv3.config.registry import Buildable, schema
-from dsv3.errors import UserError, require, require_positive
+from dsv3.config.registry import SCHEMAS, Buildable, schema
+from dsv3.errors import UserError, did_you_mean, require, require_positive
 
 TORCH = "torch.optim."
 
@@ -409,5 +409,9 @@ def refuse_without_schema(target: str) -> None:
     name = target.removeprefix(TORCH)
     if not target.startswith(TORCH) or "." in name:
         return
-    why = _WITHOUT_SCHEMA.get(name, "it has no schema")
+    targets = [str(getattr(node, "_target_", "")) for node in SCHEMAS.values()]
+    close = did_you_mean(
+        name, [each.removeprefix(TORCH) for each in targets if each.startswith(TORCH)], TORCH
+    )
+    why = _WITHOUT_SCHEMA.get(name) or f"it has no schema.{close}"
     raise UserError(f"optimizer._target_={target} is not possible: {why} (docs/optimizers.md)")

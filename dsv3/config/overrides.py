@@ -102,6 +102,13 @@ def job_overrides() -> list[str]:
     return overrides
 
 
+def as_typed(override: str) -> str:
+    """Return a quoted override without its quotes, for a message."""
+    start, equals, value = override.partition("=")
+    bare = re.sub(_QUOTED, lambda text: _read_text(f"text={text[0]}"), value, flags=re.DOTALL)
+    return f"{start}{equals}{bare}"
+
+
 def typed_text(argument: str) -> str:
     """Return the value of a key of one text as the user means it."""
     return _read_text(_quote_argument(argument, key_types(), multirun=False))

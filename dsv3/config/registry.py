@@ -5,11 +5,12 @@ A schema that holds all there is to say of a choice is the choice: `@schema("sch
 schema: `defaults: [/schema/GROUP@_here_, _self_]`.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from dsv3.errors import UserError
 
@@ -91,6 +92,31 @@ def config_groups(*more: Path) -> dict[str, list[str]]:
 def choice_schema(group: str, choice: str) -> Any:
     """Return the schema that is this choice; None where a file of conf/ is."""
     return None if (CONF / group / f"{choice}.yaml").is_file() else _CHOICES.get(group, {}).get(choice)
+
+
+def choices_with_key(key: str) -> list[str]:
+    """Return `GROUP=CHOICE` for the choices whose node has a dotted key, the default choice first."""
+    group, *rest = key.split(".")
+    if not rest or group not in (groups := config_groups()):
+        return []
+    default = default_choices().get(group)
+    ordered = sorted(groups[group], key=lambda choice: (choice != default, choice))
+    return [f"{group}={choice}" for choice in ordered if _has_key(_schema_of(group, choice), rest)]
+
+
+def _schema_of(group: str, choice: str) -> Any:
+    """Return the schema of a choice, also of one that a file of conf/ is; None where that is not known."""
+    file = CONF / group / f"{choice}.yaml"
+    extended = re.search(r"/schema/([\w/]+)@_here_", file.read_text()) if file.is_file() else None
+    return SCHEMAS.get(extended[1]) if extended else choice_schema(group, choice)
+
+
+def _has_key(node: Any, parts: list[str]) -> bool:
+    """Return True where a schema has the key that `parts` lead to."""
+    hint = get_type_hints(node).get(parts[0]) if is_dataclass(node) else None
+    if hint is None or len(parts) == 1:
+        return hint is not None
+    return any(_has_key(kind, parts[1:]) for kind in (hint, *get_args(hint)))
 
 
 def recipes() -> dict[str, dict[str, Any]]:

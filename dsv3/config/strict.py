@@ -15,9 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from dsv3.config.checkpoint import HF_PREFIX
+from dsv3.config.registry import choices_with_key
 from dsv3.errors import InvalidValue, UserError, did_you_mean
 
 TRUSTED = ("dsv3", "torch.optim")
+
+LARGEST = 2**63 - 1
+"""The largest whole number that a tensor or a file of tensors counts with."""
 
 
 def check_target(target: str, key: str, allow: Sequence[str] = (), settings: Sequence[str] = ()) -> type:
@@ -66,8 +70,7 @@ def strict(node: DictConfig, allow_targets: Sequence[str] = ()) -> Any:
     Hydra's own check lets `+key=` and `++key=` pass; this one does not.
     """
     for path, choices in _unknown_keys(node, ""):
-        key = path.rpartition(".")[2]
-        raise UserError(f"unknown key '{path}'.{did_you_mean(key, choices)} Known here: {', '.join(choices)}")
+        raise UserError(unknown_key(path, choices))
     schema: Any = OmegaConf.get_type(node)
     for key in (f.name for f in fields(schema) if f.name not in node):
         raise UserError(f"{key} is missing: a key cannot be removed (~{key})")
@@ -77,6 +80,16 @@ def strict(node: DictConfig, allow_targets: Sequence[str] = ()) -> Any:
         raise UserError(f"{error.full_key} is missing: give it a value ({error.full_key}=...)") from None
     validate(typed, allow_targets)
     return typed
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """Return the message for a dotted key that is not among the `known` ones of its node."""
+    node, _, last = key.rpartition(".")
+    if having := choices_with_key(key):
+        more = f" and {len(having) - 3} more choices have" if len(having) > 3 else " has"
+        return f"unknown key '{key}' here: {' or '.join(having[:3])}{more} it"
+    close = did_you_mean(last, known, f"{node}." if node else "")
+    return f"unknown key '{key}'.{close} Known here: {', '.join(known) or 'nothing'}"
 
 
 def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> None:
@@ -93,9 +106,9 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
                 if is_argument(f):
                     _check_free_node(nested, f"{path}{f.name}.{name}", allow_targets)
                 else:
-                    _require_finite(f"{path}{f.name}.{name}", nested)
-        elif not f.metadata.get("unbounded"):
-            _require_finite(f"{path}{f.name}", value)
+                    _require_number(f"{path}{f.name}.{name}", nested)
+        else:
+            _require_number(f"{path}{f.name}", value, finite=not f.metadata.get("unbounded"))
     if hasattr(node, "validate"):
         try:
             node.validate()
@@ -119,11 +132,13 @@ def _check_free_node(node: Any, path: str, allow_targets: Sequence[str]) -> None
             raise UserError(f"{path}.{name} is missing: {node['_target_']} needs it, +{path}.{name}=VALUE")
 
 
-def _require_finite(key: str, value: Any) -> None:
-    """Raise InvalidValue for nan and inf, which pass every comparison or fail every one."""
+def _require_number(key: str, value: Any, finite: bool = True) -> None:
+    """Raise InvalidValue for nan and inf, which pass or fail every comparison, and for more than 64 bits."""
     numbers = value if isinstance(value, list | tuple) else [value]
-    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+    if finite and any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise InvalidValue(key, value, "must be a finite number")
+    if any(isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST for number in numbers):
+        raise InvalidValue(key, value, f"must be below {LARGEST + 1}, and its negative too")
 
 
 def build(node: Any, **runtime: Any) -> Any:

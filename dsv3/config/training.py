@@ -128,7 +128,10 @@ class MTPLossConfig:
 
 @dataclass
 class TrainConfig:
-    """The training loop; every `*_every` counts optimizer steps, and 0 means never."""
+    """The training loop; every `*_every` counts optimizer steps, and 0 means never.
+
+    The last step writes a checkpoint and measures the held-out loss in any case: a sweep ranks by it.
+    """
 
     steps: int = 300
     """Optimizer steps of the run."""
@@ -151,11 +154,11 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between two checkpoints; the last step always writes one."""
     evaluate_every: int = 100
-    """Steps between two evaluations on held-out data."""
+    """Steps between two evaluations on held-out data; the last step always has one."""
     evaluate_batches: int | None = None
     """Microbatches per rank in an evaluation; null is all held-out rows."""
     generate_every: int = 100
-    """Steps between two text samples."""
+    """Steps between two text samples; the last step has one unless it is 0."""
     export_hf_every: int = 0
     """Steps between two exports in HuggingFace format."""
     collect_garbage_every: int = 50

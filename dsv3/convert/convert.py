@@ -100,7 +100,7 @@ def convert(config: ConvertConfig) -> str:
     rate = gigabytes / max(seconds, 1e-9)
     summary = f"{output}: {gigabytes:.2f} GB in {seconds:.1f} s ({rate:.2f} GB/s)"
     written = amount(len(conversion.files), "files")
-    summary += f"\n{count_tensors(source, model)}; {written} of weights written"
+    summary += f"\n{count_tensors(source, model)}; {written} of weights written in {config.dtype.value}"
     return f"{summary}\n{verify_output(output)}" if config.verify else summary
 
 

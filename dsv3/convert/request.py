@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dsv3.checkpoint.directory import MANIFEST_FILE, MODEL_FILE, find_checkpoint, is_hf_checkpoint
 from dsv3.config.convert import READS, ConvertConfig, Direction, StoredType
 from dsv3.config.model import HFModelConfig
-from dsv3.config.overrides import split_override
+from dsv3.config.overrides import as_typed, split_override
 from dsv3.config.registry import Stored
 from dsv3.config.strict import strict
 from dsv3.errors import UserError, require
@@ -52,7 +52,7 @@ def prepare_conversion(composed: DictConfig, command: Composition | None = None)
 def _refuse_unread(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Raise UserError for typed keys that the direction does not read; tell those of a finished output."""
     direction = composed.direction
-    typed = {override: pair[0] for override in overrides if (pair := split_override(override))}
+    typed = {as_typed(override): pair[0] for override in overrides if (pair := split_override(override))}
     others = {f.name for f in fields(ConvertConfig)} - READS[direction]
     unread = [told for told, key in typed.items() if key.partition(".")[0] in others]
     if unread:

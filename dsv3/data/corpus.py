@@ -1,6 +1,7 @@
 """The corpus: the text files to read, and the split of their documents into training and held-out sides."""
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -157,6 +158,18 @@ class TextCorpus(Corpus):
             return any(part.startswith(".") for part in path.relative_to(self.root).parts)
 
         return self._sorted(path for path in self.root.rglob("*") if not is_hidden(path))
+
+
+def looks_like_json_lines(path: Path) -> bool:
+    """Return True for a .jsonl file, or a folder with one, that begins with a JSON object."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"))
+    if not files or files[0].suffix != ".jsonl":
+        return False
+    try:
+        with files[0].open(encoding="utf-8") as file:
+            return isinstance(json.loads(file.readline()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 class HeldOutSplit:

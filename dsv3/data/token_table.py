@@ -141,10 +141,15 @@ def _open_table(path: str) -> npt.NDArray[Any]:
     if not file.is_file():
         raise UserError(f"data.path={path} does not exist: {wanted}")
     try:
+        with file.open("rb") as opened:
+            begin = opened.read(len(np.lib.format.MAGIC_PREFIX))
+        if begin != np.lib.format.MAGIC_PREFIX and not begin.startswith(b"PK"):  # an archive is told of below
+            raise UserError(f"data.path={path} is no .npy file: {wanted}")
         # Without pickles: a data file must not be able to run code.
         table = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"data.path={path} is not an array that can be read ({error}): {wanted}") from error
+        why = "it holds Python objects" if "allow_pickle" in str(error) else error
+        raise UserError(f"data.path={path} is not an array that can be read ({why}): {wanted}") from error
     if not isinstance(table, np.ndarray):
         raise UserError(f"data.path={path} holds an archive of arrays: {wanted}")
     if table.dtype not in (np.int32, np.int64) or table.ndim != 2:

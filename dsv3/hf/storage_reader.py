@@ -23,10 +23,12 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from dsv3.config.convergence import flatten
 from dsv3.config.model import ModelConfig
-from dsv3.errors import quoted
+from dsv3.config.strict import to_yaml
+from dsv3.errors import UserError, quoted
 from dsv3.fp8.quantize import dequantize
-from dsv3.hf.config_json import block_size
+from dsv3.hf.config_json import block_size, model_from_hf
 from dsv3.hf.config_values import read_config
 from dsv3.hf.names import MODEL_PREFIX, SCALE_SUFFIX, HFTensor, hf_layout, is_derived, mtp_duplicates
 from dsv3.hf.pread_file import PreadFile, fault
@@ -35,6 +37,9 @@ from dsv3.hf.safetensors_reader import SafetensorsReader, ScratchMemory, read_he
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that weights may have beside block-fp8."""
+
+_FREE = ("model.mtp_depths", "model.attention.kernel")
+"""What may differ from config.json beside the same tensors."""
 
 # Scale grids are small, but those of 671b are 168 MB together.
 _CACHED_GRIDS = 64
@@ -140,6 +145,20 @@ class HFSource:
         """Return rows as they are stored, uint8 [bytes]."""
         return byte_view(self._reader.read_rows(self.stored[name], first, count))
 
+    def _model_source(self, config: ModelConfig) -> tuple[str, str]:
+        """Return what sets the model's numbers, config.json or the command, and for the command the fix."""
+        try:
+            own = flatten(to_yaml(model_from_hf(self.directory)))
+        except UserError:
+            own = {}
+        typed = [
+            f"model.{key}={value}" for key, value in flatten(to_yaml(config)).items() if own.get(key) != value
+        ]
+        changed = [text for text in typed if not text.startswith(_FREE)]
+        if not changed:
+            return "config.json", ""
+        return "the configured model", f": leave {' '.join(changed)} out" if own else ""
+
     def _check(self, config: ModelConfig) -> None:
         """Raise UserError for tensors that are not those of config.json."""
         for depth in range(config.mtp_depths):
@@ -147,11 +166,12 @@ class HFSource:
             if not any(name.startswith(first) for name in self.stored):
                 missing = f"has no '{first}enorm.weight', nor anything else of that MTP layer"
                 raise fault(self.directory, f"{missing}: model.mtp_depths=0 leaves it out")
+        source = self._model_source(config)
         for tensor in self.layout:
             if tensor.name not in self.stored:
                 text = f"has no tensor '{tensor.name}', which its config.json asks for"
                 raise fault(self.directory, text)
-            _check_tensor(self.stored, tensor, self.block)
+            _check_tensor(self.stored, tensor, self.block, source)
         allowed = {tensor.name for tensor in self.layout} | set(mtp_duplicates(config))
         for name, entry in self.stored.items():
             weight = name.removesuffix(SCALE_SUFFIX)
@@ -161,13 +181,19 @@ class HFSource:
                 raise fault(entry.file, text)
 
 
-def _check_tensor(stored: dict[str, TensorInfo], tensor: HFTensor, block: tuple[int, int]) -> None:
-    """Raise UserError unless a tensor has config.json's shape, a supported dtype and its scales."""
+def _check_tensor(
+    stored: dict[str, TensorInfo], tensor: HFTensor, block: tuple[int, int], source: tuple[str, str]
+) -> None:
+    """Raise UserError unless a tensor has the model's shape, a supported dtype and its scales.
+
+    `source` says where the model's numbers come from, and the fix.
+    """
     entry, scales = stored[tensor.name], stored.get(tensor.name + SCALE_SUFFIX)
     name = quoted(tensor.name)
     if entry.shape != tensor.shape:
         raise fault(
-            entry.file, f"has {name} of shape {list(entry.shape)}, config.json makes it {list(tensor.shape)}"
+            entry.file,
+            f"has {name} of shape {list(entry.shape)}, {source[0]} makes it {list(tensor.shape)}{source[1]}",
         )
     if entry.dtype is torch.float8_e4m3fn:
         if scales is None:

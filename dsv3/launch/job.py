@@ -28,7 +28,6 @@ from dsv3.planning.layout import (
     check_batch,
     check_schedule,
     check_sequence,
-    check_wrappers,
     resolve_degrees,
 )
 from dsv3.planning.parameter_groups import check_groups
@@ -193,9 +192,7 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     """Plan the job of a checked config: world, degrees, batch, memory; UserError where they cannot be."""
     world = world_size(config)
     length = _sequence_length(config)
-    degrees = resolve_degrees(config.parallel, world, config.model, length)
-    if config.task.uses_model:
-        check_wrappers(config.parallel, degrees)
+    degrees = resolve_degrees(config.parallel, world, config.model, length, config.task.uses_model)
     hardware = detect_hardware(config.hardware, ranks_per_node(config, world))
     config, reasons = complete_config(config, degrees, hardware, length)
     train = config.train
@@ -287,13 +284,14 @@ def _sequence_length(config: Config) -> int:
 
 
 def _global_batch(config: Config, degrees: ParallelDims) -> int:
-    """Return the sequences per step: the usual number where it suffices for every rank, else more."""
+    """Return the sequences per step: the usual number where every rank gets an equal share, else more."""
     unit = degrees.data_parallel * (config.train.microbatch_size or 1)
+    equal_shares = -(-_GLOBAL_BATCH // unit) * unit
     if degrees.pp == 1:
-        return max(_GLOBAL_BATCH, unit)
+        return equal_shares
     per_rank = stage_count(config.parallel, degrees.pp) // degrees.pp
     least = min_microbatches(config.parallel.schedule, degrees.pp, per_rank)
-    return _GLOBAL_BATCH if unit * least <= _GLOBAL_BATCH else unit * degrees.pp * _PIPELINE_ROUNDS
+    return equal_shares if unit * least <= equal_shares else unit * degrees.pp * _PIPELINE_ROUNDS
 
 
 def _microbatch(config: Config, degrees: ParallelDims, sequences: int, length: int) -> int:

@@ -6,6 +6,7 @@ of today: what these would have changed is told as taken from the run.
 """
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -16,9 +17,20 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dsv3.checkpoint.directory import CONFIG_FILE
+from dsv3.checkpoint.directory import CONFIG_FILE, is_hf_checkpoint
 from dsv3.config.checkpoint import HF_PREFIX
-from dsv3.config.convergence import ABSENT, LOAD, Difference, Kind, differences, flatten, kind, shown
+from dsv3.config.convergence import (
+    ABSENT,
+    EXTENT,
+    LOAD,
+    Difference,
+    Kind,
+    differences,
+    flatten,
+    kind,
+    shown,
+    told_differences,
+)
 from dsv3.config.key_types import KeyType, key_types
 from dsv3.config.model import ModelConfig
 from dsv3.config.overrides import compose, override_key, split_override
@@ -35,6 +47,8 @@ _PLAIN = ("train", "checkpoint")
 
 _ONCE = ("train.stop_after",)
 """Keys that count for the command in which they are typed."""
+
+_RUN_DIR = "give the directory of a run, as outputs/TIME"
 
 _MISSING, _WARMUP = "???", "schedule.warmup_steps"
 
@@ -55,7 +69,7 @@ class ResumedRun:
         """Read the files of a run; UserError where the directory holds none or a file is damaged."""
         file = directory / CONFIG_FILE
         if not file.is_file():
-            raise UserError(f"resume={directory} holds no run: there is no {CONFIG_FILE} in it")
+            raise UserError(f"resume={directory} {_no_run(directory)}")
         try:
             config = upgrade_node(yaml.safe_load(file.read_text()))
             int(config["schedule"]["total_steps"])
@@ -207,12 +221,63 @@ def resume_notes(run: ResumedRun, config: Config, typed: Sequence[str], folders:
         told = [f"{d.key}={shown(d.a)} (the files say {shown(d.b)} now)" for d in taken if d.kind is each]
         if told:
             notes.append(f"taken from the run, {each.value}: {', '.join(told)}")
+    chosen, rest = _other_choices(run, typed, typed_changes)
     for each in Kind:
-        if told := [str(d) for d in typed_changes if d.kind is each]:
+        told = [text for group, text in chosen.items() if kind(group) is each]
+        told += told_differences([d for d in rest if d.kind is each and d.key not in EXTENT])
+        if told:
             notes.append(f"changes {each.value}: {', '.join(told)}")
+    if extent := [str(d) for d in rest if d.key in EXTENT]:
+        notes.append(f"changes only how far it goes: {', '.join(extent)}")
     if told := [f"{d.key}={shown(d.b)}" for d in new if d.kind is Kind.learnt and d.b is not None]:
         notes.append(f"newer than the run, with the defaults of today: {', '.join(told)}")
     return notes + list(_code_note(run))
+
+
+def _no_run(directory: Path) -> str:
+    """Return what a directory without a run is, and what to type instead of it."""
+    if not directory.exists():
+        return f"does not exist: {_RUN_DIR}"
+    if not directory.is_dir():
+        return f"is a file: {_RUN_DIR}"
+    load = shlex.join([f"checkpoint.load={directory}"])
+    for run in (directory.parent, directory.parent.parent):
+        if "checkpoints" in (directory.name, directory.parent.name) and (run / CONFIG_FILE).is_file():
+            newest = shlex.join([f"resume={run}"])
+            new = f"; {load} begins a new run from this one" if (directory / ".metadata").is_file() else ""
+            return f"lies in a run, which goes on from its newest checkpoint: {newest}{new}"
+    if jobs := sorted(directory.glob(f"*/{CONFIG_FILE}"), key=lambda file: (len(str(file)), str(file))):
+        first = shlex.join([f"resume={jobs[0].parent}"])
+        names = ", ".join(file.parent.name for file in jobs[:8]) + (", ..." if len(jobs) > 8 else "")
+        return f"holds runs, and one is resumed at a time: {first} (there are {names})"
+    if is_hf_checkpoint(directory):
+        hf = shlex.join([f"checkpoint.load={HF_PREFIX}{directory}"])
+        return f"is a HuggingFace checkpoint and no run: {hf} begins a new run from its weights"
+    if (directory / ".metadata").is_file():
+        return f"is a checkpoint without its run: {load} begins a new run from it"
+    return f"holds no run, there is no {CONFIG_FILE} in it: {_RUN_DIR}"
+
+
+def _other_choices(
+    run: ResumedRun, typed: Sequence[str], changes: Sequence[Difference]
+) -> tuple[dict[str, str], list[Difference]]:
+    """Return by group the other choices that are typed, and the changes that these do not tell already.
+
+    A choice tells the keys that come and go with it, not a value that both choices have.
+    """
+    pairs = dict(pair for pair in map(split_override, typed) if pair)
+    chosen = {
+        group: f"{group} {before} -> {pairs[group]}"
+        for group, before in run.choices.items()
+        if group in pairs and pairs[group] != before and any(d.key.startswith(f"{group}.") for d in changes)
+    }
+    rest = [
+        d
+        for d in changes
+        if d.key.partition(".")[0] not in chosen
+        or not (d.a in (None, ABSENT) or d.b in (None, ABSENT) or d.key.endswith("._target_"))
+    ]
+    return chosen, rest
 
 
 def _chosen(key: str, typed: Sequence[str]) -> bool:

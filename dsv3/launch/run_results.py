@@ -4,6 +4,7 @@ task=compare prints them, and so does the end of a sweep.
 """
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -122,9 +123,7 @@ def find_runs(directory: Path) -> list[RunSummary]:
     if not directory.is_dir():
         raise UserError(f"task.runs={directory} is no directory: give one that holds runs, as multirun/ID")
     if _is_run_dir(directory):
-        raise UserError(
-            f"task.runs={directory} is one run: give the directory that holds it, {directory.parent}"
-        )
+        raise UserError(f"task.runs={directory} is one run: {_where_to_compare(directory.absolute().parent)}")
     folders = [folder for level in ("*", "*/*") for folder in directory.glob(level) if _is_run_dir(folder)]
     if not folders:
         raise UserError(f"task.runs={directory} holds no runs: none of its folders has a {CONFIG_FILE}")
@@ -135,6 +134,15 @@ def find_runs(directory: Path) -> list[RunSummary]:
             runs.append(read_run(folder, str(folder.relative_to(directory))))
             work.advance()
     return sorted(runs, key=lambda run: (run.held_out is None, run.held_out or 0.0))
+
+
+def _where_to_compare(parent: Path) -> str:
+    """Return what to type instead of a run in `parent`, such that it compares several."""
+    runs = find_runs(parent)
+    if len(runs) < 2:
+        return f"there is no other run in {parent} to compare it with"
+    apart = ["task.mixed_data=true"] if held_out_differences(runs) else []
+    return f"give the directory that holds it, {shlex.join([f'task.runs={parent}', *apart])}"
 
 
 def differing_overrides(runs: Sequence[RunSummary]) -> list[str]:

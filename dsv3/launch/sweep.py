@@ -41,6 +41,8 @@ class Sweep:
     """Number of the first job: a search that goes on keeps the directories of its earlier trials."""
     finished: int = 0
     """Trials that earlier commands have finished."""
+    begun: SweepJob | None = None
+    """The newest job that this process has begun."""
     standing: dict[Path, int] = field(default_factory=dict)
     """Files of earlier sweeps in the directory, and when they were written."""
 
@@ -73,7 +75,15 @@ class Sweep:
             total = self.finished + trials
         typed = [override for override in overrides if override.partition("=")[0].lstrip("+") not in constant]
         place = self.finished + counted + 1
-        return SweepJob(directory.name, place, total, typed, Path(self.directory or directory.parent))
+        self.begun = SweepJob(directory.name, place, total, typed, Path(self.directory or directory.parent))
+        return self.begun
+
+    def not_run(self) -> list[str]:
+        """Return the names of the jobs that have not begun, where their number is known."""
+        if self.begun is None or self.begun.total is None:
+            return []
+        first = self.first - self.finished
+        return [str(first + place) for place in range(self.begun.place, self.begun.total)]
 
     def failure(self) -> RunFailed | None:
         """Return the jobs that failed in this sweep with their first reasons; None if none failed."""

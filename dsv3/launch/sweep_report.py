@@ -35,6 +35,10 @@ def reported(sweep: Sweep) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):
         runs = _runs(sweep) if sweep.arguments else []
+        if left := sweep.not_run():
+            jobs = f"job {left[0]}" if len(left) == 1 else f"jobs {left[0]} to {left[-1]}"
+            verb = "was" if len(left) == 1 else "were"
+            print(f"{jobs} of {sweep.directory} {verb} not run", file=sys.stderr)
         if any(run.rows for run in runs):
             print(f"the sweep was stopped; its jobs so far: {_compare(sweep, runs)}", file=sys.stderr)
         raise

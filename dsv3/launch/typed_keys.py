@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dsv3.config.model import RopeScaling
+from dsv3.config.overrides import as_typed
 from dsv3.config.parallel import RecomputeMode
 from dsv3.config.registry import SCHEMAS
 from dsv3.config.root import Config
@@ -63,7 +64,7 @@ def refuse_unread(task: type[TaskConfig], typed: Mapping[str, tuple[str, str]]) 
     if unread:
         name = next(name.partition("/")[2] for name, node in SCHEMAS.items() if node is task)
         do, them = ("does", "it") if len(unread) == 1 else ("do", "them")
-        raise UserError(f"{' '.join(unread)} {do} nothing with task={name}: leave {them} out")
+        raise UserError(f"{' '.join(map(as_typed, unread))} {do} nothing with task={name}: leave {them} out")
 
 
 class Condition(NamedTuple):

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dsv3.config.strict import build
-from dsv3.distributed.signals import Stopped
+from dsv3.distributed.signals import NOTHING_SAVED, Stopped, leave_on_signal
 from dsv3.distributed.streams import outlive_readers
 from dsv3.errors import KILLED, STOPPED, RunFailed, UserError
 from dsv3.launch.job import Job, is_first_on_node
@@ -129,7 +129,8 @@ def start_workers(job: Job) -> float | None:
 
     The first worker that fails ends the others. SIGTERM and Ctrl-C reach the workers as SIGTERM.
     """
-    with phase("importing torch"):
+    untouched = job.config.task.writes_run and job.sweep is None
+    with leave_on_signal(lambda: NOTHING_SAVED if untouched else ""), phase("importing torch"):
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -137,7 +138,9 @@ def start_workers(job: Job) -> float | None:
     _silence_agent()
     count = job.plan.world_size // job.config.launch.nnodes
     options = {**_rendezvous(job), "nproc_per_node": count}
-    started = multiprocessing.get_context("spawn").Event()  # set by the first worker, which speaks from there
+    spawned = multiprocessing.get_context("spawn")
+    started = spawned.Event()  # set by the first worker, which speaks from there
+    trained = spawned.Event()  # set by a worker that has stopped or ended of itself: it may have saved
     known = LaunchConfig.__dataclass_fields__  # shutdown_timeout is newer than torch 2.11
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
     try:
@@ -147,10 +150,12 @@ def start_workers(job: Job) -> float | None:
             kill_stragglers(),
             phase(f"starting {count} workers", until=started.is_set),
         ):
-            results: dict[int, Any] = elastic_launch(config, _work)(job, os.getpid(), started)
+            results: dict[int, Any] = elastic_launch(config, _work)(job, os.getpid(), started, trained)
     except ChildFailedError as error:
         raise _first_failure(error) from None
     except SignalException:
+        if not trained.is_set():
+            raise KeyboardInterrupt from None
         raise Stopped("") from None  # rank 0 has said what it saved
     return results.get(0)
 
@@ -196,19 +201,23 @@ def _spawning() -> Iterator[None]:
         multiprocessing.set_start_method(before, force=True)
 
 
-def _work(job: Job, launcher: int, started: Event) -> float | None:
+def _work(job: Job, launcher: int, started: Event, trained: Event) -> float | None:
     """Run the task in one worker, which a kill -9 of its launcher ends as well."""
     die_with_parent()
     if os.getppid() != launcher:
         os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the launcher, which sends SIGTERM
     outlive_readers()
     if is_first_on_node():
         started.set()
     try:
         with phase("importing torch"):
             task = build(job.config.task)
-        return task.run(job)  # type: ignore[no-any-return]
+        result: float | None = task.run(job)
+        trained.set()
+        return result
     except Stopped as stopped:
+        trained.set()
         if os.environ["RANK"] == "0":
             print(stopped.message, file=sys.stderr, flush=True)
         raise

@@ -14,9 +14,10 @@ Auto degrees are chosen axis by axis, each within what the typed degrees leave o
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import KEY, WORLD_AXES, DegreesConfig, ParallelConfig, PipelineConfig
+from dsv3.config.parallel import KEY, WORLD_AXES, ParallelConfig, PipelineConfig
 from dsv3.errors import UserError, closest_multiples, closest_values, comma_separated
 from dsv3.planning.pipeline_stages import check_microbatches, reshard_after_forward, split_layers, stage_count
 
@@ -78,15 +79,16 @@ SEQUENCE_TOKENS = 8192
 
 
 def fill_auto_degrees(
-    config: DegreesConfig, world_size: int, model: ModelConfig, sequence_length: int
+    parallel: ParallelConfig, world_size: int, model: ModelConfig, sequence_length: int
 ) -> ParallelDims:
     """Return degrees whose product is `world_size`, with `auto` replaced; `sequence_length` in tokens.
 
     Raises UserError if no degrees fit.
     """
+    config = parallel.degrees
     degrees = ParallelDims(**config.typed)
     if world_size % degrees.world_size:
-        raise UserError(_product_message(config, degrees, world_size))
+        raise UserError(_product_message(parallel, degrees, world_size, model, sequence_length))
     for axis, choose in (("pp", _auto_pp), ("tp", _auto_tp), ("cp", _auto_cp)):
         if config.is_auto(axis):
             free = world_size // degrees.world_size
@@ -97,7 +99,7 @@ def fill_auto_degrees(
     elif config.is_auto("dp_replicate"):
         degrees = replace(degrees, dp_replicate=free)
     elif free > 1:
-        raise UserError(_product_message(config, degrees, world_size))
+        raise UserError(_product_message(parallel, degrees, world_size, model, sequence_length))
     if config.is_auto("ep"):
         degrees = replace(degrees, ep=max(expert_degrees(degrees, model), default=1))
     return degrees
@@ -146,37 +148,76 @@ def _divisors(number: int) -> Iterator[int]:
     return (n for n in range(1, number + 1) if number % n == 0)
 
 
-def _product_message(config: DegreesConfig, degrees: ParallelDims, world_size: int) -> str:
-    """Return the error for degrees whose product is not the world size, with degrees or worlds that work."""
+def _product_message(
+    parallel: ParallelConfig, degrees: ParallelDims, world_size: int, model: ModelConfig, length: int
+) -> str:
+    """Return the error for degrees whose product is not the world size, with degrees or worlds that work.
+
+    Each suggestion has passed the checks that it meets once it is typed.
+    """
+
+    def works(world: int, dp_shard: int | None, config: ParallelConfig = parallel) -> bool:
+        changed = replace(config, degrees=replace(config.degrees, dp_shard=dp_shard))
+        try:
+            resolve_degrees(changed, world, model, length, wrapped=True)
+        except UserError:
+            return False
+        return True
+
+    config = parallel.degrees
     shard_given = not config.is_auto("dp_shard")
     rest = degrees.world_size // degrees.dp_shard
     axes = [axis for axis in WORLD_AXES if shard_given or axis != "dp_shard"]
     product = " x ".join(f"{axis}={getattr(degrees, axis)}" for axis in axes)
     if not shard_given:
-        near = comma_separated(closest_multiples(rest, world_size))
+        near = [n for n in _multiples_by_distance(rest, world_size) if works(n, None)][:2]
         told = f"{KEY}: {product} leaves no whole dp_shard of a world of {world_size} ranks"
-        return f"{told}\nnearest worlds (launch.nproc x launch.nnodes) that work: {near}"
+        if not near:
+            return f"{told}\nno world near it works: give other degrees"
+        near_by = comma_separated(sorted(near))
+        return f"{told}\nnearest worlds (launch.nproc x launch.nnodes) that work: {near_by}"
     told = f"{KEY}: {product} is {degrees.world_size} ranks, but the world has {world_size}"
-    fix = f"a world (launch.nproc x launch.nnodes) of {degrees.world_size} works"
-    if world_size % rest == 0:
-        fix = f"{KEY}.dp_shard={world_size // rest} works (null fills it in), or {fix}"
-    return f"{told}\n{fix}"
+    # The preset has every wrapper; a choice without FSDP runs on one rank alone.
+    preset, sharded = "", parallel
+    if parallel.fsdp is None:
+        preset, sharded = "parallel=fsdp ", ParallelConfig(degrees=config, schedule=parallel.schedule)
+    fixes = []
+    if world_size % rest == 0 and works(world_size, world_size // rest, sharded):
+        filled = "" if preset else " (null fills it in)"
+        fixes.append(f"{preset}{KEY}.dp_shard={world_size // rest} works{filled}")
+    if works(degrees.world_size, degrees.dp_shard):
+        fixes.append(f"a world (launch.nproc x launch.nnodes) of {degrees.world_size} works")
+    if not any("dp_shard" in fix for fix in fixes):
+        others = (n for n in _multiples_by_distance(rest, world_size) if works(n, n // rest, sharded))
+        fixes += [f"one of {n} with {preset}{KEY}.dp_shard={n // rest}" for n in islice(others, 1)]
+    return f"{told}\n{', or '.join(fixes) or 'give other degrees: no dp_shard works here'}"
 
 
-_WRAPPERS = {
-    "pp": ("pipeline", "pp or full"),
-    "cp": ("context", "cp or full"),
-    "tp": ("tensor", "tp_ep or full"),
-    "ep": ("expert", "tp_ep or full"),
-}
-"""Per axis, the config node of its wrapper, and the presets that have it."""
+def _multiples_by_distance(unit: int, number: int) -> list[int]:
+    """List the multiples of `unit` that are nearest to `number`, the nearest first."""
+    middle = number // unit
+    near = range(max(1, middle - 32), middle + 33)
+    return sorted((n * unit for n in near), key=lambda multiple: (abs(multiple - number), multiple))
+
+
+_WRAPPERS = {"pp": "pipeline", "cp": "context", "tp": "tensor", "ep": "expert"}
+"""Per axis, the config node of its wrapper."""
 
 
 def resolve_degrees(
-    parallel: ParallelConfig, world_size: int, model: ModelConfig, sequence_length: int
+    parallel: ParallelConfig,
+    world_size: int,
+    model: ModelConfig,
+    sequence_length: int,
+    wrapped: bool = False,
 ) -> ParallelDims:
-    """Return the degrees on `world_size` ranks; raise UserError for a constraint of model or stages."""
-    degrees = fill_auto_degrees(parallel.degrees, world_size, model, sequence_length)
+    """Return the degrees on `world_size` ranks; raise UserError for a constraint of model or stages.
+
+    `wrapped` asks for the wrapper of every degree too, as a task does that builds the model.
+    """
+    degrees = fill_auto_degrees(parallel, world_size, model, sequence_length)
+    if wrapped:
+        check_wrappers(parallel, degrees)
     check_model(degrees, model)
     check_stages(parallel, degrees, model)
     return degrees
@@ -217,16 +258,17 @@ def check_stages(parallel: ParallelConfig, degrees: ParallelDims, model: ModelCo
 
 def check_wrappers(parallel: ParallelConfig, degrees: ParallelDims) -> None:
     """Raise UserError for a degree above 1 whose wrapper is null in this config."""
-    for axis, (wrapper, presets) in _WRAPPERS.items():
+    # parallel=fsdp has every wrapper and sets no degree: whatever is typed beside it, it stands.
+    for axis, wrapper in _WRAPPERS.items():
         degree = getattr(degrees, axis)
         if degree > 1 and getattr(parallel, wrapper) is None:
             raise UserError(
                 f"{KEY}.{axis}={degree} needs parallel.{wrapper}, which is null here: "
-                f"take parallel={presets}, or any preset but none"
+                f"take parallel=fsdp, which has it, or leave parallel.{wrapper}=null out"
             )
     if degrees.world_size > 1 and parallel.fsdp is None:
         ranks = f"{degrees.data_parallel} data-parallel ranks of {degrees.world_size}"
-        raise UserError(f"{KEY}: {ranks} need parallel.fsdp, which is null here: take parallel=fsdp or hsdp")
+        raise UserError(f"{KEY}: {ranks} need parallel.fsdp, which is null here: take parallel=fsdp")
 
 
 def check_sequence(degrees: ParallelDims, sequence_length: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from dsv3.config.parallel import RecomputeMode
 from dsv3.errors import UserError
 from dsv3.planning import parameters
-from dsv3.planning.layout import ParallelDims
+from dsv3.planning.layout import ParallelDims, tensor_degrees
 from dsv3.planning.memory import rank_memory
 from dsv3.planning.parameters import FlopsConvention, Weight, numel
 from dsv3.planning.plan import Plan
@@ -50,11 +50,22 @@ def suggest_fix(plan: Plan) -> str:
         return f"recompute=full and {describe_dp_shard(smallest)}"
     within = recomputing.memory.to_json()["activations"] / GIB
     shape = plan.shape
-    sizes = f"train.microbatch_size={shape.microbatch_size} or sequence_length={shape.sequence_length}"
+    sizes = [f"train.microbatch_size={shape.microbatch_size}"] if shape.microbatch_size > 1 else []
+    sizes += [f"train.sequence_length={shape.sequence_length}"]
+    degrees = " or ".join(f"parallel.degrees.{axis}" for axis in _raisable(plan))
     return (
         f"no dp_shard helps, {within:,.2f} GiB live within a step under recompute=full: "
-        f"lower {sizes}, or raise parallel.degrees.ep, tp or pp"
+        f"lower {' or '.join(sizes)}{degrees and f', or raise {degrees}'}"
     )
+
+
+def _raisable(plan: Plan) -> list[str]:
+    """List the axes that split a step's activations and whose degree the model lets grow."""
+    degrees, model = plan.degrees, plan.model
+    experts = model.num_moe_layers > 0 and degrees.ep < model.moe.num_experts
+    tensor = degrees.tp < max(tensor_degrees(model))
+    grows = {"ep": experts, "tp": tensor, "pp": degrees.pp < model.num_layers}
+    return [axis for axis, possible in grows.items() if possible]
 
 
 def smallest_dp_shard(plan: Plan) -> ParallelDims | None:

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from dsv3.checkpoint.load import stored_weights
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.convergence import shown
 from dsv3.config.strict import to_yaml
@@ -55,6 +56,7 @@ class EvaluateTask:
                 record = training_record(checkpoint)
                 described, differs = _describe(job, data, record, every_row)
                 told = measured | {"checkpoint": str(checkpoint)} | described
+                told["weights"] = stored_weights(checkpoint)
                 told["comparable"] = None if record is None else not differs
                 told["run_precision"] = None if record is None else precision_choice(record.config)
                 if job.sweep is not None:
@@ -98,6 +100,10 @@ def _report(told: dict[str, Any], data: PreparedData, differs: dict[str, dict[st
     share = EVERY_ROW if told["held_out"] is None else f"{told['held_out']:.4g} held out"
     rows = [
         ("checkpoint", told["checkpoint"]),
+        (
+            "weights",
+            told["weights"] if told["weights"] == "fp32" else f"rounded to {told['weights']} as stored",
+        ),
         ("data", f"{told['data']}{place}, {share}, fingerprint {told['data_fingerprint']}"),
         ("sequence length", f"{told['sequence_length']:,}"),
         ("document mask", "on" if told["document_mask"] else "off"),

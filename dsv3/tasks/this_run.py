@@ -5,15 +5,19 @@ filled in, and the implementations that were chosen. Each fact is read from wher
 """
 
 import os
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.logger import WandbLoggerConfig
+from dsv3.config.optimizer import MuonConfig
 from dsv3.config.parallel import WORLD_AXES, RecomputeMode
 from dsv3.config.precision import FP8Engine
 from dsv3.config.strict import build
 from dsv3.config.training import BIAS_SPEED
+from dsv3.data.corpus import looks_like_json_lines
 from dsv3.data.sources import PreparedData
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.checkpoint_defaults import checkpoint_model
@@ -26,6 +30,7 @@ from dsv3.model.moe import MoE
 from dsv3.parallel.deepep import DeepEPTokenDispatcher
 from dsv3.parallel.token_dispatch import AllToAllTokenDispatcher
 from dsv3.planning import parameters
+from dsv3.planning.parameter_groups import parameter_groups
 from dsv3.training.callbacks import TrainingRun
 
 THIS_RUN_FILE = "this_run.txt"
@@ -33,6 +38,9 @@ THIS_RUN_FILE = "this_run.txt"
 TITLE = "This run:"
 
 GIB = 2**30
+
+WIDTH = 88
+"""Columns of the typed keys, which with their subject make about 100."""
 
 Fact = tuple[str, str]
 """A subject, empty where the line goes on with the one above, and what there is to say."""
@@ -53,6 +61,7 @@ class RunFacts:
         """Return the block as lines of text, its title first."""
         facts = [
             *self._model(),
+            *self._typed(),
             *self._data(),
             *self._batch(),
             *self._computation(),
@@ -91,6 +100,12 @@ class RunFacts:
         else:
             yield "weights", f"initial ones of train.seed={config.train.seed}"
 
+    def _typed(self) -> Iterator[Fact]:
+        """Yield what was typed, but the place of the run and the model's keys, which stand beside it."""
+        texts = [text for text in self.job.overrides if not text.lstrip("+").startswith(("model.", "run."))]
+        lines = textwrap.wrap(" ".join(texts), WIDTH, break_long_words=False, break_on_hyphens=False)
+        yield from ((("", "typed")[number == 0], line) for number, line in enumerate(lines))
+
     def _data(self) -> Iterator[Fact]:
         config, counts = self.job.config, self.data.summary
         path = getattr(config.data, "path", None)
@@ -104,6 +119,8 @@ class RunFacts:
             ]
             told += "".join(f", {number} {why}" for number, why in left if not number.startswith("0 "))
         yield "data", told
+        if path and "documents_read" in counts and looks_like_json_lines(Path(path)):
+            yield "", "looks like JSON Lines; read as raw text, braces and all"
         sides = {"train": "training", "held_out": "held out"}
         documents = {side: amount(counts[f"documents_{side}"], "documents") for side in sides}
         yield "", "; ".join(f"{sides[s]} {documents[s]}, {counts[f'tokens_{s}']:,} tokens" for s in sides)
@@ -182,9 +199,17 @@ class RunFacts:
             told += f", weight decay {decay:g}, none for {' '.join(optimizer.no_decay) or 'nothing'}"
         for pattern, scale in optimizer.lr_scale.items():
             told += f", {scale:g} times the rate for {pattern}"
-        if optimizer.frozen:
-            told += f", frozen {' '.join(optimizer.frozen)}"
         yield "optimizer", told
+        if isinstance(optimizer, MuonConfig):
+            factor, betas = optimizer.adamw_lr_scale, ",".join(f"{beta:g}" for beta in optimizer.adamw_betas)
+            rest = "the embedding, the head, routers and norms"
+            yield "", f"{rest} by AdamW: {factor:g} times the rate, betas [{betas}]"
+        if optimizer.frozen:
+            names = set(parameter_groups(optimizer, config.model))
+            trained = parameters.numel(w for w in parameters.every_weight(config.model) if w.name in names)
+            total = parameters.total(config.model)
+            frozen = " ".join(optimizer.frozen)
+            yield "", f"frozen {frozen}: {trained:,} of {total:,} parameters are trained"
         assert end is not None
         factor, warmup = build(config.schedule), config.schedule.warmup_steps
         told = f"{choice_name('schedule', config.schedule._target_)}, {amount(warmup, 'steps')} of warm-up"

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +23,7 @@ from dsv3.data.loader import DataLoader
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import RankContext, join_process_group, make_deterministic
-from dsv3.distributed.signals import Stopped, StopRequest, stop_on_signal
+from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopRequest, leave_on_signal, stop_on_signal
 from dsv3.errors import UserError
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.job import Job
@@ -57,11 +57,16 @@ class TrainTask:
 
     def run(self, job: Job) -> float | None:
         """Return the last held-out loss, a sweep's objective; raise Stopped when a signal ended the run."""
+        stops: list[StopRequest] = []  # what training listens with, once it does
         make_deterministic(job.config.train.deterministic, job.config.train.seed)
+        # Here torch imports more of itself. A rank of several is stopped by the process that started it.
+        leaving = leave_on_signal(lambda: "" if stops or job.sweep else NOTHING_SAVED)
         with (
+            leaving if job.plan.world_size == 1 else nullcontext(),
             entering(JOINING, join_process_group(job.config.launch.timeout, job.on_cpu)) as ranks,
             stop_on_signal(alone=ranks.world == 1) as stop,
         ):
+            stops.append(stop)
             return _train(job, ranks, stop)
 
 
@@ -229,7 +234,7 @@ def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str]) -> 
     if rows:
         with phase("drawing loss.png"):
             plot_loss_curve(rows, run.directory / "loss.png", f"Loss of {run.directory.name}")
-        run.console.table("Done", _results(rows, run.directory))
+        run.console.table("Done", _results(rows, run.directory, run.config.train.steps))
     load = f"checkpoint.load={run.directory}"
     if run.step < run.config.train.steps:  # train.stop_after
         following = [f"resume={run.directory}", *resume_flags]
@@ -241,7 +246,7 @@ def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str]) -> 
     run.console.next_command(shlex.join([*command("train"), *following]))
 
 
-def _results(rows: list[MetricsRow], directory: Path) -> list[tuple[str, str]]:
+def _results(rows: list[MetricsRow], directory: Path, steps: int) -> list[tuple[str, str]]:
     """Return the table of a finished run: losses in nats, throughput, memory and where the files are."""
 
     def shown(loss: float | None) -> str:
@@ -249,13 +254,15 @@ def _results(rows: list[MetricsRow], directory: Path) -> list[tuple[str, str]]:
 
     evaluations = [row.evaluation_loss for row in rows if row.evaluation_loss is not None]
     rates = [row.tokens_per_second for row in rows if row.tokens_per_second is not None]
+    of = f" of {steps:,}" if rows[-1].step < steps else ""  # train.stop_after
     results = [
-        ("steps", f"{rows[-1].step}, {rows[-1].tokens:,} tokens"),
+        ("steps", f"{rows[-1].step:,}{of}, {rows[-1].tokens:,} tokens"),
         ("first loss", shown(rows[0].loss)),
         ("last loss", shown(rows[-1].loss)),
     ]
     if evaluations:
-        results.append(("held-out loss", f"{shown(evaluations[-1])} (first {shown(evaluations[0])})"))
+        first = f" (first {shown(evaluations[0])})" if len(evaluations) > 1 else ""
+        results.append(("held-out loss", f"{shown(evaluations[-1])}{first}"))
         results.append(("held-out perplexity", f"{math.exp(min(evaluations[-1], 700.0)):.2f}"))
     if rates:
         results.append(("tokens/s", f"{median(rates):,.0f}"))

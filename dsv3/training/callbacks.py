@@ -154,25 +154,27 @@ class SaveCheckpoint(Callback):
 
 
 class Sample(Callback):
-    """Shows a sample of text every `every` steps, and at the end of a finished run."""
+    """Shows a sample of text every `every` steps, and at the end of a finished run; never where it is 0."""
 
     def __init__(self, sample: Callable[[int], str], prompt: str, every: int) -> None:
         self.sample = sample
         """Returns the text that follows `prompt`, from a seed; all ranks call it together."""
         self.prompt = prompt
         self.every = every
+        self._shown_at: int | None = None
 
     def on_step_end(self, run: TrainingRun) -> None:
-        """Show a sample where it is due; the last step's is `on_train_end`'s."""
-        if is_due(run.step, self.every) and not run.is_last_step:
+        """Show a sample where it is due."""
+        if is_due(run.step, self.every):
             self._show(run)
 
     def on_train_end(self, run: TrainingRun, finished: bool) -> None:
-        """Show what the model writes at the end."""
-        if finished:
+        """Show what the model writes at the end, unless its last step has just shown it."""
+        if finished and self.every > 0 and self._shown_at != run.step:
             self._show(run)
 
     def _show(self, run: TrainingRun) -> None:
+        self._shown_at = run.step
         text = self.sample(run.step)
         run.console.sample(self.prompt, text)
         if run.logger is not None:

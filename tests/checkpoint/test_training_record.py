@@ -85,7 +85,7 @@ def test_the_hash_stands_with_the_run_its_checkpoints_its_exports_and_its_conver
         "train.export_hf_every=2",
         "schedule.warmup_steps=0",
     ]
-    told = commands.train(run, *often, "train.stop_after=2").err
+    told = commands.train(run, *often, "train.stop_after=2").out
     first = record(run / "checkpoints" / "step-2")
     assert environment(run)["convergence"] == logger.config["convergence"] == first.convergence
     assert first.convergence in told

@@ -7,6 +7,7 @@ import yaml
 
 from dsv3.launch.run_dir import OVERRIDES_FILE
 from tests.harness.commands import PlannedCommand
+from tests.harness.outcome import refused
 from tests.harness.runs import StoredRun
 
 pytestmark = pytest.mark.slow
@@ -132,3 +133,24 @@ def test_a_home_directory_is_found(
     assert planned.run("resume=~/runs/first").job.run_dir == directory
     assert planned.run("run.dir=~/runs/next").job.run_dir == directory.parent / "next"
     assert vars(planned.run("task=generate", "task.prompt=~/x").job.config.task)["prompt"] == "~/x"
+
+
+def test_what_is_no_run_is_told_apart_with_what_to_type(planned: PlannedCommand, tmp_path: Path) -> None:
+    run = StoredRun(tmp_path / "a sweep" / "0").store()
+    StoredRun(tmp_path / "a sweep" / "1").store()
+    step = run / "checkpoints" / "step-40"
+    released = tmp_path / "released"
+    for directory, file in ((step, ".metadata"), (released, "config.json")):
+        directory.mkdir(parents=True)
+        (directory / file).write_text("{}")
+    goes_on = f"'resume={run}'"
+    told = {
+        tmp_path / "nowhere": ["does not exist"],
+        run.parent: ["holds runs", goes_on, "there are 0, 1"],
+        step: ["lies in a run", goes_on, f"'checkpoint.load={step}' begins a new run"],
+        step.parent: ["lies in a run", goes_on],
+        released: ["HuggingFace checkpoint", f"checkpoint.load=hf:{released} begins a new run"],
+    }
+    for directory, words in told.items():
+        refused(planned.run(f"resume={directory}"), f"resume={directory} ", *words)
+    assert planned.run(f"resume={run}").code == 0

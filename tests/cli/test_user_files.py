@@ -34,7 +34,7 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
     "control": (f"{GLOBAL}train: \x01\n", ["control.yaml:2: not YAML: the character"], ""),
     "key": (
         f"{GLOBAL}train:\n  stepz: 3\n",
-        ["experiments/key.yaml:3: unknown key 'train.stepz'. Did you mean 'steps'?"],
+        ["experiments/key.yaml:3: unknown key 'train.stepz'. Did you mean 'train.steps'?"],
         f"{GLOBAL}train:\n  steps: 3\n",
     ),
     "node": (
@@ -94,7 +94,15 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
         ["experiments/header.yaml: ", "begin the file with the line `# @package _global_`"],
         f"{GLOBAL}train:\n  steps: 3\n",
     ),
-    "list": ("- a\n", ["experiments/list.yaml: ", "# @package _global_"], ""),
+    "path": (
+        f"{GLOBAL}train:\n  steps: ${{train.stop_aftr}}\n",
+        ["path.yaml:3: train.steps", "its whole path", "Did you mean 'train.stop_after'?"],
+        f"{GLOBAL}train:\n  steps: ${{train.log_every}}\n",
+    ),
+    "list": ("- a\n", ["list.yaml:1: a list stands where keys belong", GLOBAL.strip()], GLOBAL),
+    "below": (f"{GLOBAL}- a\n", ["below.yaml:2: a list stands where keys belong"], GLOBAL),
+    "word": ("3\n", ["word.yaml:1: a value stands where keys belong"], GLOBAL),
+    "empty": ("", ["empty.yaml:1: nothing stands where keys belong", GLOBAL.strip()], GLOBAL),
 }
 
 
@@ -133,7 +141,7 @@ def test_files_that_files_name_are_found_too(planned: PlannedCommand) -> None:
 
 def test_a_preset_of_ones_own_is_told_of_by_line(planned: PlannedCommand) -> None:
     write("mine", "defaults: [/schema/model@_here_, _self_]\nvocab_size: 512\ndimm: 3\n", "model")
-    told = "own/model/mine.yaml:3: unknown key 'model.dimm'. Did you mean 'dim'?"
+    told = "own/model/mine.yaml:3: unknown key 'model.dimm'. Did you mean 'model.dim'?"
     refused(planned.run("logger=none", "--config-dir=own", "model=mine"), told)
 
 

@@ -271,7 +271,6 @@ EFFECTS: dict[str, Effect] = {
     "data=tokens.cache_dir": Effect("nowhere: nothing is cached, and the run says so", "inert"),
     "tokenizer.vocab_size": Effect("tokenizer/ in the run directory", data, values=("300", "280")),
     "tokenizer.path": Effect("tokenizer/ in the run directory", data, (), ("{tokenizer}", "{tokenizer2}")),
-    "hardware": Effect("plan.txt and environment.json", plan, ("task=plan",)),
     "hardware.name": Effect("plan.txt and environment.json", plan, ("task=plan",), ("auto", "h100")),
     "hardware.memory_bytes": Effect("plan.txt", plan, ("task=plan",), ("null", "123456789")),
     "hardware.devices_per_node": Effect("traffic in plan.txt", plan, EP, ("8", "2")),
@@ -350,7 +349,15 @@ EFFECTS: dict[str, Effect] = {
     ),
     "parallel.reshard_after_forward": Effect("memory in plan.txt", plan, H100, ("null", "false")),
     "parallel.schedule": Effect("bubble in plan.txt, throughput", plan, PP, ("1F1B", "GPipe")),
-    "parallel.min_world_size": Effect("processes", plan, ("parallel=fsdp",), ("2", "4")),
+    "parallel.degrees.dp_replicate": Effect(
+        "plan.txt",
+        plan,
+        ("task=plan", "parallel=fsdp", "launch.world_size=8", "train.global_batch_size=16"),
+        ("1", "2"),
+    ),
+    "parallel.min_world_size": Effect(
+        "processes", plan, ("parallel=fsdp", "train.global_batch_size=8"), ("2", "4")
+    ),
     "parallel.fsdp": Effect(
         "memory and traffic in plan.txt", attributes("parallel", "fsdp"), ("parallel=fsdp",)
     ),

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from dsv3.config.overrides import compose as compose_overrides
 from dsv3.config.registry import SCHEMAS
 from dsv3.config.strict import strict
 from dsv3.data.corpus import TextCorpus
@@ -25,6 +26,7 @@ from dsv3.errors import UserError
 from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint
 from dsv3.launch.job import Job, plan_job
 from dsv3.launch.typed_keys import why_inert
+from dsv3.programs import TRAIN
 from tests.config.key_effects import EFFECTS, effect, weights
 from tests.harness.commands import PlannedCommand, TrainCommand
 from tests.harness.composing import compose
@@ -104,13 +106,6 @@ def another(key: SchemaKey, value: Any) -> Any:
     return {int: 2, float: 0.5, bool: True}.get(kind, "x")
 
 
-def typed(value: Any) -> str:
-    """Return a value as one types it."""
-    if isinstance(value, Enum):
-        return value.name
-    return "null" if value is None else json.dumps(value) if not isinstance(value, str) else value
-
-
 OTHER = {
     "model.attention.qk_rope_head_dim": 16,
     "model.moe.num_groups": 2,
@@ -123,7 +118,6 @@ OTHER = {
     "optimizer.etas": [0.4, 1.3],
     "optimizer.eps": 1e-3,
     "parallel.degrees.pp": 4,
-    "parallel.degrees.dp_replicate": 2,
     "parallel.degrees.dp_shard": 4,
     "parallel.degrees.cp": 4,
     "parallel.degrees.tp": 4,
@@ -206,7 +200,11 @@ def job_with(key: SchemaKey, value: Any, beside: tuple[str, ...]) -> Job:
     config = copy.deepcopy(composed(beside))
     if value is not ...:
         OmegaConf.update(config, key.name, value, force_add=True)
-    return plan_job(strict(config), [f"{key.name}={typed(value)}"])
+    told = [] if value is ... else [f"{key.name}={_typed(value)}"]  # a batch script repeats what was typed
+    job = plan_job(strict(config), told)
+    if value not in (None, ...) and key.name not in UNTYPED:  # null is filled in
+        assert _equal(leaf(job, key.name), value), key.name
+    return job
 
 
 _OBSERVED: dict[tuple[object, str], object] = {}
@@ -297,6 +295,8 @@ def values_of(key: SchemaKey, files: dict[str, str]) -> tuple[Any, Any]:
         one = one[name]
     if found.values is not None:
         chosen = [yaml.safe_load(filled(value, files)) for value in found.values]
+        if isinstance(one, dict):  # an empty one cannot be typed, and its entries win one by one
+            return {name: value / 2 for name, value in chosen[1].items()}, chosen[1]
         return one, next(value for value in chosen if value != one)
     return one, OTHER.get(key.name, another(key, one))
 
@@ -305,90 +305,52 @@ UNTYPED = {"run.resume", "run.dir", "run.allow_targets", "checkpoint.load", "mod
 """Keys with tests of their own, where they do not stand in the config as they are typed."""
 
 
-@pytest.mark.parametrize("schema", sorted({key.schema for key in KEYS}))
-def test_a_typed_value_wins_over_an_experiment_and_stands_in_the_config(
-    schema: str, planned: PlannedCommand, files: dict[str, str], tmp_path: Path
+def rounds() -> list[list[str]]:
+    """Return the schemas of all keys, with at most one of each group in a round."""
+    left: dict[str, list[str]] = {}
+    for schema in dict.fromkeys(key.schema for key in KEYS):
+        left.setdefault(schema.partition("/")[0], []).append(schema)
+    found = []
+    while any(left.values()):
+        found.append([schemas.pop() for schemas in left.values() if schemas])
+    return found
+
+
+@pytest.mark.parametrize("schemas", rounds(), ids=lambda schemas: schemas[-1])
+def test_a_typed_value_wins_over_an_experiment(
+    schemas: list[str], files: dict[str, str], here: Path, tmp_path: Path
 ) -> None:
-    """Equal to its default or not: with a value of the other kind in the experiment."""
-    keys = [key for key in KEYS if key.schema == schema and key.name not in UNTYPED]
-    for beside, group in _by_beside(keys):
-        if schema.startswith("task/") and schema not in ("task/plan", "task/train"):
-            continue  # they read a checkpoint: the test of the tasks
-        task = [] if schema.startswith("task/") else ["task=plan"]
-        chosen = [*BASE, *task, *(filled(override, files) for override in beside)]
-        merged = list({override.partition("=")[0]: override for override in chosen}.values())
-        if "tokenizer=local" in merged:
-            merged.remove("tokenizer.vocab_size=300")
-        # Typed values of BASE would win: these keys are left to the experiment.
-        names = {key.name for key in group}
-        merged = [override for override in merged if override.partition("=")[0] not in names]
-        defaults = {key.name: values_of(key, files)[0] for key in group}
-        others = {key.name: values_of(key, files)[1] for key in group}
-        for typed_values, below in ((defaults, others), (others, defaults)):
-            for part in _together(planned, merged, typed_values, below, tmp_path):
-                job, told = part
-                for name, value in told.items():
-                    if value is not None:  # null is filled in
-                        assert _equal(leaf(job, name), value), name
-
-
-def _by_beside(keys: list[SchemaKey]) -> list[tuple[tuple[str, ...], list[SchemaKey]]]:
-    found: dict[tuple[str, ...], list[SchemaKey]] = {}
-    for key in keys:
-        found.setdefault(tuple(key.beside), []).append(key)
-    return list(found.items())
+    """Equal to its default or not: the experiment has the other value of the two."""
+    keys = [key for key in KEYS if key.schema in schemas and key.name not in UNTYPED]
+    values = {key.name: values_of(key, files) for key in keys}
+    beside = dict.fromkeys(filled(override, files) for key in keys for override in key.beside)
+    chosen = [override for override in beside if override.partition("=")[0] not in values]
+    (tmp_path / "experiments").mkdir()
+    for typed, other in ((0, 1), (1, 0)):
+        nested = OmegaConf.create()
+        for name, pair in values.items():
+            OmegaConf.update(nested, name, pair[other])
+        text = f"# @package _global_\n{OmegaConf.to_yaml(nested)}"
+        (tmp_path / "experiments" / "below.yaml").write_text(text)
+        told = [f"{name}={_typed(pair[typed])}" for name, pair in values.items()]
+        overrides = TRAIN.prepare(["experiments=below", *chosen, *told])
+        composed = compose_overrides(overrides, [f"file://{tmp_path}"])
+        config: Any = OmegaConf.to_container(composed, enum_to_str=True)
+        for name, pair in values.items():
+            value = config
+            for part in name.split("."):
+                value = value[part]
+            assert _equal(value, pair[typed]), name
 
 
 def _equal(found: Any, typed: Any) -> bool:
+    if None in (found, typed):
+        return found is typed
     if isinstance(typed, float) or isinstance(found, float):
         return float(found) == float(typed)
     if isinstance(found, list):
         return bool([each.name if isinstance(each, Enum) else each for each in found] == typed)
     return str(found) == str(typed)
-
-
-def _together(
-    planned: PlannedCommand,
-    chosen: list[str],
-    typed_values: dict[str, Any],
-    below: dict[str, Any],
-    folder: Path,
-) -> list[tuple[Job, dict[str, Any]]]:
-    """Plan with all values at once; one by one where their neighbours forbid that."""
-    job = _plan(planned, chosen, typed_values, below, folder)
-    if job is not None:
-        return [(job, typed_values)]
-    found = []
-    for name, value in typed_values.items():
-        job = _plan(planned, chosen, {name: value}, {name: below[name]}, folder)
-        job = job or _plan(planned, chosen, {name: value}, {}, folder)
-        if job is not None:
-            found.append((job, {name: value}))
-        else:
-            assert name in NEIGHBOURS, name
-    return found
-
-
-def _plan(
-    planned: PlannedCommand,
-    chosen: list[str],
-    typed_values: dict[str, Any],
-    below: dict[str, Any],
-    folder: Path,
-) -> Job | None:
-    nested: dict[str, Any] = {}
-    for name, value in below.items():
-        node = nested
-        *parents, last = name.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    (folder / "experiments").mkdir(exist_ok=True)
-    text = yaml.safe_dump(nested, sort_keys=False) if nested else ""
-    (folder / "experiments" / "below.yaml").write_text(f"# @package _global_\n{text}")
-    told = [f"{name}={_typed(value)}" for name, value in typed_values.items()]
-    outcome = planned.run(f"--config-dir={folder}", "experiments=below", *chosen, *told)
-    return outcome.job if outcome.code == 0 else None
 
 
 def _typed(value: Any) -> str:
@@ -402,10 +364,6 @@ def _typed(value: Any) -> str:
         if not isinstance(value, int | float) or isinstance(value, bool)
         else str(value)
     )
-
-
-NEIGHBOURS: set[str] = set()
-"""Keys whose value no single change makes possible."""
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:

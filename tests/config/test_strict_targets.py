@@ -1,15 +1,19 @@
 """A `_target_` and a stored file may make only classes of dsv3 and torch.optim run."""
 
+import copy
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from dsv3.config.convergence import flatten
 from dsv3.config.model import ModelConfig
-from dsv3.config.strict import check_target, to_yaml
+from dsv3.config.strict import check_target, strict, to_yaml
 from dsv3.errors import UserError
 from tests.harness.commands import PlannedCommand
+from tests.harness.composing import compose
 from tests.harness.runs import StoredRun
 
 pytestmark = pytest.mark.slow
@@ -207,3 +211,15 @@ def test_a_planted_model_runs_nothing(
     assert words in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert not list(Path.cwd().iterdir())
+
+
+def test_every_whole_number_fits_in_64_bits() -> None:
+    composed = compose(["task=plan"])
+    keys = [key for key, value in flatten(to_yaml(strict(composed))).items() if type(value) is int]
+    assert len(keys) > 20
+    for key in keys:
+        for value in (2**63, -(10**20)):
+            changed = copy.deepcopy(composed)
+            OmegaConf.update(changed, key, value)
+            with pytest.raises(UserError, match=re.escape(f"{key}={value} is not possible: must be")):
+                strict(changed)

@@ -245,7 +245,7 @@ def test_a_conversion_counts_what_it_read_dropped_and_left_out(
     )
     assert "left out" not in whole
     files = len(list((tmp_path / "whole").glob("*.distcp"))) + 1  # the scale grids have a file of their own
-    assert f"{files} files of weights written" in whole
+    assert f"{files} files of weights written in " in whole
     bare = succeeded(convert.run(*arguments, "model.mtp_depths=0", f"output={tmp_path / 'bare'}")).out
     last = sum("layers.3." in name and not name.endswith("_scale_inv") for name in stored)
     assert last > 2

@@ -19,7 +19,8 @@ from tests.harness.runs import contents
 pytestmark = pytest.mark.slow
 
 SIZE = 3 * 2**20
-FILES = "max_shard_size=50KB"
+FILES: dict[str, tuple[str, ...]] = {"hf_to_dcp": (), "hf_to_hf": ("max_shard_size=50KB",)}
+"""What makes each direction write many files, beside the fixture of that name."""
 
 
 def mount(path: Path, options: str) -> None:
@@ -58,7 +59,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished_and_the_same_command_goes_o
 ) -> None:
     filler = disk / "filler"
     filler.write_bytes(bytes(SIZE - 450_000))
-    outcome = convert(direction, fp8_release, disk / "out", FILES)
+    outcome = convert(direction, fp8_release, disk / "out", *FILES[direction])
     refused(outcome, "No space left on device", "kept in", "the same command goes on", code=1)
     partial = disk / ".out.partial"
     assert sorted(path.name for path in disk.iterdir()) == [".out.partial", "filler"]
@@ -66,8 +67,8 @@ def test_a_disk_that_fills_up_keeps_what_is_finished_and_the_same_command_goes_o
     kept = contents(partial)
     assert 1 < len(lines) == len(kept) - 1  # the conversion and a line a file; the journal and the lock
     filler.unlink()
-    convert.must(direction, fp8_release, disk / "out", FILES)
-    convert.must(direction, fp8_release, tmp_path / "whole", FILES)
+    convert.must(direction, fp8_release, disk / "out", *FILES[direction])
+    convert.must(direction, fp8_release, tmp_path / "whole", *FILES[direction])
     assert contents(disk / "out") == contents(tmp_path / "whole")
     assert kept.items() - {(n, c) for n, c in kept.items() if n[0] == "."} <= contents(disk / "out").items()
     assert not partial.exists()
@@ -123,12 +124,12 @@ def test_a_disk_that_fails_leaves_finished_files_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(HashingWriter, "_append" if call == "write" else call, failing)
-        outcome = convert(direction, fp8_release, tmp_path / "out", FILES, "workers=1")
+        outcome = convert(direction, fp8_release, tmp_path / "out", *FILES[direction], "workers=1")
     refused(outcome, "Input/output error", ".out.partial", "the same command goes on", code=1)
     partial = tmp_path / ".out.partial"
     lines = (partial / ".journal.jsonl").read_text().splitlines()
     assert len(contents(partial)) == len(lines) + 1
-    convert.must(direction, fp8_release, tmp_path / "out", FILES, "verify=true")
+    convert.must(direction, fp8_release, tmp_path / "out", *FILES[direction], "verify=true")
 
 
 def test_an_output_that_cannot_be_is_refused(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,16 @@ from dsv3.config.convert import ConvertConfig
 from dsv3.convert import convert as conversion
 from dsv3.convert.destination import Destination
 from dsv3.convert.output_file import HashingWriter
+from dsv3.convert.request import prepare_conversion
+from dsv3.launch.checkpoint_defaults import Composition
 from tests.harness.commands import ConvertCommand
+from tests.harness.composing import compose
 from tests.harness.outcome import refused
 from tests.harness.processes import environment
 from tests.harness.runs import contents
 
-FILES = "max_shard_size=20KB"
+FILES: dict[str, tuple[str, ...]] = {"hf_to_dcp": (), "hf_to_hf": ("max_shard_size=20KB",)}
+"""What makes each direction write many files."""
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.usefixtures("many_files"), pytest.mark.slow]
 
@@ -49,7 +54,14 @@ def asked(source: Path, output: Path) -> list[str]:
     return ["direction=hf_to_dcp", f"input={source}", f"output={output}", "workers=2"]
 
 
-def crash(convert: ConvertCommand, source: Path, output: Path, calls: int, whole: bool) -> bool:
+def crash(
+    convert: ConvertCommand,
+    source: Path,
+    output: Path,
+    calls: int,
+    whole: bool,
+    command: Sequence[str] = ("hf_to_dcp",),
+) -> bool:
     """Leave what a kill at this write (`whole`: this end of a file) leaves; return whether it came so far."""
     left = output.with_name("left")
     count = 0
@@ -72,7 +84,7 @@ def crash(convert: ConvertCommand, source: Path, output: Path, calls: int, whole
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HashingWriter, name, dying)
-        convert("hf_to_dcp", source, output, "workers=2")
+        convert(command[0], source, output, *command[1:], "workers=2")
     partial = output.with_name(f".{output.name}.partial")
     if not left.exists():
         return False
@@ -114,7 +126,7 @@ def test_killed_while_it_gets_its_name(
     direction: str,
     at: str,
 ) -> None:
-    convert.must(direction, fp8_release, tmp_path / "whole", FILES)
+    convert.must(direction, fp8_release, tmp_path / "whole", *FILES[direction])
     name = {"manifest": "dsv3.convert.destination.write_manifest", "rename": "pathlib.Path.rename"}[at]
     original = Path.rename
 
@@ -132,17 +144,13 @@ def test_killed_while_it_gets_its_name(
             conversion.convert(_config(direction, fp8_release, tmp_path / "out"))
     with monkeypatch.context() as patch:
         patch.setattr(HashingWriter, "finish", lambda self: pytest.fail(f"{self.path} is written again"))
-        convert.must(direction, fp8_release, tmp_path / "out", FILES, "verify=true")
+        convert.must(direction, fp8_release, tmp_path / "out", *FILES[direction], "verify=true")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def _config(direction: str, source: Path, output: Path) -> ConvertConfig:
-    from dsv3.convert.request import prepare_conversion
-    from tests.harness.composing import compose
-
-    return prepare_conversion(
-        compose([f"direction={direction}", f"input={source}", f"output={output}", FILES], "convert")
-    )
+    typed = [f"direction={direction}", f"input={source}", f"output={output}", *FILES[direction]]
+    return prepare_conversion(compose(typed, "convert"), Composition(typed, root="convert"))
 
 
 @pytest.fixture
@@ -216,8 +224,6 @@ def test_another_conversion_is_refused_by_what_differs(
     before = contents(stopped)
     cases = {
         (fp8_release, "dtype=fp32"): "dtype=bf16 instead of fp32",
-        (fp8_release, "scale_fmt=ue8m0"): "scale_fmt=null instead of ue8m0",
-        (fp8_release, "max_shard_size=1GB"): "max_shard_size=5GB instead of 1GB",
         (bf16_release, "workers=1"): f"another {bf16_release / 'model-00001-of-00003.safetensors'}",
         (fp8_release, "model.norm_eps=1e-5"): "another model",
     }
@@ -227,6 +233,25 @@ def test_another_conversion_is_refused_by_what_differs(
         assert contents(stopped) == before
     refused(convert("hf_to_hf", fp8_release, tmp_path / "out"), "direction=hf_to_dcp instead of hf_to_hf")
     convert.must("hf_to_dcp", fp8_release, tmp_path / "out", "workers=1")
+
+
+def test_another_export_is_refused_by_what_differs(
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path
+) -> None:
+    typed = ("dtype=fp8", "max_shard_size=20KB")
+    assert crash(convert, fp8_release, tmp_path / "out", 3, whole=True, command=("hf_to_hf", *typed))
+    stopped = tmp_path / ".out.partial"
+    before = contents(stopped)
+    cases = {
+        ("max_shard_size=20KB", "dtype=bf16"): "dtype=fp8 instead of bf16",
+        (*typed, "scale_fmt=ue8m0"): "scale_fmt=null instead of ue8m0",
+        ("dtype=fp8", "max_shard_size=1GB"): "max_shard_size=20KB instead of 1GB",
+    }
+    for more, said in cases.items():
+        outcome = convert("hf_to_hf", fp8_release, tmp_path / "out", *more)
+        refused(outcome, str(stopped), said, "repeat its command")
+        assert contents(stopped) == before
+    convert.must("hf_to_hf", fp8_release, tmp_path / "out", *typed)
 
 
 def test_an_input_that_has_changed_is_refused(

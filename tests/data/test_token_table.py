@@ -109,6 +109,9 @@ def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     (tmp_path / "ids.npy").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(UserError, match=r"data\.path="):
         TokensData(path=str(tmp_path / "ids.npy"))
+    (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"lines\.jsonl is no \.npy file: an \.npy file of int32"):
+        TokensData(path=str(tmp_path / "lines.jsonl"))
     np.save(tmp_path / "objects.npy", np.array([[Trap()]], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"data\.path="):
         TokensData(path=str(tmp_path / "objects.npy"))

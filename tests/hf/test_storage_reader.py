@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dsv3.checkpoint.load import parameter_shapes
+from dsv3.errors import UserError
 from dsv3.hf.names import hf_layout
 from dsv3.hf.storage_reader import HFSource, HFStorageReader
 from tests.convert.releases import small_model, write_release
@@ -113,6 +114,13 @@ def test_any_box_of_any_parameter_is_exact(cases: list[Case], data: st.DataObjec
     reader.read_data(plan, planner).wait()
     expected = whole[tuple(slice(o, o + n) for o, n in zip(offset, sizes, strict=True))].to(dtype)
     assert torch.equal(target, expected)
+
+
+def test_another_width_than_config_jsons_is_told_as_the_configured_models(tmp_path: Path) -> None:
+    write_release(tmp_path / "release", small_model())
+    other = small_model("model.dim=128")
+    with pytest.raises(UserError, match=r"the configured model makes it .*: leave model\.dim=128 out"):
+        HFSource(tmp_path / "release", other, parameter_shapes(other))
 
 
 def test_the_whole_of_a_model_is_read(tmp_path: Path) -> None:

@@ -49,6 +49,27 @@ def test_what_is_typed_is_told_with_its_kind(planned: PlannedCommand, stored: St
     assert not [note for note in job.notes if note.startswith("taken")]
 
 
+def test_another_layout_is_told_as_one_choice_and_a_node_as_one_entry(
+    planned: PlannedCommand, stored: StoredRun
+) -> None:
+    directory = stored.store("logger=none")
+    (directory / ENVIRONMENT_FILE).write_text(json.dumps({"choices": {"parallel": "none"}}))
+    job = planned.run(f"resume={directory}", "parallel=fsdp").job
+    told = notes(job, "changes only how it is computed: ")
+    assert told.startswith("parallel none -> fsdp")
+    assert not [word for word in ("_target_", "absent", "null") if word in told]
+    assert len(told) < 110
+    directory = stored.store("logger=none", "parallel=fsdp", "run.dir=other")
+    told = notes(planned.run(f"resume={directory}", "parallel.context=null").job, "changes only how it is ")
+    assert told == "computed: parallel.context on -> null"
+
+
+def test_a_longer_run_is_told_as_how_far_it_goes(planned: PlannedCommand, stored: StoredRun) -> None:
+    job = planned.run(f"resume={stored.store('logger=none', 'train.steps=30')}", "train.steps=50").job
+    assert notes(job, "changes only how far it goes: ") == "train.steps 30 -> 50"
+    assert not [note for note in job.notes if note.startswith("changes only how it is computed")]
+
+
 def test_a_group_that_is_typed_brings_its_own_values_but_the_schedules_end(
     planned: PlannedCommand, stored: StoredRun
 ) -> None:

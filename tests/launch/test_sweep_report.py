@@ -1,5 +1,6 @@
 """The end of a sweep: one JSON line or one row per plan, and rankings of what was trained or evaluated."""
 
+import contextlib
 import json
 import shlex
 from pathlib import Path
@@ -8,10 +9,22 @@ import pytest
 
 from dsv3.launch.job import SweepJob
 from dsv3.launch.sweep import Sweep
+from dsv3.launch.sweep_report import reported
 from tests.harness.commands import TrainCommand
 from tests.harness.tiny import MODEL, TRAINING
 
 PLANS = ("-m", "task=plan", "model=671b", "hardware=h800", "parallel=pp,tp_ep", "launch.world_size=100,2048")
+
+
+def test_a_stopped_sweep_names_the_jobs_that_were_not_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sweep = Sweep(tmp_path, arguments=["-m", "optimizer.lr=1e-3,2e-3,3e-3,4e-3", "train.steps=2"])
+    basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"}
+    sweep.job(1, ["optimizer.lr=2e-3", "train.steps=2"], basic, tmp_path / "1")
+    with contextlib.suppress(KeyboardInterrupt), reported(sweep):
+        raise KeyboardInterrupt
+    assert f"jobs 2 to 3 of {tmp_path} were not run\n" in capsys.readouterr().err
 
 
 def words(line: str) -> str:

@@ -1,5 +1,6 @@
 """A typed key that a task does not read is refused; one that has no effect beside the others is told."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,8 @@ def test_a_key_with_an_effect_is_not_told(planned: PlannedCommand) -> None:
 
 
 def test_a_condition_names_keys_that_there_are() -> None:
-    names = {key.name for key in KEYS} | {"tokenizer"}
+    wrappers = {f"parallel.{field.name}" for field in fields(SCHEMAS["parallel"])}
+    names = {key.name for key in KEYS} | {"tokenizer"} | wrappers
     for condition in CONDITIONS:
         for pattern in condition.keys:
             assert any(matches(name, [pattern]) for name in names), pattern

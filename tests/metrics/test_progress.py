@@ -355,6 +355,8 @@ print("result", flush=True)
 
 def test_ctrl_c_ends_a_phase_cleanly() -> None:
     code = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without it
 try:
     with progress.phase("loading"):
         time.sleep(60)

@@ -1,11 +1,13 @@
+import re
 from dataclasses import replace
 
 import pytest
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import DegreesConfig
+from dsv3.config.parallel import DegreesConfig, ParallelConfig
 from dsv3.errors import UserError
 from dsv3.planning.layout import ParallelDims, fill_auto_degrees
+from tests.harness.commands import PlannedCommand
 from tests.planning.presets import preset
 
 MODEL = preset("16b")
@@ -14,7 +16,7 @@ AUTO = DegreesConfig(pp="auto", dp_replicate="auto", dp_shard="auto", cp="auto",
 
 
 def filled(config: DegreesConfig, world: int, model: ModelConfig = MODEL, length: int = 4096) -> ParallelDims:
-    return fill_auto_degrees(config, world, model, length)
+    return fill_auto_degrees(ParallelConfig(degrees=config), world, model, length)
 
 
 def test_dp_shard_takes_what_is_left_and_the_others_are_one() -> None:
@@ -47,9 +49,30 @@ def test_a_product_that_is_not_the_world() -> None:
         "parallel.degrees.dp_shard=8 works (null fills it in), or "
         "a world (launch.nproc x launch.nnodes) of 4 works"
     )
-    with pytest.raises(UserError, match="nnodes\\) of 9 works") as refused:
-        filled(DegreesConfig(dp_shard=3, tp=3), 16)
+    with pytest.raises(UserError, match="nnodes\\) of 12 works") as refused:
+        filled(DegreesConfig(dp_shard=3, tp=4), 16 + 1)
     assert "null fills it in" not in str(refused.value)
+    with pytest.raises(UserError, match="give other degrees"):  # no dp_shard mends tp=3
+        filled(DegreesConfig(dp_shard=3, tp=3), 16)
+
+
+@pytest.mark.parametrize(
+    "typed", ["", "parallel=hsdp parallel.degrees.dp_shard=5", "parallel.degrees.dp_shard=7"]
+)
+@pytest.mark.parametrize("world", [2, 6, 100])
+def test_each_dp_shard_and_world_that_a_refusal_names_works(
+    planned: PlannedCommand, typed: str, world: int
+) -> None:
+    refused = planned.run(*typed.split(), "hardware=cpu", f"launch.nproc={world}")
+    assert refused.code == 2, refused.err
+    message = refused.err.splitlines()[-1]
+    fixes = message.split(", or ")
+    assert fixes
+    for fix in fixes:
+        number = re.search(r"(?:nnodes\) of|one of) (\d+)", fix)
+        degrees = re.findall(r"parallel\S*=\S+", fix)
+        nproc = number[1] if number else world
+        assert planned.run(*typed.split(), "hardware=cpu", f"launch.nproc={nproc}", *degrees).code == 0, fix
 
 
 def test_ep_is_the_largest_that_divides_ranks_and_experts() -> None:

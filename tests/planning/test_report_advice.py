@@ -5,7 +5,7 @@ import pytest
 from dsv3.config.hardware import HardwareConfig
 from dsv3.config.parallel import RecomputeMode, SavedOp
 from dsv3.errors import UserError
-from dsv3.planning.report import GIB, format_plan, require_fits, smallest_dp_shard
+from dsv3.planning.report import GIB, format_plan, require_fits, smallest_dp_shard, suggest_fix
 from tests.planning.plans import SHAPE, plan_16b
 
 
@@ -47,6 +47,15 @@ def test_activations_alone_may_be_too_large() -> None:
         require_fits(plan)
     assert len(str(refused.value).splitlines()) == 2
     assert format_plan(plan).endswith(str(refused.value).splitlines()[1])
+
+
+def test_only_what_can_be_lowered_or_raised_is_advised() -> None:
+    shape = replace(SHAPE, microbatch_size=1, sequence_length=2**21)
+    advice = suggest_fix(plan_16b(shape=shape))
+    assert "train.microbatch_size" not in advice
+    assert (
+        "lower train.sequence_length=2097152, or raise parallel.degrees.ep or parallel.degrees.tp" in advice
+    )
 
 
 def test_recomputation_and_shards_together_may_be_needed() -> None:

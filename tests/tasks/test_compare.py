@@ -1,6 +1,7 @@
 """task=compare: the order and state of the runs, the table, the reference and the picture."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,20 @@ def test_a_directory_that_is_no_place_of_runs_is_a_mistake(sweep: Path, tmp_path
             find_runs(directory)
     with pytest.raises(UserError, match=r"task\.output=.* cannot be written"):
         CompareTask(str(sweep), str(tmp_path / "no" / "x.png"), OutputFormat.text).run(None)  # type: ignore[arg-type]
+
+
+def test_one_run_is_sent_to_its_directory_where_that_compares(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sweep)
+    with pytest.raises(UserError) as refusal:
+        find_runs(Path("0"))
+    (told,) = shlex.split(str(refusal.value).partition("holds it, ")[2])
+    assert told == f"task.runs={sweep}"
+    assert len(find_runs(Path(told.partition("=")[2]))) > 1
+    store(tmp_path / "alone" / "run", [], [1.0], 1.0)
+    with pytest.raises(UserError, match="there is no other run in"):
+        find_runs(tmp_path / "alone" / "run")
 
 
 def store_data(folder: Path, loss: float | None, data: str = "d1", **changes: Any) -> None:

@@ -82,7 +82,8 @@ def test_every_copy_of_the_weights_is_scored_on_the_data_of_its_run(
     for checkpoint in (f"hf:{export}", dcp, f"hf:{back}"):
         told = result(commands, checkpoint)
         assert told["loss"] == pytest.approx(whole["loss"], rel=2e-3)  # an export is bf16
-        varying = {"loss", "perplexity", "checkpoint"}
+        assert told["weights"] == ("fp32" if checkpoint == dcp else "bf16")
+        varying = {"loss", "perplexity", "checkpoint", "weights"}
         assert {k: told[k] for k in told.keys() - varying} == {k: whole[k] for k in told.keys() - varying}
 
 
@@ -116,6 +117,7 @@ def test_the_table_and_the_json_say_what_was_scored(commands: TrainCommand, run:
         "precision": "fp32",
         "tokenizer": "trained",
         "tokenizer_fingerprint": environment["tokenizer_fingerprint"],
+        "weights": "fp32",
         "comparable": True,
         "run_precision": "bf16",
     }

@@ -103,6 +103,27 @@ def test_a_run_tells_what_it_took_and_a_resume_what_goes_on(
     assert blocks((run / "this_run.txt").read_text()) == [told, *again]
 
 
+def test_json_lines_typed_keys_groups_and_samples_are_told(commands: TrainCommand, tmp_path: Path) -> None:
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"number {n} of some texts"}) + "\n" for n in range(400)))
+    typed = ["optimizer=muon", "optimizer.adamw_lr_scale=0.5", "optimizer.frozen=[embedding.weight]"]
+    often = ["train.evaluate_batches=1", "train.steps=4", "schedule.warmup_steps=1", "train.stop_after=2"]
+    data = ["data=text", f"data.path={lines}"]
+    sampled = [*often, "train.generate_every=2"]
+    first = commands.must(*MODEL, *TRAINING, *data, *sampled, *typed, f"run.dir={tmp_path / 'run'}")
+    (told,) = blocks(first.out)
+    assert "looks like JSON Lines; read as raw text, braces and all" in told["data"]
+    assert {*typed[:2], "train.generate_every=2"} <= set(told["typed"].replace(";", "").split())
+    assert all(len(line) < 130 for line in first.out.splitlines() if "typed" in line)
+    assert "by AdamW: 0.5 times the rate, betas [0.9,0.95]" in told["optimizer"]
+    assert "parameters are trained" in told["optimizer"]
+    assert first.out.count("sample for ") == 1  # of step 2, which is the last of this command
+    assert "2 of 4, " in first.out
+    assert "(first " not in first.out.split("Done")[1]
+    never = commands.must(f"resume={tmp_path / 'run'}", "train.generate_every=0")
+    assert "sample for " not in never.out
+
+
 def test_a_fine_tune_of_a_released_model_tells_what_stays_and_what_is_left_out(
     commands: TrainCommand, tmp_path: Path
 ) -> None:
