@@ -95,7 +95,7 @@ def test_a_plan_is_one_json_object_and_needs_no_torch(command_line: CommandLine)
     [
         ("modle=debug", "unknown key 'modle'. Did you mean 'model'?"),
         ("--foo", "--help"),
-        ("resume=nowhere", "config.yaml"),
+        ("resume=nowhere", "does not exist: give the directory of a run"),
         ("hardware=h100 model=671b", "do not fit"),
     ],
 )
