@@ -100,8 +100,7 @@ def report_sweep(sweep: Sweep) -> None:
         table = run_results.format_runs(runs, run_results.differing_overrides(runs), None, mixed)
         print(f"\nJobs of {sweep.directory}\n{table}")
         if mixed:
-            differences = run_results.format_differences(mixed)
-            print(f"the losses do not rank them, their held-out data differ: {differences}")
+            print(_not_ranked(mixed))
         print(f"\ncompare them:\n  {_compare(sweep, runs)}", flush=True)
 
 
@@ -166,10 +165,14 @@ def _report_losses(jobs: Mapping[str, Mapping[str, Any]]) -> None:
         if len({str(values.get(key)) for values in measured.values()}) > 1
     }
     if mixed:
-        from dsv3.launch.run_results import format_differences
+        print(_not_ranked(mixed), file=sys.stderr)
 
-        told = format_differences(mixed)
-        print(f"the losses do not rank them, their held-out data differ: {told}", file=sys.stderr)
+
+def _not_ranked(mixed: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the line that says on what the held-out data of jobs differ."""
+    from dsv3.launch.run_results import format_differences
+
+    return f"the losses do not rank them, their held-out data differ: {format_differences(mixed)}"
 
 
 def _runs(sweep: Sweep) -> list[Any]:
