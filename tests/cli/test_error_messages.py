@@ -333,7 +333,14 @@ def test_every_failed_job_of_a_sweep_is_named_at_its_end_and_in_no_words_of_hydr
     assert outcome.code == 1
     assert [job.config.train.steps for job in outcome.jobs] == [2, 3]
     *told, summary, first, second = outcome.err.splitlines()
-    assert [line.partition(":")[0] for line in told] == ["job 0 failed", "job 2 failed"]
+    assert [line.partition(":")[0] for line in told if line] == [
+        "job 0 (1 of 4)",
+        "job 0 failed",
+        "job 1 (2 of 4)",
+        "job 2 (3 of 4)",
+        "job 2 failed",
+        "job 3 (4 of 4)",
+    ]
     assert summary.startswith("failed: jobs 0, 2 of ")
     assert first.startswith("job 0: train.steps=0 is not possible")
     assert second.startswith("job 2: train.steps=-1 is not possible")
