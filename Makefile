@@ -18,7 +18,7 @@ train: setup
 	@$(VENV)/bin/python train.py $(ARGS)
 
 # Two at a time, each on one thread; then, alone, those that start workers of their own and look at the clock.
-ALONE := $(addprefix tests/launch/test_, faults.py launch.py workers_stragglers.py slurm.py sweep.py) \
+ALONE := $(addprefix tests/launch/test_, faults.py launch.py workers_stragglers.py slurm.py sweep_launchers.py) \
 	tests/distributed/test_watchdog.py
 
 test: setup

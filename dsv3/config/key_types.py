@@ -4,9 +4,10 @@ overrides.py reads a typed value by the type of its key: without this, Hydra's g
 the name `1e10`, and refuse the name `it's`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Flag, auto
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -51,16 +52,19 @@ def _place(name: str, schema: Any) -> str:
     return "" if name in ("config", "convert") else f"{name.partition('/')[0]}."
 
 
-def _schema_types(schema: Any, prefix: str) -> Iterator[tuple[str, KeyType]]:
-    """Yield the dotted keys below `schema` with their types, those of nested nodes included."""
+@cache  # every command asks three times, and reading type hints takes milliseconds
+def _schema_types(schema: Any, prefix: str) -> tuple[tuple[str, KeyType], ...]:
+    """Return the dotted keys below `schema` with their types, those of nested nodes included."""
     hints = get_type_hints(schema)
+    found: list[tuple[str, KeyType]] = []
     for field in fields(schema):
         hint, key = hints[field.name], f"{prefix}{field.name}"
         nested = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
         if nested is not None:
-            yield from _schema_types(nested, f"{key}.")
+            found += _schema_types(nested, f"{key}.")
         elif not field.name.startswith("_"):
-            yield key, _type(hint, bool(field.metadata.get("path")))
+            found.append((key, _type(hint, bool(field.metadata.get("path")))))
+    return tuple(found)
 
 
 def _type(hint: Any, path: bool) -> KeyType:

@@ -17,13 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from dsv3.config.overrides import split_override
 from dsv3.config.registry import command
 from dsv3.errors import UserError
+from dsv3.launch.held_out import differing
 from dsv3.launch.job import Job, SweepJob
 from dsv3.launch.sweep import FAILED_FILE, RESULT_FILE, Sweep, record_result
 
 _GIB = 2**30
-
-_DECIDING = ("data_fingerprint", "held_out", "tokenizer_fingerprint", "sequence_length", "document_mask")
-"""What task=evaluate tells of its data that decides which tokens a loss is the mean of."""
 
 _NAMED = ("model", "parallel", "hardware", "precision")
 
@@ -40,7 +38,10 @@ def reported(sweep: Sweep) -> Iterator[None]:
             verb = "was" if len(left) == 1 else "were"
             print(f"{jobs} of {sweep.directory} {verb} not run", file=sys.stderr)
         if any(run.rows for run in runs):
-            print(f"the sweep was stopped; its jobs so far: {_compare(sweep, runs)}", file=sys.stderr)
+            from dsv3.launch.run_results import held_out_differences
+
+            compare = _compare(sweep, bool(held_out_differences(runs)))
+            print(f"the sweep was stopped; its jobs so far: {compare}", file=sys.stderr)
         raise
     except Exception:
         report_sweep(sweep)
@@ -101,7 +102,7 @@ def report_sweep(sweep: Sweep) -> None:
         print(f"\nJobs of {sweep.directory}\n{table}")
         if mixed:
             print(_not_ranked(mixed))
-        print(f"\ncompare them:\n  {_compare(sweep, runs)}", flush=True)
+        print(f"\ncompare them:\n  {_compare(sweep, bool(mixed))}", flush=True)
 
 
 def _report_plans(jobs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -158,12 +159,7 @@ def _report_losses(jobs: Mapping[str, Mapping[str, Any]]) -> None:
         rows.append([number, " ".join(job["differs"]), *known])
     titles = ["job", "overrides", "held-out loss", "perplexity", "state"]
     print(f"\n{format_table(rows, titles, left_aligned=('job', 'overrides', 'state'))}", file=sys.stderr)
-    measured = {number: job.get("measured_on", {}) for number, job in jobs.items() if "loss" in job}
-    mixed = {
-        key: {number: values.get(key) for number, values in measured.items()}
-        for key in _DECIDING
-        if len({str(values.get(key)) for values in measured.values()}) > 1
-    }
+    mixed = differing({number: job["held_out_data"] for number, job in jobs.items() if "loss" in job})
     if mixed:
         print(_not_ranked(mixed), file=sys.stderr)
 
@@ -185,8 +181,7 @@ def _runs(sweep: Sweep) -> list[Any]:
         return []
 
 
-def _compare(sweep: Sweep, runs: Sequence[Any]) -> str:
-    from dsv3.launch.run_results import held_out_differences
-
-    asked = ["task.mixed_data=true"] if held_out_differences(runs) else []
+def _compare(sweep: Sweep, mixed: bool) -> str:
+    """Return the command that compares the sweep's jobs; `mixed`: on held-out data that differ."""
+    asked = ["task.mixed_data=true"] if mixed else []
     return shlex.join([*command("train"), "task=compare", f"task.runs={sweep.directory}", *asked])

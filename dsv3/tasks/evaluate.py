@@ -11,7 +11,14 @@ from dsv3.config.strict import to_yaml
 from dsv3.data.sources import PreparedData
 from dsv3.distributed.process_group import join_process_group, make_deterministic
 from dsv3.errors import RunFailed
-from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data, precision_choice
+from dsv3.launch.held_out import (
+    EVERY_ROW,
+    HeldOutData,
+    choice_name,
+    differing,
+    held_out_data,
+    precision_choice,
+)
 from dsv3.launch.job import Job
 from dsv3.launch.sweep import record_result
 from dsv3.launch.trained_on import training_record
@@ -54,24 +61,37 @@ class EvaluateTask:
                 perplexity = math.exp(min(loss, 700.0))  # exp overflows a float above 709
                 measured = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
                 record = training_record(checkpoint)
-                described, differs = _describe(job, data, record, every_row)
+                here = _held_out_data(job, data, every_row)
+                differs = {} if record is None else differing({"here": here, "run": _run_data(record)})
+                described = _describe(job, data, every_row)
                 told = measured | {"checkpoint": str(checkpoint)} | described
                 told["weights"] = stored_weights(checkpoint)
                 told["comparable"] = None if record is None else not differs
                 told["run_precision"] = None if record is None else precision_choice(record.config)
                 if job.sweep is not None:
-                    record_result(job.run_dir, {"measured_on": described})
+                    record_result(job.run_dir, {"held_out_data": here})
                 _report(told, data, differs)
                 print(json.dumps(told), flush=True)
             return loss
 
 
-def _describe(
-    job: Job, data: PreparedData, record: TrainingRecord | None, every_row: bool
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return what the loss is measured on, and the keys on which the run's own evaluations differ from it."""
+def _held_out_data(job: Job, data: PreparedData, every_row: bool) -> HeldOutData:
+    """Return what decides on which tokens this loss is measured."""
+    config = to_yaml(job.config)
+    if every_row:
+        config["data"]["held_out"] = EVERY_ROW
+    return held_out_data(config, data.fingerprint, data.tokenizer_fingerprint)
+
+
+def _run_data(record: TrainingRecord) -> HeldOutData:
+    """Return what decides on which tokens the run that trained the checkpoint measures its losses."""
+    return held_out_data(record.config, record.data_fingerprint, record.tokenizer_fingerprint)
+
+
+def _describe(job: Job, data: PreparedData, every_row: bool) -> dict[str, Any]:
+    """Return what the loss is measured on, by the keys of the JSON."""
     config, tokenizer = job.config, data.tokenizer
-    described = {
+    return {
         "data": choice_name("data", config.data._target_),
         "data_path": getattr(config.data, "path", None),
         "data_fingerprint": data.fingerprint,
@@ -82,15 +102,6 @@ def _describe(
         "tokenizer": tokenizer and choice_name("tokenizer", config.tokenizer._target_),
         "tokenizer_fingerprint": data.tokenizer_fingerprint,
     }
-    if record is None:
-        return described, {}
-    here = to_yaml(config)
-    if every_row:
-        here["data"]["held_out"] = EVERY_ROW
-    run = held_out_data(record.config, record.data_fingerprint, record.tokenizer_fingerprint)
-    return described, differing(
-        {"here": held_out_data(here, data.fingerprint, data.tokenizer_fingerprint), "run": run}
-    )
 
 
 def _report(told: dict[str, Any], data: PreparedData, differs: dict[str, dict[str, Any]]) -> None:
@@ -124,4 +135,6 @@ def _report(told: dict[str, Any], data: PreparedData, differs: dict[str, dict[st
     own = told["run_precision"]
     if own not in (None, told["precision"]):
         console.message(f"the run computed in {own}: precision={own} gives its losses")
+    for note in data.tokenizer.notes() if data.tokenizer is not None else []:
+        console.message(note)
     console.close()

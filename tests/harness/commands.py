@@ -4,16 +4,20 @@
 tests/harness/processes.py runs the same commands as real processes.
 """
 
+import contextlib
 import copy
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
+from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3.cli.application import Application, report
@@ -41,11 +45,20 @@ def run_here(program: Application, argv: list[str], execute: Carrier | None = No
     os.environ.pop("HYDRA_FULL_ERROR", None)
     handlers = logging.root.handlers[:]
     try:
-        return application.run(argv)
+        # Hydra composes a command twice, the first time to read hydra.mode, which is always null.
+        with patch.object(Hydra, "get_mode", lambda *_, **__: None), _store_uncopied():
+            return application.run(argv)
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         # Some flags let Hydra log to the stdout of now, which is closed after this test.
         logging.root.handlers[:] = handlers
+
+
+@contextlib.contextmanager
+def _store_uncopied() -> Iterator[None]:
+    """Let Hydra copy its repository, per composition, without all schemas: it copies each as it loads it."""
+    with patch.object(ConfigStore, "__deepcopy__", lambda store, _: store, create=True):
+        yield
 
 
 class Command:

@@ -7,8 +7,9 @@ import pytest
 
 from dsv3.launch.search import STUDY_NAME, continue_search
 from dsv3.launch.sweep import Sweep
-from tests.harness.commands import PlannedCommand
+from tests.harness.commands import PlannedCommand, TrainCommand
 from tests.harness.processes import KILL, CommandLine, rows
+from tests.harness.tiny import MODEL, TRAINING
 from tests.tasks.test_compare import store
 
 optuna = pytest.importorskip("optuna")
@@ -105,3 +106,39 @@ def test_a_search_that_has_all_its_trials_starts_no_job(planned: PlannedCommand)
     outcome = planned.run("-m", "task=train", *GRID, "run.dir=sweep")
     assert (outcome.code, outcome.jobs) == (0, [])
     assert "has 4 of 4 trials: 0 to go" in outcome.err
+
+
+def test_a_failed_job_is_told_to_a_study_of_the_users_own(commands: TrainCommand, tmp_path: Path) -> None:
+    database = tmp_path / "study.db"
+    study = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
+    study += [f"hydra.sweeper.storage=sqlite:///{database}", "hydra.sweeper.study_name=steps"]
+    text = ["data=text", f"data.path={commands.text}", "logger=none", "train.generate_every=0"]
+    swept = commands.run("-m", *MODEL, *TRAINING, *text, *study, "train.steps=choice(0,2)", "run.dir=sweep")
+    with sqlite3.connect(database) as opened:
+        states = dict(opened.execute("select number, state from trials").fetchall())
+        values = opened.execute("select value from trial_values").fetchall()
+    assert sorted(states.values()) == ["COMPLETE", "FAIL"]
+    ran, failed = (next(n for n, state in states.items() if state == s) for s in ("COMPLETE", "FAIL"))
+    (last,) = [row for row in rows(Path("sweep") / str(ran)) if row["evaluation_loss"] is not None]
+    assert values == [(last["evaluation_loss"],)]
+    assert swept.code == 1
+    assert f"failed: job {failed} of sweep; the others went on" in swept.err
+    assert "Traceback" not in swept.err
+
+
+OPTUNA = ("-m", "task=plan", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "run.dir=sweep")
+
+
+def test_a_job_without_a_loss_fails_for_a_sweeper_that_searches(planned: PlannedCommand) -> None:
+    outcome = planned.run(*OPTUNA, "train.steps=choice(2,3)")
+    assert len(outcome.jobs) == 2
+    assert outcome.code == 1
+    assert "failed: jobs 0, 1 of sweep; the others went on" in outcome.err
+    assert "its result is None, not a held-out loss" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_the_user_may_still_say_how_many_jobs_may_fail(planned: PlannedCommand) -> None:
+    outcome = planned.run(*OPTUNA, "hydra.sweeper.n_jobs=1", "hydra.sweeper.max_failure_rate=0")
+    assert len(outcome.jobs) == 1
+    assert outcome.code == 1

@@ -106,7 +106,7 @@ def test_a_sweep_ends_with_its_ranking_and_the_command_that_compares(commands: T
 
     lengths = ["checkpoint.load=a sweep/1", "train.sequence_length=16,32", "run.dir=lengths"]
     assert "train.sequence_length" not in (others := commands.must("-m", "task=evaluate", *lengths)).out
-    assert "data differ: sequence_length is 16 in 0, 32 in 1" in others.err
+    assert "data differ: train.sequence_length is 16 in 0, 32 in 1" in others.err
 
 
 @pytest.mark.parametrize(
