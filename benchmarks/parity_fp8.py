@@ -21,7 +21,8 @@ from dsv3.planning.layout import ParallelDims
 from tests.harness.pool import Pool
 from tests.parallel.parity_layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
 from tests.parallel.test_fp8 import FP8, FP32, GATHERED, WIDE, errors, one_process
-from tests.parallel.tiny_training import GLOBAL_BATCH, configured, train_config
+from tests.parallel.tiny_training import GLOBAL_BATCH, configured
+from tests.parallel.trace_comparison import train_on
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "benchmarks" / "results" / "parity_fp8.json"
@@ -78,7 +79,7 @@ def compare(pool: Pool, degrees: ParallelDims, overrides: list[str]) -> dict[str
     if microbatch != 2:
         single = one_process([*FP8, *own], microbatch)
     config = configured(["parallel=fsdp", *FP8, *overrides], microbatch)
-    traces = [t for t in pool.run(train_config, config, degrees, 1, microbatch, "sgd") if t is not None]
+    traces = train_on(pool, config, degrees, 1, microbatch)
     between = [e for trace in traces for e in errors(trace, single).values()]
     loss = single.metrics[0]["loss"]
     return {

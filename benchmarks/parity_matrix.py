@@ -22,8 +22,8 @@ from benchmarks.pages import fill, largest
 from dsv3.planning.layout import ParallelDims
 from tests.harness.pool import Pool, WorkerError
 from tests.parallel.parity_layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
-from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train, train_config
-from tests.parallel.trace_comparison import relative_error
+from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train
+from tests.parallel.trace_comparison import relative_error, train_on
 
 ROOT = Path(__file__).resolve().parents[1]
 JSON = ROOT / "benchmarks" / "results" / "parity_matrix.json"
@@ -69,8 +69,7 @@ def compare(pool: Pool, single: Trace, degrees: ParallelDims, overrides: list[st
     microbatch = 1 if degrees.pp > 1 else GLOBAL_BATCH // degrees.data_parallel // 2
     config = configured(["parallel=fsdp", *overrides], microbatch)
     started = time.perf_counter()
-    found = pool.run(train_config, config, degrees, STEPS, microbatch, "sgd")
-    traces = [trace for trace in found if trace is not None]
+    traces = train_on(pool, config, degrees, STEPS, microbatch)
     figures = [
         abs(mine[name] - theirs[name]) / max(abs(theirs[name]), 1e-12)
         for trace in traces

@@ -59,7 +59,7 @@ def _schema_types(schema: Any, prefix: str) -> tuple[tuple[str, KeyType], ...]:
     found: list[tuple[str, KeyType]] = []
     for field in fields(schema):
         hint, key = hints[field.name], f"{prefix}{field.name}"
-        nested = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+        nested: Any = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
         if nested is not None:
             found += _schema_types(nested, f"{key}.")
         elif not field.name.startswith("_"):

@@ -12,8 +12,8 @@ from dsv3.parallel.compile import has_compiler
 from dsv3.planning.layout import ParallelDims
 from tests.harness.pool import Pool
 from tests.parallel.parity_layouts import SINGLES
-from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train, train_config
-from tests.parallel.trace_comparison import assert_close, assert_equal
+from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train
+from tests.parallel.trace_comparison import assert_close, assert_equal, train_on
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def test_traced_layers_train_alike_under_every_wrapper(
     degrees: ParallelDims = SINGLES[layout]
     microbatch = GLOBAL_BATCH // degrees.data_parallel // 2
     config = configured(["parallel=fsdp", f"recompute={recompute}", *FEW, *TRACED], microbatch)
-    assert_equal(pool.run(train_config, config, degrees, 2, microbatch, "sgd"), single)
+    assert_equal(train_on(pool, config, degrees, 2, microbatch), single)
 
 
 def test_traced_layers_train_alike_in_fp8_where_a_schedule_splits_the_backward_pass(pool: Pool) -> None:
@@ -48,7 +48,7 @@ def test_traced_layers_train_alike_in_fp8_where_a_schedule_splits_the_backward_p
     plain = train(chosen, None, 1, 1)
     assert plain is not None
     config = configured([*chosen, "parallel=fsdp", "parallel.schedule=ZBVZeroBubble", *TRACED], 1)
-    for traced in pool.run(train_config, config, SINGLES["pp"], 1, 1, "sgd")[:2]:
+    for traced in train_on(pool, config, SINGLES["pp"], 1, 1)[:2]:
         assert traced.metrics[0]["loss"] == pytest.approx(plain.metrics[0]["loss"], rel=1e-3)
         assert_close(traced.gradients[0], plain.gradients[0], 2.0**-5)
         assert math.isnan(traced.metrics[0]["fp8_broken_tiles"])

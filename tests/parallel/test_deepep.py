@@ -13,7 +13,8 @@ from dsv3.parallel.deepep import DeepEPTokenDispatcher
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.planning.layout import ParallelDims
 from tests.harness.pool import Pool
-from tests.parallel.tiny_training import GLOBAL_BATCH, configured, train_config
+from tests.parallel.tiny_training import GLOBAL_BATCH, configured
+from tests.parallel.trace_comparison import train_on, whole_traces
 from tests.parallel.worker_deepep import run_both_backends, train_over_deepep
 
 IN_FP8 = ["precision=fp8", "precision.fp8.dispatch=true", "model.dim=128"]
@@ -41,11 +42,12 @@ def test_results_and_gradients_are_the_same_bits(pool: Pool, ep: int, in_fp8: bo
 def test_training_is_the_same(pool: Pool, degrees: ParallelDims, overrides: list[str]) -> None:
     microbatch = GLOBAL_BATCH // degrees.data_parallel // 2
     chosen = ["parallel=fsdp", *overrides]
-    plain = pool.run(train_config, configured(chosen, microbatch), degrees, 1, microbatch, "sgd")
+    plain = train_on(pool, configured(chosen, microbatch), degrees, 1, microbatch)
     config = configured([*chosen, "parallel.expert.backend=deepep"], microbatch)
     found = pool.run(train_over_deepep, config, degrees, microbatch)
+    traces = whole_traces([trace for trace, _ in found])
     for rank in range(degrees.world_size):
-        trace, buffers = found[rank]
+        trace, buffers = traces[rank], found[rank][1]
         # One on a rank, for both of its stages.
         assert buffers == 1
         assert trace.metrics == plain[rank].metrics

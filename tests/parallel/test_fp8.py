@@ -12,8 +12,8 @@ import torch
 
 from tests.harness.pool import Pool
 from tests.parallel.parity_layouts import PAIRS, SINGLES, TRIPLES
-from tests.parallel.tiny_training import Trace, configured, train, train_config
-from tests.parallel.trace_comparison import TOLERANCE, assert_close, relative_error
+from tests.parallel.tiny_training import Trace, configured, train
+from tests.parallel.trace_comparison import TOLERANCE, assert_close, relative_error, train_on
 
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
 FP32 = ["model.moe.forced_balance=true", "model.init_std=0.05"]
@@ -25,8 +25,7 @@ GATHERED = "precision.fp8.gather=true"
 
 def first_step(pool: Pool, layout: str, overrides: list[str]) -> list[Trace]:
     config = configured(["parallel=fsdp", *overrides], 2)
-    traces = pool.run(train_config, config, LAYOUTS[layout], 1, 2, "sgd")
-    return [trace for trace in traces if trace is not None]
+    return train_on(pool, config, LAYOUTS[layout], 1, 2)
 
 
 def one_process(overrides: list[str], microbatch: int = 2) -> Trace:

@@ -16,8 +16,8 @@ from dsv3.planning.parameters import every_weight
 from dsv3.planning.plan import state_bytes
 from dsv3.planning.sharding import shard_shape
 from tests.harness.pool import Pool
-from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train, train_config
-from tests.parallel.trace_comparison import assert_close, assert_equal
+from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train
+from tests.parallel.trace_comparison import assert_close, assert_equal, train_on
 from tests.parallel.worker_optimizers import Compared, State, compare_steps, state_sizes, take_steps
 
 # Fewer experts than shards, so that they are sliced, and a matrix of 20 rows, which 8 ranks cut unevenly.
@@ -144,7 +144,7 @@ def test_groups_and_frozen_parts_train_as_in_one_process(
 ) -> None:
     microbatch = GLOBAL_BATCH // degrees.data_parallel // 2
     config = configured(["parallel=fsdp", *GROUPS, *overrides], microbatch)
-    traces = pool.run(train_config, config, degrees, 3, microbatch, "configured")
+    traces = train_on(pool, config, degrees, 3, microbatch, "configured")
     assert_equal(traces, grouped)
 
 

@@ -3,13 +3,23 @@
 On every rank, with documents in rows, MTP, balance and z-loss, expert bias updates and several microbatches.
 """
 
+from typing import Any
+
 import pytest
+import torch
 
 from dsv3.planning.layout import ParallelDims
 from tests.harness.pool import Pool
 from tests.parallel.parity_layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
-from tests.parallel.tiny_training import GLOBAL_BATCH, Trace, configured, train, train_config
-from tests.parallel.trace_comparison import TOLERANCE, assert_equal, relative_error
+from tests.parallel.tiny_training import GLOBAL_BATCH, Shard, Trace, configured, train
+from tests.parallel.trace_comparison import (
+    TOLERANCE,
+    assert_close,
+    assert_equal,
+    relative_error,
+    train_on,
+    whole_traces,
+)
 
 STEPS = 2
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
@@ -34,8 +44,8 @@ def compare(
     # Two microbatches per rank, unless a schedule asks for more.
     microbatch = microbatch or GLOBAL_BATCH // degrees.data_parallel // 2
     config = configured(["parallel=fsdp", *overrides], microbatch)
-    traces = pool.run(train_config, config, degrees, STEPS, microbatch, optimizer)
-    assert sum(trace is not None for trace in traces) == degrees.world_size
+    traces = train_on(pool, config, degrees, STEPS, microbatch, optimizer)
+    assert len(traces) == degrees.world_size
     assert_equal(traces, single)
 
 
@@ -108,7 +118,7 @@ def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: 
     assert exact is not None
     assert single is not None
     degrees, config = LAYOUTS[layout], configured(["parallel=fsdp", "precision=bf16"], 2)
-    for trace in pool.run(train_config, config, degrees, 1, 2, "sgd")[: degrees.world_size]:
+    for trace in train_on(pool, config, degrees, 1, 2)[: degrees.world_size]:
         assert trace.metrics[0]["loss"] == pytest.approx(exact.metrics[0]["loss"], rel=5e-3)
         assert _median_error(trace, exact) < 1.5 * _median_error(single, exact)
 
@@ -116,6 +126,23 @@ def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: 
 def _median_error(trace: Trace, exact: Trace) -> float:
     errors = [relative_error(g, exact.gradients[0][name]) for name, g in trace.gradients[0].items()]
     return sorted(errors)[len(errors) // 2]
+
+
+def test_shards_of_ranks_are_joined_and_what_differs_or_is_missing_shows() -> None:
+    whole = torch.arange(6.0).view(3, 2) + 1
+
+    def trace(first: int, last: int, change: float = 0.0) -> Trace:
+        shard: Any = Shard((3, 2), (first, 0), whole[first:last] + change)
+        return Trace([], [], {"w": shard})
+
+    for good in whole_traces([trace(0, 2), trace(2, 3), trace(0, 2), None]):
+        assert_close(good.state, {"w": whole})
+    replica = whole_traces([trace(0, 2), trace(2, 3), trace(0, 2, 1.0)])
+    missing = whole_traces([trace(0, 2), trace(0, 2)])
+    for bad in (replica[2], missing[0]):
+        with pytest.raises(AssertionError):
+            assert_close(bad.state, {"w": whole})
+    assert torch.equal(replica[0].state["w"], whole)
 
 
 def test_the_comparison_is_not_vacuous(singles: dict[str, Trace]) -> None:

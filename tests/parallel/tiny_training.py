@@ -5,9 +5,11 @@ The functions run in the workers of the pool, and in the test's own process for 
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.checkpoint.load import load_weights
@@ -16,6 +18,7 @@ from dsv3.config.strict import strict
 from dsv3.data.loader import DataLoader
 from dsv3.data.packing import PackedRow
 from dsv3.distributed.process_group import RankContext
+from dsv3.distributed.torch_private import local_shape_and_offset
 from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.layout import ParallelDims
@@ -42,13 +45,28 @@ HYPERPARAMETERS = StepHyperparameters(
 )
 
 
+class Shard(NamedTuple):
+    """A rank's part of a tensor; trace_comparison.py puts the parts together, without collectives."""
+
+    shape: tuple[int, ...]
+    """That of the whole tensor."""
+    offset: tuple[int, ...]
+    values: Tensor
+
+
+Tensors = dict[str, Tensor]
+
+
 @dataclass
 class Trace:
-    """What is compared: metrics and full gradients of every step, parameters and buffers at the end."""
+    """What is compared: metrics and full gradients of every step, parameters and buffers at the end.
+
+    On the way from a worker a sharded tensor is a Shard.
+    """
 
     metrics: list[dict[str, float]]
-    gradients: list[dict[str, Tensor]]
-    state: dict[str, Tensor]
+    gradients: list[Tensors]
+    state: Tensors
     evaluation: float = 0.0
 
 
@@ -103,7 +121,7 @@ def train_config(
         trace.metrics.append({name: value.item() for name, value in metrics.known().items()})
     keep.remove()
     trace.evaluation = evaluate(model.forward_backward, StepRows(), microbatch, ranks).loss
-    trace.state = {name: full(value).clone() for name, value in model.state_dict().items()}
+    trace.state = {name: _own_part(value) for name, value in model.state_dict().items()}
     return trace
 
 
@@ -156,4 +174,13 @@ def full(tensor: Tensor) -> Tensor:
 
 def _gradients(model: ParallelModel) -> dict[str, Tensor]:
     named = [item for part in model.model_parts for item in part.named_parameters()]
-    return {name: full(p.grad).clone() for name, p in named if p.grad is not None}
+    return {name: _own_part(p.grad) for name, p in named if p.grad is not None}
+
+
+def _own_part(tensor: Tensor) -> Any:
+    """Return a copy of a tensor, or of this rank's shard of it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    assert not any(placement.is_partial() for placement in tensor.placements)
+    _, offset = local_shape_and_offset(tensor)
+    return Shard(tuple(tensor.shape), tuple(offset), tensor.to_local().detach().clone())
