@@ -150,8 +150,9 @@ def _fp8_rows(plan: Plan) -> list[tuple[str, str]]:
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     sent = {name: value for name, value in vars(plan.traffic).items() if value}
     sent["all axes"] = plan.traffic.total
-    rows = [(f"  {name}", f"{value / GIB:>10,.2f}") for name, value in sent.items()]
-    return [("sent per step", f"{'GiB':>10}"), *rows, ("bubble", f"{plan.bubble:>10.1%}")]
+    unit, scale = _unit(plan.traffic.total)
+    rows = [(f"  {name}", f"{value / scale:>10,.2f}") for name, value in sent.items()]
+    return [("sent per step", f"{unit:>10}"), *rows, ("bubble", f"{plan.bubble:>10.1%}")]
 
 
 def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -162,10 +163,16 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     parts["total"] = plan.memory.total
     if on_host:
         parts["on the host"] = on_host
-    rows = [(f"  {name}", f"{value / GIB:>10,.2f}") for name, value in parts.items()]
+    unit, scale = _unit(plan.memory.total)
+    rows = [(f"  {name}", f"{value / scale:>10,.2f}") for name, value in parts.items()]
     limit = plan.hardware.memory_bytes
-    device = f"{'unknown':>10}" if limit is None else f"{limit / GIB:>10,.2f}"
-    return [("memory per rank", f"{'GiB':>10}"), *rows, ("  device memory", device)]
+    device = f"{'unknown':>10}" if limit is None else f"{limit / scale:>10,.2f}"
+    return [("memory per rank", f"{unit:>10}"), *rows, ("  device memory", device)]
+
+
+def _unit(total: int) -> tuple[str, int]:
+    """Return the unit of a table and its bytes: GiB, or MiB for less than one."""
+    return ("GiB", GIB) if total >= GIB or not total else ("MiB", GIB // 1024)
 
 
 def _verdict_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from dsv3.config.convergence import CONTRACT, Kind, entry, kind
 from dsv3.config.overrides import compose as compose_overrides
 from dsv3.config.registry import SCHEMAS
 from dsv3.config.strict import strict
@@ -27,7 +28,7 @@ from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint
 from dsv3.launch.job import Job, plan_job
 from dsv3.launch.typed_keys import why_inert
 from dsv3.programs import TRAIN
-from tests.config.key_effects import EFFECTS, effect, weights
+from tests.config.key_effects import EFFECTS, effect, learning_rates, training, weights
 from tests.harness.commands import PlannedCommand, TrainCommand
 from tests.harness.composing import compose
 from tests.harness.tiny import MODEL, TRAINING
@@ -266,7 +267,7 @@ def test_another_value_of_a_key_is_seen(
     monkeypatch.setattr("dsv3.launch.job.visible_gpus", list)
     # The whole library would take half a minute.
     monkeypatch.setattr("dsv3.data.sources.StdlibCorpus", lambda: TextCorpus(files["path"]))
-    same = []
+    same, unlearnt = [], []
     for key in (key for key in KEYS if key.schema == schema):
         found = effect(key.schema, key.name)
         assert found is not None
@@ -275,7 +276,14 @@ def test_another_value_of_a_key_is_seen(
             refusals = [each for each in (one, other) if isinstance(each, tuple) and each[0] == "refused"]
             if repr(one) == repr(other) or (refusals and (key.schema, key.name) not in MAY_BE_REFUSED):
                 same.append((key.name, refusals))
+            # A key that changes the weights by more than rounding decides what is learnt.
+            digests = isinstance(one, tuple) and isinstance(other, tuple) and one[0] != other[0]
+            changes = found.observe is learning_rates or (found.observe is training and digests)
+            reason = CONTRACT.get(entry(key.name) or "", (None, ""))[1]
+            if changes and not refusals and not reason and kind(key.name) is not Kind.learnt:
+                unlearnt.append(key.name)
     assert not same
+    assert not unlearnt
 
 
 def leaf(job: Job, key: str) -> Any:

@@ -108,6 +108,14 @@ def test_values_that_suit_the_layout_are_found_anew(planned: PlannedCommand, sto
     assert job.config.train.global_batch_size == 8
 
 
+def test_a_learnt_value_that_was_filled_in_stays(planned: PlannedCommand, stored: StoredRun) -> None:
+    directory = stored.store("logger=none", "train.sequence_length=64", "train.global_batch_size=16")
+    found = {"filled_in": ["train.global_batch_size", "train.microbatch_size"]}
+    (directory / ENVIRONMENT_FILE).write_text(json.dumps(found))
+    job = planned.run(f"resume={directory}", "parallel=fsdp", "launch.nproc=4").job
+    assert job.config.train.global_batch_size == 16
+
+
 def test_keys_that_the_run_lacks_take_the_default_of_today_and_are_told_where_learnt(
     planned: PlannedCommand, stored: StoredRun
 ) -> None:

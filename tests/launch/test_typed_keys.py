@@ -14,7 +14,7 @@ from tests.harness.commands import PlannedCommand
 pytestmark = pytest.mark.slow
 
 UNREAD = {
-    "evaluate": ["optimizer.lr=1", "schedule=wsd", "train.steps=3", "logger=wandb", "checkpoint.keep_last=3"],
+    "evaluate": ["optimizer.lr=1", "schedule=wsd", "train.steps=3", "train={clip_norm:2}", "logger=wandb"],
     "generate": ["data.held_out=0.1", "train.sequence_length=8", "compile=on", "tokenizer.vocab_size=300"],
     "verify": ["precision=bf16", "checkpoint.load=x", "parallel=fsdp", "train={seed:1}"],
     "compare": ["model=16b", "experiments=learning_rate", "launch.nproc=2", "hardware=h100"],
@@ -57,7 +57,7 @@ def test_values_of_an_experiment_are_not_typed(planned: PlannedCommand, tmp_path
     (tmp_path / "experiments").mkdir()
     text = "# @package _global_\noptimizer: {lr: 0.5}\nmodel: {num_layers: 3}\n"
     (tmp_path / "experiments" / "mine.yaml").write_text(text)
-    command = (f"--config-dir={tmp_path}", "experiments=mine", "task=verify", "task.path=x")
+    command = (f"--config-dir={tmp_path}", "experiments=mine", "task=generate")
     assert planned.run(*command).job.config.model.num_layers == 3
 
 
