@@ -33,7 +33,7 @@ from dsv3.checkpoint.load import parameter_shapes
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import strict
 from dsv3.convert.output_file import DirectWriter, row_slices
-from dsv3.hf.config_json import config_json
+from dsv3.hf.config_writer import config_json
 from dsv3.hf.names import SCALE_SUFFIX, hf_layout, is_fp8_weight, mtp_duplicates
 from dsv3.hf.safetensors_writer import Entry, SafetensorsWriter, index_json, plan_files
 from tests.fp8.plain import dequantize_reference

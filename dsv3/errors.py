@@ -4,7 +4,9 @@ cli/application.py prints an error and returns its exit code.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from reprlib import Repr
 
 DONE, FAILED, MISTAKE, STOPPED, KILLED = 0, 1, 2, 75, 130
@@ -71,6 +73,33 @@ def closest_multiples(unit: int, value: int) -> list[int]:
     """Return the multiples of `unit` on both sides of `value`, without 0."""
     below = value // unit * unit
     return [n for n in (below, below + unit) if n > 0]
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise UserError where a file of a release is the Git-LFS pointer that a clone without LFS leaves.
+
+    Reads 48 bytes. Call it before a file of a HuggingFace directory is parsed, whatever its kind.
+    """
+    with path.open("rb") as file:
+        is_pointer = file.read(48).startswith(b"version https://git-lfs.github.com/spec/v")
+    if is_pointer:
+        raise UserError(
+            f"{path} is a Git-LFS pointer, not the file itself: fetch it with `git lfs pull`, "
+            "or the repository anew with convert.py direction=download"
+        )
+
+
+def repository_hint(path: str) -> str:
+    """Return what to type instead of a repository of the hub, or a path behind hf:, that is no path here.
+
+    Empty where a path looks like neither.
+    """
+    if path.startswith("hf:"):
+        return "; hf: stands in checkpoint.load alone, leave it out here"
+    if not re.fullmatch(r"[\w.-]*\w/\w[\w.-]*", path):
+        return ""
+    fetch = f"convert.py direction=download repo={path} assets=all output=DIR"
+    return f"; a repository of the hub is fetched first, {fetch}, and DIR is then given"
 
 
 def comma_separated(numbers: Iterable[int]) -> str:

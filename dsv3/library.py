@@ -17,7 +17,7 @@ from dsv3.config.overrides import quote_texts
 from dsv3.config.root import Config
 from dsv3.config.strict import strict
 from dsv3.errors import UserError
-from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint
+from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint, stored_model_notes
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         files = UserFiles(overrides, own)
         raise UserError(explain_error(error, overrides, root_groups("config", files), files)) from None
     config: Config = strict(composed, composed.run.allow_targets)
+    stored_model_notes(config, command)  # refuses what the caller has not set by its own key
     return config
 
 

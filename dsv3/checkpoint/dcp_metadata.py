@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from dsv3.distributed.torch_private import chunk_location
 from dsv3.errors import UserError
+from dsv3.hf.names import MODEL_PREFIX
+from dsv3.hf.nonfinite import require_finite
 from dsv3.metrics.progress import Phase, phase
 
 
@@ -134,20 +136,30 @@ def read_metadata(directory: Path) -> Metadata:
         raise UserError(f"{directory}/.metadata is refused: {error or type(error).__name__}") from None
 
 
-def load_tensors(directory: Path, targets: dict[str, Tensor]) -> None:
+def load_tensors(directory: Path, targets: dict[str, Tensor], metadata: Metadata | None = None) -> None:
     """Fill `targets` in place from a checkpoint, resharding as needed; all ranks call it together.
 
+    `metadata` is that of the directory, where it has been read: the metadata of many shards takes seconds.
     UserError that names the tensor for one that is missing or of another shape.
     """
-    metadata = read_metadata(directory)
+    metadata = metadata or read_metadata(directory)
     require_tensors(directory, metadata, targets)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
             with loading(directory) as planner:
+                planner.must_be_finite = directory
                 load(dict(targets), storage_reader=SafeReader(directory, metadata), planner=planner)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise UserError(f"{directory} cannot be read, it may be damaged: {_reason(error)}") from error
+        raise user_error(error) or UserError(
+            f"{directory} cannot be read, it may be damaged: {_reason(error)}"
+        ) from error
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """Return the first UserError of any rank in DCP's wrapper of what happened on each, None without one."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    return next((cause for cause, _ in failures if isinstance(cause, UserError)), None)
 
 
 class LoadPlanner(DefaultLoadPlanner):
@@ -156,6 +168,8 @@ class LoadPlanner(DefaultLoadPlanner):
     def __init__(self, work: Phase) -> None:
         super().__init__()
         self.work = work
+        self.must_be_finite: Path | None = None
+        """The checkpoint whose weights are looked at as they come; one of HF tensors looks for itself."""
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         """Return the plan, and add up what this rank is going to read."""
@@ -166,8 +180,13 @@ class LoadPlanner(DefaultLoadPlanner):
         return super().finish_plan(new_plan)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Take a tensor that has been read."""
+        """Take a tensor that has been read; UserError for a weight with a value that is not finite."""
         super().commit_tensor(read_item, tensor)
+        name = read_item.dest_index.fqn
+        if self.must_be_finite is not None and name.startswith(MODEL_PREFIX):
+            origin = read_item.storage_index.offset or (0,) * len(read_item.storage_offsets)
+            begin = [a + b for a, b in zip(origin, read_item.storage_offsets, strict=True)]
+            require_finite(tensor, self.must_be_finite, name, tuple(begin))
         self.work.advance(tensor.nbytes)
 
 

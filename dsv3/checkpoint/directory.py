@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsv3.config.checkpoint import HF_PREFIX
-from dsv3.errors import UserError
+from dsv3.errors import UserError, repository_hint
 
 MODEL_FILE, STATE_FILE, TOKENIZER_DIR = "model.yaml", "state.json", "tokenizer"
 
@@ -25,7 +25,10 @@ ENVIRONMENT_FILE = "environment.json"
 MANIFEST_FILE = "manifest.json"
 
 HF_DIR = "hf"
-"""In a checkpoint that was converted from a HuggingFace one: what came beside its weights."""
+"""In a checkpoint whose weights began as a HuggingFace one: what came beside them."""
+
+ASSETS_DIR = "assets"
+"""In a run that began with such weights: the same, from which each of its checkpoints has its copy."""
 
 LATEST, BEST = "latest", "best"
 """Links beside the steps of a run, each to one of them."""
@@ -117,9 +120,14 @@ def find_checkpoint(path: str) -> Path:
     RUN/checkpoints/latest and best are the steps that they point to now.
     """
     if path.startswith(HF_PREFIX):
-        released = Path(path.removeprefix(HF_PREFIX))
+        named = path.removeprefix(HF_PREFIX)
+        released = Path(named).expanduser()
+        if not released.exists():
+            raise UserError(f"checkpoint.load={path} does not exist{repository_hint(named)}")
         if not is_hf_checkpoint(released):
-            raise UserError(f"checkpoint.load={path} is no HuggingFace checkpoint: it has no config.json")
+            ours = (released / ".metadata").is_file() or newest_checkpoint(released)
+            why = f"checkpoint.load={shlex.quote(named)} reads it" if ours else "it has no config.json"
+            raise UserError(f"checkpoint.load={path} is no HuggingFace checkpoint: {why}")
         return released
     directory = _pointed(Path(path))
     if (directory / ".metadata").is_file():
@@ -127,7 +135,7 @@ def find_checkpoint(path: str) -> Path:
     if newest := newest_checkpoint(directory):
         return newest
     if not directory.exists():
-        raise UserError(f"checkpoint.load={path} does not exist")
+        raise UserError(f"checkpoint.load={path} does not exist{repository_hint(path)}")
     if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
         hint = f"checkpoint.load={HF_PREFIX}{shlex.quote(path)}"
         raise UserError(f"checkpoint.load={path} is a HuggingFace checkpoint: {hint} reads it")

@@ -3,24 +3,32 @@
 Checks whether a checkpoint holds the weights of a model need its metadata alone, and no memory for weights.
 """
 
+import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed import get_rank, is_initialized
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from dsv3.checkpoint.dcp_metadata import load_tensors, loading, read_metadata, require_tensors
-from dsv3.checkpoint.directory import is_hf_checkpoint
+from dsv3.checkpoint.dcp_metadata import (
+    load_tensors,
+    loading,
+    read_metadata,
+    require_tensors,
+    user_error,
+)
+from dsv3.checkpoint.directory import MODEL_FILE, is_hf_checkpoint
 from dsv3.checkpoint.state import ModelParts, local_tensor, model_state, unique_by_name
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import build
 from dsv3.errors import UserError
-from dsv3.hf.names import MODEL_PREFIX
+from dsv3.hf.names import MODEL_PREFIX, SCALE_SUFFIX
 from dsv3.hf.pread_file import PreadFile
 from dsv3.hf.safetensors_reader import read_headers
 from dsv3.hf.storage_reader import HFSource, HFStorageReader
@@ -43,7 +51,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, Tensor]:
 def stored_weights(directory: Path) -> str:
     """Return the narrowest number format, such as bf16, in which a checkpoint stores a matrix."""
     if is_hf_checkpoint(directory):
-        dtypes = [entry.dtype for entry in read_headers(directory).values() if len(entry.shape) > 1]
+        dtypes = [
+            entry.dtype
+            for name, entry in read_headers(directory).items()
+            if len(entry.shape) > 1 and not name.endswith(SCALE_SUFFIX)
+        ]
     else:
         dtypes = [
             entry.properties.dtype
@@ -68,25 +80,50 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def load_weights(model_parts: ModelParts, directory: Path) -> None:
     """Load the weights of a model whose parts are spread over the ranks, which call this together.
 
-    UserError where the checkpoint lacks weights of this model or holds others; only the MTP layers may be
-    left out of the model.
+    UserError where the checkpoint lacks weights of this model or holds others (require_no_others).
     """
     config = model_parts[0].config
     if is_hf_checkpoint(directory):
         with closing(open_hf_checkpoint(directory, config)) as source:
             fill(model_state(model_parts), lambda tensors: _load_hf_tensors(source, tensors))
         return
-    known = expected_tensors(config)
-    left_out = f"{MODEL_PREFIX}mtp." if not config.mtp_depths else ()
-    for name in read_metadata(directory).state_dict_metadata:
-        if name.startswith(MODEL_PREFIX) and name not in known and not name.startswith(left_out):
+    metadata = read_metadata(directory)
+    stored = metadata.state_dict_metadata
+    require_no_others(config, directory, stored, expected_tensors(config))
+    fill(model_state(model_parts), lambda tensors: load_tensors(directory, tensors, metadata))
+
+
+def require_no_others(
+    config: ModelConfig, directory: Path, stored: Iterable[str], known: Container[str]
+) -> None:
+    """Raise UserError for a model's tensor among those `stored` in a DCP that is not among the `known` ones.
+
+    The last layers, main or MTP, may be left out: the command has asked for fewer by name, compared with
+    model.yaml (config/model_difference.py). Without that file nothing was compared, and MTP layers alone may
+    be left out, all together.
+    """
+    described = (directory / MODEL_FILE).is_file()
+    for name in stored:
+        if not name.startswith(MODEL_PREFIX) or name in known:
+            continue
+        kind, _, rest = name.removeprefix(MODEL_PREFIX).partition(".")
+        last = {"layers": config.num_layers, "mtp": config.mtp_depths}.get(kind)
+        number = rest.partition(".")[0]
+        left_out = last is not None and number.isdecimal() and int(number) >= last
+        if not (left_out and (described or (kind, last) == ("mtp", 0))):
             raise UserError(f"{directory} has '{name}', the model does not: it was saved from another model")
-    fill(model_state(model_parts), lambda tensors: load_tensors(directory, tensors))
 
 
 def open_hf_checkpoint(directory: Path, config: ModelConfig, kind: type[PreadFile] = PreadFile) -> HFSource:
-    """Open the weights of an HF checkpoint, their headers checked against the model; the caller closes it."""
-    return HFSource(directory, config, parameter_shapes(config), kind)
+    """Open the weights of an HF checkpoint, their headers checked against the model; the caller closes it.
+
+    Rank 0 tells what is read although no release is so: a recast, a padded vocabulary, keys passed over.
+    """
+    source = HFSource(directory, config, parameter_shapes(config), kind)
+    if not is_initialized() or get_rank() == 0:
+        for note in source.notes:
+            print(note, file=sys.stderr)
+    return source
 
 
 def fill(wanted: Iterable[tuple[str, Tensor]], read: Callable[[dict[str, Tensor]], None]) -> None:
@@ -110,5 +147,4 @@ def _load_hf_tensors(source: HFSource, tensors: dict[str, Tensor]) -> None:
             with loading(source.directory) as planner:
                 load(dict(tensors), storage_reader=HFStorageReader(source), planner=planner)
     except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values() if isinstance(cause, UserError)]
-        raise (causes[0] if causes else error) from None
+        raise (user_error(error) or error) from None

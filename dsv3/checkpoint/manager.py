@@ -136,7 +136,8 @@ class CheckpointManager:
             verify_together(directory, self.ranks)
         except UserError as error:
             raise with_way_out(error, directory) from None
-        stored = read_metadata(directory).state_dict_metadata
+        metadata = read_metadata(directory)
+        stored = metadata.state_dict_metadata
         new = NewState(model_parts, optimizer, stored)
         with phase("making room for the optimizer's state"):
             make_optimizer_state(optimizer)
@@ -146,7 +147,7 @@ class CheckpointManager:
         # A layout with more ranks than before has no stored random state for the new ones.
         random = {name: value for name, value in random_state(self.ranks.rank).items() if name in stored}
         wanted = [*model_state(model_parts), *state, *random.items()]
-        fill(wanted, lambda tensors: load_tensors(directory, tensors))
+        fill(wanted, lambda tensors: load_tensors(directory, tensors, metadata))
         for generator in random.values():
             torch.set_rng_state(generator)
         self.newest = directory

@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dsv3.checkpoint.directory import (
+    ASSETS_DIR,
+    HF_DIR,
     MODEL_FILE,
     TOKENIZER_DIR,
     Progress,
@@ -222,9 +224,9 @@ class Saver:
         snapshot.progress.write(partial)
         if self.record is not None:
             self.record.write(partial, snapshot.progress.step)
-        tokenizer = self.run_dir / TOKENIZER_DIR
-        if tokenizer.exists():
-            shutil.copytree(tokenizer, partial / TOKENIZER_DIR)
+        for kept, name in ((TOKENIZER_DIR, TOKENIZER_DIR), (ASSETS_DIR, HF_DIR)):
+            if (self.run_dir / kept).exists():
+                shutil.copytree(self.run_dir / kept, partial / name)
         entries = {name: entry for rank in written for name, entry in rank.items()}
         write_manifest(partial, entries | _entries(partial, "*", but=entries))
         commit(partial, directory)

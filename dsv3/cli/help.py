@@ -40,12 +40,13 @@ usage: {program} direction=DIRECTION [KEY=VALUE ...]
       And back; DIR is a run, a step of one or a DCP directory. fp8 is in blocks with a scale each.
   direction=hf_to_hf input=HF_DIR output=HF_DIR [dtype=bf16|fp32|fp8]
       From one stored type to another.
-  direction=download repo=OWNER/NAME output=DIR [assets=tokenizer|config|weights] [revision=TAG]
+  direction=download repo=OWNER/NAME output=DIR [assets=tokenizer|config|weights|all] [revision=TAG]
       Files from the HuggingFace hub. Credentials and HF_HUB_OFFLINE come from the environment.
 
 Keys (* is the default):
   dtype           bf16* fp32 fp8: what weights are stored as; a DCP takes no fp8
   scale_fmt       float32 ue8m0: what new fp8 scales are; as in the input unless given
+  fp8.unaligned   fp8* bf16: of weights that do not fill whole blocks; transformers misreads them in fp8
   max_shard_size  5GB*: of a safetensors file; 5GB, 500MiB or bytes
   workers         auto* (one a core) or a number of threads
   verify          false* true: compare a DCP that is read with its manifest, read the output again and

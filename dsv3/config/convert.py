@@ -58,7 +58,7 @@ _EVERY = frozenset({"direction", "output"})
 
 _CONVERSION = _EVERY | {"input", "dtype", "workers", "verify", "plan", "speeds", "model"}
 
-_TO_HF = _CONVERSION | {"scale_fmt", "max_shard_size"}
+_TO_HF = _CONVERSION | {"scale_fmt", "fp8", "max_shard_size"}
 
 READS = {
     Direction.download: _EVERY | {"repo", "revision", "assets"},
@@ -75,6 +75,7 @@ class Assets(Enum):
     tokenizer = "tokenizer"
     config = "config"
     weights = "weights"
+    all = "all"
 
 
 class StoredType(Enum):
@@ -90,6 +91,21 @@ class ScaleFormat(Enum):
 
     float32 = "float32"
     ue8m0 = "ue8m0"
+
+
+class Unaligned(Enum):
+    """The stored type, in an fp8 export, of weights with a side that is no multiple of a block's."""
+
+    fp8 = "fp8"
+    bf16 = "bf16"
+
+
+@dataclass
+class Fp8ExportConfig:
+    """The choice of weights that an export with dtype=fp8 writes in fp8."""
+
+    unaligned: Unaligned = Unaligned.fp8
+    """Stored type of weights with sides that are no multiples of a block; every reader reads bf16 alike."""
 
 
 @schema("convert")
@@ -110,6 +126,8 @@ class ConvertConfig:
     """Stored type of the output's weights; a DCP takes bf16 or fp32."""
     scale_fmt: ScaleFormat | None = None
     """Format of new fp8 scales; null is that of the input's scales."""
+    fp8: Fp8ExportConfig = field(default_factory=Fp8ExportConfig)
+    """The weights that dtype=fp8 writes in fp8."""
     max_shard_size: str = "5GB"
     """Largest safetensors file: 5GB, 500MiB, or a number of bytes."""
     workers: int | str = AUTO
@@ -121,11 +139,11 @@ class ConvertConfig:
     speeds: list[float] = field(default_factory=lambda: [0.5, 1.0, 3.0, 7.0])
     """Disk speeds that `plan` assumes, in GB/s."""
     repo: str | None = None
-    """Repository of the HuggingFace hub, OWNER/NAME."""
+    """Repository of the HuggingFace hub, OWNER/NAME or the address of its page."""
     revision: str | None = None
     """Branch, tag or commit of the repository; null is its default branch."""
     assets: Assets = Assets.config
-    """Files to fetch."""
+    """Files to fetch; weights come with the config, all is the whole repository."""
     model: ModelConfig | None = None
     """The model; model=hf takes it from the input's config.json."""
 

@@ -96,11 +96,11 @@ class TrainedTokenizerConfig(TokenizerConfig):
 @schema("tokenizer/local")
 @dataclass
 class LocalTokenizerConfig(TokenizerConfig):
-    """A tokenizer on disk: a tokenizer.json, or a directory that holds one."""
+    """A tokenizer on disk: a tokenizer.json or tiktoken.model, or a directory that holds one."""
 
     _target_: str = "dsv3.data.tokenizer.LocalTokenizer"
     path: str | None = field(default=None, metadata=PATH)
-    """A tokenizer.json, or a directory that holds one."""
+    """A tokenizer.json or tiktoken.model, or a directory that holds one with what is beside it."""
 
     def validate(self) -> None:
         """Raise InvalidValue for a missing path."""

@@ -1,6 +1,7 @@
 """Carry out what convert.py is asked for: open a source, write the files of a target, verify them."""
 
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
@@ -26,9 +27,9 @@ from dsv3.convert.hf_target import require_valid_scales, to_hf
 from dsv3.convert.output_file import Interrupted, row_slices
 from dsv3.convert.request import is_verify_only
 from dsv3.distributed.signals import Stopped, stop_on_signal
-from dsv3.errors import RunFailed, quoted
+from dsv3.errors import RunFailed
 from dsv3.hf.names import SCALE_SUFFIX, mtp_duplicates
-from dsv3.hf.pread_file import DirectReader, fault
+from dsv3.hf.pread_file import DirectReader
 from dsv3.hf.storage_reader import HFSource
 from dsv3.metrics.progress import amount, phase
 
@@ -44,10 +45,7 @@ def require_equal_mtp_duplicates(source: HFSource, model: ModelConfig, workers: 
             pairs, pool.map(lambda pair: _equal_bytes(source, *pair), pairs), strict=True
         ):
             if not equal:
-                raise fault(
-                    source.stored[name].file,
-                    f"has {quoted(name)} that is not equal to '{original}': here an MTP layer shares it",
-                )
+                raise source.unequal_duplicate(name, original)
 
 
 def _equal_bytes(source: HFSource, name: str, other: str) -> bool:
@@ -86,6 +84,8 @@ def convert(config: ConvertConfig) -> str:
             conversion = to_dcp(source, model, dtype)
         else:
             conversion = to_hf(config, source, model)
+    if conversion.warning:
+        print(f"warning: {conversion.warning}", file=sys.stderr)
     if config.plan:
         read = sum(file.stat().st_size for file in _input_files(source))
         return estimate(read, conversion.nbytes, workers, config.speeds)
@@ -174,6 +174,8 @@ def _identity(
     ]
     keys = ("direction", "dtype", "scale_fmt", "max_shard_size")
     chosen = {key: value.value if isinstance(value := getattr(config, key), Enum) else value for key in keys}
+    if config.dtype is StoredType.fp8:
+        chosen["fp8.unaligned"] = config.fp8.unaligned.value
     stored = {"quantization_config": [source.block, source.quantization], "model": to_yaml(model)}
     layout = [[file.name, file.nbytes, len(file.slices)] for file in conversion.files]
     return chosen | {"input": files} | stored | {"layout of files": layout}

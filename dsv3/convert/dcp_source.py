@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dsv3.checkpoint.dcp_metadata import read_metadata
 from dsv3.checkpoint.directory import HF_DIR
+from dsv3.checkpoint.load import require_no_others
 from dsv3.config.model import ModelConfig
 from dsv3.convert.hf_assets import SCALES_FILE, read_import_metadata
 from dsv3.distributed.torch_private import locate_saved_tensor
 from dsv3.errors import UserError, quoted
 from dsv3.hf.names import MODEL_PREFIX, HFTensor, hf_layout
+from dsv3.hf.nonfinite import require_finite
 from dsv3.hf.pread_file import DirectReader, OpenFiles, PreadFile, fault
 from dsv3.hf.safetensors_header import TensorInfo, byte_view, read_header
 from dsv3.hf.safetensors_reader import WINDOW, SafetensorsReader, ScratchMemory
-from dsv3.hf.storage_reader import VALUE_DTYPES
+from dsv3.hf.tensor_check import VALUE_DTYPES
 from dsv3.planning.sharding import FP8_BLOCK
 
 
@@ -75,7 +77,10 @@ class DcpSource:
         self.quantization: dict[str, Any] | None = import_metadata.get("quantization_config")
         # A model trained here is exported as DeepSeek exports: with the duplicates.
         self.has_mtp_duplicates = bool(import_metadata.get("copies", True))
-        self._chunks = find_chunks(directory, shapes)
+        metadata = read_metadata(directory)
+        known = {MODEL_PREFIX + name for name in shapes}
+        require_no_others(config, directory, metadata.state_dict_metadata, known)
+        self._chunks = find_chunks(directory, metadata, shapes)
         self._entries = EntryReader()
         for chunks in self._chunks.values():
             for chunk in chunks:
@@ -89,6 +94,10 @@ class DcpSource:
         chunk = self._chunks[tensor.parameter, _chunk_group(tensor.offset)][0]
         return torch.bfloat16 if chunk.dtype is torch.bfloat16 else torch.float32
 
+    def is_quantized(self, name: str) -> bool:
+        """Return whether an HF weight came in fp8."""
+        return name in self._scales
+
     def read_scales(self, name: str) -> Tensor | None:
         """Return the scale grid that an HF weight was imported with, or None."""
         entry = self._scales.get(name)
@@ -99,7 +108,10 @@ class DcpSource:
         return None
 
     def read_rows(self, tensor: HFTensor, first: int, count: int, out: Tensor) -> Tensor:
-        """Fill `out` with rows [first, first + count) of an HF tensor, from all chunks that hold any."""
+        """Fill `out` with rows [first, first + count) of an HF tensor, from all chunks that hold any.
+
+        UserError for a value that is not finite.
+        """
         offset, sizes = tensor.box_of_rows(first, count)
         box = out.view(sizes)
         for chunk in self._chunks[tensor.parameter, _chunk_group(tensor.offset)]:
@@ -107,6 +119,7 @@ class DcpSource:
             if shared is not None:
                 source = relative_index(*shared, chunk.offset)
                 self._copy_box(chunk, source, box[relative_index(*shared, offset)])
+        require_finite(out, self.directory, tensor.name, (first,) if tensor.shape else ())
         return out
 
     def _copy_box(self, chunk: Chunk, box: tuple[slice, ...], target: Tensor) -> None:
@@ -143,12 +156,13 @@ class DcpSource:
             target[first : first + count].copy_(values[:, columns])
 
 
-def find_chunks(directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[tuple[str, int], list[Chunk]]:
+def find_chunks(
+    directory: Path, metadata: Metadata, shapes: dict[str, tuple[int, ...]]
+) -> dict[tuple[str, int], list[Chunk]]:
     """Return the chunks by parameter and group (see `_chunk_group`).
 
     UserError where a parameter is missing, of another shape or dtype, or where chunks overlap.
     """
-    metadata = read_metadata(directory)
     found: dict[tuple[str, int], list[Chunk]] = defaultdict(list)
     files: dict[str, Path] = {}
     places = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()}

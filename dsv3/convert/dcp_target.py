@@ -28,7 +28,14 @@ from dsv3.config.model import ModelConfig
 from dsv3.config.strict import to_yaml
 from dsv3.convert.destination import Finished
 from dsv3.convert.engine import Conversion
-from dsv3.convert.hf_assets import IMPORT_METADATA_FILE, SCALES_FILE, copy_assets, copy_record, write_json
+from dsv3.convert.hf_assets import (
+    IMPORT_METADATA_FILE,
+    SCALES_FILE,
+    copy_assets,
+    copy_record,
+    require_assets,
+    write_json,
+)
 from dsv3.convert.hf_target import SafetensorsOutput, ScaleGridSlice
 from dsv3.convert.output_file import HashingWriter, OutputFile, row_slices, view_buffer
 from dsv3.distributed.torch_private import chunk_location
@@ -84,7 +91,7 @@ def dcp_files(source: HFSource, dtype: torch.dtype) -> list[OutputFile]:
     )
     slices = []
     for tensor in layout:
-        stored = stored_dtype(tensor, dtype)
+        stored = stored_dtype(tensor, dtype, source.value_dtype(tensor))
         multiple = source.block[0] if source.is_quantized(tensor.name) else 1
         for first, count in row_slices(tensor.shape, stored.itemsize, multiple):
             slices.append(DcpSlice(source, tensor, first, count, stored))
@@ -131,8 +138,11 @@ def write_metadata(
 
 def to_dcp(source: HFSource, model: ModelConfig, dtype: torch.dtype) -> Conversion:
     """Return the conversion to a DCP in `dtype`, with model.yaml, the tokenizer and hf/."""
+    require_assets(source.directory)
     weights = dcp_files(source, dtype)
-    dtypes = {tensor.parameter: stored_dtype(tensor, dtype) for tensor in source.layout}
+    dtypes = {
+        tensor.parameter: stored_dtype(tensor, dtype, source.value_dtype(tensor)) for tensor in source.layout
+    }
 
     def complete(directory: Path, finished: list[Finished]) -> None:
         write_metadata(directory, finished[: len(weights)], source.shapes, dtypes)

@@ -1,57 +1,183 @@
-"""Download a model's tokenizer, config or weights from the HuggingFace hub (direction=download)."""
+"""Download a model's tokenizer, config or weights from the HuggingFace hub (direction=download).
 
+Credentials, proxies, HF_ENDPOINT and HF_HUB_OFFLINE come from the environment, as huggingface_hub reads them.
+The files of one commit are listed first: a refusal is then told before anything is written, and every file
+can be compared with the digest that the hub lists for it. huggingface_hub alone takes a folder that exists
+for a finished download when the hub refuses.
+"""
+
+import glob
+import hashlib
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from dsv3.config.convert import Assets, ConvertConfig
-from dsv3.errors import RunFailed, UserError
+from dsv3.data.tokenizer_files import is_tokenizer_file
+from dsv3.errors import RunFailed, UserError, quoted
 from dsv3.metrics.progress import Phase, phase
 
-_PATTERNS = {
-    Assets.tokenizer: ["tokenizer*", "special_tokens_map.json", "*tiktoken*", "vocab*", "merges*"],
-    Assets.config: ["config.json", "generation_config.json"],
-    Assets.weights: ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"],
-}
+_CONFIG = (
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+)
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+_CHUNK = 1 << 20  # bytes that a digest reads at once
 
 # huggingface_hub keeps its state of an unfinished download here, so that it can be resumed.
 _RESUMABLE = Path(".cache") / "huggingface"
 
+_PAGE = re.compile(r"(?:hf:(?://)?|https?://[^/]+/)?(?P<name>[^/]+/[^/]+?)(?:\.git|/tree/[^/]+)?/?")
+
 
 def download(config: ConvertConfig) -> Path:
-    """Download `assets` of `repo` into `output`, going on where an earlier call was cut off.
+    """Download `assets` of `repo` into `output`, going on after a call that was cut off; compare digests.
 
-    Credentials, proxies and HF_HUB_OFFLINE come from the environment, as huggingface_hub reads them.
-    UserError for an output in use, an unknown repository or no connection; RunFailed when it breaks off.
+    UserError for an output in use, and for a repository that is unknown, refused, not reached or without such
+    files; RunFailed where the hub fails, the download breaks off, or a file is not what the hub lists.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
+    broken: Any = HfHubHTTPError.__bases__  # OSError, and the base of the HTTP client's errors
     output = Path(config.output or "")
     if output.is_file():
         raise UserError(f"output={output} is a file: name a directory")
     if output.is_dir() and any(output.iterdir()) and not (output / _RESUMABLE).is_dir():
         raise UserError(f"output={output} is not empty: name a new directory")
+    repo = _name(str(config.repo))
+    commit, listed = _list(repo, config)
+    files = [file for file in listed if _is_wanted(file.path, config.assets)]
+    outside = [file.path for file in files if ".." in Path(file.path).parts or Path(file.path).is_absolute()]
+    if outside:
+        raise UserError(
+            f"repo={config.repo} is refused: {quoted(outside[0])} would lie outside of output={output}"
+        )
+    if not files:
+        other = sorted({Path(file.path).suffix for file in listed} & {".bin", ".pt", ".pth", ".gguf", ".h5"})
+        hint = f"; its weights are in {', '.join(other)} files, which dsv3 does not read" if other else ""
+        raise UserError(f"repo={config.repo} has no files for assets={config.assets.name}{hint}")
     try:
-        with phase(f"downloading {config.repo}") as work:
+        with phase(f"downloading {repo}") as work:
             snapshot_download(
-                str(config.repo),
-                revision=config.revision,
-                allow_patterns=_PATTERNS[config.assets],
+                repo,
+                revision=commit,
+                allow_patterns=[glob.escape(file.path) for file in files],
                 local_dir=output,
+                endpoint=_endpoint(),
                 tqdm_class=_counting_bar(work),
             )
-    except HFValidationError as error:
-        raise UserError(f"repo={config.repo} is no repository name: {_first_line(error)}") from None
-    except LocalEntryNotFoundError:
-        why = "there is no connection, or HF_HUB_OFFLINE is set"
-        raise UserError(f"repo={config.repo} cannot be reached: {why}") from None
-    except HfHubHTTPError as error:
-        raise UserError(f"repo={config.repo} is refused: {_first_line(error)}") from None
-    except OSError as error:
-        raise RunFailed(f"the download broke off, the same command goes on: {_first_line(error)}") from None
-    if not any(path.is_file() for path in output.glob("*")):
-        raise UserError(f"repo={config.repo} has no files for assets={config.assets.name}")
+    except broken as error:
+        # The files of a gated repository are refused one by one; the library may call that no connection.
+        for each in (error, error.__cause__):
+            if isinstance(each, HfHubHTTPError):
+                raise _refusal(each, config) from None
+        raise RunFailed(f"the download broke off, the same command goes on: {_lines(error)}") from None
+    _compare(output, files)
     return output
+
+
+def _name(repo: str) -> str:
+    """Return OWNER/NAME of a repository that may be given by its page, or behind hf: as elsewhere."""
+    found = _PAGE.fullmatch(repo)
+    return found["name"] if found else repo
+
+
+def _endpoint() -> str | None:
+    """Return the address of the hub where it is another one than huggingface_hub's default."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _list(repo: str, config: ConvertConfig) -> tuple[str, list[Any]]:
+    """Return the commit that `revision` means, and huggingface_hub's entries of all its files."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
+
+    unreached: Any = HfHubHTTPError.__bases__  # OSError, and the base of the HTTP client's errors
+    api, given = HfApi(endpoint=_endpoint()), f"repo={config.repo}"
+    try:
+        with phase(f"listing {repo}"):
+            commit = str(api.model_info(repo, revision=config.revision).sha)
+            entries = api.list_repo_tree(repo, recursive=True, revision=commit)
+            return commit, [entry for entry in entries if hasattr(entry, "blob_id")]  # the others are folders
+    except HFValidationError as error:
+        raise UserError(f"{given} is no repository name: {_lines(error)}") from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{given} has no revision={config.revision}: give a branch, tag or commit of it"
+        ) from None
+    except HfHubHTTPError as error:
+        raise _refusal(error, config) from None
+    except OfflineModeIsEnabled:
+        raise UserError(f"{given} cannot be reached: HF_HUB_OFFLINE is set") from None
+    except unreached as error:
+        raise UserError(
+            f"{given} cannot be reached, there is no connection to {api.endpoint}: {_lines(error)}"
+        ) from None
+
+
+def _refusal(error: Any, config: ConvertConfig) -> UserError | RunFailed:
+    """Return what an answer of the hub other than the file means: its own fault, or that of the request."""
+    status = error.response.status_code
+    if status >= 500 or status == 429:
+        told = f"the hub fails (HTTP {status}), the same command may work later"
+        return RunFailed(f"repo={config.repo}: {told}: {_lines(error)}")
+    login = " (HF_TOKEN, or hf auth login, says who you are)" if status in (401, 403) else ""
+    return UserError(f"repo={config.repo} is refused (HTTP {status}): {_lines(error)}{login}")
+
+
+def _is_wanted(path: str, assets: Assets) -> bool:
+    """Return whether a file belongs to `assets`; of those in folders only templates do, but for all."""
+    if assets is Assets.all:
+        return True
+    if assets is Assets.tokenizer:
+        return is_tokenizer_file(path) and ("/" not in path or path.startswith("additional_chat_templates/"))
+    patterns = (*_CONFIG, *_WEIGHTS) if assets is Assets.weights else _CONFIG
+    return "/" not in path and any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _compare(output: Path, files: list[Any]) -> None:
+    """Compare every file with the size and digest that the hub lists; remove bad ones and raise RunFailed.
+
+    A thread per file reads 1 MiB at a time.
+    """
+    total = sum(file.size for file in files)
+    with phase("comparing digests", total, "bytes") as work, ThreadPoolExecutor(os.cpu_count()) as threads:
+        sound = list(threads.map(lambda file: _is_sound(output / file.path, file, work), files))
+    bad = [file.path for file, is_sound in zip(files, sound, strict=True) if not is_sound]
+    for name in bad:
+        (output / name).unlink(missing_ok=True)
+    if bad:
+        more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+        what = f"{output / bad[0]}{more} did not have the digest that the hub lists, and is removed"
+        raise RunFailed(f"{what}: the same command fetches it again")
+
+
+def _is_sound(path: Path, listed: Any, work: Phase) -> bool:
+    """Return whether a file has the SHA-256 of its LFS entry, or else git's digest."""
+    size = listed.lfs.size if listed.lfs else listed.size
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    digest = hashlib.sha256() if listed.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            work.advance(len(chunk))
+    wanted: str = listed.lfs.sha256 if listed.lfs else listed.blob_id
+    return digest.hexdigest() == wanted
 
 
 def _counting_bar(work: Phase) -> Any:
@@ -83,6 +209,8 @@ def _counting_bar(work: Phase) -> Any:
     return Bar
 
 
-def _first_line(error: Exception) -> str:
-    """Return the first line of a message, at most 200 characters of it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _lines(error: BaseException) -> str:
+    """Return the words of the hub in one line of at most 600 characters, without the request's number."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    idle = re.compile(r"\d+ \w+ Error|.*Request ID|For more information check: |$")
+    return " ".join(line for line in lines if not idle.match(line))[:600] or type(error).__name__

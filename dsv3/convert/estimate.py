@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from dsv3.config.convert import ConvertConfig, Direction, StoredType
+from dsv3.config.convert import ConvertConfig, Direction, StoredType, Unaligned
 from dsv3.config.model import ModelConfig
 from dsv3.convert.engine import count_threads
+from dsv3.convert.fp8_choice import Fp8Choice
 from dsv3.convert.output_file import SLICE_BYTES
-from dsv3.hf.names import HFTensor, hf_layout, is_fp8_weight, with_mtp_duplicates
+from dsv3.hf.names import HFTensor, hf_layout, with_mtp_duplicates
 from dsv3.planning.sharding import FP8_BLOCK
 
 _PYTORCH_BYTES = 300 * 2**20
@@ -35,15 +36,18 @@ def estimated_bytes(
         Direction.hf_to_hf: (with_duplicates, other),
     }[config.direction]
     read = layout if config.direction is Direction.dcp_to_hf else with_duplicates
-    return _nbytes(read, stored), _nbytes(tensors, config.dtype)
+    return _nbytes(read, stored, Unaligned.fp8), _nbytes(tensors, config.dtype, config.fp8.unaligned)
 
 
-def _nbytes(tensors: Sequence[HFTensor], dtype: StoredType) -> int:
+def _nbytes(tensors: Sequence[HFTensor], dtype: StoredType, unaligned: Unaligned) -> int:
     """Return the bytes of tensors with their scales, one fp32 value per block."""
+    fp8: frozenset[str] = frozenset()
+    if dtype is StoredType.fp8:
+        fp8 = Fp8Choice.of(tensors, (FP8_BLOCK, FP8_BLOCK), unaligned).names
     total = 0
     for tensor in tensors:
         count = math.prod(tensor.shape)
-        if dtype is StoredType.fp8 and is_fp8_weight(tensor.name):
+        if tensor.name in fp8:
             total += count + 4 * math.prod(-(-length // FP8_BLOCK) for length in tensor.shape)
         else:
             total += count * (4 if dtype is StoredType.fp32 else 2)

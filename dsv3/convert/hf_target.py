@@ -12,18 +12,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.directory import HF_DIR, TOKENIZER_DIR
+from dsv3.checkpoint.directory import TOKENIZER_DIR
 from dsv3.config.convert import ConvertConfig, ScaleFormat, StoredType, parse_size
 from dsv3.config.model import ModelConfig
 from dsv3.convert.dcp_source import DcpSource
 from dsv3.convert.destination import Finished
 from dsv3.convert.engine import Conversion
-from dsv3.convert.hf_assets import copy_assets, copy_record, copy_tokenizer, write_json
+from dsv3.convert.fp8_choice import Fp8Choice
+from dsv3.convert.hf_assets import ExportAssets, assets_folder, copy_record
 from dsv3.convert.output_file import HashingWriter, OutputFile, OutputSlice, row_slices, view_buffer
 from dsv3.fp8.quantize import quantize
-from dsv3.hf.config_json import config_json, model_from_hf, updated_config
-from dsv3.hf.config_values import read_config
-from dsv3.hf.names import SCALE_SUFFIX, HFTensor, is_fp8_weight, stored_dtype, with_mtp_duplicates
+from dsv3.hf.names import SCALE_SUFFIX, HFTensor, stored_dtype, with_mtp_duplicates
 from dsv3.hf.safetensors_reader import INDEX
 from dsv3.hf.safetensors_writer import Entry, SafetensorsPlan, SafetensorsWriter, index_json, plan_files
 from dsv3.hf.storage_reader import HFSource
@@ -41,6 +40,9 @@ class Source(Protocol):
 
     def read_codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
         """Return rows of whole blocks as stored fp8 codes, and their scales; None if they are not in fp8."""
+
+    def is_quantized(self, name: str) -> bool:
+        """Return whether a weight came in fp8."""
 
     def read_scales(self, name: str) -> Tensor | None:
         """Return the scale grid that a weight was released with, None if it was not in fp8."""
@@ -154,12 +156,9 @@ class HFFormat:
     """The form of written weights: values of `dtype`, or fp8 quantized from values of `dtype`."""
 
     dtype: torch.dtype
-    fp8: bool = False
+    fp8: frozenset[str] = frozenset()
+    """Names of the tensors in fp8."""
     power_of_two: bool = False
-
-    def is_fp8(self, name: str) -> bool:
-        """Return whether this HF tensor is written in fp8."""
-        return self.fp8 and is_fp8_weight(name)
 
 
 def hf_files(
@@ -168,13 +167,14 @@ def hf_files(
     """Return the files of `tensors` (name to write, tensor to read), as plans and with their slices."""
     entries: list[Entry] = []
     for name, tensor in tensors:
-        if form.is_fp8(name):
+        if name in form.fp8:
             rows, columns = tensor.shape
             grid = (-(-rows // source.block[0]), -(-columns // source.block[1]))
             entries.append((name, torch.float8_e4m3fn, tensor.shape))
             entries.append((name + SCALE_SUFFIX, torch.float32, grid))
         else:
-            entries.append((name, stored_dtype(tensor, form.dtype), tensor.shape))
+            dtype = stored_dtype(tensor, form.dtype, source.value_dtype(tensor))
+            entries.append((name, dtype, tensor.shape))
     plans = plan_files(entries, max_shard_size)
     by_name = dict(tensors)
     files = []
@@ -190,8 +190,9 @@ def _slices(
     output: SafetensorsOutput, source: Source, name: str, tensor: HFTensor, form: HFFormat
 ) -> Iterator[OutputSlice]:
     """Yield the slices of a tensor; in fp8 they are of whole blocks."""
-    is_fp8 = form.is_fp8(name)
-    dtype = source.value_dtype(tensor) if is_fp8 else stored_dtype(tensor, form.dtype)
+    is_fp8 = name in form.fp8
+    came = source.value_dtype(tensor)
+    dtype = came if is_fp8 else stored_dtype(tensor, form.dtype, came)
     conversion = TensorConversion(output, source, tensor, name, dtype, form.power_of_two)
     for first, count in row_slices(tensor.shape, dtype.itemsize, source.block[0] if is_fp8 else 1):
         rows = HFSlice(conversion, first, count)
@@ -216,47 +217,33 @@ def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfi
     """Return the conversion to safetensors files with index, config.json and the assets of the input."""
     known = dict(source.quantization or {})  # the quantization_config that the weights came with
     scale_fmt = config.scale_fmt.value if config.scale_fmt else known.get("scale_fmt")
+    choice = None
+    if config.dtype is StoredType.fp8:
+        choice = Fp8Choice.of(source.layout, source.block, config.fp8.unaligned, source.is_quantized)
     form = HFFormat(
         torch.float32 if config.dtype is StoredType.fp32 else torch.bfloat16,
-        fp8=config.dtype is StoredType.fp8,
+        fp8=choice.names if choice else frozenset(),
         power_of_two=scale_fmt == ScaleFormat.ue8m0.value,
     )
     tensors = [(tensor.name, tensor) for tensor in source.layout]
     if source.has_mtp_duplicates:
         tensors = with_mtp_duplicates(source.layout, model)
     plans, files = hf_files(source, tensors, form, parse_size(config.max_shard_size))
-    origin = source.directory if isinstance(source, HFSource) else source.directory / HF_DIR
-    quantization = None
-    if form.fp8:
-        quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"} | known
+    quantization: dict[str, Any] | None = None
+    if choice is not None:
+        quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        quantization |= choice.quantization_config(known, model.num_layers + model.mtp_depths)
         quantization["weight_block_size"] = list(source.block)
         quantization.pop("scale_fmt", None)
         if form.power_of_two:
             quantization["scale_fmt"] = scale_fmt
-    values = _config_values(origin, model, _DTYPE_NAMES[config.dtype], quantization)
+    dtype, tokenizer = _DTYPE_NAMES[config.dtype], source.directory / TOKENIZER_DIR
+    assets = ExportAssets.of(model, dtype, assets_folder(source.directory), tokenizer, quantization)
 
     def complete(directory: Path, finished: list[Finished]) -> None:
         if len(plans) > 1:
             (directory / INDEX).write_text(index_json(plans))
-        if origin.is_dir():
-            copy_assets(origin, directory)
-        write_json(directory / "config.json", values)
+        assets.write(directory)
         copy_record(source.directory, directory)
-        copy_tokenizer(source.directory / TOKENIZER_DIR, directory)
 
-    return Conversion(files, complete)
-
-
-def _config_values(
-    origin: Path, model: ModelConfig, dtype: str, quantization: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Return the config.json that came with the weights, or a new one, with model and dtypes as written."""
-    if (origin / "config.json").is_file():
-        values = updated_config(read_config(origin).values, model, model_from_hf(origin))
-    else:
-        values = config_json(model, dtype)
-    values.pop("quantization_config", None)
-    if model.mtp_depths == 0:
-        values.pop("num_nextn_predict_layers", None)
-    values["dtype" if "dtype" in values else "torch_dtype"] = dtype
-    return values | ({"quantization_config": quantization} if quantization else {})
+    return Conversion(files, complete, choice.warning() if choice else None)

@@ -11,16 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dsv3.checkpoint.directory import commit, prepare_partial
+from dsv3.checkpoint.directory import ASSETS_DIR, TOKENIZER_DIR, commit, prepare_partial
 from dsv3.checkpoint.load import open_hf_checkpoint, parameter_shapes
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.model import ModelConfig
 from dsv3.convert.dcp_source import intersect, relative_index
-from dsv3.convert.hf_assets import copy_tokenizer, write_json
+from dsv3.convert.hf_assets import ExportAssets
 from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.torch_private import local_shape_and_offset
-from dsv3.hf.config_json import config_json
 from dsv3.hf.names import HFTensor, hf_layout, stored_dtype, with_mtp_duplicates
 from dsv3.hf.safetensors_header import byte_view
 from dsv3.hf.safetensors_reader import INDEX, read_headers
@@ -101,18 +100,19 @@ _LARGEST_FILE = 5 * 10**9
 def export_hf(
     model: ParallelModel,
     directory: Path,
-    tokenizer: Path,
+    run_dir: Path,
     ranks: RankContext,
     record: TrainingRecord | None = None,
     step: int = 0,
 ) -> None:
-    """Write bf16 safetensors, config.json and the tokenizer to `directory`, which appears when complete.
+    """Write bf16 safetensors and all that belongs beside them to `directory`, which appears when complete.
 
+    The assets are those that the run's weights came with, else the run's own tokenizer, both from `run_dir`.
     `record` says what the weights of `step` were trained on. All ranks call it together; rank 0 writes.
     UserError for a model that no class of transformers computes.
     """
     config = model.model_parts[0].config
-    values = config_json(config, "bfloat16")
+    assets = ExportAssets.of(config, "bfloat16", run_dir / ASSETS_DIR, run_dir / TOKENIZER_DIR)
     if not ranks.is_main:
         for _ in stream(model):
             pass
@@ -130,10 +130,10 @@ def export_hf(
                     work.advance(tensor.nbytes)
     if len(plans) > 1:
         (partial / INDEX).write_text(index_json(plans))
-    write_json(partial / "config.json", values)
-    copy_tokenizer(tokenizer, partial)
+    assets.write(partial)
     if record is not None:
         record.write(partial, step)
     with phase(f"computing digests of {directory}"):
-        write_manifest(partial, {path.name: FileEntry.of(path) for path in sorted(partial.iterdir())})
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        write_manifest(partial, {str(path.relative_to(partial)): FileEntry.of(path) for path in files})
     commit(partial, directory)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,19 @@ from omegaconf import DictConfig, OmegaConf
 from dsv3.checkpoint.directory import MANIFEST_FILE, MODEL_FILE, find_checkpoint, is_hf_checkpoint
 from dsv3.config.convert import READS, ConvertConfig, Direction, StoredType
 from dsv3.config.model import HFModelConfig
+from dsv3.config.model_difference import INIT_STD
 from dsv3.config.overrides import as_typed, split_override
 from dsv3.config.registry import Stored
 from dsv3.config.strict import strict
-from dsv3.errors import UserError, require
+from dsv3.errors import UserError, repository_hint, require
 from dsv3.hf.config_json import model_from_hf
-from dsv3.launch.checkpoint_defaults import Composition, filled, plain_model, read_model
+from dsv3.launch.checkpoint_defaults import (
+    Composition,
+    described_model,
+    filled,
+    plain_model,
+    read_model,
+)
 
 
 def is_verify_only(config: Any) -> bool:
@@ -42,6 +49,8 @@ def prepare_conversion(composed: DictConfig, command: Composition | None = None)
         if OmegaConf.get_type(composed, "model") is HFModelConfig:
             composed.model = None
     config: ConvertConfig = strict(composed)
+    if reads and config.input and config.model is not None:
+        config = _compared_with_input(config, command)
     needs_input = reads and not (config.plan and config.model is not None)
     require(
         not needs_input or bool(config.input), "input", config.input, "give the directory to read, input=DIR"
@@ -61,6 +70,8 @@ def _refuse_unread(composed: DictConfig, overrides: Sequence[str]) -> None:
     for told, key in typed.items():
         if key == "speeds" and not composed.plan:
             raise UserError(f"{told} is for an estimate alone: add plan=true, or leave it out")
+        if key.partition(".")[0] == "fp8" and composed.dtype is not StoredType.fp8:
+            raise UserError(f"{told} is for exports in fp8: add dtype=fp8, or leave it out")
         if key == "scale_fmt" and composed.dtype is not StoredType.fp8 and composed.scale_fmt is not None:
             raise UserError(f"{told} is the format of fp8 scales: add dtype=fp8, or leave it out")
     if is_verify_only(composed):
@@ -73,7 +84,7 @@ def _check_input(direction: Direction, path: str) -> None:
     """Raise UserError unless the input is of the kind that the direction reads."""
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"input={path} is no directory")
+        raise UserError(f"input={path} is no directory{repository_hint(path)}")
     if direction is Direction.dcp_to_hf:
         if is_hf_checkpoint(directory) or any(directory.glob("*.safetensors")):
             other = "direction=hf_to_dcp and hf_to_hf read it"
@@ -93,13 +104,30 @@ def _checkpoint(path: str) -> Path:
         raise UserError(str(error).replace("checkpoint.load=", "input=", 1)) from None
 
 
+def _compared_with_input(config: ConvertConfig, command: Composition) -> ConvertConfig:
+    """Return the config, and print a line on the numbers that were typed other than the input has them.
+
+    A preset's init_std does not replace the input's: no weight is drawn here. UserError for a number that
+    differs and was not typed as model.KEY=.
+    """
+    assert config.model is not None
+    source = str(config.input)
+    directory = _checkpoint(source) if config.direction is Direction.dcp_to_hf else Path(source)
+    stored = described_model(directory)
+    for note in command.compared(f"input={source}", stored, config.model):
+        print(note, file=sys.stderr)
+    if stored is None or INIT_STD in command.keys:
+        return config
+    return replace(config, model=replace(config.model, init_std=stored.init_std))
+
+
 def _over_input(composed: DictConfig, command: Composition) -> DictConfig:
     """Return the config with the model of model.path, or else of the input, and what was typed over it."""
     given, source = composed.model.path, composed.input
     if not (given or source):
         return composed
     if given and not Path(given).is_dir():
-        raise UserError(f"model.path={given} is no directory")
+        raise UserError(f"model.path={given} is no directory{repository_hint(given)}")
     if composed.direction is Direction.dcp_to_hf and not given:
         model = read_model(_checkpoint(source) / MODEL_FILE)
     else:

@@ -48,12 +48,15 @@ def load_or_tokenize(target: Path, tokenizer: Tokenizer, texts: Iterable[str]) -
 def encode_documents(
     tokenizer: Tokenizer, texts: Iterable[str], chunk_characters: int = CHUNK_CHARACTERS
 ) -> Iterator[npt.NDArray[np.uint32]]:
-    """Yield the ids of each text between bos and eos, where the tokenizer has them; skip empty documents.
+    """Yield the ids of each text, begun by bos as the tokenizer says and ended by eos; skip empty documents.
+
+    eos ends every document, also where add_eos_token is false: that key speaks of prompts, and a model learns
+    from documents where to stop.
 
     Texts of more than `chunk_characters` characters are encoded in chunks, about four chunks at once: enough
     to keep every core busy, few enough for the memory.
     """
-    before = np.array([i for i in (tokenizer.bos,) if i is not None], np.uint32)
+    before = np.array([i for i in (tokenizer.bos,) if i is not None and tokenizer.add_bos], np.uint32)
     after = np.array([i for i in (tokenizer.eos,) if i is not None], np.uint32)
     document = [before]
     chunks = (chunk for text in texts for chunk in split_text(text, chunk_characters))

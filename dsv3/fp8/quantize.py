@@ -113,8 +113,8 @@ def quantize(
       are rounded to multiples of 2^-149 or 2^-133 that no longer tell all codes apart),
     - no product rounds to infinity but that of a code of +-448, and
     - no code is 0xff: both NaNs come back as 0x7f.
-    The scale may be negative, the block partial, of zeros, or without a code of 448. A scale of 0 or infinity
-    is not kept; a scale of NaN is, but all its codes become 0x7f.
+    The scale may be negative, the block partial, of zeros, or without a code of 448. A scale of 0 is
+    kept by zeros alone, one of infinity by none; a scale of NaN is, but all its codes become 0x7f.
 
     Raises:
         ValueError: `scales` is not the grid of `weight`.
@@ -142,7 +142,10 @@ def quantize_reference(
         values, target = weight[rows, columns], codes[rows, columns]
         if scales is not None:
             chosen[i, j] = scales[i, j]
-            target.copy_(_round_with_nan(values.float() / chosen[i, j]))
+            # 0 / 0 is NaN, but zeros come back from the scale 0 as well.
+            unscaled = bool(chosen[i, j] == 0) and not bool(values.any())
+            scaled = values.float() if unscaled else values.float() / chosen[i, j]
+            target.copy_(_round_with_nan(scaled))
             back = (target.float() * chosen[i, j]).to(weight.dtype)
             if bool((_bits(back).eq(_bits(values)) | (back.isnan() & values.isnan())).all()):
                 continue

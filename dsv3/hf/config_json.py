@@ -1,4 +1,4 @@
-"""Read a model's config from the config.json of an HF checkpoint, and write the config.json of a model.
+"""Read a model's config from the config.json of an HF checkpoint; config_writer.py writes one.
 
 Rotary settings are in `rope_parameters` (transformers 5), or in `rope_theta` and `rope_scaling` (older).
 """
@@ -17,22 +17,9 @@ from dsv3.config.model import (
 from dsv3.config.strict import validate
 from dsv3.errors import InvalidValue, UserError
 from dsv3.hf.config_values import HFValues, read_config
-from dsv3.planning.sharding import FP8_BLOCK
-
-_ROPE_KEYS = {
-    "rope_theta",
-    "rope_type",
-    "type",
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-}
-
-# Keys of transformers' YaRN that DeepSeek's code does not have, with the values that change nothing.
-_NEUTRAL = {"attention_factor": (None,), "truncate": (True,)}
+from dsv3.hf.neutral_keys import NEUTRAL_KEYS, NEUTRAL_ROPE_KEYS, NEUTRAL_ROPE_VALUES, ROPE_KEYS
+from dsv3.hf.other_architectures import ARCHITECTURES, refuse_other_architecture
+from dsv3.hf.quantization import block_size
 
 
 def rope_from_hf(hf: HFValues) -> RopeConfig:
@@ -41,10 +28,15 @@ def rope_from_hf(hf: HFValues) -> RopeConfig:
     UserError for a key that is missing, unknown or given twice with two values.
     """
     length = hf.get("max_position_embeddings", int)
+    original = hf.get("original_max_position_embeddings", int, None)
     nodes = [node for key in ("rope_parameters", "rope_scaling") if (node := hf.node(key)) is not None]
     found = [_rope_from_node(hf, node, length) for node in nodes]
     if len(found) == 2 and found[0] != found[1]:
         raise hf.error("rope_scaling", nodes[1].values, "is not what rope_parameters says")
+    for rope in found:
+        if rope.scaling is RopeScaling.yarn and original not in (None, rope.original_sequence_length):
+            text = f"is not that of the scaling, {rope.original_sequence_length}: which one is right?"
+            raise hf.error("original_max_position_embeddings", original, text)
     return found[0] if found else RopeConfig(theta=_rope_theta(hf, None), original_sequence_length=length)
 
 
@@ -52,8 +44,9 @@ def _rope_from_node(hf: HFValues, node: HFValues, length: int) -> RopeConfig:
     """Return what one of the two objects says; `length` is the model's max_position_embeddings."""
     theta, kind = _rope_theta(hf, node), _rope_type(node)
     for key, value in node.values.items():
-        if key not in _ROPE_KEYS and value not in _NEUTRAL.get(key, ()):
-            raise node.error(key, value, f"is not supported; known keys: {', '.join(sorted(_ROPE_KEYS))}")
+        known = key in ROPE_KEYS or key in NEUTRAL_ROPE_KEYS or value in NEUTRAL_ROPE_VALUES.get(key, ())
+        if not known:
+            raise node.error(key, value, f"is not supported; known keys: {', '.join(sorted(ROPE_KEYS))}")
     if kind == "default":
         return RopeConfig(theta=theta, original_sequence_length=length)
     return RopeConfig(
@@ -95,15 +88,11 @@ def _rope_type(node: HFValues) -> str:
     return next(iter(kinds.values()), "default")
 
 
-ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-}
-"""transformers' model class by `model_type`."""
-
 _TOPK_METHODS = {"deepseek_v2": ("greedy", "group_limited_greedy")}
 """`topk_method` of V2: no groups, or groups scored by their maximum. V3 has `noaux_tc` alone."""
+
+_EXPERT_ALIASES = {"num_local_experts", "num_experts"}
+"""Names under which transformers' classes also take n_routed_experts."""
 
 _HF_KEYS = {
     "dim": "hidden_size",
@@ -126,41 +115,78 @@ _HF_KEYS = {
 }
 """Our config keys -> keys of config.json, where the two differ."""
 
+_MOE_KEYS = {key for ours, key in _HF_KEYS.items() if ours.startswith("moe.")} | {
+    *("norm_topk_prob", "scoring_func", "topk_method"),
+}
+"""Keys that only layers with experts read."""
+
+
+def family(hf: HFValues) -> str:
+    """Return `deepseek_v2` or `deepseek_v3`, whose code computes a config.json's model.
+
+    The class in `architectures` decides. model_type may then be a name of the publisher's own, but not that
+    of another class. UserError for any other architecture.
+    """
+    refuse_other_architecture(hf)
+    kind, names = hf.values.get("model_type"), hf.values.get("architectures")
+    hf.used |= {"model_type", "architectures"}
+    if not names:
+        name = ARCHITECTURES[hf.require("model_type", tuple(ARCHITECTURES), None)]
+    else:
+        # A known model_type names its class; any other one leaves both open.
+        own = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+        classes = [own] if own else dict.fromkeys(ARCHITECTURES.values())
+        (name,) = hf.require("architectures", tuple([each] for each in classes), None)
+    return next(kind for kind, each in ARCHITECTURES.items() if each == name)
+
 
 def model_from_hf(directory: Path) -> ModelConfig:
     """Return the model of a checkpoint directory.
 
-    UserError for a key that is missing, or a value of the wrong type, out of range or not supported.
+    UserError for a key that is missing, of another architecture, or with a value of the wrong type, out of
+    range or not supported.
+    """
+    return read_hf_model(directory)[0]
+
+
+def read_hf_model(directory: Path) -> tuple[ModelConfig, list[str]]:
+    """Return the model of a checkpoint directory, and the keys of its config.json that no one reads.
+
+    UserError as of `model_from_hf`.
     """
     hf = read_config(directory)
-    kind = hf.require("model_type", tuple(ARCHITECTURES), None)
-    hf.require("architectures", (None, [ARCHITECTURES[kind]]), None)
+    refuse_other_architecture(hf)
+    block_size(hf)  # refuses a quantization that is not supported
+    kind = family(hf)
     hf.require("hidden_act", ("silu",), "silu")
     hf.require("tie_word_embeddings", (False,), False)
     hf.require("attention_bias", (False,), False)
     hf.require("mlp_bias", (False,), False)
     hf.require("moe_layer_freq", (1,), 1)
     hf.require("rope_interleave", (True,), True)
-    block_size(hf)  # refuses a quantization that is not supported
-    heads = hf.get("num_attention_heads", int)
-    hf.require("num_key_value_heads", (heads, None), None)
+    layers, dense = hf.get("num_hidden_layers", int), hf.get("first_k_dense_replace", int)
+    moe = _moe_from_hf(hf, kind)
+    mtp_depths = _aliased(hf, "num_nextn_predict_layers", "num_mtp_layers", default=None) or 0
+    if moe is None and mtp_depths:
+        raise hf.error("num_nextn_predict_layers", mtp_depths, "is not supported without experts")
     model = ModelConfig(
         vocab_size=hf.get("vocab_size", int),
         dim=hf.get("hidden_size", int),
-        num_layers=hf.get("num_hidden_layers", int),
-        num_dense_layers=hf.get("first_k_dense_replace", int),
+        num_layers=layers,
+        # A small copy of a release may keep the release's count, which is then more than there are layers.
+        num_dense_layers=layers if moe is None else min(dense, layers),
         dense_hidden_dim=hf.get("intermediate_size", int),
         attention=AttentionConfig(
-            heads=heads,
+            heads=hf.get("num_attention_heads", int),
             q_lora_rank=hf.get("q_lora_rank", int, nullable=True),
             kv_lora_rank=hf.get("kv_lora_rank", int),
             qk_nope_head_dim=hf.get("qk_nope_head_dim", int),
             qk_rope_head_dim=hf.get("qk_rope_head_dim", int),
             v_head_dim=hf.get("v_head_dim", int),
         ),
-        moe=_moe_from_hf(hf),
+        moe=moe or _no_experts(kind),
         rope=rope_from_hf(hf),
-        mtp_depths=hf.get("num_nextn_predict_layers", int, None) or 0,
+        mtp_depths=mtp_depths,
         norm_eps=hf.get("rms_norm_eps", float),
         init_std=hf.get("initializer_range", float, 0.02),
     )
@@ -170,7 +196,18 @@ def model_from_hf(directory: Path) -> ModelConfig:
     except InvalidValue as wrong:
         key = _HF_KEYS.get(wrong.key, wrong.key.rpartition(".")[2])
         raise UserError(f"{hf.file}: {key}={wrong.value} is not possible: {wrong.allowed}") from None
-    return model
+    known = hf.used | NEUTRAL_KEYS
+    return model, [key for key, value in hf.values.items() if key not in known and value is not None]
+
+
+def _aliased(hf: HFValues, key: str, *aliases: str, default: Any = ...) -> Any:
+    """Return the integer of `key`, which transformers also reads under other names; the names must agree."""
+    present = [name for name in (key, *aliases) if hf.values.get(name) is not None]
+    found = {name: hf.get(name, int) for name in present}
+    for name, value in found.items():
+        if value != found[present[0]]:
+            raise hf.error(name, value, f"but {present[0]}={found[present[0]]}: which one is right?")
+    return found[present[0]] if present else hf.get(key, int, default)
 
 
 def _check_layer_types(hf: HFValues, model: ModelConfig) -> None:
@@ -182,27 +219,14 @@ def _check_layer_types(hf: HFValues, model: ModelConfig) -> None:
         raise hf.error("mlp_layer_types", types, text)
 
 
-def block_size(hf: HFValues) -> tuple[int, int]:
-    """Return the rows and columns of a block-fp8 weight that share a scale; without quantization (128, 128).
+def _moe_from_hf(hf: HFValues, kind: str) -> MoEConfig | None:
+    """Return routing and experts, None for a model of dense layers alone (n_routed_experts=null).
 
-    UserError for a format other than DeepSeek's.
+    UserError for a combination that DeepSeek's code does not have.
     """
-    stored = hf.node("quantization_config")
-    if stored is None:
-        return FP8_BLOCK, FP8_BLOCK
-    method, block, form = map(stored.values.get, ("quant_method", "weight_block_size", "fmt"))
-    sides = block if isinstance(block, list) and all(type(side) is int and side > 0 for side in block) else []
-    if method != "fp8" or len(sides) != 2 or form not in (None, "e4m3"):
-        raise UserError(
-            f"{hf.file}: quantization_config with quant_method={method!r}, weight_block_size={block}, "
-            f"fmt={form!r} is not supported; supported: none, or fp8 with two block sides and e4m3"
-        )
-    return sides[0], sides[1]
-
-
-def _moe_from_hf(hf: HFValues) -> MoEConfig:
-    """Return routing and experts; UserError for a combination that DeepSeek's code does not have."""
-    kind = hf.values["model_type"]
+    if hf.values.get("n_routed_experts", ...) is None and not _EXPERT_ALIASES & set(hf.values):
+        hf.used |= {key for key in hf.values if key in _MOE_KEYS}
+        return None
     methods = _TOPK_METHODS.get(kind, ("noaux_tc",))
     method = hf.require("topk_method", methods, methods[0])
     # DeepSeek's code knows softmax alone in V2 and sigmoid in V3; transformers ignores the key.
@@ -216,7 +240,7 @@ def _moe_from_hf(hf: HFValues) -> MoEConfig:
         text = f"is not supported with norm_topk_prob=true: deepseek_v2 then leaves the factor {scale} out"
         raise hf.error("routed_scaling_factor", scale, text)
     return MoEConfig(
-        num_experts=hf.get("n_routed_experts", int),
+        num_experts=_aliased(hf, "n_routed_experts", *sorted(_EXPERT_ALIASES)),
         top_k=hf.get("num_experts_per_tok", int),
         num_shared_experts=hf.get("n_shared_experts", int, nullable=True) or 0,
         hidden_dim=hf.get("moe_intermediate_size", int),
@@ -229,105 +253,8 @@ def _moe_from_hf(hf: HFValues) -> MoEConfig:
     )
 
 
-def config_json(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the config.json of a model with weights of `dtype` (PyTorch's name); softmax routing is V2.
-
-    UserError for a model that neither class of transformers computes.
-    """
-    kind = "deepseek_v2" if model.moe.score_function is ScoreFunction.softmax else "deepseek_v3"
-    _require_known_class(model, kind)
-    attention, moe = model.attention, model.moe
-    values = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "torch_dtype": dtype,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.dim,
-        "intermediate_size": model.dense_hidden_dim,
-        "num_hidden_layers": model.num_layers,
-        "first_k_dense_replace": model.num_dense_layers,
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": attention.heads,
-        "q_lora_rank": attention.q_lora_rank,
-        "kv_lora_rank": attention.kv_lora_rank,
-        "qk_nope_head_dim": attention.qk_nope_head_dim,
-        "qk_rope_head_dim": attention.qk_rope_head_dim,
-        "v_head_dim": attention.v_head_dim,
-        "rms_norm_eps": model.norm_eps,
-        "initializer_range": model.init_std,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-    }
-    if model.mtp_depths:
-        values["num_nextn_predict_layers"] = model.mtp_depths
-    return values | _moe_to_hf(moe, kind) | _rope_to_hf(model.rope)
-
-
-def updated_config(values: dict[str, Any], model: ModelConfig, came: ModelConfig) -> dict[str, Any]:
-    """Return the config.json that `came` was read from, with the numbers of `model` where the two differ.
-
-    UserError for a model that neither class of transformers computes.
-    """
-    if model == came:
-        return dict(values)
-    wanted, known = config_json(model, ""), config_json(came, "")
-    stale = set(known) - set(wanted)
-    if (model.num_layers, model.num_dense_layers) != (came.num_layers, came.num_dense_layers):
-        stale.add("mlp_layer_types")
-    changed = {key: value for key, value in wanted.items() if value != known.get(key)}
-    if model.rope != came.rope:
-        # rope_parameters says the same in newer files, which would then contradict the rest.
-        stale.add("rope_parameters")
-        changed |= _rope_to_hf(model.rope)
-    return {key: value for key, value in values.items() if key not in stale} | changed
-
-
-def _moe_to_hf(moe: MoEConfig, kind: str) -> dict[str, Any]:
-    grouped = moe.num_groups > 1
-    method = "noaux_tc" if kind == "deepseek_v3" else "group_limited_greedy" if grouped else "greedy"
-    return {
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "n_shared_experts": moe.num_shared_experts or None,
-        "moe_intermediate_size": moe.hidden_dim,
-        "moe_layer_freq": 1,
-        "n_group": moe.num_groups,
-        "topk_group": moe.top_k_groups,
-        "topk_method": method,
-        "scoring_func": moe.score_function.name,
-        "routed_scaling_factor": moe.route_scale,
-        "norm_topk_prob": moe.normalize_top_k,
-    }
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    if rope.scaling is RopeScaling.none:
-        length = rope.original_sequence_length
-        return {"rope_theta": rope.theta, "max_position_embeddings": length, "rope_scaling": None}
-    scaling = {
-        "type": "yarn",
-        "factor": rope.factor,
-        "original_max_position_embeddings": rope.original_sequence_length,
-        "beta_fast": rope.beta_fast,
-        "beta_slow": rope.beta_slow,
-        "mscale": rope.mscale,
-        "mscale_all_dim": rope.mscale_all_dim,
-    }
-    length = int(rope.original_sequence_length * rope.factor)
-    return {"rope_theta": rope.theta, "max_position_embeddings": length, "rope_scaling": scaling}
-
-
-def _require_known_class(model: ModelConfig, kind: str) -> None:
-    """Raise UserError for a model that DeepSeek's code of V3 and V2 does not compute."""
-    moe = model.moe
-    wrong = None
-    if (kind == "deepseek_v3") is not moe.selection_bias:
-        wrong = f"model.moe.selection_bias={str(moe.selection_bias).lower()}"
-    elif kind == "deepseek_v2" and moe.normalize_top_k:
-        wrong = "model.moe.normalize_top_k=true"
-    elif model.latent_norm_eps != 1e-6:
-        wrong = f"model.latent_norm_eps={model.latent_norm_eps}"
-    if wrong:
-        raise UserError(f"{wrong} cannot be written to a config.json: no {ARCHITECTURES[kind]} computes that")
+def _no_experts(kind: str) -> MoEConfig:
+    """Return the smallest experts, for a model that has no layer with any."""
+    is_v2 = kind == "deepseek_v2"
+    score = ScoreFunction.softmax if is_v2 else ScoreFunction.sigmoid
+    return MoEConfig(1, 1, 0, 8, score_function=score, normalize_top_k=not is_v2, selection_bias=not is_v2)

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dsv3.errors import UserError, quoted
+from dsv3.errors import UserError, quoted, refuse_lfs_pointer
 
 
 class HFValues:
@@ -15,6 +15,8 @@ class HFValues:
         self.file = file
         self.values = values
         self.inside = inside
+        self.used: set[str] = set()
+        """Keys that were asked for."""
 
     def error(self, key: str, value: Any, text: str) -> UserError:
         """Return the error that the `value` of `key` is wrong; `text` says why."""
@@ -30,6 +32,7 @@ class HFValues:
         It may be null if `nullable`. Without a `default` the key must be there; a default of None lets it be
         null as well.
         """
+        self.used.add(key)
         value = self.values.get(key, default)
         if value is ...:
             raise self.missing(key, f"which a {self.values.get('model_type', 'yarn')} model needs")
@@ -52,6 +55,7 @@ class HFValues:
 
     def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
         """Return the value of `key`; UserError unless it is one of `allowed`."""
+        self.used.add(key)
         value = self.values.get(key, default)
         if value not in allowed:
             choices = ", ".join(str(choice) for choice in allowed if choice is not None)
@@ -60,6 +64,7 @@ class HFValues:
 
     def node(self, key: str) -> "HFValues | None":
         """Return the object below `key`, or None."""
+        self.used.add(key)
         value = self.values.get(key)
         if value is None:
             return None
@@ -72,6 +77,7 @@ def read_config(directory: Path) -> HFValues:
     """Return the config.json of a directory; UserError where it is missing or not a JSON object."""
     file = directory / "config.json"
     try:
+        refuse_lfs_pointer(file)
         values = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(

@@ -68,6 +68,8 @@ _OUR_LAYER = re.compile(r"(layers|mtp)\.(\d+)\.(.+)")
 
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
+_MTP_MODULES = ("enorm.", "hnorm.", "eh_proj.", "shared_head.", "embed_tokens.")
+
 _FP8_WEIGHT = re.compile(
     r"model\.layers\.\d+\."
     r"(self_attn\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
@@ -151,18 +153,30 @@ def with_mtp_duplicates(layout: Iterable[HFTensor], config: ModelConfig) -> list
     return [*by_name.items(), *((name, by_name[of]) for name, of in mtp_duplicates(config).items())]
 
 
+def layer_number(name: str) -> int:
+    """Return the layer that an HF tensor belongs to, -1 outside of layers."""
+    layer = _HF_LAYER.fullmatch(name)
+    return -1 if layer is None else int(layer[1])
+
+
+def is_mtp_module(name: str) -> bool:
+    """Return whether an HF tensor is one that MTP layers alone have, beside their transformer block."""
+    layer = _HF_LAYER.fullmatch(name)
+    return layer is not None and layer[2].startswith(_MTP_MODULES)
+
+
 def is_derived(name: str, config: ModelConfig) -> bool:
     """Return whether loading may pass over an HF tensor.
 
     True for the rotary frequencies that Moonlight and Kimi K2 store, which follow from config.json, and for
-    MTP layers that the model leaves out.
+    the last layers, main or MTP, that the model leaves out: the command has asked for fewer by name
+    (config/model_difference.py).
     """
     layer = _HF_LAYER.fullmatch(name)
     if layer is None:
         return False
     last = config.num_layers + config.mtp_depths
-    left_out = config.mtp_depths == 0 and int(layer[1]) >= last
-    return left_out or (int(layer[1]) < last and layer[2] == "self_attn.rotary_emb.inv_freq")
+    return int(layer[1]) >= last or layer[2] == "self_attn.rotary_emb.inv_freq"
 
 
 def is_fp8_weight(name: str) -> bool:
@@ -174,6 +188,10 @@ def is_fp8_weight(name: str) -> bool:
     return _FP8_WEIGHT.fullmatch(name) is not None
 
 
-def stored_dtype(tensor: HFTensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in files: `dtype`, but fp32 for expert biases, whose small steps bf16 loses."""
-    return torch.float32 if tensor.parameter.endswith("selection_bias") else dtype
+def stored_dtype(tensor: HFTensor, dtype: torch.dtype, came: torch.dtype = torch.float32) -> torch.dtype:
+    """Return the dtype in files: `dtype`, but fp32 for expert biases, whose small steps bf16 loses.
+
+    `came` is the dtype of the values in what is converted: biases that came in bf16 leave in `dtype` as well.
+    """
+    is_bias = tensor.parameter.endswith("selection_bias")
+    return torch.float32 if is_bias and came is not torch.bfloat16 else dtype

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.errors import did_you_mean, quoted
+from dsv3.errors import did_you_mean, quoted, refuse_lfs_pointer
 from dsv3.hf.pread_file import PreadFile, fault
 
 DTYPES = {
@@ -91,6 +91,7 @@ _AGAIN = "download or save it again"
 
 def read_header(file: PreadFile) -> list[TensorInfo]:
     """Return the tensors of a file in the order of their data; UserError for a file that is not valid."""
+    refuse_lfs_pointer(file.path)
     length = _header_length(file)
     header = bytearray(length)
     file.read(memoryview(header), 8, "its header")

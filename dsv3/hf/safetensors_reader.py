@@ -6,6 +6,7 @@ process.
 """
 
 import os
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dsv3.errors import quoted
+from dsv3.errors import quoted, refuse_lfs_pointer
+from dsv3.hf.names import SCALE_SUFFIX
 from dsv3.hf.pread_file import OpenFiles, PreadFile, fault
 from dsv3.hf.safetensors_header import LONGEST_HEADER, TensorInfo, byte_view, json_object, read_header
-from dsv3.metrics.progress import phase
+from dsv3.metrics.progress import amount, phase
 
 WINDOW = 4 * 2**20
 """Bytes of whole rows that are in memory while columns are cut out of them."""
@@ -141,31 +143,58 @@ INDEX = "model.safetensors.index.json"
 
 _SUFFIX = ".safetensors"
 
+_WHOLE = f"model{_SUFFIX}"
+"""The name of a checkpoint in one file."""
+
+_SHARD = re.compile(rf"model-\d+-of-(\d+){_SUFFIX}")
+
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
+
 _ONE_REVISION = "take the index and the files from one revision"
 
 
-def read_headers(directory: Path) -> dict[str, TensorInfo]:
+def read_headers(directory: Path, notes: list[str] | None = None) -> dict[str, TensorInfo]:
     """Return the tensors of a checkpoint by name, in the order in which they lie in its files.
 
-    An index says which files there are, and must agree with them; without one, all .safetensors files
-    count. UserError names the file and the tensor of whatever is wrong with them.
+    An index says which files there are, and must agree with them. Without one, or where its files are not
+    there, model.safetensors is the checkpoint; else files numbered as shards are, else all .safetensors
+    files. So a second copy of the weights in other files (consolidated.safetensors) is passed over. `notes`
+    gets a line on what is passed over. UserError names the file and the tensor of whatever is wrong.
     """
     try:
         present = set(os.listdir(directory))  # noqa: PTH208 (names are what the index has)
     except OSError as error:
         raise fault(directory, f"cannot be read as a directory: {error.strerror}") from None
+    notes = [] if notes is None else notes
     if INDEX not in present:
-        files = sorted(name for name in present if name.endswith(_SUFFIX) and not name.startswith("."))
-        if not files:
-            raise fault(directory, "holds no .safetensors files")
-        return _collect(directory, files)
+        return _collect(directory, _files_without_index(directory, present, notes))
     weight_map = _read_index(directory / INDEX)
-    for name, file in weight_map.items():
-        if file not in present:
-            raise fault(directory / INDEX, f"maps {quoted(name)} to {quoted(file)}, which is not there")
+    lost = {name: file for name, file in weight_map.items() if file not in present}
+    if lost and _WHOLE in present:
+        notes.append(f"{directory / INDEX} names files that are not there: {_WHOLE} is read instead")
+        return _collect(directory, [_WHOLE])
+    for name, file in lost.items():
+        raise fault(directory / INDEX, f"maps {quoted(name)} to {quoted(file)}, which is not there")
     tensors = _collect(directory, sorted(set(weight_map.values())))
-    _check_index(directory / INDEX, weight_map, tensors)
+    _check_index(directory / INDEX, weight_map, tensors, notes)
     return tensors
+
+
+def _files_without_index(directory: Path, present: set[str], notes: list[str]) -> list[str]:
+    """Return the files that make up a checkpoint without an index; UserError where there are none."""
+    files = sorted(name for name in present if name.endswith(_SUFFIX) and not name.startswith("."))
+    if not files:
+        others = sorted(name for name in present if name.endswith(_OTHER_FORMATS))
+        if not others:
+            raise fault(directory, "holds no .safetensors files")
+        text = f"holds {quoted(others[0])} and no .safetensors files, the only format that is read"
+        raise fault(directory, f"{text}: load it in transformers, and save_pretrained() writes safetensors")
+    shards = [name for name in files if _SHARD.fullmatch(name)]
+    chosen = [_WHOLE] if _WHOLE in files else shards or files
+    if len(chosen) < len(files):
+        rest = ", ".join(sorted(set(files) - set(chosen)))
+        notes.append(f"{directory} holds other weights beside {chosen[0]}, which are passed over: {rest}")
+    return chosen
 
 
 def _collect(directory: Path, files: Sequence[str]) -> dict[str, TensorInfo]:
@@ -186,6 +215,7 @@ def _collect(directory: Path, files: Sequence[str]) -> dict[str, TensorInfo]:
 def _read_index(path: Path) -> dict[str, str]:
     """Return the index's weight_map: file names by tensor."""
     file = PreadFile(path)
+    refuse_lfs_pointer(path)
     if file.size > LONGEST_HEADER:
         raise fault(path, f"has {file.size} bytes, an index may have {LONGEST_HEADER}")
     raw = bytearray(file.size)
@@ -204,10 +234,21 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
-    """Raise UserError unless the index names every tensor and the file that it is in."""
+def _check_index(
+    path: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo], notes: list[str]
+) -> None:
+    """Raise UserError unless the index names every tensor and the file that it is in.
+
+    Scales may be listed that no file holds, where their weights are not in fp8: the usual recast of an fp8
+    release to bf16 leaves them in the index.
+    """
+    stale = 0
     for name, file in weight_map.items():
         if name not in tensors:
+            weight = tensors.get(name.removesuffix(SCALE_SUFFIX))
+            if name.endswith(SCALE_SUFFIX) and weight is not None and weight.dtype.itemsize > 1:
+                stale += 1
+                continue
             raise fault(path, f"maps {quoted(name)} to {quoted(file)}, which lacks it: {_ONE_REVISION}")
         actual = tensors[name].file.name
         if actual != file:
@@ -217,3 +258,6 @@ def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, Tens
         if name not in weight_map:
             text = f"leaves out {quoted(name)}, which is in {quoted(tensor.file.name)}"
             raise fault(path, f"{text}: {_ONE_REVISION}")
+    if stale:
+        scales = amount(stale, "scale grids")
+        notes.append(f"{path} still lists {scales} of fp8, and the weights were recast: passed over")

@@ -6,6 +6,7 @@ global rows and columns, so that shards may begin anywhere in a block of fp8 sca
 
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,19 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dsv3.config.convergence import flatten
 from dsv3.config.model import ModelConfig
-from dsv3.config.strict import to_yaml
 from dsv3.errors import UserError, quoted
 from dsv3.fp8.quantize import dequantize
-from dsv3.hf.config_json import block_size, model_from_hf
 from dsv3.hf.config_values import read_config
-from dsv3.hf.names import MODEL_PREFIX, SCALE_SUFFIX, HFTensor, hf_layout, is_derived, mtp_duplicates
+from dsv3.hf.names import MODEL_PREFIX, SCALE_SUFFIX, HFTensor, hf_layout, mtp_duplicates
+from dsv3.hf.nonfinite import require_finite
+from dsv3.hf.other_architectures import refuse_other_architecture
 from dsv3.hf.pread_file import PreadFile, fault
-from dsv3.hf.safetensors_header import TensorInfo, byte_view
+from dsv3.hf.quantization import block_size
+from dsv3.hf.safetensors_header import byte_view
 from dsv3.hf.safetensors_reader import SafetensorsReader, ScratchMemory, read_headers
-
-VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that weights may have beside block-fp8."""
-
-_FREE = ("model.mtp_depths", "model.attention.kernel")
-"""What may differ from config.json beside the same tensors."""
+from dsv3.hf.stacked_experts import split_stacks
+from dsv3.hf.tensor_check import TensorCheck, is_fp8
 
 # Scale grids are small, but those of 671b are 168 MB together.
 _CACHED_GRIDS = 64
@@ -49,7 +46,8 @@ class HFSource:
     """Reads slices of the HF tensors that make up a model; any number of threads may share one.
 
     Everything is checked at the start, by headers alone: UserError names what is missing, misshapen, of
-    a dtype that is not supported, or left over (only MTP layers may be left out of the model).
+    a dtype that is not supported, of another architecture, or left over (only MTP layers may be left out of
+    the model). Values are checked as they are read, for each byte once: they must be finite.
     """
 
     def __init__(
@@ -60,20 +58,31 @@ class HFSource:
         kind: type[PreadFile] = PreadFile,
     ) -> None:
         self.directory = directory
-        self.stored = read_headers(directory)
+        self.notes: list[str] = []
+        """Lines on what was found and is read all the same."""
+        self.stored = split_stacks(read_headers(directory, self.notes))
         self.layout = hf_layout(config, shapes)
         self.shapes = shapes
         config_json = read_config(directory)
+        refuse_other_architecture(config_json)
         self.block = block_size(config_json)
         self.quantization: dict[str, Any] | None = config_json.values.get("quantization_config")
         self.has_mtp_duplicates = bool(mtp_duplicates(config)) and all(
             name in self.stored for name in mtp_duplicates(config)
         )
+        self.mtp_duplicates = {
+            original: [
+                name for name, of in mtp_duplicates(config).items() if of == original and name in self.stored
+            ]
+            for original in set(mtp_duplicates(config).values())
+        }
+        """The stored duplicates of MTP layers by the tensor that they duplicate."""
         self._reader = SafetensorsReader(kind=kind)
         self._grids: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._scratch = ScratchMemory()
-        self._check(config)
+        check = TensorCheck(directory, config_json, self.stored, self.block, config, layout=self.layout)
+        self.notes += check.run()
 
     def close(self) -> None:
         """Close the files."""
@@ -81,12 +90,12 @@ class HFSource:
 
     def is_quantized(self, name: str) -> bool:
         """Return whether a tensor is stored as fp8 codes with scales."""
-        return self.stored[name].dtype is torch.float8_e4m3fn
+        return is_fp8(self.stored[name])
 
     def read_scales(self, name: str) -> Tensor | None:
-        """Return the scale grid [block rows, block columns] fp32 of an fp8 tensor.
+        """Return the scale grid [block rows, block columns] fp32 of an fp8 tensor, None for any other tensor.
 
-        UserError for a scale that is not above 0; None for a tensor that is not in fp8.
+        UserError for a scale that is not above 0, except that of a block of zeros, which may be 0.
         """
         if not self.is_quantized(name):
             return None
@@ -97,6 +106,8 @@ class HFSource:
         entry = self.stored[name + SCALE_SUFFIX]
         grid = self._reader.read_rows(entry, 0, entry.rows).float()
         is_valid = grid.isfinite() & (grid > 0)
+        for row in (~is_valid).any(1).nonzero().flatten().tolist():
+            is_valid[row] |= (grid[row] == 0) & self._zero_blocks(name, row)
         if not bool(is_valid.all()):
             bad = grid[~is_valid][0].item()
             raise fault(entry.file, f"has {quoted(entry.name)} with a scale of {bad}: it must be above 0")
@@ -106,6 +117,13 @@ class HFSource:
                 self._grids.popitem(last=False)
         return grid
 
+    def _zero_blocks(self, name: str, row: int) -> Tensor:
+        """Return by block column whether the blocks of a block row hold zeros alone; reads the row."""
+        entry, (height, width) = self.stored[name], self.block
+        codes = self._reader.read_rows(entry, row * height, min(height, entry.rows - row * height))
+        used = (codes.view(torch.uint8) & 0x7F).amax(0)
+        return torch.stack([columns.amax() == 0 for columns in used.split(width)])
+
     def value_dtype(self, tensor: HFTensor) -> torch.dtype:
         """Return the narrower of bf16 and fp32 that holds the stored values."""
         return torch.bfloat16 if self.stored[tensor.name].dtype is torch.bfloat16 else torch.float32
@@ -114,7 +132,9 @@ class HFSource:
         """Fill `out` (fp32 or bf16) with rows [first, first + count), dequantized and rounded."""
         entry = self.stored[tensor.name]
         if entry.dtype is out.dtype and out.is_contiguous():
-            return self._reader.read_rows(entry, first, count, out)
+            read = self._reader.read_rows(entry, first, count, out)
+            require_finite(read, entry.file, tensor.name, (first,) if entry.shape else ())
+            return read
         buffer = self._scratch.take((count, *entry.shape[1:]) if entry.shape else (), entry.dtype)
         read = self._reader.read_rows(entry, first, count, buffer)
         return self._dequantize(tensor.name, read, (first, 0), out)
@@ -130,8 +150,11 @@ class HFSource:
         """Fill `out` with the values of what was read from row and column `origin` on."""
         grid = self.read_scales(name)
         if grid is None:
-            return out.copy_(read)
-        return dequantize(read, grid, self.block, origin, out.dtype, out)
+            out.copy_(read)
+        else:
+            dequantize(read, grid, self.block, origin, out.dtype, out)
+        require_finite(out, self.stored[name].file, name, origin[: out.ndim])
+        return out
 
     def read_codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:
         """Return rows of whole blocks as stored fp8 codes with their scales, None if not in fp8."""
@@ -139,80 +162,28 @@ class HFSource:
         if grid is None:
             return None
         begin, end = first // self.block[0], -(-(first + count) // self.block[0])
-        return self._reader.read_rows(self.stored[name], first, count), grid[begin:end]
+        codes = self._reader.read_rows(self.stored[name], first, count)
+        require_finite(codes, self.stored[name].file, name, (first, 0))
+        return codes, grid[begin:end]
 
     def read_bytes(self, name: str, first: int, count: int) -> Tensor:
         """Return rows as they are stored, uint8 [bytes]."""
         return byte_view(self._reader.read_rows(self.stored[name], first, count))
 
-    def _model_source(self, config: ModelConfig) -> tuple[str, str]:
-        """Return what sets the model's numbers, config.json or the command, and for the command the fix."""
-        try:
-            own = flatten(to_yaml(model_from_hf(self.directory)))
-        except UserError:
-            own = {}
-        typed = [
-            f"model.{key}={value}" for key, value in flatten(to_yaml(config)).items() if own.get(key) != value
-        ]
-        changed = [text for text in typed if not text.startswith(_FREE)]
-        if not changed:
-            return "config.json", ""
-        return "the configured model", f": leave {' '.join(changed)} out" if own else ""
+    def require_equal_duplicates(
+        self, tensor: HFTensor, rows: tuple[int, int], columns: tuple[int, int], values: Tensor
+    ) -> None:
+        """Raise UserError unless the same box of a tensor's MTP duplicates holds `values`; reads it."""
+        for name in self.mtp_duplicates.get(tensor.name, ()):
+            duplicate = torch.empty(values.shape, dtype=values.dtype)
+            self.read_rectangle(replace(tensor, name=name), rows, columns, duplicate)
+            if not torch.equal(duplicate, values):
+                raise self.unequal_duplicate(name, tensor.name)
 
-    def _check(self, config: ModelConfig) -> None:
-        """Raise UserError for tensors that are not those of config.json."""
-        for depth in range(config.mtp_depths):
-            first = f"model.layers.{config.num_layers + depth}."
-            if not any(name.startswith(first) for name in self.stored):
-                missing = f"has no '{first}enorm.weight', nor anything else of that MTP layer"
-                raise fault(self.directory, f"{missing}: model.mtp_depths=0 leaves it out")
-        source = self._model_source(config)
-        for tensor in self.layout:
-            if tensor.name not in self.stored:
-                text = f"has no tensor '{tensor.name}', which its config.json asks for"
-                raise fault(self.directory, text)
-            _check_tensor(self.stored, tensor, self.block, source)
-        allowed = {tensor.name for tensor in self.layout} | set(mtp_duplicates(config))
-        for name, entry in self.stored.items():
-            weight = name.removesuffix(SCALE_SUFFIX)
-            is_scales = weight in allowed and weight in self.stored and self.is_quantized(weight)
-            if not (name in allowed or is_scales or is_derived(name, config)):
-                text = f"has {quoted(name)}, for which the model of its config.json has no place"
-                raise fault(entry.file, text)
-
-
-def _check_tensor(
-    stored: dict[str, TensorInfo], tensor: HFTensor, block: tuple[int, int], source: tuple[str, str]
-) -> None:
-    """Raise UserError unless a tensor has the model's shape, a supported dtype and its scales.
-
-    `source` says where the model's numbers come from, and the fix.
-    """
-    entry, scales = stored[tensor.name], stored.get(tensor.name + SCALE_SUFFIX)
-    name = quoted(tensor.name)
-    if entry.shape != tensor.shape:
-        raise fault(
-            entry.file,
-            f"has {name} of shape {list(entry.shape)}, {source[0]} makes it {list(tensor.shape)}{source[1]}",
-        )
-    if entry.dtype is torch.float8_e4m3fn:
-        if scales is None:
-            raise fault(
-                entry.file, f"has {name} in fp8, but no scales '{tensor.name + SCALE_SUFFIX}' are there"
-            )
-        if len(entry.shape) != 2:
-            raise fault(entry.file, f"has {name} in fp8, of shape {list(entry.shape)}: blocks need a matrix")
-        grid = [-(-length // side) for length, side in zip(entry.shape, block, strict=True)]
-        if list(scales.shape) != grid:
-            what = f"the weight's {list(entry.shape)} in blocks of {list(block)} needs {grid}"
-            raise fault(scales.file, f"has {quoted(scales.name)} of shape {list(scales.shape)}, {what}")
-        if scales.dtype not in VALUE_DTYPES:
-            raise fault(scales.file, f"has {quoted(scales.name)} of {scales.dtype}; supported: float32")
-    elif entry.dtype not in VALUE_DTYPES:
-        known = "float32, bfloat16, float16 and float8_e4m3fn"
-        raise fault(entry.file, f"has {name} of {entry.dtype}; supported: {known}")
-    elif scales is not None:
-        raise fault(scales.file, f"has {quoted(scales.name)}, but its weight is of {entry.dtype}, not fp8")
+    def unequal_duplicate(self, name: str, original: str) -> UserError:
+        """Return the error that an MTP layer's duplicate differs from its original: one of them is lost."""
+        what = f"has {quoted(name)} that is not equal to '{original}': here an MTP layer shares it"
+        return fault(self.stored[name].file, f"{what}; model.mtp_depths=0 leaves the MTP layers out")
 
 
 _COPY_BYTES = 16 * 2**20
@@ -302,8 +273,9 @@ class HFStorageReader(StorageReader):
             end = min(begin + step, rows)
             out = matrix[begin:end]
             box = (row + begin, row + end), (column, column + columns)
-            if out.device.type == "cpu":
-                self.source.read_rectangle(tensor, *box, out)
-            else:
-                host = torch.empty(end - begin, columns, dtype=out.dtype)
-                out.copy_(self.source.read_rectangle(tensor, *box, host))
+            on_cpu = out.device.type == "cpu"
+            host = out if on_cpu else torch.empty(end - begin, columns, dtype=out.dtype)
+            self.source.read_rectangle(tensor, *box, host)
+            self.source.require_equal_duplicates(tensor, *box, host)
+            if not on_cpu:
+                out.copy_(host)

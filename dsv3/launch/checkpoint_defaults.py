@@ -18,13 +18,19 @@ from omegaconf import DictConfig, OmegaConf
 from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_hf_checkpoint
 from dsv3.checkpoint.manifest import verify_description
 from dsv3.config.model import HFModelConfig, ModelConfig
-from dsv3.config.overrides import compose, job_overrides, override_key
+from dsv3.config.model_difference import StoredModel, require_stored_numbers
+from dsv3.config.overrides import as_typed, compose, job_overrides, override_key, split_override
 from dsv3.config.registry import Stored
+from dsv3.config.root import Config
 from dsv3.config.strict import escape_interpolation
 from dsv3.config.upgrade import upgrade_node
-from dsv3.errors import UserError
+from dsv3.errors import UserError, repository_hint
 from dsv3.hf.config_json import model_from_hf
 from dsv3.launch.trained_on import carried_values, forget_length, training_record
+from dsv3.launch.typed_keys import typed_leaves
+
+_MODEL_SOURCES = ("model", "model.path", "experiments")
+"""The arguments that bring a model, beside those of single keys."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,25 @@ class Composition:
         """Return the keys that the overrides set."""
         return {override_key(override) for override in self.overrides}
 
+    def compared(self, where: str, stored: ModelConfig | None, here: ModelConfig) -> list[str]:
+        """Return lines on the numbers of `here` that the command types other than `stored` has them.
+
+        `where` is the argument that names the checkpoint.
+
+        Raises:
+            UserError: a number differs that was not typed as model.KEY=.
+        """
+        if stored is None:
+            return [f"{where} does not say which model it is: names and shapes alone are compared"]
+        typed = {override: pair for override in self.overrides if (pair := split_override(override))}
+        sources = [
+            as_typed(each)
+            for each, (key, value) in typed.items()
+            if key in _MODEL_SOURCES and value != "null"
+        ]
+        leaves = {key for key, _ in typed_leaves(typed)}
+        return require_stored_numbers(StoredModel(where, stored), here, leaves, sources)
+
     def over(self, stored: Stored) -> DictConfig:
         """Return the command composed with the values of a checkpoint in place of the root's defaults."""
         return compose(self.overrides, self.search, self.root, stored)
@@ -70,13 +95,40 @@ def read_model(path: Path) -> ModelConfig:
 def checkpoint_model(path: str) -> ModelConfig:
     """Return the model that checkpoint.load=`path` describes; UserError where it does not say."""
     checkpoint = find_checkpoint(path)
+    model = described_model(checkpoint)
+    if model is None:
+        raise UserError(f"{checkpoint / MODEL_FILE} is missing: say which model it is, model=...")
+    return model
+
+
+def described_model(checkpoint: Path) -> ModelConfig | None:
+    """Return the model of a checkpoint's config.json or model.yaml, None for a DCP without a model.yaml."""
     if is_hf_checkpoint(checkpoint):
         return model_from_hf(checkpoint)
     verify_description(checkpoint)
     file = checkpoint / MODEL_FILE
-    if not file.is_file():
-        raise UserError(f"{file} is missing: say which model it is, model=...")
-    return read_model(file)
+    return read_model(file) if file.is_file() else None
+
+
+def stored_model_notes(config: Config, command: Composition) -> list[str]:
+    """Return lines on the numbers that `command` types other than the checkpoint of its weights has them.
+
+    A resumed run keeps its model (run_dir.check_same_run).
+
+    Raises:
+        UserError: a number differs that was not typed as model.KEY=.
+    """
+    load, path = config.checkpoint.load, getattr(config.task, "path", None)
+    if config.run.resume:
+        return []
+    if config.task.path_is_model_path and path is not None:
+        if not is_hf_checkpoint(Path(path)):
+            return []  # the task says what is wrong with it
+        key = "task.path" if "task.path" in command.keys else "model.path"
+        return command.compared(f"{key}={path}", model_from_hf(Path(path)), config.model)
+    if load is None:
+        return []
+    return command.compared(f"checkpoint.load={load}", described_model(find_checkpoint(load)), config.model)
 
 
 def compose_over_checkpoint(composed: DictConfig, command: Composition) -> DictConfig:
@@ -132,5 +184,6 @@ def _hf_directory(path: str | None) -> Path:
     if not path:
         raise UserError("model.path is missing: give a HuggingFace checkpoint, model.path=DIR")
     if not Path(path).is_dir():
-        raise UserError(f"model.path={path} is no directory: give a HuggingFace checkpoint, model.path=DIR")
+        wanted = "give a HuggingFace checkpoint, model.path=DIR"
+        raise UserError(f"model.path={path} is no directory: {wanted}{repository_hint(path)}")
     return Path(path)

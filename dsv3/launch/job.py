@@ -20,7 +20,7 @@ from dsv3.config.root import Config
 from dsv3.config.strict import build
 from dsv3.config.training import BIAS_SPEED
 from dsv3.errors import UserError
-from dsv3.hf.config_json import config_json
+from dsv3.hf.config_writer import config_json
 from dsv3.planning.checks import check_expert_backend, check_fp8
 from dsv3.planning.hardware import detect_hardware, visible_gpus
 from dsv3.planning.layout import (

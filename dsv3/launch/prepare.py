@@ -19,12 +19,18 @@ from dsv3.config.registry import LAYOUTS, RECIPE_SCHEDULE, RECIPES, RECIPES_LR, 
 from dsv3.config.root import Config
 from dsv3.config.strict import strict, to_yaml
 from dsv3.errors import UserError
-from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint
+from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint, stored_model_notes
 from dsv3.launch.job import Job, SweepJob, plan_job
 from dsv3.launch.resume import ResumedRun, resume_notes
 from dsv3.launch.run_dir import read_stored_values
 from dsv3.launch.schedule_outlook import fit_warmup, schedule_notes
-from dsv3.launch.trained_on import reads_own_data, training_record, untold_note, with_own_microbatch
+from dsv3.launch.trained_on import (
+    reads_own_data,
+    require_tokenizer,
+    training_record,
+    untold_note,
+    with_own_microbatch,
+)
 from dsv3.launch.typed_keys import inert_notes, refuse_unread
 from dsv3.planning.hardware import other_gpu
 
@@ -44,6 +50,8 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     run = ResumedRun.read(Path(composed.run.dir)) if composed.run.resume else None
     composed = compose_over_checkpoint(composed, command)
     config: Config = strict(composed, OmegaConf.select(composed, "run.allow_targets") or ())
+    model_notes = stored_model_notes(config, command)
+    require_tokenizer(config, {key for key, _ in typed.values()})
     in_sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
     load = config.checkpoint.load if config.task.reads_checkpoint else None
     record = training_record(find_checkpoint(load)) if load else None
@@ -56,6 +64,7 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     if config.schedule.warmup_steps != warmup:
         job.reasons["schedule.warmup_steps"] = "a tenth of the schedule"
     job.sweep, job.choices = sweep, {group: str(choice) for group, choice in hydra.runtime.choices.items()}
+    job.notes += model_notes
     job.typed, job.config_dirs = overrides, [path.removeprefix("file://") for path in command.search]
     job.resume_flags = [each for each, (key, _) in typed.items() if key.lstrip("+") == "run.allow_targets"]
     if record is not None and own_data:

@@ -25,12 +25,13 @@ from dsv3.checkpoint.directory import (
 )
 from dsv3.checkpoint.manifest import verify
 from dsv3.checkpoint.training_record import TRAINING_FILE, TrainingRecord
-from dsv3.config.data import LocalTokenizerConfig
+from dsv3.config.data import LocalTokenizerConfig, TrainedTokenizerConfig
 from dsv3.config.registry import SCHEMAS, Stored
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, escape_interpolation
 from dsv3.config.task import TaskConfig
 from dsv3.config.upgrade import upgrade_node
+from dsv3.data.tokenizer_files import READABLE, has_tokenizer, vocabulary_file
 from dsv3.errors import UserError
 from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data
 from dsv3.launch.job import MICROBATCH_TOKENS, Job
@@ -69,12 +70,53 @@ def run_data(run: Path) -> dict[str, Any]:
 
 
 def tokenizer_folder(checkpoint: Path) -> Path | None:
-    """Return the folder of the tokenizer that a checkpoint carries, None where it carries none."""
+    """Return the folder of the tokenizer that a checkpoint carries, None where it carries none.
+
+    A tokenizer of a kind that is not read counts: reading it says why and what to do.
+    """
     # The assets of HuggingFace have a tokenizer_config.json too, which names bos and eos.
-    for folder in (checkpoint, checkpoint / HF_DIR, checkpoint / TOKENIZER_DIR):
-        if (folder / "tokenizer.json").is_file():
-            return folder
-    return None
+    folders = (checkpoint, checkpoint / HF_DIR, checkpoint / TOKENIZER_DIR)
+    readable = (folder for folder in folders if any((folder / name).is_file() for name in READABLE))
+    return next(readable, next(filter(has_tokenizer, folders), None))
+
+
+def require_tokenizer(config: Config, typed: set[str]) -> None:
+    """Raise UserError where a command reads text, and the ids that its weights know are not to be had.
+
+    Weights know the ids of one tokenizer. A new one, trained on the text at hand, is taken only where it is
+    typed.
+    """
+    task, load, tokenizer = config.task, config.checkpoint.load, config.tokenizer
+    samples = task.reads_checkpoint and not task.reads_rows
+    if not task.uses_model or not (task.trains or task.reads_checkpoint) or config.run.resume:
+        return
+    if not samples and config.data.sets_sequence_length:
+        return
+    checkpoint = find_checkpoint(load) if load else None
+    folder = tokenizer_folder(checkpoint) if checkpoint else None
+    typed_one = any(key == "tokenizer" or key.startswith("tokenizer.") for key in typed)
+    if isinstance(tokenizer, LocalTokenizerConfig) and tokenizer._target_ == LocalTokenizerConfig._target_:
+        place = tokenizer.path
+        if (
+            checkpoint
+            and folder
+            and tokenizer
+            == checkpoint_tokenizer(checkpoint, training_record(checkpoint), config.run.allow_targets)
+        ):
+            place = str(folder)
+        assert place is not None
+        try:
+            vocabulary_file(place)
+        except UserError as error:
+            named = f"tokenizer.path={place}" if typed_one else f"checkpoint.load={load}"
+            raise UserError(f"{named}: {error}") from None
+    elif load and not folder and not typed_one and tokenizer._target_ == TrainedTokenizerConfig._target_:
+        if samples:
+            return  # task=generate asks for a path
+        raise UserError(
+            f"checkpoint.load={load} carries no tokenizer, and its weights know the ids of one: give it, "
+            "tokenizer=local tokenizer.path=PATH, or take a new one of this text, tokenizer=trained"
+        )
 
 
 def checkpoint_tokenizer(checkpoint: Path, record: TrainingRecord | None, allow: Sequence[str]) -> Any:

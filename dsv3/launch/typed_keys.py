@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dsv3.config.model import RopeScaling
+from dsv3.config.model_difference import YARN_KEYS
 from dsv3.config.overrides import as_typed
 from dsv3.config.parallel import RecomputeMode
 from dsv3.config.registry import SCHEMAS
@@ -120,9 +121,7 @@ CONDITIONS = [
         "the number of ranks is given",
     ),
     Condition(
-        tuple(
-            f"model.rope.{key}" for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-        ),
+        YARN_KEYS,
         lambda job: job.config.model.rope.scaling is RopeScaling.yarn,
         "model.rope.scaling is none",
     ),

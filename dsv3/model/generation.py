@@ -1,6 +1,6 @@
 """Sample text token by token, for several prompts at once: prefill, then decode from the KV cache."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -43,10 +43,10 @@ def generate(
     temperature: float,
     top_p: float,
     seed: int,
-    end: int | None = None,
+    ends: Collection[int] = (),
     logits_of: NextLogits | None = None,
 ) -> list[list[int]]:
-    """Return up to `max_tokens` ids that continue each of `prompts`; a row stops before the id `end`.
+    """Return up to `max_tokens` ids that continue each of `prompts`; a row stops before one of `ends`.
 
     The draws of a row depend only on `seed` and the row's number, not on its neighbours, and leave the global
     random state unchanged. Sharded models generate on all ranks together: every rank draws the same
@@ -65,10 +65,10 @@ def generate(
     with inference(model), torch.compiler.set_stance("force_eager"):
         for _ in range(max_tokens if prompts else 0):
             logits = logits_of(new).cpu()
-            # A row that has ended goes on with `end` as its input; its output is ignored.
+            # A row that has ended goes on with its last id as input; its output is ignored.
             for row in running:
                 new[row] = [sample(logits[row], temperature, top_p, generators[row])]
-            running = [row for row in running if new[row] != [end]]
+            running = [row for row in running if new[row][0] not in ends]
             for row in running:
                 texts[row] += new[row]
             if not running:

@@ -1,5 +1,6 @@
 """The model as a run sees it on this rank: its parts, their forward and backward passes, and generation."""
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ class ParallelModel:
         temperature: float,
         top_p: float,
         seed: int,
-        end: int | None,
+        ends: Collection[int],
     ) -> list[list[int]]:
         """Call model/generation.generate on any layout; all ranks call it together."""
         logits: NextLogits
@@ -84,7 +85,7 @@ class ParallelModel:
 
             for part in self.model_parts:
                 stack.enter_context(inference(part))
-            return generate(self.model_parts[0], prompts, max_tokens, temperature, top_p, seed, end, counted)
+            return generate(self.model_parts[0], prompts, max_tokens, temperature, top_p, seed, ends, counted)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's part of a checkpoint: parameters and expert biases by name."""

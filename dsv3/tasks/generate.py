@@ -1,5 +1,6 @@
 """task=generate: sample text that continues a prompt; model/generation.py has the sampling itself."""
 
+import sys
 from pathlib import Path
 
 from dsv3.config.task import SamplingConfig
@@ -9,7 +10,7 @@ from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 from dsv3.metrics.progress import entering
 from dsv3.parallel.parallel_model import ParallelModel
-from dsv3.tasks.setup import JOINING, load_model, load_own_tokenizer, require_checkpoint
+from dsv3.tasks.setup import JOINING, load_model, load_own_tokenizer, read_tokenizer, require_checkpoint
 
 
 class GenerateTask:
@@ -26,6 +27,8 @@ class GenerateTask:
             model, ranks = load_model(job, ranks)
             text = sample_text(model, tokenizer, self.sampling, self.prompt, job.config.train.seed)
             if ranks.is_main:
+                for note in tokenizer.notes():
+                    print(note, file=sys.stderr)
                 print(self.prompt + text)
 
 
@@ -36,15 +39,16 @@ def sample_text(
 
     UserError for an empty prompt that the tokenizer cannot begin; RunFailed where logits are nonfinite.
     """
-    begin = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids = begin + tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt)
+    if tokenizer.bos is not None and (tokenizer.add_bos or not ids):
+        ids = [tokenizer.bos, *ids]
     if not ids:
         raise UserError(
             "task.prompt is empty and the tokenizer has no begin-of-sentence token: give a prompt"
         )
     try:
         sampled = model.generate(
-            [ids], sampling.max_tokens, sampling.temperature, sampling.top_p, seed, tokenizer.eos
+            [ids], sampling.max_tokens, sampling.temperature, sampling.top_p, seed, tokenizer.stop
         )
     except FloatingPointError as error:
         raise RunFailed(f"no text can be sampled: {error}") from None
@@ -63,7 +67,7 @@ def _load_tokenizer(job: Job, checkpoint: Path) -> Tokenizer:
             raise UserError(
                 f"{checkpoint} carries no tokenizer: give one, tokenizer=local tokenizer.path=PATH"
             )
-        tokenizer = Tokenizer.from_file(path)
+        tokenizer = read_tokenizer(path, checkpoint)
     if tokenizer.size > job.config.model.vocab_size:
         vocabulary = job.config.model.vocab_size
         raise UserError(f"the tokenizer has {tokenizer.size} ids, the model's vocabulary only {vocabulary}")

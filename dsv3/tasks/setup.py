@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.checkpoint.directory import HF_DIR, find_checkpoint
 from dsv3.checkpoint.load import load_weights, require_weights
 from dsv3.checkpoint.manifest import verify_together
 from dsv3.config.root import Config
 from dsv3.config.strict import build
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.tokenizer_files import read_stop_ids
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
@@ -52,7 +53,15 @@ def load_own_tokenizer(config: Config, checkpoint: Path) -> Tokenizer | None:
         checkpoint, training_record(checkpoint), allow
     ):
         return None
-    return Tokenizer.from_file(folder)
+    return read_tokenizer(folder, checkpoint)
+
+
+def read_tokenizer(path: str | Path, checkpoint: Path) -> Tokenizer:
+    """Return the tokenizer at `path`, which also stops at the ids that a checkpoint's files name."""
+    tokenizer = Tokenizer.from_file(path)
+    for folder in (checkpoint, checkpoint / HF_DIR):
+        tokenizer.stop_also_at(read_stop_ids(folder))
+    return tokenizer
 
 
 def require_checkpoint(job: Job) -> Path:

@@ -133,6 +133,7 @@ class RunFacts:
         yield "", f"{told}; {train.steps:,} steps take {asked:,} rows, {epochs} epochs"
         if self.data.tokenizer is not None:
             yield "tokenizer", self._tokenizer(self.data.tokenizer.size)
+            yield "", f"a document is {self.data.tokenizer.document}"
 
     def _tokenizer(self, size: int) -> str:
         config = self.job.config

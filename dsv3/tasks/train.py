@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from dsv3.checkpoint.directory import TOKENIZER_DIR, Progress, find_checkpoint
+from dsv3.checkpoint.directory import ASSETS_DIR, TOKENIZER_DIR, Progress, find_checkpoint
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.manifest import verify_together
@@ -18,10 +18,12 @@ from dsv3.config.registry import command
 from dsv3.config.root import Config
 from dsv3.config.strict import build, to_yaml
 from dsv3.config.task import SamplingConfig
+from dsv3.convert.hf_assets import keep_assets
 from dsv3.convert.live_export import export_hf
 from dsv3.data.loader import DataLoader
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.tokenizer_files import read_stop_ids
 from dsv3.distributed.process_group import RankContext, join_process_group, make_deterministic
 from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopRequest, leave_on_signal, stop_on_signal
 from dsv3.errors import UserError
@@ -116,7 +118,7 @@ def _build_callbacks(
     train, profile, tokenizer = run.config.train, run.config.profile, data.tokenizer
 
     def export(folder: Path) -> None:
-        export_hf(model, folder, run.directory / TOKENIZER_DIR, run.ranks, manager.record, run.step)
+        export_hf(model, folder, run.directory, run.ranks, manager.record, run.step)
 
     listed: list[Callback] = [
         callbacks.Evaluate(data.held_out, train.evaluate_every),
@@ -168,7 +170,11 @@ def _own_tokenizer(job: Job) -> Tokenizer | None:
     """Return the tokenizer whose ids the weights know: the run's own, or that of checkpoint.load."""
     if job.config.run.resume:
         folder = job.run_dir / TOKENIZER_DIR
-        return Tokenizer.from_file(folder) if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        tokenizer = Tokenizer.from_file(folder)
+        tokenizer.stop_also_at(read_stop_ids(job.run_dir / ASSETS_DIR))
+        return tokenizer
     if job.config.checkpoint.load:
         return load_own_tokenizer(job.config, find_checkpoint(job.config.checkpoint.load))
     return None
@@ -200,11 +206,15 @@ def _describe(facts: RunFacts) -> None:
     run, data = facts.run, facts.data
     if data.tokenizer is not None:
         data.tokenizer.save(run.directory / TOKENIZER_DIR)
+    if not run.config.run.resume:  # the place that the weights came from may be gone by then
+        load, keeps_ids = run.config.checkpoint.load, data.tokenizer is None or facts.owns_tokenizer
+        keep_assets(run.directory, find_checkpoint(load) if load else None, keeps_ids)
     train, scored = run.config.train, len(data.held_out)
     if train.evaluate_batches is not None:
         scored = min(scored, train.evaluate_batches * train.microbatch * run.ranks.data_world)
     write_run_files(facts.job, {**data.summary, "rows_evaluated": scored}, facts.record)
     facts.job.notes += other_data_notes(facts.record)
+    facts.job.notes += data.tokenizer.notes() if data.tokenizer is not None else []
     lines = facts.lines()
     for line in lines:
         run.console.message(line)

@@ -194,3 +194,20 @@ def test_a_huggingface_checkpoint_is_called_one(tmp_path: Path, name: str) -> No
     else:
         with pytest.raises(UserError, match=r"is no HuggingFace checkpoint: it has no config\.json"):
             find_checkpoint(f"hf:{tmp_path}")
+
+
+def test_hf_before_a_checkpoint_of_ours_or_the_home_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "released").mkdir()
+    (tmp_path / "released" / "config.json").touch()
+    assert find_checkpoint("hf:~/released") == tmp_path / "released"
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=f"is no HuggingFace checkpoint: checkpoint.load={tmp_path}/run reads"
+    ):
+        find_checkpoint(f"hf:{tmp_path}/run")
+    for path in ("hf:owner/name", "owner/name"):
+        with pytest.raises(UserError, match=f"load={path} does not exist; .* repo=owner/name assets=all"):
+            find_checkpoint(path)

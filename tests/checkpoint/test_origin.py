@@ -11,6 +11,7 @@ import yaml
 from dsv3.checkpoint.directory import complete_steps
 from tests.harness.checkpoints import last_tensors
 from tests.harness.commands import TrainCommand
+from tests.harness.outcome import refused
 from tests.harness.runs import rows
 
 pytestmark = pytest.mark.slow
@@ -134,14 +135,17 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(commands: TrainCommand, t
     assert json.loads((run / "metrics.jsonl").read_text())["evaluation_loss"] is None
 
 
-@pytest.mark.parametrize("change", ["model.num_layers=1", "model.moe.num_shared_experts=0"])
-def test_a_smaller_model_does_not_pass_for_the_stored_one(
-    commands: TrainCommand, first: Path, change: str
+def test_a_smaller_model_passes_for_the_stored_one_only_where_its_last_layers_are_left_out_by_name(
+    commands: TrainCommand, first: Path
 ) -> None:
     data = ["data=text", f"data.path={commands.text}", "data.held_out=0.1"]
-    outcome = commands.run("task=evaluate", f"checkpoint.load={first}", *data, change)
-    assert outcome.code == 2
-    assert "another model" in outcome.err
+    command = ["task=evaluate", f"checkpoint.load={first}", *data]
+    outcome = commands.run(*command, "model.moe.num_shared_experts=0")
+    assert (outcome.code, "another model" in outcome.err) == (2, True)
+    refused(commands.run(*command, "model.num_layers=1"), "leave these out too, model.mtp_depths=0")
+    outcome = commands.must(*command, "model.num_layers=1", "model.mtp_depths=0")
+    assert "model.num_layers 2 -> 1 (leaves out the last of 2 layers)" in outcome.err
+    assert "model.mtp_depths 1 -> 0 (leaves out its MTP layer)" in outcome.err
 
 
 def test_a_model_may_be_scored_without_its_mtp_layers(commands: TrainCommand, first: Path) -> None:

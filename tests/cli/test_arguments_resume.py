@@ -35,6 +35,7 @@ def test_what_counted_for_one_start_only_is_dropped(planned: PlannedCommand, sto
     config = job.config
     assert config.train.stop_after is None
     assert config.run.allow_targets == []
+    assert not {"run.allow_targets=[os]", "run.dir=/gone"} & set(job.overrides)
     assert job.run_dir == stored.directory
 
 

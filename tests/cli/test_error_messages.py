@@ -123,7 +123,7 @@ MISTAKES: dict[str, list[str]] = {
     "task=plan data=tokens data.path=/nope.npy": ["data.path=/nope.npy", "does not exist"],
     "tokenizer=local": ["tokenizer.path=null", "tokenizer.path=PATH"],
     "checkpoint.load=/nope": ["checkpoint.load=/nope", "does not exist"],
-    "checkpoint.load=hf:/some/model": ["checkpoint.load=hf:/some/model", "no config.json"],
+    "checkpoint.load=hf:/some/model": ["checkpoint.load=hf:/some/model", "does not exist"],
     "checkpoint.load=.": ["checkpoint.load=.", "neither a run nor a checkpoint"],
     "data=text data.path=${oc.env:DSV3_NOWHERE}/x": ["data.path=", "variable DSV3_NOWHERE is not set"],
     "run.dir=/etc/passwd": ["run.dir=/etc/passwd", "is a file"],

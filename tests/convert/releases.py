@@ -1,6 +1,7 @@
 """Write small HF checkpoints with random weights by the safetensors library, and read them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from dsv3.checkpoint.load import parameter_shapes
 from dsv3.config.model import ModelConfig
 from dsv3.fp8.quantize import quantize_reference
-from dsv3.hf.config_json import config_json
+from dsv3.hf.config_writer import config_json
 from dsv3.hf.names import hf_layout, is_fp8_weight, mtp_duplicates
 from tests.harness.tiny import model_config
 
@@ -111,3 +112,30 @@ def read_release(directory: Path) -> dict[str, Tensor]:
     for file in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
+
+
+def rewrite_release(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a release and write them as one file without an index."""
+    tensors = read_release(directory)
+    change(tensors)
+    for file in (*directory.glob("*.safetensors"), directory / "model.safetensors.index.json"):
+        file.unlink(missing_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors"
+    )
+
+
+def stack_experts(tensors: dict[str, Tensor], layer: int, suffix: str = "weight") -> None:
+    """Stack the experts of a layer as transformers 5 does."""
+    prefix = f"model.layers.{layer}.mlp.experts."
+    experts = range(sum(name.startswith(prefix) and name.endswith(f"down_proj.{suffix}") for name in tensors))
+    tail = suffix.removeprefix("weight")
+
+    def pop(expert: int, kind: str) -> Tensor:
+        return tensors.pop(f"{prefix}{expert}.{kind}.{suffix}").view(torch.uint8)
+
+    dtype = tensors[f"{prefix}0.down_proj.{suffix}"].dtype
+    halves = [torch.cat([pop(expert, "gate_proj"), pop(expert, "up_proj")]) for expert in experts]
+    downs = [pop(expert, "down_proj") for expert in experts]
+    tensors[f"{prefix}gate_up_proj{tail}"] = torch.stack(halves).view(dtype)
+    tensors[f"{prefix}down_proj{tail}"] = torch.stack(downs).view(dtype)

@@ -155,7 +155,7 @@ def longest_header(directory: Path) -> None:
 def twice(directory: Path) -> None:
     """Store a tensor in two files, without an index."""
     (directory / INDEX).unlink()
-    save_file({NORM: torch.ones(64)}, directory / "more.safetensors")
+    save_file({NORM: torch.ones(64)}, directory / "model-00004-of-00003.safetensors")
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
@@ -170,7 +170,7 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "shape that is not its bytes": (entry(NORM, "shape", [65]), (NORM, "128 bytes", "needs 130")),
     "a directory for a file": (as_directory, ("model-0000", "is a directory, not a file")),
     "link to nothing": (dangling, ("model-0000", "is a link to '../blobs/gone', which is not there")),
-    "tensor in two files": (twice, ("more.safetensors", NORM, "has as well")),
+    "tensor in two files": (twice, ("model-00004-of-00003.safetensors", NORM, "has as well")),
     "index maps to a lost file": (
         index(lambda places: places.update({NORM: "gone.safetensors"})),
         (INDEX, NORM, "'gone.safetensors', which is not there"),
@@ -231,7 +231,7 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "tensor whose name is a path": (add("../../x", torch.ones(2)), ("'../../x'", "no place")),
     "tensor of a layer too many": (
         add("model.layers.9.input_layernorm.weight", torch.ones(2)),
-        ("model.layers.9", "no place"),
+        ("model.layers.9", "counts 3 layers"),
     ),
     "misshapen tensor": (
         change(NORM, lambda t: t[:60]),
@@ -253,7 +253,10 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "config.json is a list": (write("config.json", b"[]"), ("config.json is no JSON object",)),
     "config.json is not UTF-8": (write("config.json", b"\xff"), ("config.json cannot be read",)),
     "config.json nested without end": (write("config.json", b"[" * 99999), ("config.json",)),
-    "unknown model_type": (config(model_type="llama"), ("config.json", "model_type='llama'", "deepseek_v3")),
+    "unknown model_type": (
+        config(model_type="llama", architectures=...),
+        ("config.json", "model_type='llama'", "deepseek_v3"),
+    ),
     "missing key": (config(hidden_size=...), ("config.json has no 'hidden_size'",)),
     "text for a number": (config(hidden_size="64"), ("config.json", "hidden_size='64'", "type int")),
     "NaN for a number": (config(rope_theta=float("nan")), ("config.json", "rope_theta=nan")),

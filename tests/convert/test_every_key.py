@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 
 from dsv3.config.convert import READS, ConvertConfig, Direction
 from dsv3.convert import convert as convert_module
 from dsv3.convert.engine import ConversionEngine
-from tests.convert.test_download import Hub
+from tests.convert.hub_server import Hub, serve
 from tests.harness.commands import ConvertCommand
 from tests.harness.outcome import succeeded
 from tests.harness.runs import contents
@@ -23,6 +22,7 @@ VALUES = {
     "output": "y",
     "dtype": "fp32",
     "scale_fmt": "ue8m0",
+    "fp8": "{unaligned:bf16}",
     "max_shard_size": "20KB",
     "workers": "1",
     "verify": "false",
@@ -44,14 +44,18 @@ def test_every_key_is_read_by_some_direction_and_has_a_value() -> None:
 def test_a_key_that_the_direction_does_not_read_is_refused(convert: ConvertCommand, direction: str) -> None:
     for key in KEYS:
         if key not in READS[Direction[direction]]:
-            for override in (f"{key}={VALUES[key]}", *["model.mtp_depths=0"] * (key == "model")):
+            nested = {"model": ["model.mtp_depths=0"], "fp8": ["fp8.unaligned=bf16"]}.get(key, [])
+            for override in (f"{key}={VALUES[key]}", *nested):
                 outcome = convert.run(f"direction={direction}", override)
                 told = f"error: {override} does nothing with direction={direction}: leave it out"
                 assert (outcome.code, outcome.err.splitlines()[-1]) == (2, told)
     assert not list(Path.cwd().iterdir())
 
 
-@pytest.mark.parametrize(("typed", "remedy"), [("speeds=[2]", "plan=true"), ("scale_fmt=ue8m0", "dtype=fp8")])
+@pytest.mark.parametrize(
+    ("typed", "remedy"),
+    [("speeds=[2]", "plan=true"), ("scale_fmt=ue8m0", "dtype=fp8"), ("fp8.unaligned=fp8", "dtype=fp8")],
+)
 def test_a_key_that_needs_another_one_names_it_and_it_works(
     convert: ConvertCommand, bf16_release: Path, typed: str, remedy: str
 ) -> None:
@@ -102,7 +106,8 @@ def test_another_value_of_a_key_is_seen_in_the_output_or_in_what_is_told(
         changes |= {"max_shard_size=20KB"}
         in_fp8 = converted("dtype=fp8")[0]
         assert in_fp8 != plain
-        assert converted("dtype=fp8", "scale_fmt=ue8m0")[0] != in_fp8
+        for more in ("scale_fmt=ue8m0", "fp8.unaligned=bf16"):
+            assert converted("dtype=fp8", more)[0] != in_fp8
     for change in sorted(changes):
         assert converted(change)[0] != plain, change
     converted("workers=1")
@@ -117,15 +122,17 @@ def test_another_value_of_a_key_is_seen_in_the_output_or_in_what_is_told(
 def test_the_keys_of_a_download_reach_the_hub(
     convert: ConvertCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     asked = []
-    for number, more in enumerate([[], ["repo=c/d"], ["revision=v1"], ["assets=weights"], ["assets=config"]]):
-        typed = {"repo": "repo=a/b"} | {each.partition("=")[0]: each for each in more}
-        succeeded(convert.run("direction=download", f"output={tmp_path / str(number)}", *typed.values()))
-        asked.append(json.dumps({key: str(value) for key, value in hub.asked.items() if key != "local_dir"}))
+    changes = [[], ["repo=c/d"], ["revision=v1"], ["assets=weights"], ["assets=all"], ["assets=config"]]
+    with serve(Hub({"config.json": b"{}", "a.safetensors": b"", "README.md": b""}, ("a/b", "c/d"))) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        for number, more in enumerate(changes):
+            typed = {"repo": "repo=a/b"} | {each.partition("=")[0]: each for each in more}
+            hub.asked = []
+            succeeded(convert.run("direction=download", f"output={tmp_path / str(number)}", *typed.values()))
+            asked.append(json.dumps(sorted(set(hub.asked))))
     plain, *changed, default = asked
-    assert len({plain, *changed}) == 4
+    assert len({plain, *changed}) == 5
     assert default == plain
 
 

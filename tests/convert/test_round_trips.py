@@ -1,6 +1,7 @@
 """Weights converted and back, bit for bit, and the results in torch's own reader and transformers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from dsv3.config.model import ModelConfig
 from dsv3.convert.convert import convert
 from dsv3.errors import UserError
 from dsv3.hf.names import hf_layout
-from tests.convert.releases import read_release, small_model, write_release
+from tests.convert.releases import (
+    random_weights,
+    read_release,
+    rewrite_release,
+    small_model,
+    stack_experts,
+    write_release,
+)
 from tests.fp8.plain import dequantize_reference
 
 MODELS = {
@@ -89,6 +97,51 @@ def test_fp8_comes_back_as_it_was(
     assert after == before
 
 
+@pytest.mark.parametrize("through", ["dcp", "hf"])
+def test_biases_that_came_in_bf16_leave_in_bf16(tmp_path: Path, through: str) -> None:
+    model = small_model()
+    weights = {
+        name: value.bfloat16() if name.endswith("e_score_correction_bias") else value
+        for name, value in random_weights(model).items()
+    }
+    stored = write_release(tmp_path / "in", model, weights=weights)
+    source, direction = tmp_path / "in", Direction.hf_to_hf
+    if through == "dcp":
+        convert(ask(Direction.hf_to_dcp, source, tmp_path / "dcp", model))
+        source, direction = tmp_path / "dcp", Direction.dcp_to_hf
+    convert(ask(direction, source, tmp_path / "out", model))
+    same(read_release(tmp_path / "out"), stored)
+    convert(ask(direction, source, tmp_path / "fp32", model, "fp32"))
+    assert {tensor.dtype for tensor in read_release(tmp_path / "fp32").values()} == {torch.float32}
+
+
+def test_stacked_experts_and_scales_in_e8m0_are_converted_as_what_they_mean(tmp_path: Path) -> None:
+    model = replace(small_model(), moe=replace(small_model().moe, hidden_dim=64))  # whole blocks per half
+    stored = write_release(tmp_path / "in", model, "fp8", power_of_two=True)
+
+    def restore(tensors: dict[str, Tensor]) -> None:
+        for layer in (1, 2, 3):
+            stack_experts(tensors, layer)
+            stack_experts(tensors, layer, "weight_scale_inv")
+        scales = {name: t.to(torch.float8_e8m0fnu) for name, t in tensors.items() if "_scale_inv" in name}
+        tensors |= scales
+
+    rewrite_release(tmp_path / "in", restore)
+    convert(ask(Direction.hf_to_hf, tmp_path / "in", tmp_path / "out", model, "fp8"))
+    same(read_release(tmp_path / "out"), stored)
+
+
+def test_a_block_of_zeros_with_the_scale_0_comes_back_as_it_was(tmp_path: Path) -> None:
+    model, query = small_model(), "model.layers.0.self_attn.q_a_proj.weight"
+    stored = write_release(tmp_path / "in", model, "fp8")
+    stored[query].view(torch.uint8)[:, 32:] = 0x80  # -0
+    stored[query + "_scale_inv"][0, 1] = 0
+    rewrite_release(tmp_path / "in", lambda tensors: tensors.update(stored))
+    convert(ask(Direction.hf_to_dcp, tmp_path / "in", tmp_path / "dcp", model))
+    convert(ask(Direction.dcp_to_hf, tmp_path / "dcp", tmp_path / "out", model, "fp8"))
+    same(read_release(tmp_path / "out"), stored)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("stored", ["bf16", "fp16", "fp32", "fp8"])
 def test_torch_reads_the_dcp_as_plain_arithmetic_makes_it(tmp_path: Path, stored: str, dtype: str) -> None:
@@ -131,13 +184,14 @@ def test_new_scales_are_made_where_nothing_is_known(tmp_path: Path) -> None:
         assert close.all()
 
 
-def test_transformers_computes_the_same_logits_from_an_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [1, 0])
+def test_transformers_computes_the_same_logits_from_an_export(tmp_path: Path, shared: int) -> None:
     import transformers
 
     from dsv3.checkpoint.load import load_weights
     from dsv3.config.strict import build
 
-    model = small_model("model.mtp_depths=0")
+    model = small_model("model.mtp_depths=0", f"model.moe.num_shared_experts={shared}")
     write_release(tmp_path / "in", model, "fp32")
     convert(ask(Direction.hf_to_dcp, tmp_path / "in", tmp_path / "dcp", model, "fp32"))
     convert(ask(Direction.dcp_to_hf, tmp_path / "dcp", tmp_path / "out", model, "fp32"))

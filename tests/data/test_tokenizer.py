@@ -142,7 +142,8 @@ def test_bos_and_eos_come_from_the_config_beside_it_else_from_their_names(
     tokenizer: Tokenizer, tmp_path: Path, config: dict[str, object] | None, expected: tuple[int | None, int]
 ) -> None:
     tokenizer.save(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / name).unlink()
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     for path in (tmp_path, tmp_path / "tokenizer.json"):

@@ -1,7 +1,8 @@
 """Runs and checkpoints from before the modules of dsv3 moved: every command still takes them as they are.
 
 The files in before_the_move/ were made by commit a5c69e3, with its modules' names in them; expected.json is
-what that commit then made of them. Tensors are packed (.xz), most of their bytes are padding.
+what that commit then made of them, but for the config.json of a model trained here: it has the ids of special
+tokens since. Tensors are packed (.xz), most of their bytes are padding.
 """
 
 import hashlib

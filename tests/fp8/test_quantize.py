@@ -352,14 +352,25 @@ def test_nan_codes_stay_nan_and_leave_their_block_alone(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("scale", "kept"), [(0.0, False), (math.inf, False), (math.nan, True)])
+@pytest.mark.parametrize(("scale", "kept"), [(math.inf, False), (math.nan, True)])
 def test_scales_that_lose_their_codes(scale: float, kept: bool, dtype: torch.dtype) -> None:
     scales = torch.full((1, 2), scale)
     weight = dequantize(FINITE[None], scales, dtype=dtype)
     codes, chosen = quantize(weight, scales=scales)
     assert torch.equal(chosen, scales if kept else torch.ones(1, 2)) is not kept
     assert torch.equal(bits(chosen), bits(scales if kept else torch.ones(1, 2)))
-    assert set(bits(codes)[0].tolist()) == ({0x7F} if scale else {0x00, 0x80})
+    assert set(bits(codes)[0].tolist()) == {0x7F}
+
+
+@both_forms
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_keep_the_scale_0_and_their_signs(form: Form, dtype: torch.dtype) -> None:
+    codes = torch.tensor([[0x00, 0x80, 0x80, 0x00, 0x38, 0x00]], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.tensor([[0.0, 2.0]])
+    weight = dequantize(codes, scales, (1, 3), dtype=dtype)
+    assert_same(form(weight, (1, 3), scales), (codes, scales))
+    weight[0, 1] = 448.0
+    assert form(weight, (1, 3), scales)[1].tolist() == [[1.0, 2.0]]
 
 
 def test_wrong_grids_are_named() -> None:

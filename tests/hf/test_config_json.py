@@ -9,8 +9,8 @@ import pytest
 from dsv3.config.model import RopeScaling
 from dsv3.config.strict import to_yaml
 from dsv3.errors import UserError
-from dsv3.hf.config_json import model_from_hf
-from tests.harness.composing import compose
+from dsv3.hf.config_json import model_from_hf, read_hf_model
+from dsv3.hf.neutral_keys import NEUTRAL_KEYS
 
 YARN = {
     "type": "yarn",
@@ -80,80 +80,12 @@ V2: dict[str, Any] = {
     "topk_method": "group_limited_greedy",
     "vocab_size": 102400,
 }
-RELEASED: dict[str, dict[str, Any]] = {
-    "236b": V2,
-    "16b": {
-        **V2,
-        "hidden_size": 2048,
-        "intermediate_size": 10944,
-        "moe_intermediate_size": 1408,
-        "n_group": 1,
-        "n_routed_experts": 64,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "num_key_value_heads": 16,
-        "q_lora_rank": None,
-        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-        "routed_scaling_factor": 1.0,
-        "topk_group": 1,
-        "topk_method": "greedy",
-    },
-    "moonlight_16b": {
-        "first_k_dense_replace": 1,
-        "hidden_size": 2048,
-        "intermediate_size": 11264,
-        "max_position_embeddings": 8192,
-        "moe_intermediate_size": 1408,
-        "n_group": 1,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_attention_heads": 16,
-        "num_experts_per_tok": 6,
-        "num_hidden_layers": 27,
-        "num_key_value_heads": 16,
-        "num_nextn_predict_layers": 0,
-        "q_lora_rank": None,
-        "rms_norm_eps": 1e-5,
-        "rope_scaling": ...,
-        "rope_theta": 50000.0,
-        "routed_scaling_factor": 2.446,
-        "topk_group": 1,
-        "vocab_size": 163840,
-    },
-    "kimi_k2": {
-        "model_type": "kimi_k2",
-        "first_k_dense_replace": 1,
-        "max_position_embeddings": 131072,
-        "n_group": 1,
-        "n_routed_experts": 384,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 64,
-        "num_nextn_predict_layers": 0,
-        "quantization_config": FP8,
-        "rope_scaling": {**YARN, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
-        "rope_theta": 50000.0,
-        "routed_scaling_factor": 2.827,
-        "topk_group": 1,
-        "vocab_size": 163840,
-    },
-}
-"""Values of other released config.json files in place of V3's, by the preset that equals them."""
 
 
 def read(directory: Path, **changes: Any) -> dict[str, Any]:
     values = {key: value for key, value in {**RELEASED_V3, **changes}.items() if value is not ...}
     (directory / "config.json").write_text(json.dumps(values))
     return to_yaml(model_from_hf(directory))
-
-
-@pytest.mark.parametrize("preset", ["671b", *RELEASED])
-def test_a_released_config_is_the_preset_of_its_name(tmp_path: Path, preset: str) -> None:
-    found = read(tmp_path, **RELEASED.get(preset, {}))
-    expected = to_yaml(compose([f"model={preset}"]).model)
-    # The checkpoint says what HF initialises with; the preset, what the model was trained with.
-    assert found.pop("init_std") == 0.02
-    del expected["init_std"]
-    assert found == expected
 
 
 def test_the_new_form_of_rope_parameters_means_the_same(tmp_path: Path) -> None:
@@ -183,14 +115,17 @@ def test_latent_norms_keep_their_own_eps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, ["model_type='llama'", "deepseek_v3"]),
+        ({"model_type": "llama", "architectures": ...}, ["model_type='llama'", "deepseek_v3"]),
         ({"kv_lora_rank": ...}, ["no 'kv_lora_rank'"]),
         ({"hidden_size": "7168"}, ["hidden_size='7168'", "int"]),
         ({"vocab_size": True}, ["vocab_size=True", "int"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "silu"]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings=True", "False"]),
         ({"moe_layer_freq": 2}, ["moe_layer_freq=2"]),
-        ({"num_key_value_heads": 8}, ["num_key_value_heads=8", "128"]),
+        ({"num_local_experts": 8}, ["num_local_experts=8", "n_routed_experts=256"]),
+        ({"num_mtp_layers": 2}, ["num_mtp_layers=2", "num_nextn_predict_layers=1"]),
+        ({"original_max_position_embeddings": 8192}, ["original_max_position_embeddings=8192", "4096"]),
+        ({"n_routed_experts": None}, ["num_nextn_predict_layers=1", "without experts"]),
         ({"topk_method": "topk"}, ["topk_method='topk'", "noaux_tc"]),
         ({"topk_method": "greedy"}, ["topk_method='greedy'", "noaux_tc"]),
         ({**V2, "topk_method": "noaux_tc"}, ["topk_method='noaux_tc'", "greedy, group_limited_greedy"]),
@@ -233,7 +168,13 @@ def test_latent_norms_keep_their_own_eps(tmp_path: Path) -> None:
         ({"rope_scaling": {**YARN, "factor": 0.5}}, ["factor=0.5", "at least 1"]),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, ["'linear'", "yarn"]),
         ({"rope_scaling": {"type": "yarn"}}, ["no 'rope_scaling.factor'"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["'awq'", "fp8 with two block sides"]),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            ["'awq'", "4-bit integers", "take the"],
+        ),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, ["INT4 for one", "fp8 with two"]),
+        ({"quantization_config": {"quant_method": "modelopt"}}, ["NVFP4 for one", "block-fp8"]),
+        ({"quantization": {"bits": 4, "group_size": 64}}, ["'quantization' with bits=4", "take the"]),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64]}}, ["[64]", "two block"]),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 0]}}, ["[64, 0]"]),
     ],
@@ -245,6 +186,82 @@ def test_what_is_missing_or_not_supported_is_named(
         read(tmp_path, **changes)
     assert all(word in str(error.value) for word in [*words, "config.json"]), error.value
     assert len(str(error.value).splitlines()) == 1
+
+
+OTHER_ARCHITECTURES = [
+    ({"model_type": "deepseek_v32"}, ["model_type='deepseek_v32'", "DeepSeek-V3.2", "indexer", "V3.1"]),
+    ({"architectures": ["DeepseekV32ForCausalLM"]}, ["DeepSeek-V3.2", "indexer", "DeepSeek-V3.1"]),
+    ({"architectures": ["GlmMoeDsaForCausalLM"]}, ["GLM-5", "indexer"]),
+    ({"architectures": ["DeepseekV4ForCausalLM"]}, ["DeepSeek-V4", "compressed attention"]),
+    ({"architectures": ["KimiLinearForCausalLM"]}, ["Kimi Linear", "linear attention", "Moonlight"]),
+    ({"architectures": ["YoutuForCausalLM"], "model_type": "deepseek_v2"}, ["Youtu", "ties"]),
+    ({"architectures": ["DeepseekV3ForCausalLM", "LlamaForCausalLM"]}, ["LlamaForCausalLM"]),
+    ({"architectures": "DeepseekV3ForCausalLM"}, ["architectures='DeepseekV3ForCausalLM'"]),
+    ({"text_config": {"hidden_size": 7168}}, ["'text_config'", "text model alone"]),
+    ({"language_config": {"hidden_size": 7168}}, ["'language_config'", "text model alone"]),
+    ({"index_topk": 2048}, ["index_topk=2048", "sparse attention", "remove the key"]),
+    ({"swiglu_limit": 10.0}, ["swiglu_limit=10.0", "SwiGLU"]),
+    ({"final_logit_softcapping": 30.0}, ["final_logit_softcapping=30.0", "soft caps"]),
+    ({"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0", "soft caps"]),
+    ({"sliding_window": 4096}, ["sliding_window=4096", "windows"]),
+    ({"layer_types": ["sliding_attention"] * 61}, ["layer_types=", "layers of other kinds"]),
+    ({"linear_attn_config": {"head_dim": 128}}, ["linear_attn_config=", "linear attention"]),
+    ({"embedding_multiplier": 12.0}, ["embedding_multiplier=12.0", "factors on activations"]),
+    ({"use_qk_norm": True}, ["use_qk_norm=True", "norms of queries and keys"]),
+    ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "without rotation"]),
+    ({"hc_mult": 4}, ["hc_mult=4", "DeepSeek-V4"]),
+    ({"clip_qkv": 8.0}, ["clip_qkv=8.0", "another attention"]),
+    ({"mlp_only_layers": [3]}, ["mlp_only_layers=[3]", "choice of layers"]),
+    ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, ["rope_scaling.partial_rotary_factor=0.5"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), OTHER_ARCHITECTURES)
+def test_other_architectures_are_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as error:
+        read(tmp_path, **changes)
+    assert all(word in str(error.value) for word in [*words, "config.json"]), error.value
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 8},
+        {"num_key_value_heads": ...},
+        {"model_type": "Create-Bot-V2_k2"},
+        {"model_type": ...},
+        {"architectures": ...},
+        {"architectures": None, "model_type": "kimi_k2"},
+        {"num_local_experts": 256, "num_mtp_layers": 1},
+        {"n_routed_experts": ..., "num_experts": 256},
+        {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58},
+        {"original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
+        {"sliding_window": 4096, "use_sliding_window": False},
+        {"sliding_window": None, "swiglu_limit": 0.0, "layer_types": ["full_attention"] * 61},
+        {"rope_scaling": {**YARN, "max_position_embeddings": 163840, "low_freq_factor": 1.0}},
+        dict.fromkeys(NEUTRAL_KEYS, 3.5),
+        {key: {"a": [True]} for key in NEUTRAL_KEYS},
+    ],
+)
+def test_what_changes_no_number_is_allowed(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert read(tmp_path, **changes) == read(tmp_path)
+    assert read_hf_model(tmp_path)[1] == []
+
+
+def test_keys_that_no_code_reads_are_named(tmp_path: Path) -> None:
+    assert read(tmp_path, house_key=3, unsloth_version="2026", left_null=None) == read(tmp_path)
+    read(tmp_path, house_key=3, unsloth_version="2026", left_null=None)
+    assert read_hf_model(tmp_path)[1] == ["house_key", "unsloth_version"]
+
+
+def test_more_dense_layers_than_layers_are_all_of_them(tmp_path: Path) -> None:
+    found = read(tmp_path, num_hidden_layers=2, first_k_dense_replace=3, num_nextn_predict_layers=0)
+    assert (found["num_layers"], found["num_dense_layers"]) == (2, 2)
+    found = read(tmp_path, n_routed_experts=None, num_nextn_predict_layers=0)
+    assert (found["num_layers"], found["num_dense_layers"]) == (61, 61)
 
 
 def test_yarn_keys_that_change_nothing_are_allowed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Logits, loss and every gradient equal HF transformers' on small random models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsv3.checkpoint.load import load_weights
+from dsv3.config.strict import build
+from dsv3.hf.safetensors_reader import read_headers
 from tests.hf.pairs import our_name, pair
 
 transformers = pytest.importorskip("transformers")
@@ -78,3 +82,17 @@ def test_logits_loss_and_gradients_equal_transformers(tmp_path: Path, case: str,
         error = (gradient - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-4, f"{name}: {error:.1e}"
     assert not gradients
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_weights_that_transformers_saves_are_read_as_the_same(tmp_path: Path, stacked: bool) -> None:
+    """Experts are saved one by one, or as the stacks that transformers 5 computes with."""
+    theirs, ours = pair("deepseek_v3", tmp_path, **V3)
+    theirs.save_pretrained(tmp_path, save_original_format=not stacked)  # type: ignore[operator]
+    names = read_headers(tmp_path)
+    assert ("model.layers.1.mlp.experts.gate_up_proj" in names) is stacked
+    assert ("model.layers.1.mlp.experts.0.gate_proj.weight" in names) is not stacked
+    read = build(replace(ours.config, mtp_depths=0))
+    load_weights([read], tmp_path)
+    expected = ours.state_dict()
+    assert not [name for name, tensor in read.state_dict().items() if not torch.equal(tensor, expected[name])]

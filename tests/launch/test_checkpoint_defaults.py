@@ -11,10 +11,11 @@ from dsv3.checkpoint.directory import complete_steps
 from dsv3.config.convert import ConvertConfig
 from dsv3.config.overrides import absolute_paths, typed_text
 from dsv3.convert.request import prepare_conversion
-from dsv3.hf.config_json import config_json
+from dsv3.hf.config_writer import config_json
 from dsv3.programs import CONVERT
 from tests.convert.releases import small_model, write_release
 from tests.harness.commands import ConvertCommand, PlannedCommand, TrainCommand, run_here
+from tests.harness.outcome import refused
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +92,8 @@ def test_typed_values_act_over_a_dcp(planned: PlannedCommand, described: Path) -
 def test_a_text_with_an_interpolation_is_the_same_after_the_second_composition(
     planned: PlannedCommand, described: Path, typed: str
 ) -> None:
-    job = planned.run("task=train", f"checkpoint.load={described}", "logger=none", f"run.dir={typed}").job
+    load = [f"checkpoint.load={described}", "tokenizer=trained"]
+    job = planned.run("task=train", *load, "logger=none", f"run.dir={typed}").job
     text = typed.replace(r"\$", "$").strip("'") if typed.startswith("'") else typed
     assert job.config.run.dir == text
     assert [str(Path(text).absolute())] == [
@@ -109,6 +111,7 @@ def experiment(folder: Path, text: str) -> list[str]:
 def test_an_experiments_values_act_over_the_checkpoint_and_typed_ones_over_both(
     planned: PlannedCommand, release: Path, described: Path, tmp_path: Path, place: str
 ) -> None:
+    """Over a checkpoint that is loaded, an experiment's own numbers have to be typed (..._compared.py)."""
     where = ["model=hf", f"model.path={release}"] if place == "hf" else [f"checkpoint.load={described}"]
     silent = experiment(tmp_path, "# @package _global_\ntrain: {steps: 7}\n")
     job = planned.run(*silent, *where).job
@@ -118,18 +121,20 @@ def test_an_experiments_values_act_over_the_checkpoint_and_typed_ones_over_both(
         tmp_path,
         "# @package _global_\nmodel: {mtp_depths: 0, moe: {top_k: 1, num_groups: 1, top_k_groups: 1}}\n",
     )
-    model = planned.run(*sets, *where).job.config.model
+    keys = ["mtp_depths=0", "moe.top_k=1", "moe.num_groups=1", "moe.top_k_groups=1"]
+    typed = [f"model.{key}" for key in keys] if place == "load" else []
+    model = planned.run(*sets, *where, *typed).job.config.model
     assert (model.mtp_depths, model.moe.top_k, model.moe.num_groups, model.norm_eps) == (0, 1, 1, 3e-6)
-    model = planned.run(*sets, *where, "model.moe.top_k=2").job.config.model
+    model = planned.run(*sets, *where, *typed, "model.moe.top_k=2").job.config.model
     assert (model.mtp_depths, model.moe.top_k) == (0, 2)
 
 
-def test_an_experiment_that_chooses_a_model_wins_over_the_checkpoints(
+def test_an_experiment_that_chooses_another_model_than_the_checkpoints_is_refused(
     planned: PlannedCommand, described: Path, tmp_path: Path
 ) -> None:
     chooses = experiment(tmp_path, "# @package _global_\ndefaults: [{override /model: debug}]\n")
-    model = planned.run(*chooses, f"checkpoint.load={described}").job.config.model
-    assert model == planned.run("task=plan", "model=debug").job.config.model
+    assert planned.run(*chooses).job.config.model == planned.run("task=plan", "model=debug").job.config.model
+    refused(planned.run(*chooses, f"checkpoint.load={described}"), "model.vocab_size is 96 there, 4096 here")
 
 
 def test_jobs_of_a_sweep_do_not_see_the_model_of_another(planned: PlannedCommand, tmp_path: Path) -> None:
@@ -179,8 +184,9 @@ def test_typed_values_act_over_the_input_of_a_conversion(
     assert_default(prepared(*command, *DEFAULTS).model)
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps(config_json(small_model("model.num_layers=2"), "bfloat16")))
-    model = prepared(*command, f"model.path={other}", "model.mtp_depths=0").model
+    same = small_model(*own_overrides(), "model.num_layers=2")
+    (other / "config.json").write_text(json.dumps(config_json(same, "bfloat16")))
+    model = prepared(*command, f"model.path={other}", "model.num_layers=2", "model.mtp_depths=0").model
     assert model is not None
     assert (model.num_layers, model.mtp_depths) == (2, 0)
 

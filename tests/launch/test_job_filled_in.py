@@ -108,9 +108,9 @@ def test_the_biases_of_a_released_model_stay_unless_they_are_typed_to_move(
     planned: PlannedCommand, released: Path, stored: StoredRun
 ) -> None:
     assert speed(planned.run().job) == (0.001, "the report's")
-    load = f"checkpoint.load=hf:{released}"
-    assert speed(planned.run(load, *MAKES).job) == (0.0, f"hf:{released} is a released model")
-    assert speed(planned.run(load, *MAKES, f"{SPEED}=0.001").job) == (0.001, None)
+    load = [f"checkpoint.load=hf:{released}", "tokenizer=trained"]
+    assert speed(planned.run(*load, *MAKES).job) == (0.0, f"hf:{released} is a released model")
+    assert speed(planned.run(*load, *MAKES, f"{SPEED}=0.001").job) == (0.001, None)
 
 
 def test_a_checkpoint_converted_from_a_release_counts_as_one_and_a_run_as_it_began(
@@ -127,7 +127,7 @@ def test_a_checkpoint_converted_from_a_release_counts_as_one_and_a_run_as_it_beg
         content = record | {"config": {"train": {"balance": {"bias_speed": was}}}}
         (tmp_path / name / "training.yaml").write_text(yaml.safe_dump(content))
     found = {
-        name: speed(planned.run(f"checkpoint.load={tmp_path / name}").job)[0]
+        name: speed(planned.run(f"checkpoint.load={tmp_path / name}", "tokenizer=trained").job)[0]
         for name in ("converted", "fresh", "tuned")
     }
     assert found == {"converted": 0.0, "fresh": 0.001, "tuned": 0.0}

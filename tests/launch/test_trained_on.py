@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -21,6 +22,7 @@ from tests.harness.commands import PlannedCommand
 from tests.harness.composing import strict_config
 from tests.harness.outcome import refused
 from tests.harness.tiny import MODEL, TRAINING
+from tests.hf.test_config_json import RELEASED_V3
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,74 @@ def test_a_key_of_another_tokenizer_than_that_of_the_checkpoint_is_refused_with_
     refused(outcome, "tokenizer.vocab_size")
     chosen = ["tokenizer=trained", "tokenizer.vocab_size=300"]
     assert planned_config(planned, step, *chosen).tokenizer == TOKENIZER
+
+
+PLANS = ["hardware=h100", "hardware.memory_bytes=100000000000000"]
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    """A released model as far as a plan looks at it, without a tokenizer."""
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "config.json").write_text(json.dumps(RELEASED_V3))
+    return tmp_path / "release"
+
+
+@pytest.mark.parametrize("task", ["train", "evaluate"])
+def test_weights_without_a_tokenizer_are_not_given_a_new_one_in_silence(
+    planned: PlannedCommand, release: Path, tmp_path: Path, task: str
+) -> None:
+    command = [f"task={task}", f"checkpoint.load=hf:{release}", *PLANS]
+    told = ["carries no tokenizer", "tokenizer=local tokenizer.path=PATH", "tokenizer=trained"]
+    refused(planned.run(*command), f"checkpoint.load=hf:{release}", *told)
+    assert planned.run(*command, "tokenizer=trained").job.config.tokenizer == TrainedTokenizerConfig()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    given = planned.run(*command, "tokenizer=local", f"tokenizer.path={tmp_path}").job.config.tokenizer
+    assert given == LocalTokenizerConfig(path=str(tmp_path))
+    np.save(tmp_path / "ids.npy", np.zeros((9, 33), np.int32))
+    assert planned.run(*command, "data=tokens", f"data.path={tmp_path / 'ids.npy'}").code == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tiktoken.model"])
+@pytest.mark.parametrize("place", ["", "hf"])
+def test_the_tokenizer_of_a_checkpoint_is_taken_where_its_kind_is_read(
+    planned: PlannedCommand, release: Path, step: Path, name: str, place: str
+) -> None:
+    for path in ("tokenizer", "training.yaml"):
+        target = step / path
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    (step / "hf").mkdir()
+    folder = step / "hf" if place else release
+    (folder / name).write_text("{}")
+    load = step if place else f"hf:{release}"
+    config = planned.run("task=evaluate", f"checkpoint.load={load}", *PLANS).job.config
+    assert config.tokenizer == LocalTokenizerConfig(path=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("train", "tokenizer.model"), ("evaluate", "tokenization_x.py"), ("generate", "tokenizer_config.json")],
+)
+def test_a_tokenizer_of_a_kind_that_is_not_read_is_refused_before_anything_starts(
+    planned: PlannedCommand, release: Path, task: str, name: str
+) -> None:
+    (release / name).write_text("x")
+    told = planned.run(f"task={task}", f"checkpoint.load=hf:{release}", *PLANS)
+    refused(told, f"checkpoint.load=hf:{release}: {release / name}", "is no tokenizer that dsv3 reads")
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("checkpoint.load=hf:owner/name", "repo=owner/name assets=all"),
+        ("checkpoint.load=owner/name", "repo=owner/name assets=all"),
+        ("model=hf model.path=owner/name", "repo=owner/name assets=all"),
+        ("model=hf model.path=hf:/a/b", "hf: stands in checkpoint.load alone"),
+        ("tokenizer=local tokenizer.path=owner/name", "repo=owner/name assets=all"),
+        ("tokenizer=local tokenizer.path=/", "tokenizer.path=/: / holds no tokenizer"),
+    ],
+)
+def test_a_repository_that_is_named_like_a_path_is_told_how_to_fetch(
+    planned: PlannedCommand, typed: str, told: str
+) -> None:
+    refused(planned.run(*typed.split()), told)

@@ -14,7 +14,7 @@ from tests.harness.commands import PlannedCommand
 pytestmark = pytest.mark.slow
 
 UNREAD = {
-    "evaluate": ["optimizer.lr=1", "schedule=wsd", "train.steps=3", "train={clip_norm:2}", "logger=wandb"],
+    "evaluate": ["optimizer.lr=1", "schedule=wsd", "train.steps=3", "logger=wandb", "checkpoint.keep_last=3"],
     "generate": ["data.held_out=0.1", "train.sequence_length=8", "compile=on", "tokenizer.vocab_size=300"],
     "verify": ["precision=bf16", "checkpoint.load=x", "parallel=fsdp", "train={seed:1}"],
     "compare": ["model=16b", "experiments=learning_rate", "launch.nproc=2", "hardware=h100"],
@@ -44,6 +44,14 @@ def test_every_key_is_read_by_the_task_or_refused(task: str) -> None:
             refused = True
         assert refused is not schema.reads_key(name), name
     assert schema.reads_key("train.steps") is (task in ("train", "plan"))
+
+
+def test_a_typed_node_is_read_key_by_key() -> None:
+    schema = SCHEMAS["task/evaluate"]
+    refuse_unread(schema, {"train={sequence_length:8}": ("train", "{sequence_length:8}")})
+    mixed = "{sequence_length:8,clip_norm:2}"
+    with pytest.raises(UserError, match="does nothing with task=evaluate"):
+        refuse_unread(schema, {f"train={mixed}": ("train", mixed)})
 
 
 def test_what_switches_something_off_holds_for_every_task(planned: PlannedCommand) -> None:

@@ -54,7 +54,7 @@ def test_generation_stops_before_the_end() -> None:
     model = tiny_model()
     (text,) = generate(model, [[1]], 8, temperature=1.0, top_p=1.0, seed=0)
     place = next(n for n in range(1, 8) if text[n] not in text[:n])
-    assert generate(model, [[1]], 8, 1.0, 1.0, 0, end=text[place]) == [text[:place]]
+    assert generate(model, [[1]], 8, 1.0, 1.0, 0, ends=[text[place], 10**6]) == [text[:place]]
 
 
 def test_rows_of_a_batch_are_what_each_prompt_gives_alone() -> None:
@@ -85,7 +85,7 @@ def test_rows_end_on_their_own_and_generation_with_the_last_of_them() -> None:
     assert len({len(text) for text in expected}) > 1
     shapes: list[torch.Size] = []
     model.register_forward_pre_hook(lambda _, arguments: shapes.append(arguments[0].shape))
-    assert generate(model, PROMPTS, 40, 1.0, 1.0, 0, end) == expected
+    assert generate(model, PROMPTS, 40, 1.0, 1.0, 0, [end]) == expected
     # The prompts once, then one token a row, until the longest row has drawn `end`.
     assert shapes == [(4, 9)] + [(4, 1)] * max(map(len, expected))
 

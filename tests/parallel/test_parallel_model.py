@@ -26,7 +26,7 @@ def generate_ids(config: Config, degrees: ParallelDims | None) -> list[list[list
     if degrees and torch.distributed.get_rank() >= degrees.world_size:
         return None
     model = build_parallel_model(config, mesh, torch.device("cpu"))
-    return [model.generate(PROMPTS, 4, temperature, 0.9, 3, None) for temperature in (0.0, 0.8)]
+    return [model.generate(PROMPTS, 4, temperature, 0.9, 3, ()) for temperature in (0.0, 0.8)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -79,7 +79,9 @@ def test_a_run_tells_what_it_took_and_a_resume_what_goes_on(
     assert 0 < left_out == stored["tokens_train"] - 1 - 32 * per_epoch
     assert f"{per_epoch:,} rows of 32 tokens per epoch, {left_out} tokens too few for a row" in told["data"]
     assert f"3 steps take 12 rows, {12 / per_epoch:.2f} epochs" in told["data"]
-    assert told["tokenizer"].endswith(f"{stored['vocabulary']} ids, and the model's vocabulary has {VOCAB}")
+    ids, document = told["tokenizer"].split("; ")
+    assert ids.endswith(f"{stored['vocabulary']} ids, and the model's vocabulary has {VOCAB}")
+    assert document == "a document is <|begin_of_sentence|> text <|end_of_sentence|>"
     assert told["tokenizer"].startswith("trained on the training side, ")
     assert told["batch"] == "4 sequences x 32 tokens = 128 tokens per step"
     assert told["microbatch"] == "4 sequences per rank (at most about 4,096 tokens), 1 per step"

@@ -46,6 +46,21 @@ def test_v2_lite_is_verified(commands: TrainCommand, tmp_path: Path) -> None:
     assert "equals transformers" in commands.must(*verify(tmp_path)).out
 
 
+def test_what_is_read_although_no_release_is_so_equals_transformers(
+    commands: TrainCommand, tmp_path: Path
+) -> None:
+    """Stacked experts, another name, fewer heads of keys, and fp8 in the config of weights that are not."""
+    theirs, _ = pair("deepseek_v3", tmp_path, **V3)
+    theirs.save_pretrained(tmp_path, save_original_format=False)  # type: ignore[operator]
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "house_v3", "num_key_value_heads": 2, "num_nextn_predict_layers": 0}
+    config |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outcome = commands.must(*verify(tmp_path))
+    assert "equals transformers" in outcome.out
+    assert "quantization_config of fp8, but its weights are not in fp8" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("change", "where"),
     [
@@ -76,8 +91,8 @@ def test_without_transformers_shapes_and_norms_are_checked(
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, file)
     outcome = commands.run(*verify(released))
-    assert outcome.code == 1
-    assert "'norm.weight' holds nonfinite values" in outcome.err
+    assert outcome.code == 2
+    assert "'model.norm.weight' with the value nan at [3]" in outcome.err
 
 
 def test_mtp_layers_that_transformers_counts_and_does_not_save_are_left_out(
@@ -128,7 +143,7 @@ def test_a_model_larger_than_the_memory_is_checked_tensor_by_tensor(
 @pytest.mark.parametrize(
     ("name", "change", "code", "words"),
     [
-        ("model.norm.weight", lambda tensor: tensor.fill_(torch.inf), 1, "'norm.weight' holds nonfinite"),
+        ("model.norm.weight", lambda tensor: tensor.fill_(torch.inf), 2, "with the value inf at [0]"),
         ("model.norm.weight", lambda tensor: tensor[1:].clone(), 2, "'model.norm.weight' of shape [63]"),
         ("model.norm.weight", None, 2, "no tensor 'model.norm.weight'"),
     ],

@@ -1,0 +1,47 @@
+"""Refuse weights with values that are not finite (NaN, infinity) as they are read.
+
+A model computes nothing with them, and training would blame the learning rate. Each slice is looked at once,
+while it is in memory: `aminmax` takes it at 18 GB/s and more on one core, several times as fast as a disk.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsv3.errors import UserError, quoted
+from dsv3.hf.pread_file import fault
+
+_CODE_BITS, _NAN_CODE = 0x7F, 0x7F
+"""E4M3's bits without the sign, and its code for NaN; it has no infinity."""
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return whether every value is finite, of fp8 codes without their scales; any dtype and strides."""
+    if not values.numel():
+        return True
+    if values.dtype is torch.float8_e4m3fn:
+        return int((values.view(torch.uint8) & _CODE_BITS).amax()) != _NAN_CODE
+    low, high = torch.aminmax(values)  # both are NaN where any value is
+    return bool(low.isfinite() & high.isfinite())
+
+
+def require_finite(values: Tensor, place: Path, name: str, origin: tuple[int, ...] = ()) -> None:
+    """Raise UserError unless every value of a slice of weights is finite.
+
+    `origin` is where the slice begins in the tensor `name` of `place`, by dim; without it, at its start.
+    """
+    if not is_finite(values):
+        raise nonfinite(values, place, name, origin)
+
+
+def nonfinite(values: Tensor, place: Path, name: str, origin: tuple[int, ...] = ()) -> UserError:
+    """Return the error that names the first value of a slice that is not finite."""
+    shown = values.float()
+    wrong = ~shown.isfinite()
+    first = wrong.nonzero()[0].tolist()
+    origin = (*origin, *(0,) * (len(first) - len(origin)))
+    index = [begin + offset for begin, offset in zip(origin, first, strict=True)]
+    value = shown[tuple(first)].item()
+    what = f"has {quoted(name)} with the value {value} at {index}, {int(wrong.sum())} of {wrong.numel()} read"
+    return fault(place, f"{what} there are not finite: no model computes with them, take intact weights")
