@@ -252,7 +252,7 @@ def run(chosen: argparse.Namespace, directory: Path) -> None:
                 stored[client] = found
                 print(row(name, client, found), flush=True)
                 RESULT.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    fill("clients.md", "clients", table(results))
+                fill("clients.md", "clients", table(results))
 
 
 def clients(

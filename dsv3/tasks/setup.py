@@ -9,7 +9,7 @@ from dsv3.config.root import Config
 from dsv3.config.strict import build
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.data.tokenizer_files import read_stop_ids
+from dsv3.data.tokenizer_files import has_tokenizer, read_stop_ids
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
@@ -57,10 +57,14 @@ def load_own_tokenizer(config: Config, checkpoint: Path) -> Tokenizer | None:
 
 
 def read_tokenizer(path: str | Path, checkpoint: Path) -> Tokenizer:
-    """Return the tokenizer at `path`, which also stops at the ids that a checkpoint's files name."""
-    tokenizer = Tokenizer.from_file(path)
-    for folder in (checkpoint, checkpoint / HF_DIR):
-        tokenizer.stop_also_at(read_stop_ids(folder))
+    """Return the tokenizer at `path`, which also stops at the ids that a checkpoint's files name.
+
+    Assets of weights that were given ids of their own since have no tokenizer, and name ids of the other one.
+    """
+    tokenizer, assets = Tokenizer.from_file(path), checkpoint / HF_DIR
+    tokenizer.stop_also_at(read_stop_ids(checkpoint))
+    if has_tokenizer(assets):
+        tokenizer.stop_also_at(read_stop_ids(assets))
     return tokenizer
 
 

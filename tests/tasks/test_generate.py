@@ -53,15 +53,23 @@ def test_a_release_without_a_tokenizer_json_is_prompted_with_the_ids_of_its_own_
     assert asked(tokenizer, "").ids == [tokenizer.bos]
 
 
-@pytest.mark.parametrize("place", [".", "hf"])
-def test_a_tokenizer_stops_at_the_ids_that_the_files_of_the_weights_name(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "beside", "ends"),
+    [(".", "", (1, 5, 4)), ("hf", "tokenizer_config.json", (1, 5, 4)), ("hf", "", (1,))],
+    ids=["of the checkpoint", "of its assets", "of a tokenizer left behind"],
+)
+def test_a_tokenizer_stops_at_the_ids_that_the_files_of_the_weights_name(
+    tmp_path: Path, place: str, beside: str, ends: tuple[int, ...]
+) -> None:
     TrainedTokenizer(300).prepare([sentence(1)]).save(tmp_path / "tokenizer")
     (tmp_path / place).mkdir(exist_ok=True)
     (tmp_path / place / "generation_config.json").write_text('{"eos_token_id": [5, 4]}')
+    if beside:
+        (tmp_path / place / beside).write_text("{}")
     folder = tokenizer_folder(tmp_path)
-    assert folder is not None
+    assert folder == tmp_path / "tokenizer"
     found = asked(read_tokenizer(folder, tmp_path), "def ")
-    assert found.ends == (1, 5, 4)
+    assert found.ends == ends
     assert found.ids[0] == 0
 
 
