@@ -181,9 +181,9 @@ def test_a_checkpoint_supplies_the_model(planned: PlannedCommand, checkpoint: Pa
         assert (config.model.dim, config.model.num_layers) == (96, 3)
 
 
-def test_a_typed_model_takes_the_place_of_the_checkpoints(planned: PlannedCommand, checkpoint: Path) -> None:
+def test_typed_numbers_take_the_place_of_the_checkpoints(planned: PlannedCommand, checkpoint: Path) -> None:
     load = f"checkpoint.load={checkpoint}"
-    assert planned.run("task=plan", load, "model=debug").job.config.model.num_layers == 4
+    assert "model.dim is 96 there, 128 here" in planned.run("task=plan", load, "model=debug").err
     config = planned.run("task=plan", load, "model.moe.top_k=1", "model.rope.theta=500").job.config
     assert (config.model.moe.top_k, config.model.rope.theta, config.model.dim) == (1, 500.0, 96)
     wrong = planned.run("task=plan", load, "model.moe.top_k=99")

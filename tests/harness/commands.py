@@ -43,7 +43,7 @@ def run_here(program: Application, argv: list[str], execute: Carrier | None = No
         program.program, program.root, program.help_text, program.prepare, execute or program.execute
     )
     os.environ.pop("HYDRA_FULL_ERROR", None)
-    handlers = logging.root.handlers[:]
+    handlers, level = logging.root.handlers[:], logging.root.level
     try:
         # Hydra composes a command twice, the first time to read hydra.mode, which is always null.
         with patch.object(Hydra, "get_mode", lambda *_, **__: None), _store_uncopied():
@@ -52,6 +52,7 @@ def run_here(program: Application, argv: list[str], execute: Carrier | None = No
         os.environ.pop("HYDRA_FULL_ERROR", None)
         # Some flags let Hydra log to the stdout of now, which is closed after this test.
         logging.root.handlers[:] = handlers
+        logging.root.setLevel(level)
 
 
 @contextlib.contextmanager
