@@ -5,6 +5,7 @@ A journal notes each finished file, so that the same command goes on after a kil
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -49,9 +50,11 @@ class Journal:
             self._append(conversion)
             return
         if first != conversion:
+            remove = f"remove it, {shlex.join(['rm', '-r', str(directory)])}"
+            # Files written from other contents cannot be gone on with, whatever is typed.
+            way = remove if _rewritten(first, conversion) else f"repeat its command, or {remove}"
             raise UserError(
-                f"{directory} holds an unfinished conversion with {_differences(first, conversion)}: "
-                "repeat its command to go on with it, or remove it"
+                f"{directory} holds an unfinished conversion with {_differences(first, conversion)}: {way}"
             )
         for finished in map(_finished, lines):
             if finished is not None:
@@ -122,6 +125,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Return, for a message, in what an unfinished conversion differs from this one."""
     told = [_difference(key, before.get(key), now[key]) for key in now if before.get(key) != now[key]]
     return " and ".join(told) or "another plan"
+
+
+def _rewritten(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether a conversion differs in nothing but the contents of the files that it reads."""
+    paths = [[path for path, *_ in each.get("input", ())] for each in (before, now)]
+    return before | {"input": None} == now | {"input": None} and paths[0] == paths[1]
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

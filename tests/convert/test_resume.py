@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -261,8 +262,11 @@ def test_an_input_that_has_changed_is_refused(
     assert crash(convert, source, tmp_path / "out", 12, whole=True)
     file = source / "model-00002-of-00003.safetensors"
     os.utime(file, ns=(1, 1))
-    refused(convert("hf_to_dcp", source, tmp_path / "out"), f"another {file}")
-    shutil.rmtree(tmp_path / ".out.partial")
+    outcome = convert("hf_to_dcp", source, tmp_path / "out")
+    refused(outcome, f"another {file}")
+    assert "repeat its command" not in outcome.err
+    _, removal = outcome.err.strip().split(": remove it, ")
+    subprocess.run(shlex.split(removal), check=True)
     assert crash(convert, source, tmp_path / "out", 12, whole=True)
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["fmt"] = None
