@@ -84,8 +84,8 @@ def convert(config: ConvertConfig) -> str:
             conversion = to_dcp(source, model, dtype)
         else:
             conversion = to_hf(config, source, model)
-    if conversion.warning:
-        print(f"warning: {conversion.warning}", file=sys.stderr)
+    for warning in conversion.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if config.plan:
         read = sum(file.stat().st_size for file in _input_files(source))
         return estimate(read, conversion.nbytes, workers, config.speeds)

@@ -119,7 +119,12 @@ class DcpSource:
             if shared is not None:
                 source = relative_index(*shared, chunk.offset)
                 self._copy_box(chunk, source, box[relative_index(*shared, offset)])
-        require_finite(out, self.directory, tensor.name, (first,) if tensor.shape else ())
+
+        def stored() -> Tensor:
+            return self.read_rows(tensor, first, count, torch.empty(out.shape))
+
+        rounded = stored if out.dtype is not torch.float32 else None
+        require_finite(out, self.directory, tensor.name, (first,) if tensor.shape else (), rounded)
         return out
 
     def _copy_box(self, chunk: Chunk, box: tuple[slice, ...], target: Tensor) -> None:

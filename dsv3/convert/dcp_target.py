@@ -31,6 +31,7 @@ from dsv3.convert.engine import Conversion
 from dsv3.convert.hf_assets import (
     IMPORT_METADATA_FILE,
     SCALES_FILE,
+    asset_warnings,
     copy_assets,
     copy_record,
     require_assets,
@@ -137,7 +138,10 @@ def write_metadata(
 
 
 def to_dcp(source: HFSource, model: ModelConfig, dtype: torch.dtype) -> Conversion:
-    """Return the conversion to a DCP in `dtype`, with model.yaml, the tokenizer and hf/."""
+    """Return the conversion to a DCP in `dtype`, with model.yaml, the tokenizer and hf/.
+
+    UserError for assets that no client could read.
+    """
     require_assets(source.directory)
     weights = dcp_files(source, dtype)
     dtypes = {
@@ -149,8 +153,8 @@ def to_dcp(source: HFSource, model: ModelConfig, dtype: torch.dtype) -> Conversi
         (directory / MODEL_FILE).write_text(yaml.safe_dump(to_yaml(model), sort_keys=False))
         copy_assets(source.directory, directory / HF_DIR)
         copy_record(source.directory, directory)
-        # An export repeats how the weights were stored.
-        stored_twice = all(name in source.stored for name in mtp_duplicates(model))
+        # An export repeats how the weights were stored; without MTP layers nothing says so.
+        stored_twice = source.has_mtp_duplicates or not mtp_duplicates(model)
         import_metadata = {
             "block": list(source.block),
             "quantization_config": source.quantization,
@@ -162,7 +166,7 @@ def to_dcp(source: HFSource, model: ModelConfig, dtype: torch.dtype) -> Conversi
             (directory / TOKENIZER_DIR).mkdir(exist_ok=True)
             shutil.copyfile(tokenizer, directory / TOKENIZER_DIR / tokenizer.name)
 
-    return Conversion(weights + _scales_file(source), complete)
+    return Conversion(weights + _scales_file(source), complete, asset_warnings(source.directory, model))
 
 
 def _scales_file(source: HFSource) -> list[OutputFile]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dsv3.config.convert import Assets, ConvertConfig
 from dsv3.data.tokenizer_files import is_tokenizer_file
@@ -41,11 +42,16 @@ _PAGE = re.compile(r"(?:hf:(?://)?|https?://[^/]+/)?(?P<name>[^/]+/[^/]+?)(?:\.g
 def download(config: ConvertConfig) -> Path:
     """Download `assets` of `repo` into `output`, going on after a call that was cut off; compare digests.
 
-    UserError for an output in use, and for a repository that is unknown, refused, not reached or without such
-    files; RunFailed where the hub fails, the download breaks off, or a file is not what the hub lists.
+    UserError for an output in use, for variables of the environment that cannot be used, and for a repository
+    that is unknown, refused, not reached or without such files; RunFailed where the hub fails, the download
+    breaks off, or a file is not what the hub lists.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    _require_environment()
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ValueError as error:  # it reads its numbers out of the environment when it is imported
+        raise _bad_setting(error) from None
 
     broken: Any = HfHubHTTPError.__bases__  # OSError, and the base of the HTTP client's errors
     output = Path(config.output or "")
@@ -91,6 +97,53 @@ def _name(repo: str) -> str:
     return found["name"] if found else repo
 
 
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def _require_environment() -> None:
+    """Raise UserError, by name, for a variable of the environment that no request could be made with.
+
+    Secrets are not repeated: a token, and a proxy's address, which may have a password in it.
+    """
+    named = next((name for name in _TOKENS if os.environ.get(name)), "")  # the first one counts
+    token = re.sub(r"[\r\n]", "", os.environ.get(named, "")).strip()  # as huggingface_hub does
+    wrong = next((each for each in token if not "!" <= each <= "~"), None)
+    if wrong is not None:
+        place = token.index(wrong) + 1
+        raise UserError(
+            f"{named} is no token: its character {place} is {quoted(wrong)}, and a token has letters, digits "
+            "and _ alone; copy it anew from the settings of your account, or unset it"
+        )
+    endpoint = os.environ.get("HF_ENDPOINT")
+    if endpoint is not None and not _is_address(endpoint, "https", "http"):
+        raise UserError(
+            f"HF_ENDPOINT={quoted(endpoint)} is no address of a hub: give one that begins with https:// or "
+            "http://, or unset it for huggingface.co"
+        )
+    for name in (*_PROXIES, *(each.lower() for each in _PROXIES)):
+        proxy = os.environ.get(name)
+        address = proxy if not proxy or "://" in proxy else f"http://{proxy}"
+        if address and not _is_address(address, "https", "http", "socks5", "socks5h"):
+            raise UserError(f"{name} is no address of a proxy: give one like http://HOST:PORT, or unset it")
+
+
+def _is_address(text: str, *schemes: str) -> bool:
+    """Return whether a text is a URL with one of `schemes`, a host, and a port that there can be."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and text.split() == [text]
+    except ValueError:
+        return False
+
+
+def _bad_setting(error: ValueError) -> UserError:
+    """Return the error for a value that huggingface_hub or its HTTP client does not take."""
+    what = "a variable of the environment (HF_*, *_PROXY) or the token of hf auth login is no possible value"
+    return UserError(f"the hub cannot be asked: {what}: {_lines(error)}")
+
+
 def _endpoint() -> str | None:
     """Return the address of the hub where it is another one than huggingface_hub's default."""
     return os.environ.get("HF_ENDPOINT") or None
@@ -127,6 +180,8 @@ def _list(repo: str, config: ConvertConfig) -> tuple[str, list[Any]]:
         raise UserError(
             f"{given} cannot be reached, there is no connection to {api.endpoint}: {_lines(error)}"
         ) from None
+    except ValueError as error:
+        raise _bad_setting(error) from None
 
 
 def _refusal(error: Any, config: ConvertConfig) -> UserError | RunFailed:

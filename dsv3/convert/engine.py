@@ -48,8 +48,8 @@ class Conversion:
 
     files: list[OutputFile]
     complete: Callable[[Path, list[Finished]], None]
-    warning: str | None = None
-    """A line that the user needs to know before the output is written."""
+    warnings: Sequence[str] = ()
+    """Lines that the user needs to know before the output is written."""
 
     @property
     def nbytes(self) -> int:

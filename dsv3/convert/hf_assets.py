@@ -19,11 +19,12 @@ from dsv3.data.tokenizer_files import (
     READABLE,
     copy_tokenizer_files,
     has_tokenizer,
+    has_vocabulary,
     is_tokenizer_file,
     read_json,
     tokenizer_files,
 )
-from dsv3.errors import UserError, refuse_lfs_pointer
+from dsv3.errors import UserError, quoted, refuse_lfs_pointer
 from dsv3.hf.config_json import model_from_hf
 from dsv3.hf.config_values import read_config
 from dsv3.hf.config_writer import config_json, updated_config
@@ -64,10 +65,59 @@ def copy_assets(source: Path, target: Path, tokenizer: bool = True) -> None:
             shutil.copyfile(path, target / name)
 
 
-def require_assets(source: Path) -> None:
-    """Raise UserError for a tokenizer's file that a clone without Git LFS has left as a pointer."""
-    for path in tokenizer_files(source):
-        refuse_lfs_pointer(path)
+_OBJECTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    GENERATION_FILE,
+)
+"""Assets that clients read as JSON objects: one that is damaged would make them fail."""
+
+
+def require_assets(source: Path, tokenizer: bool = True) -> None:
+    """Raise UserError for an asset that a clone without Git LFS left as a pointer, or that is damaged JSON.
+
+    Without `tokenizer` the tokenizer's files stay behind and are not looked at. Of each asset 48 bytes are
+    read, of those in _OBJECTS all.
+    """
+    for path in sorted({*hf_assets(source), *tokenizer_files(source)}):
+        name = path.relative_to(source).as_posix()
+        if tokenizer or not is_tokenizer_file(name):
+            refuse_lfs_pointer(path)
+            if name in _OBJECTS:
+                read_json(path)
+
+
+def asset_warnings(source: Path, model: ModelConfig, ids: bool = True) -> list[str]:
+    """Return a line per flaw of assets that travel all the same: damaged JSON, ids that `model` lacks.
+
+    Every .json file is read, one at a time. Without `ids` those that the files name are not written.
+    """
+    lines = []
+    for path in hf_assets(source):
+        if path.suffix == ".json" and path.name not in _OBJECTS:
+            try:
+                json.loads(path.read_bytes())
+            except (OSError, ValueError, RecursionError) as error:
+                lines.append(f"{path} is no JSON and is copied as it is: {error}")
+    if (source / "tokenizer_config.json").is_file() and not has_vocabulary(source):
+        lines.append(
+            f"{source} has a tokenizer_config.json and no vocabulary, so the output has no tokenizer: fetch "
+            "the files beside it, convert.py direction=download assets=tokenizer"
+        )
+    for name in (GENERATION_FILE, "config.json") if ids else ():
+        values = read_json(source / name)
+        for key in _NO_TOKENS:
+            told = values.get(key)
+            for each in told if isinstance(told, list) else [told]:
+                is_id = type(each) is int and 0 <= each < model.vocab_size
+                if not is_id and each is not None and (key, each) != ("pad_token_id", -1):  # -1: no padding
+                    lines.append(
+                        f"{source / name}: {key}={quoted(told)}: the model has no id {quoted(each)}, it has "
+                        f"0 to {model.vocab_size - 1:,}"
+                    )
+    return lines
 
 
 def assets_folder(checkpoint: Path) -> Path | None:
@@ -85,7 +135,7 @@ def keep_assets(run_dir: Path, checkpoint: Path | None, tokenizer: bool) -> None
     shutil.rmtree(run_dir / ASSETS_DIR, ignore_errors=True)
     source = None if checkpoint is None else assets_folder(checkpoint)
     if source is not None:
-        require_assets(source)
+        require_assets(source, tokenizer)
         copy_assets(source, run_dir / ASSETS_DIR, tokenizer)
 
 
@@ -112,6 +162,8 @@ class ExportAssets:
     """Folder of the run's own tokenizer, where none came in."""
     generation: dict[str, Any] = field(default_factory=dict)
     """The content of generation_config.json that goes with that tokenizer."""
+    warnings: list[str] = field(default_factory=list)
+    """Lines on flaws of what came in."""
 
     @classmethod
     def of(
@@ -138,10 +190,11 @@ class ExportAssets:
         for key in {"dtype", "torch_dtype"} & config.keys() or {"torch_dtype"}:
             config[key] = dtype
         ids = {} if origin is not None and has_tokenizer(origin) else _token_ids(tokenizer)
+        warnings = [] if origin is None else asset_warnings(origin, model, ids=not ids)
         if not ids:
-            return cls(origin, config)
+            return cls(origin, config, warnings=warnings)
         stops = {} if origin is None else read_json(origin / GENERATION_FILE)
-        return cls(origin, config | ids, tokenizer, stops | ids)
+        return cls(origin, config | ids, tokenizer, stops | ids, warnings)
 
     def write(self, directory: Path) -> None:
         """Write the assets into the directory of the weights."""

@@ -246,4 +246,5 @@ def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfi
         assets.write(directory)
         copy_record(source.directory, directory)
 
-    return Conversion(files, complete, choice.warning() if choice else None)
+    told = choice.warning() if choice else None
+    return Conversion(files, complete, [*([told] if told else []), *assets.warnings])

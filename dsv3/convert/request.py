@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dsv3.checkpoint.directory import MANIFEST_FILE, MODEL_FILE, find_checkpoint, is_hf_checkpoint
+from dsv3.checkpoint.directory import MANIFEST_FILE, find_checkpoint, is_hf_checkpoint
 from dsv3.config.convert import READS, ConvertConfig, Direction, StoredType
 from dsv3.config.model import HFModelConfig
 from dsv3.config.model_difference import INIT_STD
@@ -19,10 +19,10 @@ from dsv3.errors import UserError, repository_hint, require
 from dsv3.hf.config_json import model_from_hf
 from dsv3.launch.checkpoint_defaults import (
     Composition,
+    checkpoint_model,
     described_model,
     filled,
     plain_model,
-    read_model,
 )
 
 
@@ -129,7 +129,7 @@ def _over_input(composed: DictConfig, command: Composition) -> DictConfig:
     if given and not Path(given).is_dir():
         raise UserError(f"model.path={given} is no directory{repository_hint(given)}")
     if composed.direction is Direction.dcp_to_hf and not given:
-        model = read_model(_checkpoint(source) / MODEL_FILE)
+        model = checkpoint_model(_checkpoint(source))
     else:
         model = model_from_hf(Path(given or source))
     composed = command.over(Stored(hf_model=filled(model, given)))

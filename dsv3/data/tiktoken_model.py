@@ -37,15 +37,16 @@ class Rules:
 
     pattern: str
     """Regular expression of the pieces of a text."""
-    reserved: int
-    """Ids after those of tiktoken.model that are set aside for special tokens."""
+    reserved: int | None
+    """Ids after those of tiktoken.model that are set aside for special tokens; None where it does not say."""
 
 
 def convert_tiktoken(file: Path, config: Mapping[str, Any]) -> Tokenizer:
     """Return the tokenizer of a tiktoken.model and the Python file beside it.
 
     Special tokens have the names that `config`, the content of tokenizer_config.json, gives their ids.
-    UserError for a file that is damaged, and for rules that are missing or not written as plain text.
+    UserError for a file that is damaged, for rules that are missing or not written as plain text, and for
+    named ids that are not the ones after those of tiktoken.model, as where that file was cut off.
     """
     ranks = _read_ranks(file)
     rules = _read_rules(file, config)
@@ -64,7 +65,7 @@ def convert_tiktoken(file: Path, config: Mapping[str, Any]) -> Tokenizer:
     rows = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, rows])
     backend.decoder = decoders.ByteLevel()
-    tokens = _special_tokens(len(ranks), rules.reserved, config)
+    tokens = _special_tokens(file, len(ranks), rules.reserved, config)
     backend.add_tokens(list(tokens.values()))
     for index, token in tokens.items():
         if backend.token_to_id(token.content) != index:
@@ -110,13 +111,24 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _special_tokens(first: int, reserved: int, config: Mapping[str, Any]) -> dict[int, AddedToken]:
+def _special_tokens(
+    file: Path, first: int, reserved: int | None, config: Mapping[str, Any]
+) -> dict[int, AddedToken]:
     """Return the tokens after those of tiktoken.model by id; one that has no name is a reserved one."""
-    named = config.get("added_tokens_decoder") or {}
-    last = max([first + reserved - 1, *map(int, named)])
+    named = {int(index): told for index, told in (config.get("added_tokens_decoder") or {}).items()}
+    count = len(named) if reserved is None else reserved
+    ids = range(first, first + count)
+    for index in sorted(named):
+        if index not in ids:
+            told = f"the ids {first} to {first + count - 1}" if count else "no ids"
+            raise UserError(
+                f"{file} has {first} tokens and leaves {told} for names, but the files beside it name the id "
+                f"{index}, {quoted(named[index]['content'])}: it is cut off, or they are of another release; "
+                "fetch them anew, convert.py direction=download assets=tokenizer"
+            )
     tokens = {}
-    for index in range(first, last + 1):
-        told = named.get(str(index), {"content": f"<|reserved_token_{index}|>", "special": True})
+    for index in ids:
+        told = named.get(index, {"content": f"<|reserved_token_{index}|>", "special": True})
         tokens[index] = added_token(told)
     return tokens
 
@@ -142,16 +154,41 @@ def _read_rules(file: Path, config: Mapping[str, Any]) -> Rules:
     for path in sources:
         refuse_lfs_pointer(path)
         try:
-            assigned = dict(_assigned(ast.parse(path.read_text("utf-8"))))
+            tree = ast.parse(path.read_text("utf-8"))
         except (OSError, ValueError, SyntaxError, RecursionError) as error:
             raise UserError(f"{path} is not Python that can be read: {error}") from None
-        pattern = _plain_text(assigned.get("pat_str"))
+        pattern = _plain_text(dict(_assigned(tree)).get("pat_str"))
         if pattern:
-            reserved = assigned.get("num_reserved_special_tokens")
-            count = reserved.value if isinstance(reserved, ast.Constant) else 0
-            return Rules(pattern, count if type(count) is int else 0)
-    raise UserError(
-        f"{sources[0]} does not give its pattern pat_str as plain text, and code of a release is never run: "
+            return Rules(pattern, _read_count(path, tree))
+    raise _not_plain(sources[0], "its pattern pat_str as plain text")
+
+
+_RESERVED = "num_reserved_special_tokens"
+
+
+def _read_count(path: Path, tree: ast.Module) -> int | None:
+    """Return the number of reserved ids, None where the file has none; UserError where it is computed."""
+    stores = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name | ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and (node.id if isinstance(node, ast.Name) else node.attr) == _RESERVED
+    ]
+    if not stores:
+        return None
+    values = [value for name, value in _assigned(tree) if name == _RESERVED]
+    numbers = [value.value for value in values if isinstance(value, ast.Constant)]
+    number = numbers[0] if numbers else None
+    if type(number) is not int or len(numbers) != len(stores) or numbers != [number] * len(numbers):
+        raise _not_plain(path, f"{_RESERVED} as a plain number")
+    return number
+
+
+def _not_plain(path: Path, what: str) -> UserError:
+    """Return the error for a rule that would have to be computed."""
+    return UserError(
+        f"{path} does not give {what}, and code of a release is never run: "
         "convert it to a tokenizer.json elsewhere and give that, tokenizer=local tokenizer.path=PATH"
     )
 

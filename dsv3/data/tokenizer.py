@@ -41,7 +41,7 @@ EOS_NAMES = (
     "<|endoftext|>",
 )
 
-_FILES = 2
+_FILES = 3
 """Part of the cache key of a trained tokenizer: raise it when its files are to be written differently."""
 
 TRAINING_CHUNK = 1 << 16  # characters; the trainer reads 256 texts at once and needs 80 bytes per character
@@ -53,6 +53,7 @@ FAST_CONFIG = {
         "input_ids",
         "attention_mask",
     ],  # by default token_type_ids too, which generate refuses
+    "padding_side": "left",  # a model goes on behind the last id of a row, which may be no padding
 }
 """Keys of the tokenizer_config.json of a tokenizer.json that is written here."""
 
@@ -181,12 +182,18 @@ class Tokenizer:
         return hashlib.sha256(contents.encode()).hexdigest()[:16]
 
     def notes(self) -> list[str]:
-        """Return a line per flaw: a named token without an id, a text that it does not bring back."""
+        """Return a line per flaw: a name without an id, an id that it lacks, a text that it changes."""
         ids_of = {"bos_token": self.bos, "eos_token": self.eos}
         lines = [
             f"the tokenizer has no id for its {key} {quoted(name)}: texts go without it"
             for key, index in ids_of.items()
             if index is None and (name := token_name(self._config.get(key)))
+        ]
+        lines += [
+            f"the tokenizer has the ids 0 to {self.size - 1:,}, and eos_token_id beside it names {index}, "
+            "which is none of them"
+            for index in self.stop
+            if index >= self.size
         ]
         for text in PROBES:
             ids = self.encode(text)

@@ -50,8 +50,14 @@ def tokenizer_files(folder: Path) -> Iterator[Path]:
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copy the files of a tokenizer from one folder to another, byte for byte; of a link what it leads to."""
-    for path in tokenizer_files(source):
+    """Copy the files of a tokenizer from one folder to another, byte for byte; of a link what it leads to.
+
+    UserError, before the first copy, for one that is a Git-LFS pointer.
+    """
+    files = list(tokenizer_files(source))
+    for path in files:
+        refuse_lfs_pointer(path)
+    for path in files:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
@@ -71,6 +77,12 @@ _UNREADABLE = {
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder has a tokenizer, of a kind that is read here or of another."""
     return any(_find(folder, pattern) for pattern in (*READABLE, *_UNREADABLE))
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Return whether a folder has a file that ids could be read from, here or by another program."""
+    rest = {"tokenizer_config.json", "tokenization_*.py"}
+    return any(_find(folder, pattern) for pattern in (*READABLE, *(_UNREADABLE.keys() - rest)))
 
 
 def vocabulary_file(path: str | Path) -> Path:
@@ -158,11 +170,13 @@ def token_name(value: Any) -> str | None:
 def read_stop_ids(folder: Path) -> list[int]:
     """Return the ids that end a generated text, by generation_config.json, else by config.json.
 
-    An empty list where neither names any; UserError where they say something else than ids.
+    The first file that has the key counts, also with null. An empty list where neither has it; UserError
+    where they say something else than ids.
     """
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            told = read_json(folder / name).get("eos_token_id")
+        found = read_json(folder / name)
+        if "eos_token_id" in found:
+            told = found["eos_token_id"]
             ids = told if isinstance(told, list) else [] if told is None else [told]
             if not all(type(index) is int and index >= 0 for index in ids):
                 raise UserError(

@@ -15,7 +15,7 @@ from dsv3.config.model import (
     ScoreFunction,
 )
 from dsv3.config.strict import validate
-from dsv3.errors import InvalidValue, UserError
+from dsv3.errors import InvalidValue, UserError, quoted
 from dsv3.hf.config_values import HFValues, read_config
 from dsv3.hf.neutral_keys import NEUTRAL_KEYS, NEUTRAL_ROPE_KEYS, NEUTRAL_ROPE_VALUES, ROPE_KEYS
 from dsv3.hf.other_architectures import ARCHITECTURES, refuse_other_architecture
@@ -133,10 +133,14 @@ def family(hf: HFValues) -> str:
     if not names:
         name = ARCHITECTURES[hf.require("model_type", tuple(ARCHITECTURES), None)]
     else:
+        classes = tuple([each] for each in dict.fromkeys(ARCHITECTURES.values()))
+        (name,) = hf.require("architectures", classes, None)
         # A known model_type names its class; any other one leaves both open.
-        own = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
-        classes = [own] if own else dict.fromkeys(ARCHITECTURES.values())
-        (name,) = hf.require("architectures", tuple([each] for each in classes), None)
+        own = ARCHITECTURES.get(kind, name) if isinstance(kind, str) else name
+        if own != name:
+            types = " or ".join(each for each, of in ARCHITECTURES.items() if of == name)
+            fix = f"make model_type {types} if the class is right, or else architectures ['{own}']"
+            raise hf.error("architectures", names, f"contradicts model_type={quoted(kind)} of {own}: {fix}")
     return next(kind for kind, each in ARCHITECTURES.items() if each == name)
 
 

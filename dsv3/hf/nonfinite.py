@@ -4,6 +4,7 @@ A model computes nothing with them, and training would blame the learning rate. 
 while it is in memory: `aminmax` takes it at 18 GB/s and more on one core, several times as fast as a disk.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,22 +27,37 @@ def is_finite(values: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def require_finite(values: Tensor, place: Path, name: str, origin: tuple[int, ...] = ()) -> None:
+def require_finite(
+    values: Tensor,
+    place: Path,
+    name: str,
+    origin: tuple[int, ...] = (),
+    stored: Callable[[], Tensor] | None = None,
+) -> None:
     """Raise UserError unless every value of a slice of weights is finite.
 
     `origin` is where the slice begins in the tensor `name` of `place`, by dim; without it, at its start.
+    `stored` gives the slice in fp32 where `values` were rounded from it: it may have overflowed.
     """
     if not is_finite(values):
-        raise nonfinite(values, place, name, origin)
+        raise nonfinite(values, values.float() if stored is None else stored(), place, name, origin)
 
 
-def nonfinite(values: Tensor, place: Path, name: str, origin: tuple[int, ...] = ()) -> UserError:
-    """Return the error that names the first value of a slice that is not finite."""
-    shown = values.float()
-    wrong = ~shown.isfinite()
+def nonfinite(values: Tensor, stored: Tensor, place: Path, name: str, origin: tuple[int, ...]) -> UserError:
+    """Return the error that names the first value of a slice that is not finite, or not so in bf16.
+
+    `stored` are the `values` in fp32, before any rounding to bf16.
+    """
+    wrong = ~stored.isfinite()
+    overflows = not bool(wrong.any())
+    if overflows:
+        wrong = ~values.isfinite()
     first = wrong.nonzero()[0].tolist()
     origin = (*origin, *(0,) * (len(first) - len(origin)))
     index = [begin + offset for begin, offset in zip(origin, first, strict=True)]
-    value = shown[tuple(first)].item()
+    value = stored[tuple(first)].item()
+    if overflows:
+        what = f"has {quoted(name)} with the value {value:.6g} at {index}"
+        return fault(place, f"{what}, which is finite there and overflows in bf16: dtype=fp32 keeps it")
     what = f"has {quoted(name)} with the value {value} at {index}, {int(wrong.sum())} of {wrong.numel()} read"
     return fault(place, f"{what} there are not finite: no model computes with them, take intact weights")

@@ -4,6 +4,7 @@ DCP plans the boxes of parameters that a rank owns. Each box is read from the fi
 global rows and columns, so that shards may begin anywhere in a block of fp8 scales.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from dataclasses import replace
@@ -26,7 +27,7 @@ from torch.futures import Future
 
 from dsv3.config.model import ModelConfig
 from dsv3.errors import UserError, quoted
-from dsv3.fp8.quantize import dequantize
+from dsv3.fp8.quantize import E4M3_MAX, dequantize
 from dsv3.hf.config_values import read_config
 from dsv3.hf.names import MODEL_PREFIX, SCALE_SUFFIX, HFTensor, hf_layout, mtp_duplicates
 from dsv3.hf.nonfinite import require_finite
@@ -67,9 +68,8 @@ class HFSource:
         refuse_other_architecture(config_json)
         self.block = block_size(config_json)
         self.quantization: dict[str, Any] | None = config_json.values.get("quantization_config")
-        self.has_mtp_duplicates = bool(mtp_duplicates(config)) and all(
-            name in self.stored for name in mtp_duplicates(config)
-        )
+        self.has_mtp_duplicates = any(name in self.stored for name in mtp_duplicates(config))
+        """True where any duplicate of MTP layers is stored: an export then writes them all."""
         self.mtp_duplicates = {
             original: [
                 name for name, of in mtp_duplicates(config).items() if of == original and name in self.stored
@@ -95,7 +95,8 @@ class HFSource:
     def read_scales(self, name: str) -> Tensor | None:
         """Return the scale grid [block rows, block columns] fp32 of an fp8 tensor, None for any other tensor.
 
-        UserError for a scale that is not above 0, except that of a block of zeros, which may be 0.
+        UserError for a scale that is not above 0, except that of a block of zeros, which may be 0, or with
+        which a code of its block is past fp32.
         """
         if not self.is_quantized(name):
             return None
@@ -105,24 +106,28 @@ class HFSource:
                 return self._grids[name]
         entry = self.stored[name + SCALE_SUFFIX]
         grid = self._reader.read_rows(entry, 0, entry.rows).float()
-        is_valid = grid.isfinite() & (grid > 0)
+        is_valid = (grid > 0) & (grid * E4M3_MAX).isfinite()
         for row in (~is_valid).any(1).nonzero().flatten().tolist():
-            is_valid[row] |= (grid[row] == 0) & self._zero_blocks(name, row)
+            largest = self._largest_codes(name, row)
+            is_valid[row] |= (grid[row] == 0) & (largest == 0)
+            is_valid[row] |= (grid[row] > 0) & (grid[row] * largest).isfinite()
         if not bool(is_valid.all()):
             bad = grid[~is_valid][0].item()
-            raise fault(entry.file, f"has {quoted(entry.name)} with a scale of {bad}: it must be above 0")
+            past_fp32 = 0 < bad < math.inf
+            why = "codes of its block times it are past fp32" if past_fp32 else "it must be above 0"
+            raise fault(entry.file, f"has {quoted(entry.name)} with a scale of {bad}: {why}")
         with self._lock:
             self._grids[name] = grid
             if len(self._grids) > _CACHED_GRIDS:
                 self._grids.popitem(last=False)
         return grid
 
-    def _zero_blocks(self, name: str, row: int) -> Tensor:
-        """Return by block column whether the blocks of a block row hold zeros alone; reads the row."""
+    def _largest_codes(self, name: str, row: int) -> Tensor:
+        """Return by block column the largest magnitude of the codes of a block row; reads the row."""
         entry, (height, width) = self.stored[name], self.block
         codes = self._reader.read_rows(entry, row * height, min(height, entry.rows - row * height))
-        used = (codes.view(torch.uint8) & 0x7F).amax(0)
-        return torch.stack([columns.amax() == 0 for columns in used.split(width)])
+        magnitudes = (codes.view(torch.uint8) & 0x7F).amax(0)
+        return torch.stack([columns.amax() for columns in magnitudes.split(width)]).view(codes.dtype).float()
 
     def value_dtype(self, tensor: HFTensor) -> torch.dtype:
         """Return the narrower of bf16 and fp32 that holds the stored values."""
@@ -153,7 +158,11 @@ class HFSource:
             out.copy_(read)
         else:
             dequantize(read, grid, self.block, origin, out.dtype, out)
-        require_finite(out, self.stored[name].file, name, origin[: out.ndim])
+
+        def stored() -> Tensor:
+            return read.float() if grid is None else dequantize(read, grid, self.block, origin)
+
+        require_finite(out, self.stored[name].file, name, origin[: out.ndim], stored)
         return out
 
     def read_codes(self, name: str, first: int, count: int) -> tuple[Tensor, Tensor] | None:

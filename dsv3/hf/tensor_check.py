@@ -54,8 +54,9 @@ class TensorCheck:
         for name, entry in self.stored.items():
             if reason := other_tensor(name):
                 raise fault(entry.file, f"has {quoted(name)}, {reason}")
-        self._require_mtp_layers()
         source = self._model_source()
+        self._require_counts()
+        self._require_mtp_layers()
         padded = []
         for tensor in self.layout:
             if tensor.name not in self.stored:
@@ -64,9 +65,8 @@ class TensorCheck:
                 padded.append(tensor)
             else:
                 _require_shape(self.stored[tensor.name], tensor, source)
-            _require_dtype(self.stored, tensor, self.block)
-        self._refuse_left_over()
-        self._refuse_uncounted()
+            self._require_dtype(tensor)
+        self._refuse_left_over(source)
         yield from self._notes(padded)
 
     def _require_mtp_layers(self) -> None:
@@ -91,7 +91,7 @@ class TensorCheck:
 
     def _missing(self, name: str, source: tuple[str, str]) -> UserError:
         """Return the error that a tensor of the model is not there; `source` as of `_model_source`."""
-        if layer_number(name) >= self.config.num_layers:
+        if layer_number(name) in self._mtp_modules():
             text = f"has no tensor '{name}', though others of that MTP layer are there: {_NO_MTP}"
             return fault(self.directory, text)
         return fault(self.directory, f"has no tensor '{name}', which {source[0]} asks for{source[1]}")
@@ -107,15 +107,18 @@ class TensorCheck:
             and entry.shape[1] == tensor.shape[1]
         )
 
-    def _refuse_left_over(self) -> None:
-        """Raise UserError for a tensor that the model has no place for; MTP layers may be left out."""
+    def _refuse_left_over(self, source: tuple[str, str]) -> None:
+        """Raise UserError for a tensor that the model has no place for; MTP layers may be left out.
+
+        `source` is as of `_model_source`.
+        """
+        model = "the model of its config.json" if source[0] == "its config.json" else source[0]
         allowed = {tensor.name for tensor in self.layout} | set(mtp_duplicates(self.config))
         for name, entry in self.stored.items():
             weight = name.removesuffix(SCALE_SUFFIX)
             has_scales = weight in allowed and weight in self.stored and is_fp8(self.stored[weight])
             if not (name in allowed or has_scales or is_derived(name, self.config)):
-                text = f"has {quoted(name)}, for which the model of its config.json has no place"
-                raise fault(entry.file, text)
+                raise fault(entry.file, f"has {quoted(name)}, for which {model} has no place{source[1]}")
         for name, original in mtp_duplicates(self.config).items():
             copy = self.stored.get(name)
             if copy is not None and copy.shape != self.stored[original].shape:
@@ -124,29 +127,81 @@ class TensorCheck:
                 )
                 raise fault(copy.file, f"{text} of shape {list(self.stored[original].shape)}: {_NO_MTP}")
             if copy is not None:
-                _require_dtype(self.stored, HFTensor(name, copy.shape, "", (), ()), self.block)
+                self._require_dtype(HFTensor(name, copy.shape, "", (), ()))
 
-    def _refuse_uncounted(self) -> None:
-        """Raise UserError for layers behind those that config.json counts, unless they are MTP layers.
+    def _mtp_modules(self) -> dict[int, str]:
+        """Return a tensor of each stored layer that MTP layers alone have, by the layer's number."""
+        return {layer_number(name): name for name in self.stored if is_mtp_module(name)}
 
-        A config.json that was cut by hand would otherwise drop them in silence.
+    def _require_counts(self) -> None:
+        """Raise UserError unless main layers come first, as many as are counted, and MTP layers behind them.
+
+        A config.json that was cut by hand would otherwise drop main layers in silence. The last ones may be
+        left out where the model has fewer than config.json: the command has asked for that by name.
         """
-        counts = (self.config_json.values.get(f"num_{kind}_layers") for kind in ("hidden", "nextn_predict"))
-        main, mtp = (count if isinstance(count, int) else 0 for count in counts)
-        counted = max(main + mtp, self.config.num_layers + self.config.mtp_depths)
-        behind = {number: name for name in self.stored if (number := layer_number(name)) >= counted}
-        of_mtp = {layer_number(name) for name in self.stored if is_mtp_module(name)}
-        rest = sorted(set(behind) - of_mtp)
-        if rest:
-            text = f"has {quoted(behind[rest[0]])}, but its config.json counts {main} layers"
-            fix = "put back its num_hidden_layers; model.num_layers=N then takes the first N"
-            raise fault(self.stored[behind[rest[0]]].file, f"{text}: {fix}")
+        main, mtp, alias = (
+            count if isinstance(count := self.config_json.values.get(f"num_{kind}_layers"), int) else 0
+            for kind in ("hidden", "nextn_predict", "mtp")
+        )
+        here, of_mtp = self.config.num_layers, self._mtp_modules()
+        put_back = "put back its num_hidden_layers"
+        if of_mtp and (first := min(of_mtp)) < here:
+            text = f"has {quoted(of_mtp[first])}, of an MTP layer, which "
+            if here > main:
+                text += f"model.num_layers={here} counts as a main layer: leave model.num_layers={here} out"
+            else:
+                text += f"its config.json counts among its {main} layers: {put_back}"
+            raise fault(self.stored[of_mtp[first]].file, text)
+        counted = main + (mtp or alias) if here < main else here
+        layers = {layer_number(name): name for name in self.stored}
+        behind = [number for number in layers if number >= counted and number not in of_mtp]
+        if behind:
+            name = layers[min(behind)]
+            text = f"has {quoted(name)}, but its config.json counts {main} layers"
+            fix = f"{put_back}; model.num_layers=N then takes the first N"
+            raise fault(self.stored[name].file, f"{text}: {fix}")
+
+    def _require_dtype(self, tensor: HFTensor) -> None:
+        """Raise UserError unless a tensor has a supported dtype and, in fp8, its scales."""
+        entry, scales = self.stored[tensor.name], self.stored.get(tensor.name + SCALE_SUFFIX)
+        name = quoted(tensor.name)
+        if is_fp8(entry):
+            if scales is None:
+                raise fault(
+                    entry.file, f"has {name} in fp8, but no scales '{tensor.name + SCALE_SUFFIX}' are there"
+                )
+            if len(entry.shape) != 2:
+                raise fault(
+                    entry.file, f"has {name} in fp8, of shape {list(entry.shape)}: blocks need a matrix"
+                )
+            grid = [-(-length // side) for length, side in zip(entry.shape, self.block, strict=True)]
+            if list(scales.shape) != grid:
+                what = f"the weight's {list(entry.shape)} in blocks of {list(self.block)} needs {grid}"
+                if self.config_json.values.get("quantization_config") is None:
+                    what += ": config.json has no quantization_config with weight_block_size, so "
+                    what += "{} x {} was assumed".format(*self.block)
+                raise fault(scales.file, f"has {quoted(scales.name)} of shape {list(scales.shape)}, {what}")
+            if scales.dtype not in SCALE_DTYPES:
+                known = "float32, bfloat16, float16 and float8_e8m0fnu"
+                raise fault(scales.file, f"has {quoted(scales.name)} of {scales.dtype}; supported: {known}")
+        elif entry.dtype not in VALUE_DTYPES:
+            known = "float32, bfloat16, float16 and float8_e4m3fn"
+            raise fault(entry.file, f"has {name} of {entry.dtype}; supported: {known}")
+        elif scales is not None:
+            raise fault(
+                scales.file, f"has {quoted(scales.name)}, but its weight is of {entry.dtype}, not fp8"
+            )
 
     def _notes(self, padded: Iterable[HFTensor]) -> Iterator[str]:
         for tensor in padded:
             rows, kept = self.stored[tensor.name].shape[0], tensor.shape[0]
             padding = f"{rows - kept:,} are padding and are left out"
             yield f"'{tensor.name}' has {rows:,} rows for a vocabulary of {kept:,}: {padding}"
+        duplicates = mtp_duplicates(self.config)
+        missing = [name for name in duplicates if name not in self.stored]
+        if 0 < len(missing) < len(duplicates):
+            told = f"no '{missing[0]}' ({len(missing)} of {len(duplicates)} duplicates of MTP layers)"
+            yield f"{self.directory} has {told}: an export writes '{duplicates[missing[0]]}' for it"
         quantized = self.config_json.values.get("quantization_config")
         if quantized and not any(is_fp8(self.stored[tensor.name]) for tensor in self.layout):
             what = "has a quantization_config of fp8, but its weights are not in fp8"
@@ -173,28 +228,3 @@ def _require_shape(entry: TensorInfo, tensor: HFTensor, source: tuple[str, str])
     if entry.shape != tensor.shape:
         text = f"has {quoted(tensor.name)} of shape {list(entry.shape)}, {source[0]} makes it"
         raise fault(entry.file, f"{text} {list(tensor.shape)}{source[1]}")
-
-
-def _require_dtype(stored: dict[str, TensorInfo], tensor: HFTensor, block: tuple[int, int]) -> None:
-    """Raise UserError unless a tensor has a supported dtype and, in fp8, its scales."""
-    entry, scales = stored[tensor.name], stored.get(tensor.name + SCALE_SUFFIX)
-    name = quoted(tensor.name)
-    if is_fp8(entry):
-        if scales is None:
-            raise fault(
-                entry.file, f"has {name} in fp8, but no scales '{tensor.name + SCALE_SUFFIX}' are there"
-            )
-        if len(entry.shape) != 2:
-            raise fault(entry.file, f"has {name} in fp8, of shape {list(entry.shape)}: blocks need a matrix")
-        grid = [-(-length // side) for length, side in zip(entry.shape, block, strict=True)]
-        if list(scales.shape) != grid:
-            what = f"the weight's {list(entry.shape)} in blocks of {list(block)} needs {grid}"
-            raise fault(scales.file, f"has {quoted(scales.name)} of shape {list(scales.shape)}, {what}")
-        if scales.dtype not in SCALE_DTYPES:
-            known = "float32, bfloat16, float16 and float8_e8m0fnu"
-            raise fault(scales.file, f"has {quoted(scales.name)} of {scales.dtype}; supported: {known}")
-    elif entry.dtype not in VALUE_DTYPES:
-        known = "float32, bfloat16, float16 and float8_e4m3fn"
-        raise fault(entry.file, f"has {name} of {entry.dtype}; supported: {known}")
-    elif scales is not None:
-        raise fault(scales.file, f"has {quoted(scales.name)}, but its weight is of {entry.dtype}, not fp8")

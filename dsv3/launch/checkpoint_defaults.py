@@ -92,9 +92,8 @@ def read_model(path: Path) -> ModelConfig:
         raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}") from None
 
 
-def checkpoint_model(path: str) -> ModelConfig:
-    """Return the model that checkpoint.load=`path` describes; UserError where it does not say."""
-    checkpoint = find_checkpoint(path)
+def checkpoint_model(checkpoint: Path) -> ModelConfig:
+    """Return the model that a checkpoint describes; UserError where it does not say."""
     model = described_model(checkpoint)
     if model is None:
         raise UserError(f"{checkpoint / MODEL_FILE} is missing: say which model it is, model=...")
@@ -154,7 +153,7 @@ def compose_over_checkpoint(composed: DictConfig, command: Composition) -> DictC
         model = model_from_hf(_hf_directory(path))
         composed = command.over(replace(carried, hf_model=filled(model, path)))
     elif load and "model" not in command.keys:
-        defaults = {"model": checkpoint_model(load), **carried.defaults}
+        defaults = {"model": checkpoint_model(find_checkpoint(load)), **carried.defaults}
         composed = command.over(replace(carried, defaults=defaults))
     elif carried.defaults or carried.values:
         composed = command.over(carried)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.logger import WandbLoggerConfig
 from dsv3.config.optimizer import MuonConfig
@@ -20,7 +21,7 @@ from dsv3.config.training import BIAS_SPEED
 from dsv3.data.corpus import looks_like_json_lines
 from dsv3.data.sources import PreparedData
 from dsv3.fp8.convert_model import fp8_engine_name
-from dsv3.launch.checkpoint_defaults import checkpoint_model
+from dsv3.launch.checkpoint_defaults import described_model
 from dsv3.launch.held_out import choice_name
 from dsv3.launch.job import Job
 from dsv3.metrics.progress import amount
@@ -234,7 +235,8 @@ class RunFacts:
     def _mtp_left_out(self) -> int:
         """Return the MTP depths that the checkpoint has and the model, which has none, leaves out."""
         load, resume = self.job.config.checkpoint.load, self.job.config.run.resume
-        return checkpoint_model(load).mtp_depths if load and not resume else 0
+        stored = described_model(find_checkpoint(load)) if load and not resume else None
+        return stored.mtp_depths if stored else 0
 
     def _upkeep(self) -> Iterator[Fact]:
         config, ranks, rows = self.job.config, self.run.ranks, self.data.held_out

@@ -267,6 +267,10 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         config(quantization_config=FP8 | {"weight_block_size": [16, 16]}),
         ("_scale_inv", "in blocks of [16, 16] needs"),
     ),
+    "fp8 without a quantization_config": (
+        config(quantization_config=...),
+        ("_scale_inv", "no quantization_config with weight_block_size, so 128 x 128 was assumed"),
+    ),
     "blocks of nothing": (
         config(quantization_config=FP8 | {"weight_block_size": [0, 16]}),
         ("config.json", "weight_block_size=[0, 16]"),
@@ -409,7 +413,10 @@ DCP: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         metadata(outside),
         (".metadata is refused", "outside the directory"),
     ),
-    "missing model.yaml": (lambda directory: (directory / "model.yaml").unlink(), ("model.yaml",)),
+    "missing model.yaml": (
+        lambda directory: (directory / "model.yaml").unlink(),
+        ("model.yaml is missing: say which model it is, model=...",),
+    ),
     "model.yaml of something else": (write("model.yaml", b"a: 1\n"), ("model.yaml is not a model",)),
     "model.yaml is no YAML": (write("model.yaml", b"a: [1\n"), ("model.yaml is not a model",)),
     "model.yaml that cannot be": (

@@ -163,6 +163,48 @@ def test_a_hub_that_is_not_reached_is_named(tmp_path: Path, monkeypatch: pytest.
         download(ask(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("HF_TOKEN", "tökén", "HF_TOKEN is no token: its character 2 is 'ö'"),
+        ("HF_TOKEN", "two words", "HF_TOKEN is no token: its character 4 is ' '"),
+        ("HUGGING_FACE_HUB_TOKEN", "tökén", "HUGGING_FACE_HUB_TOKEN is no token: its character 2"),
+        ("HF_ENDPOINT", "", "HF_ENDPOINT='' is no address of a hub: give one that begins with https://"),
+        ("HF_ENDPOINT", "hub.example", "HF_ENDPOINT='hub.example' is no address"),
+        ("HF_ENDPOINT", "ftp://hub.example", "HF_ENDPOINT='ftp://hub.example' is no address"),
+        ("HF_ENDPOINT", "http://[::1", "HF_ENDPOINT='http://[::1' is no address"),
+        ("HF_ENDPOINT", "http://hub.example:99999999", "is no address"),
+        ("HTTPS_PROXY", "ftp://user:secret@proxy", "HTTPS_PROXY is no address of a proxy"),
+        ("https_proxy", "http://[::1", "https_proxy is no address of a proxy"),
+    ],
+)
+def test_a_variable_that_no_request_can_be_made_with_is_named_and_secrets_are_not_repeated(
+    hub: Hub,
+    convert: ConvertCommand,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    value: str,
+    told: str,
+) -> None:
+    monkeypatch.setenv(name, value)
+    outcome = convert.run("direction=download", "repo=owner/name", f"output={tmp_path / 'out'}")
+    refused(outcome, told)
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not ("TOKEN" in name and value in outcome.err)
+    assert "secret" not in outcome.err
+    assert not hub.asked
+
+
+def test_a_stored_token_that_cannot_be_sent_is_the_users_mistake(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("tökén", "utf-8")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(UserError, match=r"the hub cannot be asked: .*the token of hf auth login"):
+        download(ask(tmp_path / "out"))
+
+
 def test_a_hub_that_may_not_be_asked_is_told_by_its_variable(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """What lies beside the weights: unchanged through conversions and runs, complete for a model trained here."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 
 from dsv3.checkpoint.directory import step_directory
-from dsv3.convert.hf_assets import ExportAssets, copy_assets, keep_assets
+from dsv3.convert.hf_assets import ExportAssets, asset_warnings, copy_assets, keep_assets
 from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
+from dsv3.errors import UserError
 from tests.convert.releases import small_model, write_release
 from tests.harness.checkpoints import seal
 from tests.harness.commands import ConvertCommand, TrainCommand
@@ -41,6 +43,8 @@ OWN_TOKENIZER = (
     "tokenizer_config.json",
 )
 """Files of a model trained here, beside its config.json."""
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -127,10 +131,12 @@ def stops_and_pads(exported: Path) -> None:
     generation = transformers.GenerationConfig.from_pretrained(exported)
     for ids in (config, generation, tokenizer):
         assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (0, 1, 2)
-    two = tokenizer(["w1", "w1 w2 w3"], padding=True)["input_ids"]
-    assert [row[0] for row in two] == [0, 0]
-    assert len(two[0]) == len(two[1])
-    assert 2 in two[0]
+    one, three = tokenizer(["w1", "w1 w2 w3"], padding=True)["input_ids"]
+    # Padding stands on the left: what is generated follows the text.
+    assert three[0] == 0
+    assert one == [2] * one.count(2) + tokenizer("w1")["input_ids"]
+    assert len(one) == len(three) > 3
+    assert 2 in one
     text = "a & b\n\n  \u00fc"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
@@ -153,11 +159,25 @@ def test_assets_that_cannot_be_read_are_refused_before_weights_are_written(
 ) -> None:
     write_release(tmp_path / "in", small_model())
     convert.must("hf_to_dcp", tmp_path / "in", tmp_path / "dcp")
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    (tmp_path / "in" / "tokenizer.model").write_text(pointer)
-    for direction in ("hf_to_hf", "hf_to_dcp"):
-        outcome = convert(direction, tmp_path / "in", tmp_path / "out")
-        refused(outcome, f"{tmp_path}/in/tokenizer.model is a Git-LFS pointer")
+    pointers = [(name, POINTER) for name in BESIDE]
+    damaged = [
+        (name, content) for name in (*OWN_TOKENIZER, "added_tokens.json") for content in ('{"a"', "[]")
+    ]
+    for name, content in (*pointers, *damaged):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        before = (tmp_path / "in" / name).read_bytes() if (tmp_path / "in" / name).exists() else None
+        (tmp_path / "in" / name).write_text(content)
+        told = "is a Git-LFS pointer" if content == POINTER else "(cannot be read|is no JSON object)"
+        with pytest.raises(UserError, match=f"{re.escape(f'{tmp_path}/in/{name}')} {told}"):
+            keep_assets(tmp_path / "run", tmp_path / "in", tokenizer=True)
+        assert not (tmp_path / "run").exists()
+        if name in ("generation_config.json", "LICENSE", "tokenizer.json"):
+            for direction in ("hf_to_hf", "hf_to_dcp"):
+                outcome = convert(direction, tmp_path / "in", tmp_path / "out")
+                refused(outcome, f"{tmp_path}/in/{name} {told.split('(')[0]}".strip())
+        (tmp_path / "in" / name).unlink()
+        if before is not None:
+            (tmp_path / "in" / name).write_bytes(before)
     (tmp_path / "dcp" / "tokenizer").mkdir(exist_ok=True)
     trained().save(tmp_path / "dcp" / "tokenizer")
     (tmp_path / "dcp" / "hf" / "chat_template.jinja").write_text("x")
@@ -175,11 +195,41 @@ def test_assets_that_cannot_be_read_are_refused_before_weights_are_written(
     assert stops == {"top_p": 0.9, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
+def test_flaws_that_travel_with_the_weights_are_told_in_a_line_each(
+    convert: ConvertCommand, tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    write_release(source, small_model())
+    (source / "tokenizer_config.json").write_text("{}")
+    (source / "processor.json").write_text('{"a"')
+    ids = {"eos_token_id": [1, 99999], "bos_token_id": "<s>", "pad_token_id": -1}
+    (source / "generation_config.json").write_text(json.dumps(ids))
+    for direction in ("hf_to_hf", "hf_to_dcp"):
+        outcome = convert(direction, source, tmp_path / direction)
+        assert outcome.code == 0
+        told = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
+        assert len(told) == 4, told
+        assert f"{source}/processor.json is no JSON and is copied as it is" in told[0]
+        assert "has a tokenizer_config.json and no vocabulary" in told[1]
+        assert "bos_token_id='<s>': the model has no id '<s>', it has 0 to 95" in told[2]
+        assert "eos_token_id=[1, 99999]: the model has no id 99999, it has 0 to 95" in told[3]
+    (source / "tokenizer.model").write_bytes(b"sentencepiece")
+    assert not [line for line in asset_warnings(source, small_model()) if "vocabulary" in line]
+
+
+def test_the_files_of_a_tokenizer_that_stays_behind_are_not_looked_at(tmp_path: Path) -> None:
+    write_release(tmp_path / "in", small_model())
+    (tmp_path / "in" / "tokenizer.model").write_text(POINTER)
+    keep_assets(tmp_path, tmp_path / "in", tokenizer=False)
+    assert contents(tmp_path / "assets").keys() == {"config.json", "generation_config.json"}
+
+
 def test_a_tokenizer_that_older_code_trained_is_completed(tmp_path: Path) -> None:
     trained().save(tmp_path / "tokenizer")
     file = tmp_path / "tokenizer" / "tokenizer_config.json"
     whole = json.loads(file.read_text())
-    older = {key: value for key, value in whole.items() if key not in ("model_input_names", "add_bos_token")}
+    dropped = ("model_input_names", "add_bos_token", "padding_side")
+    older = {key: value for key, value in whole.items() if key not in dropped}
     file.write_text(json.dumps(older))
     (tmp_path / "out").mkdir()
     ExportAssets.of(small_model(), "bfloat16", None, tmp_path / "tokenizer").write(tmp_path / "out")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.hf.nonfinite import is_finite, require_finite
-from tests.convert.releases import random_weights, small_model, write_release
-from tests.convert.test_corrupt import change, replace_entry
+from tests.convert.releases import random_weights, read_release, small_model, write_release
+from tests.convert.test_corrupt import change, first, replace_entry
 from tests.harness.checkpoints import seal
 from tests.harness.commands import ConvertCommand, TrainCommand
 from tests.harness.outcome import refused
@@ -84,6 +84,37 @@ def test_a_nan_among_fp8_codes_is_named(
     source = Path(shutil.copytree(fp8_release, tmp_path / "in"))
     change(QUERY, nan_code)(source)
     refused(convert("hf_to_hf", source, tmp_path / "out", f"dtype={dtype}"), f"'{QUERY}'", "nan at [3, 5]")
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp32"])
+def test_a_scale_with_which_codes_are_past_fp32_is_named(
+    convert: ConvertCommand, fp8_release: Path, tmp_path: Path, dtype: str
+) -> None:
+    """In fp8 too, whose codes are copied. Codes that stay below are read with the same scale."""
+    source = Path(shutil.copytree(fp8_release, tmp_path / "in"))
+    change(QUERY + "_scale_inv", first(3e38))(source)
+    words = (f"'{QUERY}_scale_inv' with a scale of 3", "e+38: codes of its block times it are past fp32")
+    refused(convert("hf_to_hf", source, tmp_path / "out", f"dtype={dtype}"), *words)
+    ones = torch.full((24, 64), 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    change(QUERY, lambda _: ones)(source)
+    convert.must("hf_to_hf", source, tmp_path / "out", f"dtype={dtype}")
+
+
+@pytest.mark.parametrize("direction", ["hf_to_hf", "dcp_to_hf"])
+def test_a_weight_that_overflows_in_bf16_is_told_as_finite(
+    convert: ConvertCommand, tmp_path: Path, direction: str
+) -> None:
+    weights = random_weights(small_model())
+    weights[NORM][3] = 3.4e38
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_release(source, small_model(), "fp32", weights=weights)
+    if direction == "dcp_to_hf":
+        convert.must("hf_to_dcp", source, tmp_path / "dcp", "dtype=fp32")
+        source = tmp_path / "dcp"
+    words = (f"'{NORM}' with the value 3.4e+38 at [3]", "is finite there", "bf16: dtype=fp32 keeps it")
+    refused(convert(direction, source, out, "dtype=bf16"), *words)
+    convert.must(direction, source, out, "dtype=fp32")
+    assert torch.equal(read_release(out)[NORM], weights[NORM])
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,23 @@ def test_bf16_comes_back_as_it_was(tmp_path: Path, name: str, through: str) -> N
     assert after == before
 
 
+def test_duplicates_of_mtp_layers_are_written_where_only_some_came(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, lost = small_model(), "model.layers.3.embed_tokens.weight"
+    stored = write_release(tmp_path / "in", model)
+    rewrite_release(tmp_path / "in", lambda tensors: tensors.pop(lost))
+    convert(ask(Direction.hf_to_hf, tmp_path / "in", tmp_path / "out", model))
+    assert f"has no '{lost}' (1 of 2 duplicates of MTP layers)" in capsys.readouterr().err
+    convert(ask(Direction.hf_to_dcp, tmp_path / "in", tmp_path / "dcp", model))
+    convert(ask(Direction.dcp_to_hf, tmp_path / "dcp", tmp_path / "back", model))
+    for output in ("out", "back"):
+        same(read_release(tmp_path / output), stored)
+    rewrite_release(tmp_path / "in", lambda tensors: tensors.pop("model.layers.3.shared_head.head.weight"))
+    convert(ask(Direction.hf_to_hf, tmp_path / "in", tmp_path / "none", model))
+    assert sorted(read_release(tmp_path / "none")) == sorted(read_release(tmp_path / "in"))
+
+
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("scales_apart", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", None])

@@ -108,6 +108,20 @@ def damage(release: Path, name: str, content: str) -> None:
         ("tokenization_kimi.py", "pat_str = open('x').read()", "pat_str as plain text"),
         ("tokenization_kimi.py", "pat_str = '|'.join([r'a', open('x')])", "pat_str as plain text"),
         ("tokenization_kimi.py", "pat_str = '['", "pat_str is not one that can be read"),
+        *(
+            (
+                "tokenization_kimi.py",
+                f"pat_str = 'x'\n{count}",
+                "num_reserved_special_tokens as a plain number",
+            )
+            for count in (
+                "num_reserved_special_tokens = int('16')",
+                "num_reserved_special_tokens = 2 * 8",
+                "num_reserved_special_tokens = True",
+                "num_reserved_special_tokens = 16\nif x:\n    num_reserved_special_tokens = 32",
+                "class T:\n  def __init__(self):\n    self.num_reserved_special_tokens = 16",
+            )
+        ),
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["other.T", null]}}', "other.py"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 1}}', "are no ids and names"),
     ],
@@ -123,6 +137,37 @@ def test_what_is_damaged_or_not_plain_is_refused_by_name(
 def test_rules_that_are_missing_are_fetched_as_told(release: Path) -> None:
     (release / "tokenization_kimi.py").unlink()
     with pytest.raises(UserError, match=r"tokenization_kimi\.py, which is not beside it.*assets=tokenizer"):
+        Tokenizer.from_file(release)
+
+
+def test_one_that_was_cut_off_between_two_lines_is_refused_by_the_ids_that_are_named(
+    release: Path, learnt: dict[bytes, int]
+) -> None:
+    file = release / "tiktoken.model"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:400]))
+    told = rf"tiktoken\.model has 400 tokens and leaves the ids 400 to 415 .*the id {len(learnt)}, '\[BOS\]'"
+    with pytest.raises(UserError, match=f"{told}.*assets=tokenizer"):
+        Tokenizer.from_file(release)
+    # Without a number of reserved ids the named ones are all there are.
+    code = release / "tokenization_kimi.py"
+    code.write_text(code.read_text("utf-8").replace("num_reserved_special_tokens", "other"), "utf-8")
+    with pytest.raises(UserError, match="400 tokens and leaves the ids 400 to 404 "):
+        Tokenizer.from_file(release)
+
+
+def test_names_beyond_the_reserved_ids_are_refused_and_need_no_number_of_them(
+    release: Path, learnt: dict[bytes, int]
+) -> None:
+    code, beside = release / "tokenization_kimi.py", release / "tokenizer_config.json"
+    config = json.loads(beside.read_text())
+    first = len(learnt)
+    config["added_tokens_decoder"] = {str(first): {"content": "[BOS]"}, str(first + 1): {"content": "[EOS]"}}
+    beside.write_text(json.dumps(config))
+    source = code.read_text("utf-8")
+    code.write_text(source.replace("num_reserved_special_tokens", "other"), "utf-8")
+    assert Tokenizer.from_file(release).size == first + 2
+    code.write_text(source.replace(f"tokens = {RESERVED}", "tokens = 1"), "utf-8")
+    with pytest.raises(UserError, match=rf"the ids {first} to {first} .*the id {first + 1}, '\[EOS\]'"):
         Tokenizer.from_file(release)
 
 

@@ -60,6 +60,7 @@ def test_added_tokens_with_ids_of_another_tokenizer_are_refused(tokenizer: Token
         ({"generation_config": {"eos_token_id": [5, 1, 4]}, "config": {"eos_token_id": 3}}, (1, 5, 4)),
         ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": 3}}, (1,)),
         ({"config": {"eos_token_id": [3, 2]}}, (1, 3, 2)),
+        ({"generation_config": {}, "config": {"eos_token_id": [3, 2]}}, (1, 3, 2)),
     ],
 )
 def test_every_id_that_the_files_name_ends_a_generated_text(
@@ -134,6 +135,23 @@ def test_one_that_brings_text_back_is_not_told_of(tokenizer: Tokenizer, tmp_path
     folder = save(tokenizer, tmp_path, tokenizer_config={"eos_token": "</s>", "bos_token": None})
     (note,) = Tokenizer.from_file(folder).notes()
     assert note == "the tokenizer has no id for its eos_token '</s>': texts go without it"
+
+
+def test_an_id_that_ends_a_text_and_that_the_tokenizer_lacks_is_told(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    last = tokenizer.size - 1
+    folder = save(tokenizer, tmp_path, generation_config={"eos_token_id": [1, last, 99999]})
+    (note,) = Tokenizer.from_file(folder).notes()
+    assert f"has the ids 0 to {last:,}, and eos_token_id beside it names 99999, which is none" in note
+
+
+def test_a_pointer_beside_it_is_not_saved_into_a_run(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = save(tokenizer, tmp_path / "in")
+    (source / "tokenizer.model").write_text(POINTER)
+    with pytest.raises(UserError, match=r"in/tokenizer\.model is a Git-LFS pointer"):
+        Tokenizer.from_file(source).save(tmp_path / "out")
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_one_from_disk_is_saved_byte_for_byte_with_all_that_stands_beside_it(

@@ -133,7 +133,14 @@ def test_latent_norms_keep_their_own_eps(tmp_path: Path) -> None:
         ({**V2, "scoring_func": "sigmoid"}, ["scoring_func='sigmoid'", "softmax"]),
         ({**V2, "norm_topk_prob": True}, ["routed_scaling_factor=16.0", "norm_topk_prob=true"]),
         ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "DeepseekV3ForCausalLM"]),
-        ({"architectures": V2["architectures"]}, ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"]),
+        (
+            {"architectures": V2["architectures"]},
+            ["DeepseekV2ForCausalLM", "contradicts model_type='deepseek_v3'", "make model_type deepseek_v2"],
+        ),
+        (
+            {"model_type": "deepseek_v2"},
+            ["DeepseekV3ForCausalLM", "contradicts model_type='deepseek_v2'", "deepseek_v3 or kimi_k2"],
+        ),
         ({"mlp_bias": True}, ["mlp_bias=True", "False"]),
         ({"mlp_layer_types": ["sparse"] * 61}, ["mlp_layer_types=", "first_k_dense_replace=3"]),
         ({"quantization_config": {**FP8, "fmt": "e5m2"}}, ["e5m2", "e4m3"]),

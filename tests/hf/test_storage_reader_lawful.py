@@ -310,6 +310,13 @@ def test_a_cut_mtp_layer_is_left_out_as_the_message_says(tmp_path: Path) -> None
     assert_equal(found, {name: tensor for name, tensor in before.items() if not name.startswith("mtp.")})
 
 
+def test_a_tensor_without_a_place_names_the_number_that_was_typed(tmp_path: Path) -> None:
+    write_release(tmp_path, small_model())
+    fix = "leave model.moe.selection_bias=false out"
+    with pytest.raises(UserError, match=f"e_score_correction_bias', for which the configured .*: {fix}"):
+        loaded(tmp_path, small_model("model.moe.selection_bias=false"))
+
+
 @pytest.mark.parametrize("name", COPIES)
 def test_a_copy_of_an_mtp_layer_that_differs_is_told_at_loading(tmp_path: Path, name: str) -> None:
     """The last value differs, which another rank would read."""

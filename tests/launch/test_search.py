@@ -41,7 +41,7 @@ def added(arguments: list[str], sweep: Sweep | None = None) -> dict[str, str] | 
 @pytest.mark.slow
 def test_a_search_that_was_killed_goes_on_where_it_stopped(command_line: CommandLine, tmp_path: Path) -> None:
     directory = tmp_path / "a study (it's)"
-    search = [*SEARCH, "hydra.sweeper.n_trials=2", "train.steps=60"]
+    search = [*SEARCH, "hydra.sweeper.n_trials=2", "train.steps=30"]
     arguments = ["-m", *command_line.training(directory, *search)]
     process = command_line.start(*arguments)
     process.wait_for_steps(directory / "1", 0)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint
 from tests.convert.releases import small_model, write_release
+from tests.harness.checkpoints import unseal
 from tests.harness.commands import TrainCommand
 from tests.harness.tiny import MODEL, TRAINING, VOCAB
 
@@ -144,6 +146,18 @@ def test_a_fine_tune_of_a_released_model_tells_what_stays_and_what_is_left_out(
     release.rename(tmp_path / "gone")
     (again,) = blocks(commands.must(f"resume={run}").out)
     assert again["biases"].startswith("expert biases stay as they are")
+
+
+def test_weights_without_a_model_of_their_own_are_told_under_a_typed_one(
+    commands: TrainCommand, tmp_path: Path
+) -> None:
+    settings = [*QUIET, "precision=fp32", "train.stop_after=1", "model.mtp_depths=0"]
+    commands.train(tmp_path / "run", *settings)
+    step = find_checkpoint(str(tmp_path / "run"))
+    (step / MODEL_FILE).unlink()
+    unseal(step)
+    told = commands.train(tmp_path / "on", *settings, "model=debug", f"checkpoint.load={step}").out
+    assert "MTP loss" not in blocks(told)[0]
 
 
 def test_fp8_and_masked_documents_tell_their_engine_and_kernel(
