@@ -37,10 +37,12 @@ def test_the_parts_of_a_resumed_run_are_uploaded_one_behind_the_other(
         logger.finish()
         wandb.teardown()
     server = WandbServer()
+    (tmp_path / "elsewhere").mkdir()  # it writes a log of its own where it runs
     try:
         synced = subprocess.run(
             [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")],
             env={**os.environ, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": "0" * 40},
+            cwd=tmp_path / "elsewhere",
             capture_output=True,
             text=True,
             timeout=60,
