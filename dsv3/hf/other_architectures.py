@@ -21,33 +21,45 @@ ARCHITECTURES = {
 _SPARSE = "its attention reads only the keys that an indexer picks, which this model does not compute"
 
 _OTHER_MODELS = {
-    "deepseek": f"DeepSeek-V1 has no latent attention; read are {', '.join(ARCHITECTURES)}",
-    "deepseek_v32": f"DeepSeek-V3.2: {_SPARSE}; DeepSeek-V3.1 has the same layers with full attention",
-    "deepseek_v4": "DeepSeek-V4 has compressed attention and hyper-connections, which this model does not "
-    "compute; the newest release that is read is DeepSeek-V3.1",
-    "glm_moe_dsa": f"GLM-5: {_SPARSE}; no GLM is read",
-    "glm4_moe_lite": "GLM-4.7-Flash was never compared with this model; no GLM is read",
-    "kimi_linear": "Kimi Linear has linear attention, which this model does not compute; Moonlight and "
-    "Kimi-K2 are read",
-    "kimi_k25": "Kimi-K2.5 is a model of images; Kimi-K2, its text model's architecture, is read",
-    "youtu": "Youtu-LLM ties its head to the embedding and has no experts; this model does neither",
-    "minicpm3": "MiniCPM3 scales its activations, which this model does not compute",
-    "longcat_flash": "LongCat-Flash has two attentions per layer and zero experts, which this model lacks",
+    "deepseek": (
+        "DeepseekForCausalLM",
+        f"DeepSeek-V1 has no latent attention; read are {', '.join(ARCHITECTURES)}",
+    ),
+    "deepseek_v32": (
+        "DeepseekV32ForCausalLM",
+        f"DeepSeek-V3.2: {_SPARSE}; DeepSeek-V3.1 has the same layers with full attention",
+    ),
+    "deepseek_v4": (
+        "DeepseekV4ForCausalLM",
+        "DeepSeek-V4 has compressed attention and hyper-connections, which this model does not "
+        "compute; the newest release that is read is DeepSeek-V3.1",
+    ),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", f"GLM-5: {_SPARSE}; no GLM is read"),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteForCausalLM",
+        "GLM-4.7-Flash was never compared with this model; no GLM is read",
+    ),
+    "kimi_linear": (
+        "KimiLinearForCausalLM",
+        "Kimi Linear has linear attention, which this model does not compute; Moonlight and Kimi-K2 are read",
+    ),
+    "kimi_k25": (
+        "KimiK25ForConditionalGeneration",
+        "Kimi-K2.5 is a model of images; Kimi-K2, its text model's architecture, is read",
+    ),
+    "youtu": (
+        "YoutuForCausalLM",
+        "Youtu-LLM ties its head to the embedding and has no experts; this model does neither",
+    ),
+    "minicpm3": ("MiniCPM3ForCausalLM", "MiniCPM3 scales its activations, which this model does not compute"),
+    "longcat_flash": (
+        "LongcatFlashForCausalLM",
+        "LongCat-Flash has two attentions per layer and zero experts, which this model lacks",
+    ),
 }
-"""Other models with latent attention or DeepSeek's name, by `model_type` -> why they are refused."""
+"""Other models with latent attention or DeepSeek's name, by `model_type` -> class, why they are refused."""
 
-_OTHER_CLASSES = {
-    "DeepseekForCausalLM": "deepseek",
-    "DeepseekV32ForCausalLM": "deepseek_v32",
-    "DeepseekV4ForCausalLM": "deepseek_v4",
-    "GlmMoeDsaForCausalLM": "glm_moe_dsa",
-    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
-    "KimiLinearForCausalLM": "kimi_linear",
-    "KimiK25ForConditionalGeneration": "kimi_k25",
-    "YoutuForCausalLM": "youtu",
-    "MiniCPM3ForCausalLM": "minicpm3",
-    "LongcatFlashForCausalLM": "longcat_flash",
-}
+_OTHER_CLASSES = {name: kind for kind, (name, _) in _OTHER_MODELS.items()}
 """The classes of `_OTHER_MODELS`, which `architectures` names."""
 
 _WRAPPERS = ("text_config", "language_config", "llm_config", "thinker_config")
@@ -114,7 +126,7 @@ def refuse_other_architecture(hf: HFValues) -> None:
             model = _OTHER_CLASSES.get(str(each), str(each))
             # YoutuForCausalLM comes with the model_type of DeepSeek-V2: the class is what computes.
             if model in _OTHER_MODELS:
-                raise hf.error(key, hf.values[key], f"is not supported: {_OTHER_MODELS[model]}")
+                raise hf.error(key, hf.values[key], f"is not supported: {_OTHER_MODELS[model][1]}")
     for key in _WRAPPERS:
         if isinstance(hf.values.get(key), dict):
             text = f"has its text model in '{key}' of a larger one, which is not supported"

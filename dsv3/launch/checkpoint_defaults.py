@@ -6,6 +6,7 @@ defaults of the root. Values of an experiment and keys that are typed win by Hyd
 they equal a default of the schema. trained_on.py adds the data and the tokenizer of a checkpoint.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -125,7 +126,8 @@ def stored_model_notes(config: Config, command: Composition) -> list[str]:
             return []  # the task says what is wrong with it
         key = "task.path" if "task.path" in command.keys else "model.path"
         return command.compared(f"{key}={path}", model_from_hf(Path(path)), config.model)
-    if load is None:
+    # Where nothing typed names the model it is the checkpoint's: its description need not be read again.
+    if load is None or not any(re.split(r"[.@]", key)[0] in ("model", "experiments") for key in command.keys):
         return []
     return command.compared(f"checkpoint.load={load}", described_model(find_checkpoint(load)), config.model)
 

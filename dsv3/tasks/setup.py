@@ -57,15 +57,20 @@ def load_own_tokenizer(config: Config, checkpoint: Path) -> Tokenizer | None:
 
 
 def read_tokenizer(path: str | Path, checkpoint: Path) -> Tokenizer:
-    """Return the tokenizer at `path`, which also stops at the ids that a checkpoint's files name.
+    """Return the tokenizer at `path`, which also stops at the ids that a checkpoint's files name."""
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.stop_also_at(read_stop_ids(checkpoint))
+    stop_at_assets(tokenizer, checkpoint / HF_DIR)
+    return tokenizer
+
+
+def stop_at_assets(tokenizer: Tokenizer, assets: Path) -> None:
+    """Let a tokenizer also stop at the ids that the assets of its weights name.
 
     Assets of weights that were given ids of their own since have no tokenizer, and name ids of the other one.
     """
-    tokenizer, assets = Tokenizer.from_file(path), checkpoint / HF_DIR
-    tokenizer.stop_also_at(read_stop_ids(checkpoint))
     if has_tokenizer(assets):
         tokenizer.stop_also_at(read_stop_ids(assets))
-    return tokenizer
 
 
 def require_checkpoint(job: Job) -> Path:

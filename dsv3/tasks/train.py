@@ -23,7 +23,6 @@ from dsv3.convert.live_export import export_hf
 from dsv3.data.loader import DataLoader
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.data.tokenizer_files import has_tokenizer, read_stop_ids
 from dsv3.distributed.process_group import RankContext, join_process_group, make_deterministic
 from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopRequest, leave_on_signal, stop_on_signal
 from dsv3.errors import UserError
@@ -42,7 +41,7 @@ from dsv3.parallel.mesh import assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.parameters import training_flops_per_token
 from dsv3.tasks.generate import sample_text
-from dsv3.tasks.setup import JOINING, build_mesh, load_own_tokenizer, prepare_data
+from dsv3.tasks.setup import JOINING, build_mesh, load_own_tokenizer, prepare_data, stop_at_assets
 from dsv3.tasks.this_run import THIS_RUN_FILE, RunFacts
 from dsv3.training import callbacks
 from dsv3.training.callbacks import Callback, TrainingRun
@@ -173,8 +172,7 @@ def _own_tokenizer(job: Job) -> Tokenizer | None:
         if not folder.is_dir():
             return None
         tokenizer = Tokenizer.from_file(folder)
-        if has_tokenizer(job.run_dir / ASSETS_DIR):  # else its ids are those of another tokenizer
-            tokenizer.stop_also_at(read_stop_ids(job.run_dir / ASSETS_DIR))
+        stop_at_assets(tokenizer, job.run_dir / ASSETS_DIR)
         return tokenizer
     if job.config.checkpoint.load:
         return load_own_tokenizer(job.config, find_checkpoint(job.config.checkpoint.load))

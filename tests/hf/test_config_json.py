@@ -11,54 +11,13 @@ from dsv3.config.strict import to_yaml
 from dsv3.errors import UserError
 from dsv3.hf.config_json import model_from_hf, read_hf_model
 from dsv3.hf.neutral_keys import NEUTRAL_KEYS
+from tests.config.test_released_presets import V3, YARN
 
-YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
-FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-RELEASED_V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "attention_bias": False,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "quantization_config": FP8,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": YARN,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
+FP8 = V3["quantization_config"]
+BOOKKEEPING = {"attention_dropout", "auto_map", "bos_token_id", "eos_token_id", "ep_size", "torch_dtype"}
+BOOKKEEPING |= {"transformers_version", "use_cache"}
+RELEASED_V3 = {key: value for key, value in V3.items() if key not in BOOKKEEPING}
+"""What the release says of the model itself."""
 
 V2: dict[str, Any] = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -86,6 +45,14 @@ def read(directory: Path, **changes: Any) -> dict[str, Any]:
     values = {key: value for key, value in {**RELEASED_V3, **changes}.items() if value is not ...}
     (directory / "config.json").write_text(json.dumps(values))
     return to_yaml(model_from_hf(directory))
+
+
+def assert_refused(directory: Path, changes: dict[str, Any], words: list[str]) -> None:
+    """Assert that V3's config.json with changes is refused in one line with these words and its name."""
+    with pytest.raises(UserError) as error:
+        read(directory, **changes)
+    assert all(word in str(error.value) for word in [*words, "config.json"]), error.value
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_the_new_form_of_rope_parameters_means_the_same(tmp_path: Path) -> None:
@@ -189,10 +156,7 @@ def test_latent_norms_keep_their_own_eps(tmp_path: Path) -> None:
 def test_what_is_missing_or_not_supported_is_named(
     tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
-    with pytest.raises(UserError) as error:
-        read(tmp_path, **changes)
-    assert all(word in str(error.value) for word in [*words, "config.json"]), error.value
-    assert len(str(error.value).splitlines()) == 1
+    assert_refused(tmp_path, changes, words)
 
 
 OTHER_ARCHITECTURES = [
@@ -227,10 +191,7 @@ OTHER_ARCHITECTURES = [
 def test_other_architectures_are_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
-    with pytest.raises(UserError) as error:
-        read(tmp_path, **changes)
-    assert all(word in str(error.value) for word in [*words, "config.json"]), error.value
-    assert len(str(error.value).splitlines()) == 1
+    assert_refused(tmp_path, changes, words)
 
 
 @pytest.mark.parametrize(

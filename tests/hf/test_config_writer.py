@@ -13,8 +13,9 @@ from dsv3.config.strict import to_yaml
 from dsv3.errors import UserError
 from dsv3.hf.config_json import model_from_hf
 from dsv3.hf.config_writer import config_json, updated_config
+from tests.config.test_released_presets import YARN
 from tests.hf.pairs import SMALL
-from tests.hf.test_config_json import RELEASED_V3, V2, YARN
+from tests.hf.test_config_json import RELEASED_V3, V2
 
 V2_ROUTING = {
     "moe.score_function": ScoreFunction.softmax,
