@@ -12,9 +12,11 @@ from omegaconf import DictConfig
 from dsv3.cli.application import Application
 from dsv3.cli.arguments import prepare, prepare_convert
 from dsv3.cli.help import convert_help, train_help
+from dsv3.config.hardware import CPU
 from dsv3.config.strict import build
 from dsv3.convert.request import prepare_conversion
-from dsv3.distributed.signals import NOTHING_SAVED, leave_on_signal
+from dsv3.distributed.device import use_expandable_segments
+from dsv3.distributed.signals import NOTHING_SAVED, leave_on_signal, stop_on_signal
 from dsv3.launch.checkpoint_defaults import Composition
 from dsv3.launch.job import Job, SweepJob, is_first_on_node, under_launcher
 from dsv3.launch.prepare import prepare_job
@@ -43,6 +45,8 @@ def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | No
         return None
     if task.uses_model:
         require_gpu(job.config.hardware)
+        if job.hardware.name != CPU:
+            use_expandable_segments(os.environ)
     if not task.writes_run and os.environ.get("RANK", "0") == "0":  # a run tells them itself, and keeps them
         for note in job.notes:
             print(note, file=sys.stderr)
@@ -55,7 +59,10 @@ def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | No
         importing = phase(f"importing {'torch' if task.uses_model else 'the task'}")
         with leave_on_signal(lambda: NOTHING_SAVED if untouched else ""), importing:
             todo = build(task)
-        return todo.run(job)  # type: ignore[no-any-return]
+        if task.writes_run or not task.uses_model:  # training listens itself
+            return todo.run(job)  # type: ignore[no-any-return]
+        with stop_on_signal(alone=not under_launcher(), leaves=True):
+            return todo.run(job)  # type: ignore[no-any-return]
     from dsv3.launch.workers import start_workers
 
     return start_workers(job)

@@ -128,7 +128,8 @@ def read_metadata(directory: Path) -> Metadata:
     UserError where it is missing, broken or not plain metadata.
     """
     try:
-        with (directory / ".metadata").open("rb") as file:
+        # 100 MB for a large model on thousands of ranks: half a minute of unpickling.
+        with phase(f"reading {directory}/.metadata"), (directory / ".metadata").open("rb") as file:
             return _metadata(_MetadataUnpickler(file).load())
     except FileNotFoundError:
         raise UserError(f"{directory} is no checkpoint: there is no .metadata file in it") from None
@@ -137,7 +138,10 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def load_tensors(directory: Path, targets: dict[str, Tensor], metadata: Metadata | None = None) -> None:
-    """Fill `targets` in place from a checkpoint, resharding as needed; all ranks call it together.
+    """Fill `targets` in place from a checkpoint, resharding as needed.
+
+    Nothing is exchanged: ranks that load together agree on the outcome afterwards (load.fill). DCP would
+    first gather the plans of all ranks on rank 0, where those of 2,048 ranks of 671b take 165 s and 3 GB.
 
     `metadata` is that of the directory, where it has been read: the metadata of many shards takes seconds.
     UserError that names the tensor for one that is missing or of another shape.
@@ -149,7 +153,8 @@ def load_tensors(directory: Path, targets: dict[str, Tensor], metadata: Metadata
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
             with loading(directory) as planner:
                 planner.must_be_finite = directory
-                load(dict(targets), storage_reader=SafeReader(directory, metadata), planner=planner)
+                reader = SafeReader(directory, metadata)
+                load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
     except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
         raise user_error(error) or UserError(
             f"{directory} cannot be read, it may be damaged: {_reason(error)}"
@@ -157,7 +162,7 @@ def load_tensors(directory: Path, targets: dict[str, Tensor], metadata: Metadata
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """Return the first UserError of any rank in DCP's wrapper of what happened on each, None without one."""
+    """Return the UserError in DCP's wrapper of what happened, None without one."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else ()
     return next((cause for cause, _ in failures if isinstance(cause, UserError)), None)
 

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -188,10 +189,14 @@ def prepare_partial(directory: Path) -> Path:
     return partial
 
 
-def commit(partial: Path, directory: Path) -> None:
-    """Give a completely written directory its name; a directory of that name is removed."""
+def commit(partial: Path, directory: Path, synced: Container[str] = ()) -> None:
+    """Give a completely written directory its name; a directory of that name is removed.
+
+    `synced` are files, relative to the directory, that whoever wrote them has synced.
+    """
     for path in (*partial.rglob("*"), partial):
-        sync(path)
+        if str(path.relative_to(partial)) not in synced:
+            sync(path)
     remove(directory)
     partial.rename(directory)
     sync(directory.parent)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Container, Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,11 +28,13 @@ from dsv3.checkpoint.directory import MODEL_FILE, is_hf_checkpoint
 from dsv3.checkpoint.state import ModelParts, local_tensor, model_state, unique_by_name
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import build
+from dsv3.distributed.process_group import RankContext
 from dsv3.errors import UserError
 from dsv3.hf.names import MODEL_PREFIX, SCALE_SUFFIX
 from dsv3.hf.pread_file import PreadFile
 from dsv3.hf.safetensors_reader import read_headers
 from dsv3.hf.storage_reader import HFSource, HFStorageReader
+from dsv3.metrics.progress import phase
 
 
 def require_weights(config: ModelConfig, directory: Path) -> None:
@@ -77,20 +80,23 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def load_weights(model_parts: ModelParts, directory: Path) -> None:
-    """Load the weights of a model whose parts are spread over the ranks, which call this together.
+def load_weights(model_parts: ModelParts, directory: Path, ranks: RankContext | None = None) -> None:
+    """Load the weights of a model whose parts are spread over `ranks`, which call this together.
 
-    UserError where the checkpoint lacks weights of this model or holds others (require_no_others).
+    UserError where the checkpoint lacks weights of this model or holds others (require_no_others). Without
+    `ranks` this process has the whole model.
     """
     config = model_parts[0].config
     if is_hf_checkpoint(directory):
         with closing(open_hf_checkpoint(directory, config)) as source:
-            fill(model_state(model_parts), lambda tensors: _load_hf_tensors(source, tensors))
+            read = partial(_load_hf_tensors, source)
+            fill(directory, model_state(model_parts), read, ranks)
         return
     metadata = read_metadata(directory)
     stored = metadata.state_dict_metadata
     require_no_others(config, directory, stored, expected_tensors(config))
-    fill(model_state(model_parts), lambda tensors: load_tensors(directory, tensors, metadata))
+    read = partial(load_tensors, directory, metadata=metadata)
+    fill(directory, model_state(model_parts), read, ranks)
 
 
 def require_no_others(
@@ -126,25 +132,52 @@ def open_hf_checkpoint(directory: Path, config: ModelConfig, kind: type[PreadFil
     return source
 
 
-def fill(wanted: Iterable[tuple[str, Tensor]], read: Callable[[dict[str, Tensor]], None]) -> None:
-    """Fill tensors in place by name; of a name wanted twice (an embedding in two stages) both."""
+@torch.no_grad()
+def fill(
+    directory: Path,
+    wanted: Iterable[tuple[str, Tensor]],
+    read: Callable[[dict[str, Tensor]], None],
+    ranks: RankContext | None = None,
+) -> None:
+    """Fill tensors in place by name; of a name wanted twice (an embedding in two stages) both.
+
+    Before they are read all values are nan. UserError for a tensor in which one still is: nothing that a
+    load leaves out passes for a weight, or for the state of an optimizer. Every rank of `ranks` reads for
+    itself, and all of them raise the UserError of the first that failed.
+    """
     wanted = list(wanted)
     once = unique_by_name(wanted)
-    read(once)
+    values = {name: local_tensor(tensor) for name, tensor in once.items()}
+    values = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
+    for value in values.values():
+        value.fill_(torch.nan)
+    problem = None
+    try:
+        read(once)
+        for name, value in values.items():
+            if bool(value.amin().isnan()):  # nan is the least; unlike isnan() this takes no memory
+                raise UserError(f"{directory} leaves values of '{name}' unset: not all of it is stored there")
+    except UserError as error:
+        problem = str(error)
+    if ranks is not None:
+        with phase("waiting for the other ranks to load theirs"):
+            problem = next(filter(None, ranks.all_gather_object(problem)), None)
+    if problem is not None:
+        raise UserError(problem)
     for name, tensor in wanted:
         if tensor is not once[name]:
             local_tensor(tensor).copy_(local_tensor(once[name]))
 
 
 def _load_hf_tensors(source: HFSource, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors in place through DCP.
+    """Fill tensors in place through DCP, on this rank alone.
 
-    Raises the UserError of a rank that failed, not DCP's wrapper of it.
+    Raises the UserError of what failed, not DCP's wrapper of it.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # DCP remarks that one process is no process group
             with loading(source.directory) as planner:
-                load(dict(tensors), storage_reader=HFStorageReader(source), planner=planner)
+                load(dict(tensors), storage_reader=HFStorageReader(source), planner=planner, no_dist=True)
     except CheckpointException as error:
         raise (user_error(error) or error) from None

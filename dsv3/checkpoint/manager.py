@@ -12,7 +12,8 @@ from dsv3.checkpoint.directory import Progress, newest_checkpoint, step_director
 from dsv3.checkpoint.load import fill
 from dsv3.checkpoint.manifest import verify_together, with_way_out
 from dsv3.checkpoint.retention import update_pointers
-from dsv3.checkpoint.save import Saver, Snapshot, Staging
+from dsv3.checkpoint.save import Saver, Snapshot
+from dsv3.checkpoint.staging import Staging
 from dsv3.checkpoint.state import (
     ModelParts,
     NewState,
@@ -147,7 +148,7 @@ class CheckpointManager:
         # A layout with more ranks than before has no stored random state for the new ones.
         random = {name: value for name, value in random_state(self.ranks.rank).items() if name in stored}
         wanted = [*model_state(model_parts), *state, *random.items()]
-        fill(wanted, lambda tensors: load_tensors(directory, tensors, metadata))
+        fill(directory, wanted, lambda tensors: load_tensors(directory, tensors, metadata), self.ranks)
         for generator in random.values():
             torch.set_rng_state(generator)
         self.newest = directory

@@ -38,9 +38,9 @@ class FileEntry:
     digest: str
 
     @classmethod
-    def of(cls, path: Path) -> "FileEntry":
-        """Return the entry of a file as it is now."""
-        return cls(path.stat().st_size, digest(path))
+    def of(cls, path: Path, progress: Callable[[int], None] | None = None) -> "FileEntry":
+        """Return the entry of a file as it is now; `progress` gets the bytes of each read."""
+        return cls(path.stat().st_size, digest(path, progress))
 
 
 def digest(path: Path, progress: Callable[[int], None] | None = None) -> str:

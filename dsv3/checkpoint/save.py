@@ -6,13 +6,12 @@ A save in a thread writes copies of the tensors on the host. An error names what
 import shutil
 import threading
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dsv3.checkpoint.agreement import on_main, together
 from dsv3.checkpoint.directory import (
     ASSETS_DIR,
     HF_DIR,
@@ -37,7 +37,6 @@ from dsv3.checkpoint.directory import (
 )
 from dsv3.checkpoint.manifest import FileEntry, write_manifest
 from dsv3.checkpoint.retention import prune
-from dsv3.checkpoint.state import local_tensor
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.model import ModelConfig
@@ -45,34 +44,6 @@ from dsv3.config.strict import to_yaml
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed
 from dsv3.metrics.progress import Phase, phase
-
-
-class Staging:
-    """Host memory for a rank's shard of every tensor, allocated once and used for every save.
-
-    For tensors on a GPU it is pinned, so that the copies run at the full rate of the bus, all at once.
-    """
-
-    def __init__(self) -> None:
-        self.host_copies: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a copy of this rank's shard of each tensor, by name; valid until the next call."""
-        on_gpu = False
-        for name, tensor in tensors.items():
-            shard = local_tensor(tensor)
-            copy = self.host_copies.get(name)
-            if copy is None or copy.shape != shard.shape or copy.dtype != shard.dtype:
-                copy = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda)
-                self.host_copies[name] = copy
-            copy.copy_(shard, non_blocking=True)
-            on_gpu |= shard.is_cuda
-        for name in self.host_copies.keys() - tensors.keys():
-            del self.host_copies[name]
-        if on_gpu:  # the next step overwrites the tensors while they are still being copied
-            torch.cuda.current_stream().synchronize()
-        return dict(self.host_copies)
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -147,12 +118,6 @@ def reason(error: BaseException, partial: Path) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-T = TypeVar("T")
-
-# A rank waits for the others' disks without holding up a step, so launch.timeout does not apply.
-_BACKGROUND_TIMEOUT = timedelta(hours=6)
-
-
 class Saver:
     """Writes the checkpoints of one run, at most one at a time; every method is called by all ranks."""
 
@@ -166,7 +131,7 @@ class Saver:
         self.run_dir = run_dir
         self.config = config
         self.record = record
-        self.ranks = _background(ranks) if config.async_save else ranks
+        self.ranks = ranks.in_background()
         # DCP warns that one process has no process group. For good, as catch_warnings is not for threads.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         self._thread: threading.Thread | None = None
@@ -199,10 +164,10 @@ class Saver:
         directory = step_directory(self.run_dir, snapshot.progress.step)
         partial = partial_directory(directory)
         try:
-            self._main(lambda: prepare_partial(directory))
+            on_main(self.ranks, lambda: prepare_partial(directory))
             save_tensors(partial, snapshot, self.ranks.group)
-            written = self._together(lambda: _entries(partial, f"__{self.ranks.rank}_*"))
-            self._main(lambda: self._complete(directory, snapshot, written))
+            written = together(self.ranks, lambda: _entries(_own_files(partial, self.ranks.rank), partial))
+            on_main(self.ranks, lambda: self._complete(directory, snapshot, written))
         except (OSError, CheckpointException) as error:
             if self.ranks.is_main:  # on a full disk half a checkpoint would be in the way
                 shutil.rmtree(partial, ignore_errors=True)
@@ -228,47 +193,24 @@ class Saver:
             if (self.run_dir / kept).exists():
                 shutil.copytree(self.run_dir / kept, partial / name)
         entries = {name: entry for rank in written for name, entry in rank.items()}
-        write_manifest(partial, entries | _entries(partial, "*", but=entries))
-        commit(partial, directory)
+        described = {path for path in partial.rglob("*") if path.is_file()}
+        described -= {partial / name for name in entries}
+        write_manifest(partial, entries | _entries(described, partial))
+        commit(partial, directory, synced=entries)  # DCP has synced what it wrote
         prune(self.run_dir, self.config)
 
-    def _main(self, work: Callable[[], object]) -> None:
-        """Do `work` on rank 0; the others wait for it and learn whether it failed."""
-        self._together(work if self.ranks.is_main else lambda: None)
 
-    def _together(self, work: Callable[[], T]) -> list[T]:
-        """Do `work` on each rank and return the results by rank; OSError on all of them where one had it."""
-        result: list[T] = []
-        problem = None
-        try:
-            result = [work()]
-        except OSError as error:
-            problem = OSError(error.errno, error.strerror or str(error), error.filename)
-        answers = self.ranks.all_gather_object((result, problem))
-        for _, problem in answers:
-            if problem is not None:
-                raise problem
-        return [value for values, _ in answers for value in values]
+def _own_files(folder: Path, rank: int) -> list[Path]:
+    """Return the files of tensors that a rank has written.
 
-
-def _background(ranks: RankContext) -> RankContext:
-    """Return the same ranks with a process group of their own.
-
-    A thread's messages then never mix with a step's.
+    DCP numbers them from 0, so that no rank has to list the files of all ranks.
     """
-    if ranks.world == 1:
-        return ranks
-    group = dist.new_group(backend="gloo", timeout=_BACKGROUND_TIMEOUT)
-    return replace(ranks, group=group, device=torch.device("cpu"), watchdog=None)
+    numbered = (folder / f"__{rank}_{number}.distcp" for number in count())
+    return list(takewhile(Path.is_file, numbered))
 
 
-def _entries(folder: Path, pattern: str, but: dict[str, FileEntry] | None = None) -> dict[str, FileEntry]:
-    """Return the files below `folder` that match and are not in `but`, by relative path."""
-    paths = {str(path.relative_to(folder)): path for path in folder.rglob(pattern) if path.is_file()}
-    with phase(f"computing digests of {folder}", len(paths), "files") as work:
-        entries = {}
-        for name, path in paths.items():
-            if name not in (but or {}):
-                entries[name] = FileEntry.of(path)
-            work.advance()
-    return entries
+def _entries(paths: Collection[Path], folder: Path) -> dict[str, FileEntry]:
+    """Return the entries of files below `folder`, by relative path."""
+    total = sum(path.stat().st_size for path in paths)
+    with phase(f"computing digests of {folder}", total) as work:
+        return {str(path.relative_to(folder)): FileEntry.of(path, work.advance) for path in sorted(paths)}

@@ -31,7 +31,7 @@ class LaunchConfig:
     world_size: int | None = None
     """Ranks of a world to plan with task=plan; processes are started by nproc and nnodes."""
     timeout: int = 600
-    """Seconds that a run of several ranks may go without a step before it counts as hung."""
+    """Seconds without progress of any rank after which a run of several ranks counts as hung."""
 
     def validate(self) -> None:
         allowed = f"must be 0 to {self.nnodes - 1}: launch.nnodes={self.nnodes}"

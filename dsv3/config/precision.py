@@ -23,6 +23,13 @@ def default_compute(device: str) -> ComputeType:
     return ComputeType.fp32 if device == CPU else ComputeType.bf16
 
 
+class MatmulPrecision(Enum):
+    """The arithmetic of fp32 matmuls on a GPU; the value is torch.set_float32_matmul_precision's."""
+
+    highest = "highest"
+    high = "high"
+
+
 class MomentType(Enum):
     """The dtype of AdamW's two moments; bf16 is the report's (section 3.3.3)."""
 
@@ -38,7 +45,7 @@ class Granularity(Enum):
 
 
 class FP8Engine(Enum):
-    """The FP8 matmul: PyTorch's block-wise scaled_mm on Hopper, the same arithmetic in fp32 elsewhere."""
+    """The FP8 matmul: PyTorch's block-wise scaled_mm on Hopper, the same arithmetic in fp32 on any device."""
 
     auto = "auto"
     scaled_mm = "scaled_mm"
@@ -55,7 +62,7 @@ class BlockFP8Config(Buildable):
     power_of_two: bool = False
     """Round scales up to powers of two (ue8m0, V3.1)."""
     engine: FP8Engine = FP8Engine.auto
-    """FP8 matmul; auto is scaled_mm on a GPU, and its emulation in fp32 on CPU."""
+    """FP8 matmul; auto is scaled_mm on a Hopper GPU, and its emulation in fp32 on every other device."""
     dispatch: bool = False
     """Send rows to experts, and gradients of results back, in FP8; results and rows' gradients stay bf16."""
     gather: bool = False
@@ -73,11 +80,23 @@ class PrecisionConfig:
     """Dtype of AdamW's two moments."""
     fp8: BlockFP8Config | None = None
     """FP8 for the linear layers' matmuls; everything else keeps `compute`. Null is off."""
+    matmul: MatmulPrecision = MatmulPrecision.highest
+    """fp32 matmuls on a GPU: exact (highest), or on TF32 tensor cores (high); routers stay exact."""
 
     @property
     def label(self) -> str:
         """Return the name of the numbers that matmuls take: fp32, bf16 or fp8."""
         return self.compute.name if self.fp8 is None else "fp8"
+
+    def matmul_type(self, fp8_engine: str | None = None) -> str:
+        """Return the format that the matmuls of a GPU compute in: tf32, or as in `label`.
+
+        `fp8_engine` is the engine that runs; the emulation of FP8 has no FP8 rate.
+        """
+        if self.fp8 is not None and fp8_engine == FP8Engine.scaled_mm.name:
+            return "fp8"
+        in_tf32 = self.compute is ComputeType.fp32 and self.matmul is MatmulPrecision.high
+        return "tf32" if in_tf32 else self.compute.name
 
     def on(self, device: str) -> "PrecisionConfig":
         """Return this config with `auto` replaced by the default of a device, named as hardware is."""

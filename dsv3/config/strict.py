@@ -20,6 +20,11 @@ from dsv3.errors import InvalidValue, UserError, did_you_mean
 
 TRUSTED = ("dsv3", "torch.optim")
 
+REPLACED = {
+    "train.evaluate_batches": "train.evaluate_tokens counts the tokens of an evaluation over all ranks"
+}
+"""What takes the place of a key of older code whose values mean something else (upgrade.py has others)."""
+
 LARGEST = 2**63 - 1
 """The largest whole number that a tensor or a file of tensors counts with."""
 
@@ -85,6 +90,8 @@ def strict(node: DictConfig, allow_targets: Sequence[str] = ()) -> Any:
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """Return the message for a dotted key that is not among the `known` ones of its node."""
     node, _, last = key.rpartition(".")
+    if key in REPLACED:
+        return f"unknown key '{key}': {REPLACED[key]}"
     if having := choices_with_key(key):
         more = f" and {len(having) - 3} more choices have" if len(having) > 3 else " has"
         return f"unknown key '{key}' here: {' or '.join(having[:3])}{more} it"

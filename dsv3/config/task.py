@@ -90,7 +90,7 @@ class EvaluateTaskConfig(TaskConfig):
         "train.sequence_length",
         "train.global_batch_size",
         "train.microbatch_size",
-        "train.evaluate_batches",
+        "train.evaluate_tokens",
         "train.deterministic",
     )
     _target_: str = "dsv3.tasks.evaluate.EvaluateTask"

@@ -11,6 +11,16 @@ Number = TypeVar("Number", int, float)
 BIAS_SPEED = 0.001
 """Change of the expert bias per step in the report (section 4.2)."""
 
+EVALUATE_TOKENS = 2**17
+"""Held-out tokens of an evaluation: their loss has a standard error below 0.01 nats. The default corpus holds
+out fewer, so that all of it is scored."""
+
+GENERATE_EVERY = 100
+"""Steps between two samples where a sample is cheap ..."""
+
+GENERATE_SHARE = 0.25
+"""... which it is up to this share of the time of these steps, and up to train.generate_seconds."""
+
 SEEDS = 2**63
 """Seeds are 64-bit integers to torch and signed ones to NumPy."""
 
@@ -130,7 +140,7 @@ class MTPLossConfig:
 class TrainConfig:
     """The training loop; every `*_every` counts optimizer steps, and 0 means never.
 
-    The last step writes a checkpoint and measures the held-out loss in any case: a sweep ranks by it.
+    The last step writes a checkpoint in any case.
     """
 
     steps: int = 300
@@ -154,11 +164,13 @@ class TrainConfig:
     checkpoint_every: int = 100
     """Steps between two checkpoints; the last step always writes one."""
     evaluate_every: int = 100
-    """Steps between two evaluations on held-out data; the last step always has one."""
-    evaluate_batches: int | None = None
-    """Microbatches per rank in an evaluation; null is all held-out rows."""
-    generate_every: int = 100
-    """Steps between two text samples; the last step has one unless it is 0."""
+    """Steps between two evaluations on held-out data; the last step has one unless it is 0."""
+    evaluate_tokens: int | None = EVALUATE_TOKENS
+    """Tokens of an evaluation, in rows spread over the held-out ones; null, as for task=evaluate, is all."""
+    generate_every: int | None = None
+    """Steps between two text samples, the last step has one too; null is 100, or 0 where they are costly."""
+    generate_seconds: float = 30.0
+    """Seconds after which a sample is cut off."""
     export_hf_every: int = 0
     """Steps between two exports in HuggingFace format."""
     collect_garbage_every: int = 50
@@ -181,16 +193,22 @@ class TrainConfig:
         return _completed(self.global_batch_size)
 
     @property
+    def sample_every(self) -> int:
+        """Return the completed generate_every, in steps."""
+        return _completed(self.generate_every)
+
+    @property
     def microbatch(self) -> int:
         """Return the completed microbatch_size, in sequences."""
         return _completed(self.microbatch_size)
 
     def validate(self) -> None:
         require_positive(self, "steps", "stop_after", "global_batch_size", "microbatch_size")
-        require_positive(self, "sequence_length", "clip_norm", "log_every", "evaluate_batches")
+        require_positive(self, "sequence_length", "clip_norm", "log_every", "evaluate_tokens")
+        require_positive(self, "generate_seconds")
         for key in [name for name in vars(self) if name.endswith("_every") and name != "log_every"]:
             value = getattr(self, key)
-            require(value >= 0, key, value, "must be 0 (never) or more")
+            require(value is None or value >= 0, key, value, "must be 0 (never) or more")
         require(0 <= self.seed < SEEDS, "seed", self.seed, f"must be 0 or more and below {SEEDS}")
 
 
@@ -198,3 +216,8 @@ def _completed(value: Number | None) -> Number:
     """Return a number that launch/job.py fills in before anything reads it."""
     assert value is not None
     return value
+
+
+def scored_rows(rows: int, sequence_length: int, tokens: int | None) -> int:
+    """Return how many of so many held-out rows an evaluation of `tokens` scores; None is all of them."""
+    return rows if tokens is None else min(rows, max(1, tokens // sequence_length))

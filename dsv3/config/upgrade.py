@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from dsv3.config.overrides import split_override
+from dsv3.config.training import EVALUATE_TOKENS
 
 TARGETS = {
     "dsv3.data.table.TokensData": "dsv3.data.token_table.TokensData",
@@ -34,6 +35,9 @@ TARGETS = {
 KEYS = {"parallel.smallest_world": "parallel.min_world_size"}
 """Today's config key by the one that older code has stored."""
 
+_BATCHES, _TOKENS = "train.evaluate_batches", "train.evaluate_tokens"
+"""A key that counted otherwise: null was every held-out row in both, and a number says nothing today."""
+
 _OLD_TARGET = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, TARGETS))})(?![\w.])")
 
 
@@ -54,6 +58,10 @@ def upgrade_node(node: Any, path: str = "") -> Any:
     upgraded = {}
     for key, value in node.items():
         place = f"{path}.{key}" if path else str(key)
+        if place == _BATCHES:
+            if value is None:
+                upgraded[_TOKENS.rpartition(".")[2]] = None
+            continue
         current = KEYS[place].rpartition(".")[2] if place in KEYS else key
         upgraded[current] = upgrade_target(value) if key == "_target_" else upgrade_node(value, place)
     return upgraded
@@ -68,6 +76,8 @@ def upgrade_override(override: str) -> str:
     if pair is None:
         return override
     key, value = pair
+    if key == _BATCHES:  # as a run that said nothing, unless it said to score all
+        return f"{_TOKENS}=null" if value == "null" else f"{_TOKENS}={EVALUATE_TOKENS}"
     prefix = override[: override.index(key)]
     if value.startswith("{"):
         for old, new in KEYS.items():

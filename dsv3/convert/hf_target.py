@@ -20,7 +20,7 @@ from dsv3.convert.destination import Finished
 from dsv3.convert.engine import Conversion
 from dsv3.convert.fp8_choice import Fp8Choice
 from dsv3.convert.hf_assets import ExportAssets, assets_folder, copy_record
-from dsv3.convert.output_file import HashingWriter, OutputFile, OutputSlice, row_slices, view_buffer
+from dsv3.convert.output_file import HashingWriter, OutputFile, row_slices, view_buffer
 from dsv3.fp8.quantize import quantize
 from dsv3.hf.names import SCALE_SUFFIX, HFTensor, stored_dtype, with_mtp_duplicates
 from dsv3.hf.safetensors_reader import INDEX
@@ -161,10 +161,10 @@ class HFFormat:
     power_of_two: bool = False
 
 
-def hf_files(
+def hf_plans(
     source: Source, tensors: Sequence[tuple[str, HFTensor]], form: HFFormat, max_shard_size: int
-) -> tuple[list[SafetensorsPlan], list[OutputFile]]:
-    """Return the files of `tensors` (name to write, tensor to read), as plans and with their slices."""
+) -> list[SafetensorsPlan]:
+    """Return the files that hold `tensors` (name to write, tensor to read), in their order."""
     entries: list[Entry] = []
     for name, tensor in tensors:
         if name in form.fp8:
@@ -175,20 +175,27 @@ def hf_files(
         else:
             dtype = stored_dtype(tensor, form.dtype, source.value_dtype(tensor))
             entries.append((name, dtype, tensor.shape))
-    plans = plan_files(entries, max_shard_size)
+    return plan_files(entries, max_shard_size)
+
+
+def hf_files(
+    source: Source, tensors: Sequence[tuple[str, HFTensor]], form: HFFormat, max_shard_size: int
+) -> tuple[list[SafetensorsPlan], list[OutputFile]]:
+    """Return the files of `tensors` (name to write, tensor to read), as plans and with their slices."""
+    plans = hf_plans(source, tensors, form, max_shard_size)
     by_name = dict(tensors)
     files = []
     for plan in plans:
         output = SafetensorsOutput(plan)
         names = [entry.name for entry in plan.tensors if entry.name in by_name]
-        slices = [each for name in names for each in _slices(output, source, name, by_name[name], form)]
+        slices = [each for name in names for each in tensor_slices(output, source, name, by_name[name], form)]
         files.append(OutputFile(plan.name, plan.nbytes, slices))
     return plans, files
 
 
-def _slices(
+def tensor_slices(
     output: SafetensorsOutput, source: Source, name: str, tensor: HFTensor, form: HFFormat
-) -> Iterator[OutputSlice]:
+) -> Iterator[HFSlice | QuantizedHFSlice]:
     """Yield the slices of a tensor; in fp8 they are of whole blocks."""
     is_fp8 = name in form.fp8
     came = source.value_dtype(tensor)
@@ -209,8 +216,21 @@ def require_valid_scales(source: HFSource, workers: int) -> None:
             work.advance()
 
 
-_DTYPE_NAMES = {StoredType.bf16: "bfloat16", StoredType.fp32: "float32", StoredType.fp8: "bfloat16"}
+DTYPE_NAMES = {StoredType.bf16: "bfloat16", StoredType.fp32: "float32", StoredType.fp8: "bfloat16"}
 """config.json's name for the dtype of the tensors that are not in fp8."""
+
+
+def quantization_config(
+    choice: Fp8Choice, form: HFFormat, known: dict[str, Any], model: ModelConfig, block: tuple[int, int]
+) -> dict[str, Any]:
+    """Return the quantization_config of an export; `known` is the one that the weights came with."""
+    values: dict[str, Any] = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    values |= choice.quantization_config(known, model.num_layers + model.mtp_depths)
+    values["weight_block_size"] = list(block)
+    values.pop("scale_fmt", None)
+    if form.power_of_two:
+        values["scale_fmt"] = ScaleFormat.ue8m0.value
+    return values
 
 
 def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfig) -> Conversion:
@@ -229,15 +249,8 @@ def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfi
     if source.has_mtp_duplicates:
         tensors = with_mtp_duplicates(source.layout, model)
     plans, files = hf_files(source, tensors, form, parse_size(config.max_shard_size))
-    quantization: dict[str, Any] | None = None
-    if choice is not None:
-        quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
-        quantization |= choice.quantization_config(known, model.num_layers + model.mtp_depths)
-        quantization["weight_block_size"] = list(source.block)
-        quantization.pop("scale_fmt", None)
-        if form.power_of_two:
-            quantization["scale_fmt"] = scale_fmt
-    dtype, tokenizer = _DTYPE_NAMES[config.dtype], source.directory / TOKENIZER_DIR
+    quantization = None if choice is None else quantization_config(choice, form, known, model, source.block)
+    dtype, tokenizer = DTYPE_NAMES[config.dtype], source.directory / TOKENIZER_DIR
     assets = ExportAssets.of(model, dtype, assets_folder(source.directory), tokenizer, quantization)
 
     def complete(directory: Path, finished: list[Finished]) -> None:

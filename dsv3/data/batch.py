@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dsv3.data.packing import PADDING, PackedRow
-from dsv3.model.layers import IGNORE_INDEX
+from dsv3.model.attention_kernels import Segments, document_segments
+from dsv3.model.head import IGNORE_INDEX
+from dsv3.model.transfers import upload
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,30 @@ class Batch:
             another document or is padding.
         documents: int32 [batch, sequence], the document of each token, counted 0, 1, 2 .. per row; PADDING
             where there is no token.
+        host_documents: the same numbers on the host, wherever the batch is. What must be read of them is read
+            there, so that the host need not wait for the device.
     """
 
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    documents: torch.Tensor
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor
+    host_documents: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.host_documents is None:
+            object.__setattr__(self, "host_documents", self.documents)
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the batch to a device, without waiting for it."""
-        moved = (x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.documents))
-        return Batch(*moved)
+        moved = (upload(x, device) for x in (self.tokens, self.targets, self.documents))
+        return Batch(*moved, self.host_documents)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Return the documents as attention kernels ask for them, on the batch's device."""
+        segments = document_segments(self.host_documents)
+        assert segments is not None
+        return segments.to(self.documents.device)
 
 
 def collate(rows: Sequence[PackedRow]) -> Batch:
@@ -42,7 +60,7 @@ def collate(rows: Sequence[PackedRow]) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), targets, current.contiguous())
 
 
-def mtp_targets(targets: torch.Tensor, documents: torch.Tensor, depth: int) -> torch.Tensor:
+def mtp_targets(targets: Tensor, documents: Tensor, depth: int) -> Tensor:
     """Return the targets of multi-token prediction at `depth` 1, 2 .. (DeepSeek-V3 report, eq. 24).
 
     Position i predicts the token depth + 1 places later, which is the next token of position i + depth.

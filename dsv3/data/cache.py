@@ -58,7 +58,9 @@ def load_or_build(target: Path, read: Callable[[Path], Value], build: Callable[[
         with contextlib.ExitStack() as held:
             with (
                 contextlib.suppress(OSError),  # no locks here, or LOCK_TIMEOUT is over
-                phase(f"waiting for the process that makes {target.name}", each_node=True),
+                phase(
+                    f"waiting for the process that makes {target.name}", each_node=True, patience=LOCK_TIMEOUT
+                ),
             ):
                 held.enter_context(lock.acquire(timeout=LOCK_TIMEOUT, poll_interval=0.1))
             with contextlib.suppress(CacheEntryError):  # another process built it while this one waited

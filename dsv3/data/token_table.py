@@ -1,6 +1,7 @@
 """The data source `data=tokens`: a table of given token ids, each row a document."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.data.packing import EpochCache, Ids, PackedRow, permutation
+from dsv3.data.packing import PackedRow
+from dsv3.data.shuffle import Permutation, SplitRows
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer, TokenizerSource
 from dsv3.errors import UserError
@@ -24,14 +26,13 @@ class TableDataset:
 
     Args:
         table: [rows, sequence + 1] ids.
-        chosen: [count], the rows of the table to use.
+        chosen: the rows of the table to use.
         seed: shuffles them anew in every epoch; None keeps their order.
     """
 
-    def __init__(self, table: npt.NDArray[Any], chosen: Ids, seed: int | None = None) -> None:
+    def __init__(self, table: npt.NDArray[Any], chosen: Sequence[int], seed: int | None = None) -> None:
         self.sequence_length = table.shape[1] - 1
         self._table, self._chosen, self._seed = table, chosen, seed
-        self._epochs = EpochCache(self._arrange)
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -39,13 +40,10 @@ class TableDataset:
     def row(self, index: int) -> PackedRow:
         """Return the row at `index` >= 0, which is row `index % len` of epoch `index // len`."""
         epoch, place = divmod(index, len(self))
-        tokens = self._table[int(self._epochs[epoch][place])].astype(np.int64)
+        if self._seed is not None:
+            place = Permutation(len(self), self._seed, epoch, 0)[place]
+        tokens = self._table[self._chosen[place]].astype(np.int64)
         return PackedRow(tokens, np.zeros(len(tokens), np.int32))
-
-    def _arrange(self, epoch: int) -> Ids:
-        if self._seed is None:
-            return self._chosen
-        return self._chosen[permutation(len(self), self._seed, epoch, 0)]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class TokensData:
     """`data=tokens`: an .npy file of int32 or int64 [rows, width], memory-mapped.
 
     The ids are taken as they are, without bos or eos, and the width sets the sequence length to width - 1.
-    A fixed permutation of the row numbers chooses the held-out rows; equal rows are not looked for.
+    The held-out rows come from all over the table, the same ones in every run; equal rows are not looked for.
 
     Raises:
         UserError: `path` is not given, or is not such a file.
@@ -117,15 +115,15 @@ class TokensData:
         """
         table = self._table
         count = len(table)
-        train: Ids | None
+        train: Sequence[int] | None
+        held_out: Sequence[int]
         if evaluate:
-            train, held_out = None, np.arange(count)
+            train, held_out = None, range(count)
         elif count == 1:  # better to score the row that was trained on than not to train
-            train, held_out = np.arange(1), np.arange(1)
+            train, held_out = range(1), range(1)
         else:
             num_held_out = max(1, round(count * self.held_out))
-            order = permutation(count, 0)
-            train, held_out = np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+            train, held_out = (SplitRows(count, num_held_out, side, 0) for side in (False, True))
         rows = None if train is None else TableDataset(table, train, seed if self.shuffle else None)
         summary = {"documents_held_out": len(held_out), "tokens_held_out": len(held_out) * table.shape[1]}
         if train is not None:

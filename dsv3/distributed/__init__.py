@@ -1,1 +1,1 @@
-"""The process group of a run: rank context, stop signals, watchdog, and torch's private APIs."""
+"""The process group of a run: rank context, device, stop signals, watchdog, and torch's private APIs."""

@@ -7,9 +7,10 @@ ranks.
 import atexit
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -18,14 +19,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3.distributed.device import choose_gpu, cpu_threads
+from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
+from dsv3.distributed.meeting import Meeting
 from dsv3.distributed.signals import Stopped
-from dsv3.distributed.torch_private import shorten_gather_name
+from dsv3.distributed.torch_private import default_store, set_group_timeouts, shorten_gather_name
 from dsv3.distributed.watchdog import Watchdog, enable_flight_recorder
 
 T = TypeVar("T")
 
-# A collective times out so many seconds after the watchdog, which must write every rank's stack first.
-_MARGIN = 60
+MARGIN = 60
+"""Seconds after the watchdog at which a collective times out: every rank's stacks are written first."""
+
+PATIENT = "patient"
+"""Description of groups whose collectives wait for disks, as long as any rank moves."""
+
+_FOREVER = timedelta(days=7)
+
+_LAZY = "TORCH_GLOO_LAZY_INIT"
 
 
 def make_deterministic(enabled: bool, seed: int) -> None:
@@ -52,6 +63,8 @@ class RankContext:
     group: dist.ProcessGroup | None = None
     """Process group of the reductions; None is all processes."""
     watchdog: Watchdog | None = None
+    meeting: Meeting | None = None
+    """Where the ranks wait for one another before they exchange objects; None: within the collective."""
 
     @property
     def data_rank(self) -> int:
@@ -88,87 +101,123 @@ class RankContext:
         return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
 
     def broadcast_object(self, value: T) -> T:
-        """Return rank 0's value, on every rank."""
+        """Return rank 0's value, on every rank; a rank waits for the others as in `meet`."""
         values = [value]
         if self.world > 1:
+            self.meet()
             dist.broadcast_object_list(values, src=0, device=self.device, group=self.group)
-            self._beat()
+            HEARTBEAT.beat()
         return values[0]
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Return every rank's value in rank order, on every rank."""
+        """Return every rank's value by rank, on every rank; a rank waits for the others as in `meet`."""
         values = [value]
         if self.world > 1:
+            self.meet()
             values *= self.world
             dist.all_gather_object(values, value, group=self.group)
-            self._beat()
+            HEARTBEAT.beat()
         return values
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world > 1:
-            dist.barrier(group=self.group)
-            self._beat()
+    def meet(self, flag: bool = False) -> bool:
+        """Wait until every rank is here; return True on all of them where any has raised `flag`.
+
+        The wait is on the CPU and has no timeout. So a rank may come after work that the others wait for,
+        such as tokenizing or writing files: the watchdog lets them wait as long as that work moves.
+        """
+        if self.world == 1:
+            return flag
+        if self.meeting is not None:
+            return self.meeting.meet(flag)
+        return self.any(flag)
+
+    def in_background(self) -> "RankContext":
+        """Return the same ranks for a thread beside the steps, or for a library that waits for disks.
+
+        All ranks call it together. Their group is one of gloo that never times out, and they meet apart from
+        the others, so that a thread's messages never mix with a step's. Two ranks connect when they first
+        have something to tell each other: all pairs of 2,048 ranks would be 2 million connections.
+        """
+        if self.world == 1:
+            return self
+        before = os.environ.get(_LAZY)
+        os.environ[_LAZY] = "1"
+        try:
+            group = dist.new_group(
+                dist.get_process_group_ranks(self.group),
+                timeout=_FOREVER,
+                backend="gloo",
+                use_local_synchronization=True,
+                group_desc=PATIENT,
+            )
+        finally:
+            os.environ.pop(_LAZY)
+            if before is not None:
+                os.environ[_LAZY] = before
+        meeting = self.meeting and self.meeting.apart()
+        return replace(self, group=group, device=torch.device("cpu"), watchdog=None, meeting=meeting)
+
+    def limit_collectives(self, first_calls: bool) -> None:
+        """Let each collective of every process group, also of those of a mesh, fail soon after the watchdog.
+
+        Call it when groups have been made. With `first_calls` a collective may also wait for another rank's
+        compilation; after the first step it may not.
+        """
+        if self.watchdog is not None:
+            seconds = self.watchdog.timeout + MARGIN + (FIRST_CALL if first_calls else 0)
+            set_group_timeouts(timedelta(seconds=seconds), besides=PATIENT)
 
     def watch(self, run_dir: Path) -> None:
-        """Start the watchdog: a rank that waits too long ends the run; all stacks go to `run_dir`/stacks."""
+        """Let the watchdog write the stacks of a hang to `run_dir`/stacks from now on."""
         if self.watchdog is not None:
-            self.watchdog.start(run_dir / "stacks", cuda=self.device.type == "cuda")
-
-    def _beat(self) -> None:
-        if self.watchdog is not None:
-            self.watchdog.beat()
+            self.watchdog.write_to(run_dir / "stacks")
 
     def _reduce(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-        if self.world > 1:
-            value = value.clone()
-            dist.all_reduce(value, op=operation, group=self.group)
-            self._beat()
-        return value
-
-
-def _threads(local_world: int) -> int:
-    """Return the threads of a rank on CPU: its share of the cores; for one process alone OMP_NUM_THREADS.
-
-    joblib sets the variable where several jobs of a sweep run at a time: two threads of each on two cores
-    would wait for one another at every operation. torchrun sets it to 1 for several ranks, however many cores
-    there are.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if local_world == 1 and asked.isdigit() and int(asked) > 0:
-        return int(asked)
-    return max(1, len(os.sched_getaffinity(0)) // local_world)
+        if self.world == 1:
+            return value
+        # NCCL takes no tensor of the host, such as a norm of offloaded gradients.
+        reduced = value.to(self.device, copy=True)
+        dist.all_reduce(reduced, op=operation, group=self.group)
+        HEARTBEAT.beat()
+        return reduced.to(value.device)
 
 
 @contextmanager
 def join_process_group(timeout: int, on_cpu: bool = False) -> Iterator[RankContext]:
     """Join the process group that the environment describes, if any; leave it when all went well.
 
-    `timeout` is the time that a rank may wait, in seconds. `on_cpu` leaves the GPUs alone, where there are
-    any. On CPU the ranks of a node share its cores.
+    `timeout` is the time that the ranks may be without progress, in seconds. `on_cpu` leaves the GPUs alone,
+    where there are any. On CPU the ranks of a node share its cores.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    has_gpu = not on_cpu and torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
-    if device.type == "cuda":
+    world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if on_cpu or not torch.cuda.is_available():
+        device = torch.device("cpu")
+        torch.set_num_threads(cpu_threads(local_world, os.environ))
+    else:
+        gpu = choose_gpu(local_rank, local_world, torch.cuda.device_count(), os.environ)
+        device = torch.device("cuda", gpu)
         torch.cuda.set_device(device)
-    if device.type == "cpu":
-        torch.set_num_threads(_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    watchdog, meeting = None, None
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
-        limit = timedelta(seconds=timeout + _MARGIN)
+        limit = timedelta(seconds=timeout + MARGIN)
         enable_flight_recorder(os.environ)
         shorten_gather_name()
         dist.init_process_group(backend, timeout=limit, device_id=device_id)
-    watchdog = Watchdog(rank, world, timeout) if world > 1 else None
+        store = default_store().clone()  # gloo and NCCL wait for one another in the other connection
+        watchdog = Watchdog(rank, world, timeout, dist.PrefixStore("dsv3/watchdog", store))
+        # Until there is a run directory, and in tasks that have none.
+        folder = f"dsv3-stacks-{os.getuid()}-{os.environ.get('MASTER_PORT', '')}"
+        watchdog.start(Path(tempfile.gettempdir()) / folder, cuda=device.type == "cuda")
+        meeting = Meeting(store, world, "ranks")
+    ranks = RankContext(rank, local_rank, world, device, watchdog=watchdog, meeting=meeting)
     try:
-        yield RankContext(rank, local_rank, world, device, watchdog=watchdog)
+        yield ranks
     except Stopped:
-        if dist.is_initialized():
-            # Rank 0 may still be closing its logger, and a launcher ends all ranks after the first.
-            dist.barrier()
+        # Rank 0 may still be closing its logger, and a launcher ends all ranks after the first.
+        ranks.meet()
         raise
     finally:
         if watchdog is not None:

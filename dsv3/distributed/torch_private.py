@@ -6,6 +6,7 @@ comes with the functions that need it.
 """
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
+    from torch.distributed import Store
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
@@ -91,12 +93,54 @@ def foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return torch._foreach_norm(tensors)
 
 
+# Attention on CUDA. torch 2.13, shapes on meta tensors; not yet run on a GPU.
+
+
+def cudnn_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Attend by cuDNN: (output, log-sum-exp [B, H, queries, 1] fp32, further tensors for the backward pass).
+
+    Shapes [B, H, tokens, head dim]. scaled_dot_product_attention is public, but has no log-sum-exp, without
+    which two results cannot be merged; PyTorch's ring attention calls the same operator.
+    """
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return found[0], found[1], (found[6], found[7])
+
+
+def cudnn_attention_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    state: tuple[Tensor | None, ...],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v; `state` is what cudnn_attention returned last."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        gradient, q, k, v, out, log_sum.contiguous(), *state, None, None, None,
+        q.shape[2], k.shape[2], 0.0, causal, scale=scale,
+    )  # fmt: skip
+    return found
+
+
 # CUDA's allocator. torch 2.13, not yet run on a GPU.
 
 
-def record_memory_history() -> None:
-    """Record every allocation of CUDA memory from now on; documented, under a private name."""
-    torch.cuda.memory._record_memory_history()
+def record_memory_history(events: int | None) -> None:
+    """Record the last `events` allocations of CUDA memory with their stacks; None ends the recording.
+
+    Documented, under a private name. Without a limit the record grows for ever.
+    """
+    if events is None:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    else:
+        torch.cuda.memory._record_memory_history(max_entries=events, stacks="python")
 
 
 def write_memory_snapshot(path: str) -> None:
@@ -114,6 +158,38 @@ def unflatten_mesh(mesh: "DeviceMesh", axes: Mapping[str, int]) -> "DeviceMesh":
     init_device_mesh are roots of their own.
     """
     return mesh._unflatten(0, tuple(axes.values()), tuple(axes))
+
+
+def default_store() -> "Store":
+    """Return the store of the default process group, where its ranks have met; no public name leads to it."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def group_timeouts() -> dict[str, timedelta]:
+    """Return by name and description the timeout of every process group of this rank, however it was made."""
+    from torch.distributed.distributed_c10d import _world
+
+    return {
+        f"{group.group_name} {group.group_desc}": group._get_backend(device).options._timeout
+        for group in _world.pg_map
+        for device in group._device_types
+    }
+
+
+def set_group_timeouts(timeout: timedelta, besides: str) -> None:
+    """Set the timeout of every process group of this rank but those that are described as `besides`.
+
+    A DeviceMesh gives its groups the default of their backend (30 minutes, NCCL 10), whatever
+    init_process_group was told, and DTensor and FSDP make groups of their own. Only private names list all
+    groups, and set_timeout of a group is undocumented. A fake group has no timeout.
+    """
+    from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+    for group in list(_world.pg_map):
+        if group.group_desc != besides and "fake" not in _world.pg_map[group][0]:
+            _set_pg_timeout(timeout, group)
 
 
 def local_shape_and_offset(tensor: "DTensor") -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,9 @@ import traceback
 from collections import defaultdict
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Protocol
 
+from dsv3.distributed.heartbeat import HEARTBEAT, Heartbeat
 from dsv3.errors import RunFailed
 
 # Seconds that the other ranks have to write their stacks before rank 0 reports ...
@@ -32,40 +34,89 @@ def enable_flight_recorder(environment: MutableMapping[str, str]) -> None:
         environment.setdefault(name, value)
 
 
-class Watchdog:
-    """A thread of one rank that expects a beat at least every `timeout` seconds.
+# Looks at the progress per launch.timeout, and the most seconds between two.
+_LOOKS, _LONGEST_LOOK = 60, 10.0
 
-    All ranks beat together, with every reduction of a step, so all of them notice a hang; rank 0 reports for
-    all. A rank that holds the interpreter's lock cannot write its stacks and is named as missing.
+# A rank that has found the run hung adds this to the count of all ranks' progress.
+_HUNG = 1 << 40
+
+
+class Store(Protocol):
+    """The store of a process group, as far as it is used here."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a number that all ranks share; return it."""
+
+
+class Watchdog:
+    """A thread of one rank that ends the run once no rank of it has made progress for `timeout` seconds.
+
+    Progress is what Heartbeat counts, not time: a slow load lives as long as it moves, and so do the ranks
+    that wait for it. Every few seconds (`timeout` / 60, at most 10) each rank adds to a number in the `store`
+    whether it has moved. On 2,048 ranks that makes 200 requests a second. The first rank that finds the run
+    hung tells the others; each writes its stacks, and rank 0 reports for all. A rank that holds the
+    interpreter's lock cannot write its stacks and is named as missing.
     """
 
-    def __init__(self, rank: int, world: int, timeout: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        timeout: float,
+        store: Store | None = None,
+        heartbeat: Heartbeat = HEARTBEAT,
+    ) -> None:
         self.rank = rank
         self.world = world
         self.timeout = timeout
+        self.store = store
+        """None: this rank's own progress alone counts."""
+        self.heartbeat = heartbeat
+        self.every = min(timeout / _LOOKS, _LONGEST_LOOK)
         self._done = threading.Event()
-        self._last = time.monotonic()
+        self._seen, self._moved = -1, 0.0
+        self._total, self._last = 0, time.monotonic()
 
     def start(self, folder: Path, cuda: bool = False) -> None:
         """Begin to watch; stacks go to `folder`, which is made only when the run hangs."""
-        self.folder, self.cuda = folder, cuda
-        if cuda:  # the file to which NCCL's own watchdog writes its recording
-            os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "nccl-rank-")
-        (folder / f"rank-{self.rank}.txt").unlink(missing_ok=True)  # left by a run that was resumed
-        self.beat()
+        self.cuda = cuda
+        self.write_to(folder)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self) -> None:
-        """Report progress of this rank."""
-        self._last = time.monotonic()
+    def write_to(self, folder: Path) -> None:
+        """Write stacks to `folder` from now on."""
+        self.folder = folder
+        if self.cuda:  # the file to which NCCL's own watchdog writes its recording
+            os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "nccl-rank-")
+        (folder / f"rank-{self.rank}.txt").unlink(missing_ok=True)  # left by a run that was resumed
 
     def stop(self) -> None:
         """End the watch."""
         self._done.set()
 
+    def is_hung(self, now: float) -> bool:
+        """Look at the progress at the time `now`, in seconds; return True once the run counts as hung."""
+        if self.heartbeat.count != self._seen:
+            self._seen, self._moved = self.heartbeat.count, now
+        moves = now - self._moved < max(self.heartbeat.patience, self.every)
+        total = self._share(int(moves))
+        if moves or total != self._total:
+            self._total, self._last = total, now
+        if total < _HUNG and now - self._last > self.timeout:
+            total = self._share(_HUNG)
+        return total >= _HUNG
+
+    def _share(self, amount: int) -> int:
+        """Add to what all ranks have moved; return the sum."""
+        if self.store is not None:
+            # The process that holds the store may have ended: this rank then looks after itself.
+            with contextlib.suppress(RuntimeError):
+                return self.store.add("progress", amount)
+        return self._total + amount
+
     def _watch(self) -> None:
-        while not self._done.wait(min(1.0, self.timeout / 10)):
-            if time.monotonic() - self._last > self.timeout:
+        while not self._done.wait(self.every):
+            if self.is_hung(time.monotonic()):
                 self._dump()
                 self._end()
 
@@ -85,10 +136,10 @@ class Watchdog:
     def _end(self) -> None:
         """End the run: rank 0 once all have written, the others when rank 0 has not."""
         files = [self.folder / f"rank-{rank}.txt" for rank in range(self.world)]
-        deadline = time.monotonic() + (_GRACE if self.rank == 0 else _PATIENCE)
+        deadline = time.monotonic() + 2 * self.every + (_GRACE if self.rank == 0 else _PATIENCE)
         while time.monotonic() < deadline and (self.rank or not all(map(Path.exists, files))):
             time.sleep(0.1)
-        _fail(RunFailed(f"no step for {self.timeout:g} s (launch.timeout)\n{summarize_stacks(files)}"))
+        _fail(RunFailed(f"no progress for {self.timeout:g} s (launch.timeout)\n{summarize_stacks(files)}"))
 
 
 def format_stacks() -> str:

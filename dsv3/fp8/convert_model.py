@@ -19,9 +19,6 @@ HOPPER_CAPABILITY = (9, 0)
 
 MIN_CUDA = (12, 9)
 
-IN_HIGHER_PRECISION = ("head",)
-"""Linear layers that keep the compute dtype. Embedding, routers, norms and attention core are not Linear."""
-
 
 @dataclass
 class FP8Matmul:
@@ -57,7 +54,12 @@ class FP8Linear(FP8Matmul):
 
 
 class FP8GroupedLinear(FP8Matmul):
-    """The grouped matmul of Experts in FP8 (a model.moe.GroupedMatmul)."""
+    """The grouped matmul of Experts in FP8 (a model.moe.GroupedMatmul).
+
+    Each expert's rows are quantized and multiplied by calls of their own, so the host must know where they end.
+    """
+
+    ends_on_host = True
 
     def __call__(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """Return rows W_e^T [rows, out], see ops.fp8_grouped_linear."""
@@ -92,8 +94,9 @@ class BlockFP8:
         engine = choose_engine(self.engine, device, self.tile)
         probe = torch.zeros((), device=device, requires_grad=counts)
         options = (probe, engine.name, self.tile, self.power_of_two, self.gather)
-        for name, module in model.named_modules():
-            if isinstance(module, Linear) and name not in IN_HIGHER_PRECISION:
+        for module in model.modules():
+            # Head, embedding, routers, norms and attention core are not Linear: they keep their precision.
+            if isinstance(module, Linear):
                 module.matmul = FP8Linear(*options)
             elif isinstance(module, Experts):
                 module.matmul = FP8GroupedLinear(*options)
@@ -109,12 +112,12 @@ def enable_fp8_all_gather(model: nn.Module) -> None:
 
 
 def choose_engine(chosen: FP8Engine, device: torch.device, tile: int = BLOCK) -> FP8Engine:
-    """Return the engine for `device`: the emulation on CPU, scaled_mm on a GPU, unless `chosen` names one.
+    """Return the engine for `device`: scaled_mm on Hopper, else the emulation, unless `chosen` names one.
 
     Raises:
-        UserError: scaled_mm is chosen or needed, and cannot run here.
+        UserError: scaled_mm is chosen, or this is a Hopper GPU, and it cannot run here.
     """
-    if chosen is FP8Engine.emulated or (chosen is FP8Engine.auto and device.type == "cpu"):
+    if chosen is FP8Engine.emulated or (chosen is FP8Engine.auto and not _is_hopper(device)):
         return FP8Engine.emulated
     obstacle = _scaled_mm_obstacle(device, tile)
     if obstacle:
@@ -125,15 +128,19 @@ def choose_engine(chosen: FP8Engine, device: torch.device, tile: int = BLOCK) ->
     return FP8Engine.scaled_mm
 
 
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER_CAPABILITY
+
+
 def _scaled_mm_obstacle(device: torch.device, tile: int) -> str | None:
     """Return the reason why scaled_mm cannot run, None where it can."""
     if device.type != "cuda":
         return f"needs a CUDA GPU, and the device is {device.type}"
     if tile != BLOCK:
         return "multiplies tiles, and precision.fp8.granularity=tensor here"
-    capability, version = torch.cuda.get_device_capability(device), torch.version.cuda
-    if capability != HOPPER_CAPABILITY:
-        found = ".".join(map(str, capability))
+    version = torch.version.cuda
+    if not _is_hopper(device):
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return f"has block-wise scales only on compute capability 9.0 (Hopper), and this GPU has {found}"
     if version is None or tuple(int(n) for n in version.split(".")[:2]) < MIN_CUDA:
         return f"needs a PyTorch built for CUDA 12.9 or later, and this one is for {version or 'none'}"

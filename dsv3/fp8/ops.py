@@ -9,7 +9,8 @@ Common arguments:
     weight: [out, in] for all rows, or a stack [experts, out, in] of one weight per expert.
     scales: None where `weight` is quantized for each matmul; else `weight` is E4M3 codes
         (operands.QuantizedWeight) and these are its scales.
-    ends: [experts] int32, the row number at which each expert's rows end (exclusive).
+    ends: [experts] int32, the row number at which each expert's rows end (exclusive). The host reads them in
+        the forward and in the backward pass, so they had better be on the CPU already.
     probe: a scalar 0 whose gradient counts the tiles of backward operands that were not finite. Autograd
         thereby adds the counts over layers and microbatches, once however often activation checkpointing
         repeats a forward pass. A probe without requires_grad counts nothing.
@@ -55,7 +56,7 @@ def fp8_grouped_linear(
     tile: int,
     power_of_two: bool,
 ) -> Tensor:
-    """Return rows W_e^T [rows, out], each expert's weight for its own rows; the host reads `ends`."""
+    """Return rows W_e^T [rows, out], each expert's weight for its own rows."""
     return _forward(rows, weight, scales, ends, engine, FP8Recipe(tile, power_of_two))
 
 

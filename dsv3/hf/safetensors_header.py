@@ -176,14 +176,15 @@ def _tensor_info(path: Path, data: int, name: str, entry: Any) -> TensorInfo:
 
 def _shape(path: Path, name: str, dtype: torch.dtype, stored: Any) -> tuple[int, ...]:
     """Return the shape as PyTorch counts it."""
-    shape, shown = _counts(path, name, "shape", stored), f"{quoted(name)} has shape {quoted(stored)}"
+    shape, refused = _counts(path, name, "shape", stored), ""
     if dtype is PACKED:
-        if not shape or shape[-1] % 2:
-            raise fault(path, f"is damaged: {shown}, and F4 comes in pairs")
-        shape = (*shape[:-1], shape[-1] // 2)
+        refused = "" if shape and shape[-1] % 2 == 0 else "and F4 comes in pairs"
+        shape = (*shape[:-1], shape[-1] // 2) if not refused else shape
     # Beside a dim of 0 the others could be of any size, but PyTorch still computes the strides.
     if math.prod(max(length, 1) for length in shape) * dtype.itemsize > _LARGEST_INT:
-        raise fault(path, f"is damaged: {shown}, too large to address")
+        refused = refused or "too large to address"
+    if refused:
+        raise fault(path, f"is damaged: {quoted(name)} has shape {quoted(stored)}, {refused}")
     return shape
 
 

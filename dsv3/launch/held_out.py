@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv3.config.convergence import flatten, shown
 from dsv3.config.registry import SCHEMAS
+from dsv3.config.training import scored_rows
 
 EVERY_ROW = "every row"
 """In place of a held-out share where a whole table of ids is scored."""
@@ -21,15 +22,20 @@ def held_out_data(
     config: Mapping[str, Any],
     data_fingerprint: str | None,
     tokenizer_fingerprint: str | None,
-    rows: int | None = None,
+    held_out_rows: int | None = None,
+    scored: int | None = None,
 ) -> HeldOutData:
     """Return the held-out data of a run by its stored or plain config.
 
-    `rows` are those that it scores where train.evaluate_batches limits them, None where that is unknown.
+    `held_out_rows` are those that it could score; `scored` those that a run of older code has scored, whose
+    config does not tell. None: unknown.
     """
     data, tokenizer, train = (_node(config, name) for name in ("data", "tokenizer", "train"))
-    batches = train.get("evaluate_batches", "all") if train else None
-    batches = "all" if batches is None and train else batches
+    tokens = train.get("evaluate_tokens", 0) if train else 0
+    rows: int | str | None = scored
+    if tokens and held_out_rows is not None and train.get("sequence_length"):
+        rows = scored_rows(held_out_rows, train["sequence_length"], tokens)
+        rows = "all" if rows == held_out_rows else rows
     place = data.get("path")
     source = data and f"{choice_name('data', data.get('_target_'))}{f' {place}' if place else ''}"
     trained = {key: value for key, value in flatten(tokenizer).items() if not key.startswith("_")}
@@ -42,7 +48,7 @@ def held_out_data(
         "tokenizer": (tokenizer_fingerprint, named or None),
         "train.sequence_length": (length, length),
         "data.document_mask": (mask, mask),
-        "train.evaluate_batches": (batches if batches in (None, "all") else rows, batches),
+        "train.evaluate_tokens": ("all", "all") if tokens is None else (rows, tokens or None),
     }
 
 

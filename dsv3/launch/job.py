@@ -18,7 +18,7 @@ from dsv3.config.parallel import WORLD_AXES
 from dsv3.config.precision import ComputeType
 from dsv3.config.root import Config
 from dsv3.config.strict import build
-from dsv3.config.training import BIAS_SPEED
+from dsv3.config.training import BIAS_SPEED, GENERATE_EVERY, GENERATE_SHARE
 from dsv3.errors import UserError
 from dsv3.hf.config_writer import config_json
 from dsv3.planning.checks import check_expert_backend, check_fp8
@@ -206,11 +206,13 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
         check_sequence(degrees, train.length)
     check_schedule(config.parallel, degrees, train.batch, train.microbatch)
     plan = make_plan(config, degrees, hardware, reasons.get("precision.compute", "as configured"))
+    if config.task.trains and config.train.generate_every is None:
+        config, plan, reasons["train.generate_every"] = _with_samples(config, plan)
     check_expert_backend(config, plan)
-    check_fp8(config, plan)
+    notes = check_fp8(config, plan)
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     named_run_dir = bool(sweep_dir or config.run.dir)
-    return Job(config, overrides, hardware, plan, run_dir, named_run_dir, reasons=reasons)
+    return Job(config, overrides, hardware, plan, run_dir, named_run_dir, reasons=reasons, notes=notes)
 
 
 def complete_config(
@@ -251,6 +253,27 @@ def complete_config(
     schedule = replace(config.schedule, total_steps=config.schedule.total_steps or train.steps)
     precision = config.precision.on(hardware.name)
     return replace(config, train=train, schedule=schedule, precision=precision), reasons
+
+
+def _with_samples(config: Config, plan: Plan) -> tuple[Config, Plan, str]:
+    """Return config and plan with train.generate_every filled in, by what the plan says a sample costs.
+
+    The reason is the third.
+    """
+    most = config.train.generate_seconds
+    plan = replace(plan, upkeep=replace(plan.upkeep, generate_every=GENERATE_EVERY))
+    sample = plan.between_steps.sample()
+    assert sample.share is not None
+    told = f"{sample.seconds:.2g}" if sample.seconds < 10 else f"{sample.seconds:,.0f}"
+    reason = f"planned to take {told} s each, {sample.share:.1%} of {GENERATE_EVERY} steps"
+    if sample.seconds <= most and sample.share <= GENERATE_SHARE:
+        every = GENERATE_EVERY
+    else:
+        every = 0
+        plan = replace(plan, upkeep=replace(plan.upkeep, generate_every=every))
+        limit = f"train.generate_seconds={most:g}" if sample.seconds > most else f"{GENERATE_SHARE:.0%}"
+        reason += f", more than {limit}"
+    return replace(config, train=replace(config.train, generate_every=every)), plan, reason
 
 
 def _bias_speed(config: Config) -> tuple[float, str]:

@@ -31,7 +31,7 @@ from dsv3.launch.trained_on import (
     untold_note,
     with_own_microbatch,
 )
-from dsv3.launch.typed_keys import inert_notes, refuse_unread
+from dsv3.launch.typed_keys import inert_notes, refuse_unread, typed_leaves
 from dsv3.planning.hardware import other_gpu
 
 
@@ -56,6 +56,10 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     load = config.checkpoint.load if config.task.reads_checkpoint else None
     record = training_record(find_checkpoint(load)) if load else None
     own_data = reads_own_data(config, record, {key for key, _ in typed.values()})
+    _require_objective(config, hydra)
+    if config.task.reads_rows and "train.evaluate_tokens" not in {key for key, _ in typed_leaves(typed)}:
+        # The default bounds what a run pays again and again; a loss that is asked for is that of all rows.
+        config = replace(config, train=replace(config.train, evaluate_tokens=None))
     warmup = config.schedule.warmup_steps
     warmup_notes: list[str] = []
     if config.task.trains:
@@ -88,6 +92,16 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
         job.notes += warmup_notes + schedule_notes(job.config, done, flatten(run.config) if run else None)
         job.recipe = [] if run else _recipe_lines(job, str(hydra.runtime.choices.get("model")))
     return job
+
+
+def _require_objective(config: Config, hydra: Any) -> None:
+    """Raise UserError for a run of a search that would measure no held-out loss, which it minimizes."""
+    searches = hydra.mode is RunMode.MULTIRUN and not hydra.sweeper["_target_"].endswith("BasicSweeper")
+    if searches and config.task.trains and config.task.writes_run and config.train.evaluate_every == 0:
+        raise UserError(
+            "train.evaluate_every=0 measures no held-out loss, which the sweeper compares: "
+            f"give it the steps between two, as train.evaluate_every={config.train.steps} for one at the end"
+        )
 
 
 def _refuse_tables(typed: Mapping[str, tuple[str, str]]) -> None:

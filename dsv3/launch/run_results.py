@@ -108,7 +108,8 @@ class RunSummary:
         data = self.environment.get("data")
         told = data if isinstance(data, dict) else {}
         fingerprints = (told.get("fingerprint"), told.get("tokenizer_fingerprint"))
-        return held_out_data(self.config, *fingerprints, told.get("rows_evaluated"))
+        rows = told.get("rows_held_out"), told.get("rows_evaluated")
+        return held_out_data(self.config, *fingerprints, *rows)
 
     def format_overrides(self, keys: Sequence[str]) -> str:
         """Return the overrides of `keys` as they are typed, `KEY=VALUE KEY=VALUE`."""

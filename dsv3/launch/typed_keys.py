@@ -153,9 +153,19 @@ CONDITIONS = [
         "the run ends before",
     ),
     Condition(
-        ("train.generate_every", "tokenizer", "tokenizer="),
+        ("train.generate_every", "train.generate_seconds", "tokenizer", "tokenizer="),
         lambda job: not job.config.data.sets_sequence_length,
         "the data is token ids already",
+    ),
+    Condition(
+        ("train.generate_seconds",),
+        lambda job: job.config.train.generate_every != 0,
+        "train.generate_every is 0",
+    ),
+    Condition(
+        ("train.evaluate_tokens", "checkpoint.keep_best"),
+        lambda job: job.config.train.evaluate_every or not job.config.task.trains,
+        "train.evaluate_every=0 measures no held-out loss",
     ),
     Condition(
         ("data.cache_dir",),

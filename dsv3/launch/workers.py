@@ -13,13 +13,13 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dsv3.config.strict import build
-from dsv3.distributed.signals import NOTHING_SAVED, Stopped, leave_on_signal
+from dsv3.distributed.signals import NOTHING_SAVED, Stopped, kill_children, leave_on_signal
 from dsv3.distributed.streams import outlive_readers
 from dsv3.errors import KILLED, STOPPED, RunFailed, UserError
 from dsv3.launch.job import Job, is_first_on_node
@@ -54,17 +54,6 @@ def kill_stragglers(grace: float = _GRACE) -> Iterator[None]:
         yield
     finally:
         done.set()
-
-
-def kill_children(others: Collection[int] = ()) -> None:
-    """Kill every process below this one, except `others` and multiprocessing's own cleaner."""
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            own = any("resource_tracker" in argument for argument in child.cmdline())
-            if not own and child.pid not in others:
-                child.kill()
 
 
 def _watch(done: threading.Event, grace: float, others: set[int]) -> None:

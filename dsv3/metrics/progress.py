@@ -6,7 +6,8 @@ seconds. A thread speaks, so that a phase that waits in one call of C (a collect
 training) speaks too. One process of a job speaks. DSV3_PROGRESS=off silences all phases,
 DSV3_PROGRESS=lines shows lines on a terminal too.
 
-`Phase.advance` is the one place through which all progress outside of training steps passes.
+`Phase.advance` is the one place through which all progress outside of training steps passes: it is a beat of
+this process's heart too, which the watchdog of a run of several ranks listens to (distributed/watchdog.py).
 """
 
 import atexit
@@ -17,6 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from dsv3.distributed.heartbeat import HEARTBEAT
+from dsv3.distributed.signals import StopEarly, must_stop_early
 
 if TYPE_CHECKING:
     from dsv3.metrics.terminal import Terminal
@@ -45,13 +49,20 @@ class Phase:
     """Something that a command does: a title, and how much of a total is done."""
 
     def __init__(
-        self, title: str, total: int | None, unit: str, until: Callable[[], bool] | None = None
+        self,
+        title: str,
+        total: int | None,
+        unit: str,
+        until: Callable[[], bool] | None = None,
+        together: bool = False,
     ) -> None:
         self.title = title
         self.total = total
         """In units; None where it is not known. May be set later."""
         self.unit = unit
         self.until = until
+        self.together = together
+        """All ranks advance as often, and end early at the same count where the run is to stop."""
         self.done = 0
         self.started = time.monotonic()
         self.told = False
@@ -59,9 +70,16 @@ class Phase:
         self._lock = threading.Lock()
 
     def advance(self, count: int = 1) -> None:
-        """Count `count` more units as done; any thread may call it, as often as it likes."""
+        """Count `count` more units as done; any thread may call it, as often as it likes.
+
+        Raises:
+            StopEarly: the run is to stop, and the ranks advance together; on all of them.
+        """
         with self._lock:
             self.done += count
+        HEARTBEAT.count += 1
+        if self.together and must_stop_early():
+            raise StopEarly
 
     def is_over(self) -> bool:
         """Return True once `until` has been: the phase then has nothing more to say."""
@@ -216,24 +234,33 @@ def phase(
     unit: str = "bytes",
     until: Callable[[], bool] | None = None,
     each_node: bool = False,
+    together: bool = False,
+    patience: float = 0.0,
 ) -> Iterator[Phase]:
     """Show `title` while the body lasts; the body calls `advance` where there is a `total`.
+
+    A body that goes on for long calls `advance` in any case: without, and without `patience`, it counts as
+    hung after launch.timeout.
 
     Args:
         title: what is done, as in `loading weights`.
         total: the amount of `unit` to be done, if it is known.
         until: ends the phase before its body does; asked only when there is something to say.
         each_node: the first process of every node speaks, not only rank 0.
+        together: all ranks make the same calls of `advance`; where the run is to stop, one of them raises
+            StopEarly on all ranks (between two steps of training only).
+        patience: seconds that one call of the body may take which cannot tell how far it is.
     """
-    current = Phase(title, total, unit, until)
-    if not _speaks(each_node):
-        yield current
-        return
-    try:
-        _SPEAKER.enter(current)
-        yield current
-    finally:
-        _SPEAKER.leave(current)
+    current = Phase(title, total, unit, until, together)
+    with HEARTBEAT.patient(patience):
+        if not _speaks(each_node):
+            yield current
+            return
+        try:
+            _SPEAKER.enter(current)
+            yield current
+        finally:
+            _SPEAKER.leave(current)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ class Pending:
 
     row: MetricsRow
     figures: dict[str, Tensor]
+    fill_throughput: Callable[[], None]
+    """Fills the row's tokens_per_second and mfu; it may wait for the device."""
 
 
 class Recorder:
@@ -58,9 +60,11 @@ class Recorder:
         self.memory = peak_memory_gib(ranks)
         self.writer = JsonlWriter(path) if ranks.is_main else None
 
-    def add(self, row: MetricsRow, figures: dict[str, Tensor]) -> None:
+    def add(
+        self, row: MetricsRow, figures: dict[str, Tensor], fill_throughput: Callable[[], None] = lambda: None
+    ) -> None:
         """Add the row of a step; `figures` are its other metrics by name, scalar tensors on the device."""
-        self.pending.append(Pending(row, figures))
+        self.pending.append(Pending(row, figures, fill_throughput))
         if len(self.pending) >= self.every:
             self.read()
 
@@ -75,6 +79,7 @@ class Recorder:
             router = pending.figures.pop(FIRST_NONFINITE_ROUTER, None)
             for name, value in pending.figures.items():
                 setattr(row, name, value.item())
+            pending.fill_throughput()
             row.memory_gib = self.memory
             self.latest = row
             if self.writer is not None:

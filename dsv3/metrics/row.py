@@ -19,7 +19,8 @@ class MetricsRow:
         grad_norm: L2 norm of the whole gradient, before clipping.
         lr: learning rate of this step.
         tokens: training tokens seen since step 0, this step included.
-        tokens_per_second: throughput of all ranks together.
+        tokens_per_second: throughput of all ranks together in this step, from the call for its data to its
+            last operation, on a GPU by the device's clock; what is done between steps does not count.
         mfu: model FLOPs utilization (MFU), from 0 to 1.
         memory_gib: peak memory of the busiest rank, GiB.
         evaluation_loss: held-out loss, defined like `loss`; None except on evaluation steps.

@@ -10,6 +10,7 @@ q_lora_rank 1536, kv_lora_rank 512, qk_head_dim 192 = qk_nope_head_dim 128 + qk_
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,19 @@ GatherLatents = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
 """(q_latent, latent, k_rope) of this rank's tokens -> the same three for all tokens whose queries this rank
 computes. Tensor parallelism puts an all-gather here (parallel/tensor_parallel.py)."""
 
+GatherRow = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(latent, k_rope) of this rank's part of each row, k_rope rotated -> the same two of whole rows. Context
+parallelism puts an all-gather here (parallel/context_parallel.py)."""
+
 Attend = Callable[["LatentAttention", Tensor, Tensor, Tensor, Segments | None], Tensor]
-"""(attention, q, latent, k_rope, segments) -> the heads' outputs [B, T, H, v_head_dim]. Context parallelism
-puts an all-gather of the latents here (parallel/context_parallel.py)."""
+"""(attention, q, latent, k_rope, segments) -> the heads' outputs [B, T, H, v_head_dim]. The latents are those
+of whole rows; under context parallelism `q` is a part of them."""
 
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (HF: self_attn); with a `q_lora_rank` queries have a latent too.
 
-    `gather_latents` and `attend` are the two places where parallel wrappers put their communication.
+    Parallel wrappers put their communication into `gather_latents` and `gather_row`, and replace `attend`.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class LatentAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.kernel = attention_kernel(config.kernel)
         self.gather_latents: GatherLatents = keep_local_latents
+        self.gather_row: GatherRow = keep_local_row
         self.attend: Attend = attend_locally
         heads, latent = config.heads, config.kv_lora_rank
         if config.q_lora_rank is None:
@@ -62,18 +68,22 @@ class LatentAttention(nn.Module):
         """Attend within `x` [B, T, D] and return [B, T, D]; `rotary` comes from rope.rotary_table.
 
         `segments` keeps attention within documents. With a `cache` (generation) the tokens of `x` are written
-        to the cache and attend to all tokens in it.
+        to the cache and attend to all tokens in it; every rank caches whole rows.
         """
         q_latent, latent, k_rope = self.gather_latents(*self.compress(x))
         q = self.project_queries(q_latent, rotary)
         k_rope = apply_rotary(k_rope.unsqueeze(-2), rotary).squeeze(-2)
+        visible = None if cache is None else cache.visible
+        if visible is None:  # else the ranks of a row have all of its new tokens
+            latent, k_rope = self.gather_row(latent, k_rope)
         if cache is not None:
             cache.write(latent, k_rope)
-        if cache is None or cache.visible is None:
+        if cache is None or visible is None:
             # Training, or prefill of an empty cache: expansion is cheaper than attending to wide latents.
             out = self.attend(self, q, latent, k_rope, segments)
         else:
-            out = self.attend_absorbed(q, cache.entries, cache.visible)
+            # The projection is called, not read: whatever shards its weight gathers it for a call.
+            out = self.kv_b_proj(q, partial(self.attend_absorbed, cache.entries, visible))
         return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
 
     def compress(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,18 +118,20 @@ class LatentAttention(nn.Module):
         k_rope = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
         return torch.cat([k_nope, k_rope], dim=-1), v
 
-    def attend_absorbed(self, q: Tensor, entries: Tensor, visible: Tensor) -> Tensor:
+    def attend_absorbed(self, entries: Tensor, visible: Tensor, q: Tensor, weight: Tensor) -> Tensor:
         """Attend from `q` [B, T, H, qk_head_dim] to the cache's `entries` without expanding them.
 
         q (W_UK c) = (q W_UK) c, so the two parts of kv_b_proj move to the query and to the output
-        (DeepSeek-V2, arXiv 2405.04434, section 2.1.2; equations 2 and 5 put into equation 10).
+        (DeepSeek-V2, arXiv 2405.04434, section 2.1.2; equations 2 and 5 put into equation 10). It stands in
+        the place of that projection's matmul.
 
         entries: [B, S, kv_lora_rank + qk_rope_head_dim].
         visible: [B, T, S] bool, true where a token may attend to a slot.
+        weight: that of kv_b_proj [H x (qk_nope_head_dim + v_head_dim), kv_lora_rank].
         Returns [B, T, H, v_head_dim].
         """
         c = self.config
-        weight = self.kv_b_proj.weight.to(q.dtype).unflatten(0, (-1, c.qk_nope_head_dim + c.v_head_dim))
+        weight = weight.to(q.dtype).unflatten(0, (-1, c.qk_nope_head_dim + c.v_head_dim))
         w_uk, w_uv = weight.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         q = torch.cat([torch.einsum("bshd,hdc->bshc", q_nope, w_uk), q_rope], dim=-1)
@@ -135,6 +147,8 @@ def attend_locally(
 ) -> Tensor:
     """Attend from `q` [B, T, H, qk_head_dim] to the same T tokens and return [B, T, H, v_head_dim].
 
+    This rank has whole rows.
+
     latent: [B, T, kv_lora_rank]; k_rope: [B, T, qk_rope_head_dim], rotated.
     """
     k, v = attention.expand_kv(latent, k_rope)
@@ -144,3 +158,8 @@ def attend_locally(
 def keep_local_latents(q_latent: Tensor, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the latents unchanged: without tensor parallelism a rank has those of all its queries."""
     return q_latent, latent, k_rope
+
+
+def keep_local_row(latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the latents unchanged: without context parallelism a rank has those of whole rows."""
+    return latent, k_rope

@@ -10,20 +10,21 @@ Shapes: q, k [B, T, H, qk_head_dim], v [B, T, H, v_head_dim] -> [B, T, H, v_head
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_attention_available
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dsv3.config.model import AttentionConfig, AttentionKernel
 from dsv3.errors import require
 from dsv3.model.cpu_attention import blocked_attention
+from dsv3.model.transfers import upload
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -32,6 +33,12 @@ FLASH_HEAD_DIM = 256
 
 BLOCK = 128
 """Queries and keys in one block of flex_attention's mask."""
+
+LENGTHWISE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Backends of SDPA that take every length as it comes; cuDNN makes a new plan for each, in milliseconds."""
+
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *LENGTHWISE]
+"""The order for heads of two widths, which FlashAttention refuses; some releases ask cuDNN last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +53,13 @@ class Segments:
     """[documents + 1] int32: where each document begins, and the end of the last."""
     starts: Tensor
     """[B, T] int64: where in its row a token's document begins."""
+    by_prefix: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """What parallel/prefix_attention.py makes of them once for all layers."""
+
+    def to(self, device: torch.device | str) -> "Segments":
+        """Copy the tensors to a device, without waiting for it."""
+        moved = {"cu_seqlens": upload(self.cu_seqlens, device), "starts": upload(self.starts, device)}
+        return replace(self, **moved, by_prefix={})
 
     def spans_by_row(self, rows: int) -> list[list[tuple[int, int]]]:
         """Return per row the (begin, end) of its documents, as positions in the row."""
@@ -65,8 +79,8 @@ class Segments:
 def document_segments(documents: Tensor | None) -> Segments | None:
     """Return the runs of equal numbers in each row of `documents` [B, T]; None stands for whole rows.
 
-    The lengths are read on the host, which waits for the device: call it once per forward pass, not per
-    layer.
+    The lengths are read on the host: it waits for a device that has the numbers, so call this before they are
+    there (data/batch.py does).
     """
     if documents is None:
         return None
@@ -118,7 +132,7 @@ def auto(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | Non
 
 
 def _auto_takes_varlen(documents_on_cuda: bool, device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    return documents_on_cuda and _flash_takes(device, dtype, width)
+    return documents_on_cuda and flash_takes(device, dtype, width)
 
 
 def explain_kernel(
@@ -136,7 +150,15 @@ def explain_kernel(
     if device.type != "cuda":
         return "blocks of queries", f"{told}, and the device is a CPU; {each}"
     if cp > 1:
-        return "sdpa", f"queries attend to the gathered keys of {cp} ranks (context parallelism); {each}"
+        gathered = f"queries attend to the gathered keys of {cp} ranks (context parallelism); {each}"
+        if _auto_takes_varlen(documents, device, dtype, width):
+            return "varlen", gathered
+        in_parts = not documents and cudnn_takes(device, dtype, config.qk_head_dim, config.v_head_dim)
+        return (
+            ("cudnn", f"{gathered}, those before the queries and those among them in two calls")
+            if in_parts
+            else ("sdpa", gathered)
+        )
     if config.kernel is AttentionKernel.auto and _auto_takes_varlen(documents, device, dtype, width):
         return "varlen", f"{told}; {each}, and FlashAttention takes heads of {width}"
     return "sdpa", f"{told}; {each}"
@@ -144,10 +166,13 @@ def explain_kernel(
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
     """Attend by scaled_dot_product_attention, once per batch or document; by cpu_attention.py on CPU."""
+    if not q.is_cuda:
+        return _each_document(q, k, v, scale, segments) if segments else _blocked(q, k, v, scale)
     v_head_dim = v.shape[-1]
-    q, k, v = _fit_head_dims(q, k, v) if q.is_cuda else (q, k, v)
-    out = _causal(q, k, v, scale) if segments is None else _by_document(q, k, v, scale, segments)
-    return out[..., :v_head_dim]
+    if segments is None:
+        return _causal_on_cuda(*_fit_head_dims(q, k, v), scale)[..., :v_head_dim]
+    with sdpa_kernel(LENGTHWISE):
+        return _each_document(*fit_one_width(q, k, v), scale, segments)[..., :v_head_dim]
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
@@ -161,7 +186,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | N
         cu_seqlens = torch.arange(0, batch * sequence + 1, sequence, dtype=torch.int32, device=q.device)
     else:
         cu_seqlens, max_seqlen = segments.cu_seqlens, segments.max_seqlen
-    q, k, v = (x.flatten(0, 1) for x in _pad_to_one_width(q, k, v))
+    q, k, v = (x.flatten(0, 1) for x in pad_to_one_width(q, k, v))
     # The window (any past, no future) is the causal mask.
     out = varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=(-1, 0)
@@ -221,65 +246,25 @@ def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32), blocks.argsort(stable=True, dim=-1, descending=True).int()
 
 
-def attend_to_prefix(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, segments: Segments | None
-) -> Tensor:
-    """Attend from consecutive queries, the first at position `start` of its row, to all keys up to each.
-
-    q is [B, queries, H, qk_head_dim]. k and v begin at their row's first token and reach at least the last
-    query. With `segments` of the whole rows a query sees only its own document. Context parallelism uses it.
-    """
-    end = start + q.shape[1]
-    if segments is None:
-        return _lower_right(q, k[:, :end], v[:, :end], scale)
-    return cast(Tensor, _prefix_by_document(q, k, v, scale, start, segments))
+def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return cast(Tensor, blocked_attention(q, k, v, scale)[0])
 
 
-# Compiled, every new set of lengths would be compiled anew.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _prefix_by_document(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, start: int, segments: Segments
-) -> Tensor:
-    rows = []
-    for row, documents in enumerate(segments.spans_by_row(q.shape[0])):
-        parts = [
-            _lower_right(
-                q[row : row + 1, max(begin, start) - start : end - start],
-                k[row : row + 1, begin : min(end, start + q.shape[1])],
-                v[row : row + 1, begin : min(end, start + q.shape[1])],
-                scale,
-            )
-            for begin, end in documents
-            if begin < start + q.shape[1] and end > start
-        ]
-        rows.append(torch.cat(parts, dim=1))
-    return torch.cat(rows)
-
-
-def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attend causally if the queries are the last tokens of the keys'."""
-    if not q.is_cuda:
-        return cast(Tensor, blocked_attention(q, k, v, scale)[0])
-    v_head_dim = v.shape[-1]
-    q, k, v = (x.transpose(1, 2) for x in _fit_head_dims(q, k, v))
-    bias = causal_lower_right(q.shape[2], k.shape[2])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return out.transpose(1, 2)[..., :v_head_dim]
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if not q.is_cuda:
-        return cast(Tensor, blocked_attention(q, k, v, scale)[0])
+def _causal_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    if q.shape[-1] == v.shape[-1]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
 
 # Compiled, every new set of lengths would be compiled anew.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _by_document(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+def _each_document(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+    attend = _causal_on_cuda if q.is_cuda else _blocked
     # Splitting costs one concatenation in the backward pass; slicing costs a tensor of zeros per document.
     qs, ks, vs = (x.flatten(0, 1).unsqueeze(0).split(segments.lengths, dim=1) for x in (q, k, v))
-    out = [_causal(*heads, scale) for heads in zip(qs, ks, vs, strict=True)]
+    out = [attend(*heads, scale) for heads in zip(qs, ks, vs, strict=True)]
     return torch.cat(out, dim=1).view(*q.shape[:-1], -1)
 
 
@@ -293,12 +278,17 @@ def _fit_head_dims(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     if q.shape[-1] == v.shape[-1]:
         return q, k, v
     v_head_dim = v.shape[-1]
-    if q.is_cuda and (q.dtype not in HALF or _cudnn_takes(q.device, q.dtype, q.shape[-1], v_head_dim)):
+    if q.dtype not in HALF or cudnn_takes(q.device, q.dtype, q.shape[-1], v_head_dim):
         return q, k, v.contiguous()
-    return _pad_to_one_width(q, k, v)
+    return pad_to_one_width(q, k, v)
 
 
-def _pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fit_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the heads as backends other than cuDNN take them: padded to one width, in fp32 as they are."""
+    return pad_to_one_width(q, k, v) if q.dtype in HALF else (q, k, v)
+
+
+def pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pad the narrower heads with zeros: they add nothing to q k^T, and only zero columns to the result."""
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
@@ -306,8 +296,16 @@ def _pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cudnn_takes(device: torch.device, dtype: torch.dtype, qk_head_dim: int, v_head_dim: int) -> bool:
-    """Ask PyTorch, with small tensors, if cuDNN attends with heads of two widths, backward too."""
+def cudnn_takes(device: torch.device, dtype: torch.dtype, qk_head_dim: int, v_head_dim: int) -> bool:
+    """Tell if cuDNN attends with these head dims on `device`, backward too; never in deterministic mode."""
+    return _ask_cudnn(device, dtype, qk_head_dim, v_head_dim, torch.are_deterministic_algorithms_enabled())
+
+
+@functools.cache
+def _ask_cudnn(
+    device: torch.device, dtype: torch.dtype, qk_head_dim: int, v_head_dim: int, deterministic: bool
+) -> bool:
+    """Ask PyTorch with small tensors, once: every layer wants to know, in every pass."""
     q, v = (
         torch.empty(1, 1, BLOCK, dim, device=device, dtype=dtype, requires_grad=True)
         for dim in (qk_head_dim, v_head_dim)
@@ -316,7 +314,8 @@ def _cudnn_takes(device: torch.device, dtype: torch.dtype, qk_head_dim: int, v_h
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _flash_takes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+@functools.cache
+def flash_takes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Tell if FlashAttention runs on the CUDA `device` (Ampere or newer) at head dim `width`."""
     able = is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     return able and dtype in HALF and width <= FLASH_HEAD_DIM

@@ -3,11 +3,13 @@
 Report section 2.1.1: the keys and values of all heads follow from the latent (kv_lora_rank, after its norm)
 and the key that the heads share (qk_rope_head_dim, after its rotation): 512 + 64 values per token in V3.
 A token's slot is its position. Rows of different lengths are therefore padded on the right, and `slot <=
-position` is the whole mask: padding lies behind every token, and is overwritten before it is reached.
+position` is the whole mask: padding lies behind every token, and is overwritten before it is reached. The
+same padding brings a pass to a multiple of the ranks that share its tokens (parallel/parallel_model.py).
 
 Shapes: B batch, T new tokens per row, D dim, S slots.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,8 @@ class CacheStep(NamedTuple):
 
     entries: Tensor
     """[layers, B, S, kv_lora_rank + qk_rope_head_dim], a view of the cache."""
+    places: dict[str, int]
+    """Index in `entries` by the name of the layer."""
     positions: Tensor
     """[B, T]: the positions of the new tokens in their rows, padding included."""
     visible: Tensor | None
@@ -44,33 +48,51 @@ class CacheStep(NamedTuple):
     last: Tensor
     """[B]: the index in T of each row's last new token, before any padding."""
 
-    def layer(self, number: int) -> LayerCache:
-        """Return the part of layer `number`."""
-        return LayerCache(self.entries[number], self.positions, self.visible)
+    def layer(self, name: str) -> LayerCache:
+        """Return the part of the layer of this name."""
+        return LayerCache(self.entries[self.places[name]], self.positions, self.visible)
 
-    def last_token(self, x: Tensor) -> Tensor:
-        """Select each row's last token from `x` [B, T, D]: [B, 1, D]."""
-        return x[torch.arange(len(x), device=x.device), self.last].unsqueeze(1)
+    @property
+    def decodes(self) -> bool:
+        """Return True where the tokens follow others in the cache; False for the prefill of an empty one."""
+        return self.visible is not None
+
+
+def select_last_token(x: Tensor, step: CacheStep) -> Tensor:
+    """Select each row's last token from `x` [B, T, D]: [B, 1, D]."""
+    return x[torch.arange(len(x), device=x.device), step.last].unsqueeze(1)
 
 
 class LatentCache:
-    """The KV cache: slots for `capacity` tokens in each of `batch` rows, allocated once."""
+    """The KV cache: slots for `capacity` tokens in each of `batch` rows, allocated once.
+
+    It holds the layers of these names, which are all of the model's but for a stage of a pipeline.
+    """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: Sequence[str] | None = None,
     ) -> None:
+        names = list(map(str, range(config.num_layers))) if layers is None else layers
         width = config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
         # Zeros: an unwritten slot has probability 0, which does not cancel a NaN left in memory.
-        self.entries = torch.zeros(config.num_layers, batch, capacity, width, dtype=dtype, device=device)
+        self.entries = torch.zeros(len(names), batch, capacity, width, dtype=dtype, device=device)
+        self.places = {name: place for place, name in enumerate(names)}
         self.lengths = [0] * batch
 
-    def extend(self, counts: list[int]) -> CacheStep:
+    def extend(self, counts: list[int], multiple: int = 1) -> CacheStep:
         """Assign slots to the next `counts[b]` tokens of each row b.
 
-        The forward pass has T = max(counts) tokens per row, padded on the right. Raises ValueError if a row
-        brings no token or does not fit.
+        The forward pass has T tokens per row, padded on the right: the largest of `counts`, rounded up to a
+        multiple of `multiple`. Raises ValueError if a row brings no token or does not fit.
         """
-        capacity, longest, sequence = self.entries.shape[2], max(self.lengths), max(counts)
+        capacity, longest = self.entries.shape[2], max(self.lengths)
+        sequence = -(-max(counts) // multiple) * multiple
         if min(counts) < 1:
             raise ValueError("every row must bring at least one token")
         if longest + sequence > capacity:
@@ -82,4 +104,5 @@ class LatentCache:
         # With an empty cache the causal order of the new tokens suffices, and attention needs no mask.
         visible = slots <= positions.unsqueeze(-1) if longest else None
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        return CacheStep(self.entries[:, :, : len(slots)], positions, visible, added - 1)
+        entries = self.entries[:, :, : len(slots)]
+        return CacheStep(entries, self.places, positions, visible, added - 1)

@@ -1,4 +1,4 @@
-"""Small layers: RMSNorm, a linear layer that computes in its input's dtype, SwiGLU, and cross-entropy.
+"""Small layers: RMSNorm, a linear layer that computes in its input's dtype, and SwiGLU.
 
 No layer has a bias. Weights are fp32 masters, cast to the dtype of the activations where they are used.
 """
@@ -43,9 +43,9 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Leave the weight unchanged: initialization.py fills every parameter by name."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x` [..., in_features] to [..., out_features]."""
-        return self.matmul(x, self.weight)
+    def forward(self, x: Tensor, matmul: Matmul | None = None) -> Tensor:
+        """Map `x` [..., in_features] to [..., out_features], or do what `matmul` makes of `x` and weight."""
+        return (matmul or self.matmul)(x, self.weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -66,28 +66,3 @@ class FeedForward(nn.Module):
         """Map `x` [..., dim] to the same shape."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
-
-
-IGNORE_INDEX = -100
-"""The target of positions that do not count in the loss; ignore_index of torch's cross-entropy."""
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum -log softmax(logits)[target] over valid targets: a scalar in fp32, in nats.
-
-    logits: [batch, sequence, vocab]; targets: [batch, sequence] int64, IGNORE_INDEX where invalid.
-    """
-    flat = logits.float().flatten(0, -2)
-    return F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-class LocalVocabularyShard:
-    """The whole vocabulary on one rank; parallel/tensor_parallel.py has the form for sharded logits."""
-
-    def cross_entropy_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the module's cross_entropy_sum; a scalar in fp32 nats."""
-        return cross_entropy_sum(logits, targets)
-
-    def gather(self, logits: Tensor) -> Tensor:
-        """Return the logits [..., vocab] of the whole vocabulary."""
-        return logits

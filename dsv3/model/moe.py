@@ -8,7 +8,7 @@ Shapes: B batch, T sequence, D dim, N tokens or rows, E experts, K = top_k.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,38 @@ from dsv3.config.model import MoEConfig
 from dsv3.model.layers import FeedForward
 from dsv3.model.router import Router, RouterStats, Routing
 
-ExpertsFunction = Callable[[Tensor, Tensor], Tensor]
-"""(rows [N, D] sorted by expert, counts [E] rows per expert) -> results [N, D]."""
 
-GroupedMatmul = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Grouped GEMM: (rows [N, in], weight [E, out, in], ends [E] int32, exclusive) -> [N, out] in rows' dtype."""
+class RowCounts(NamedTuple):
+    """Rows per expert, where they lie sorted by expert."""
+
+    on_device: Tensor
+    """[E] int64."""
+    on_host: list[int] | None = None
+    """The same numbers, where token dispatch has read them anyway."""
+
+    def ends(self, on_host: bool) -> Tensor:
+        """Return [E] int32: the row number at which each expert's rows end (exclusive).
+
+        They are on the host or on the device. The host waits for the device where dispatch has not read them.
+        """
+        if not on_host:
+            return self.on_device.cumsum(0, dtype=torch.int32)
+        counts = self.on_device.cpu() if self.on_host is None else torch.tensor(self.on_host)
+        return counts.cumsum(0, dtype=torch.int32)
+
+
+ExpertsFunction = Callable[[Tensor, RowCounts], Tensor]
+"""(rows [N, D] sorted by expert, rows per expert) -> results [N, D]."""
+
+
+class GroupedMatmul(Protocol):
+    """Grouped GEMM: each expert's weight times its own rows."""
+
+    ends_on_host: bool
+    """Where it reads the ends of the experts' rows: on the host, or on the rows' device."""
+
+    def __call__(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """(rows [N, in], weight [E, out, in], ends [E] int32, exclusive) -> [N, out] in the rows' dtype."""
 
 
 class TokenDispatcher(Protocol):
@@ -49,23 +76,31 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, dim, hidden))
         self.matmul: GroupedMatmul = grouped_linear
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Map `rows` [N, D], sorted by expert with `counts` [E] rows each, to [N, D]."""
+    def forward(self, rows: Tensor, counts: RowCounts) -> Tensor:
+        """Map `rows` [N, D], sorted by expert with `counts` rows each, to [N, D]."""
         return apply_experts(rows, counts, self.gate_up_proj, self.down_proj, self.matmul)
 
 
 def apply_experts(
-    rows: Tensor, counts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, matmul: GroupedMatmul
+    rows: Tensor, counts: RowCounts, gate_up_proj: Tensor, down_proj: Tensor, matmul: GroupedMatmul
 ) -> Tensor:
     """Apply each expert's SwiGLU to its own rows; shapes as in Experts."""
-    ends = counts.cumsum(0).to(torch.int32)
+    ends = counts.ends(matmul.ends_on_host)
     gate, up = matmul(rows, gate_up_proj, ends).chunk(2, dim=-1)
     return matmul(F.silu(gate) * up, down_proj, ends)
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each expert's rows by its weight in the dtype of the rows; the default matmul of `Experts`."""
-    return F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends)
+class GroupedLinear:
+    """The default matmul of `Experts`: in the dtype of the rows."""
+
+    ends_on_host = False
+
+    def __call__(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """See GroupedMatmul."""
+        return F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends)
+
+
+grouped_linear = GroupedLinear()
 
 
 class PermuteRows(torch.autograd.Function):
@@ -110,7 +145,7 @@ class LocalTokenDispatcher:
         top_k = routing.experts.shape[-1]
         order = routing.experts.flatten().argsort(stable=True)
         place = order.argsort()
-        rows = experts(permute_rows(x, order, place, top_k), routing.stats.load)
+        rows = experts(permute_rows(x, order, place, top_k), RowCounts(routing.stats.load))
         # Unpermute to token order: summing a token's top_k rows is then a matmul, without scattered adds.
         rows = permute_rows(rows, place, order, 1).unflatten(0, (-1, top_k))
         return torch.bmm(routing.weights.to(x.dtype).unsqueeze(1), rows).squeeze(1)

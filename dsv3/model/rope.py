@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv3.config.model import RopeConfig, RopeScaling
+from dsv3.model.transfers import upload
 
 
 def rotary_table(config: RopeConfig, rope_dim: int, positions: Tensor) -> Tensor:
@@ -18,7 +19,8 @@ def rotary_table(config: RopeConfig, rope_dim: int, positions: Tensor) -> Tensor
 
     `positions` [...] are token indices. YaRN multiplies both by the ratio of its two mscales.
     """
-    angles = positions.float()[..., None] * inverse_frequencies(config, rope_dim).to(positions.device)
+    # The CPU's powers, so that the frequencies are the same bits on every device.
+    angles = positions.float()[..., None] * upload(inverse_frequencies(config, rope_dim), positions.device)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
     if config.scaling is RopeScaling.yarn:
         table = table * (

@@ -11,17 +11,17 @@ Shapes: B batch, T sequence, D dim, N = B x T tokens, E experts, K = top_k.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3.config.model import MoEConfig, ScoreFunction
+from dsv3.model.exact_linear import exact_linear
 
 
 class RouterStats(NamedTuple):
     """One MoE layer's routing statistics for the training step."""
 
     load: Tensor
-    """[E] fp32: tokens per expert."""
+    """[E] int64: tokens per expert."""
     balance_loss: Tensor
     """Sequence-wise balance loss without alpha (eq. 17 to 20), mean over sequences; a scalar.
 
@@ -76,9 +76,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """Route `x` [B, T, D]."""
-        # Autocast would turn this matmul into bf16.
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.weight.float())
+        logits: Tensor = exact_linear(x.float(), self.weight.float())
         sigmoid = self.config.score_function is ScoreFunction.sigmoid
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
         flat = scores.flatten(0, 1)
@@ -87,7 +85,10 @@ class Router(nn.Module):
             if self.config.forced_balance
             else self.select_experts(flat.detach())
         )
-        load = torch.bincount(experts.flatten(), minlength=flat.shape[-1]).float()
+        # Not torch.bincount, which asks the device for the largest number and waits. Sums of integers are exact
+        # in any order.
+        chosen = experts.flatten()
+        load = chosen.new_zeros(flat.shape[-1]).scatter_add(0, chosen, torch.ones_like(chosen))
         z_loss = logits.new_zeros(())
         if self.z_loss:
             z_loss = logits.logsumexp(dim=-1).square().mean() / self.reduction.shards

@@ -11,20 +11,21 @@ What is special in DeepSeek-V3, and where it stands:
   training/expert_bias.py moves the bias after each optimizer step.
 - A small sequence-wise balance loss on top. router.py.
 - Multi-token prediction: one more layer per depth predicts one token further ahead. `MTPModule` here;
-  training/loss.py has its loss.
+  training/loss.py says what each depth is scored against and how it counts.
 - FP8 matmuls with one scale per 1 x 128 tile or 128 x 128 block: the room dsv3/fp8 replaces `Linear.matmul`
   and `Experts.matmul`.
 
-The rest is common: RMSNorm before each sub-layer, SwiGLU (layers.py), no biases, an untied head, normal
-initial weights (initialization.py). generation.py samples text.
+The rest is common: RMSNorm before each sub-layer, SwiGLU (layers.py), no biases, an untied head (head.py:
+logits, or the loss without them), normal initial weights (initialization.py). generation.py samples text.
 
 The model knows nothing of ranks. Parallel wrappers (dsv3/parallel) replace these attributes, each of which
-has a local form here: `Transformer.sequence_shard` and `vocabulary_shard`, `LatentAttention.gather_latents`
-and `attend`, `MoE.dispatcher`, `Router.reduction`.
+has a local form here: `Transformer.sequence_shard` and `select_last_token`, `Head.vocabulary_shard`,
+`LatentAttention.gather_latents`, `gather_row` and `attend`, `MoE.dispatcher`, `Router.reduction`.
 
 Shapes: B batch, T sequence, D dim, E experts, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,8 +34,9 @@ from torch import Tensor, nn
 from dsv3.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from dsv3.model.attention import LatentAttention
 from dsv3.model.attention_kernels import Segments, document_segments
-from dsv3.model.kv_cache import CacheStep, LayerCache
-from dsv3.model.layers import FeedForward, Linear, LocalVocabularyShard, RMSNorm
+from dsv3.model.head import Head, HeadLoss, HeadTargets
+from dsv3.model.kv_cache import CacheStep, LayerCache, select_last_token
+from dsv3.model.layers import FeedForward, Linear, RMSNorm
 from dsv3.model.moe import MoE
 from dsv3.model.rope import rotary_table, softmax_scale
 from dsv3.model.router import Router, RouterStats
@@ -105,10 +107,12 @@ def shift_tokens(tokens: Tensor, depth: int) -> Tensor:
 class ModelOutput:
     """Result of a forward pass."""
 
-    logits: Tensor
-    """[B, T, V] fp32, for the next token; with a KV cache [B, 1, V]."""
+    logits: Tensor | None
+    """[B, T, V] fp32, for the next token; with a KV cache [B, 1, V]. None where there are targets."""
     mtp_logits: list[Tensor]
-    """One [B, T, V] fp32 per depth k, for token i + 1 + k; empty in evaluation mode."""
+    """One [B, T, V] fp32 per depth k, for token i + 1 + k; empty in evaluation mode, and with targets."""
+    head_loss: HeadLoss | None
+    """Cross-entropies of the next token and of each depth, where there are targets."""
     balance_loss: Tensor
     """Sum over MoE layers of the sequence-wise balance losses, without alpha; a scalar."""
     z_loss: Tensor
@@ -137,6 +141,11 @@ class LocalSequenceShard:
     def gather(self, x: Tensor) -> Tensor:
         """Gather the whole sequence from each rank's positions `x` [B, T, ..]."""
         return x
+
+
+SelectLastToken = Callable[[Tensor, CacheStep], Tensor]
+"""(this rank's hidden states [B, T, D], step) -> those of each row's last token [B, 1, D], on every rank that
+shares the row. With sequences sharded over ranks only one of them has it (parallel/context_parallel.py)."""
 
 
 class Transformer(nn.Module):
@@ -169,33 +178,45 @@ class Transformer(nn.Module):
         blocks = {str(n): Block(self.config, dense=n < num_dense_layers) for n in range(num_layers)}
         self.layers = nn.ModuleDict(blocks)
         self.norm = RMSNorm(dim, norm_eps)
-        self.head = Linear(dim, vocab_size)
+        self.head = Head(dim, vocab_size)
         self.mtp = nn.ModuleList(MTPModule(self.config) for _ in range(mtp_depths))
         self.sequence_shard = LocalSequenceShard()
-        self.vocabulary_shard = LocalVocabularyShard()
+        self.select_last_token: SelectLastToken = select_last_token
 
     def forward(
-        self, tokens: Tensor, documents: Tensor | None = None, cache: CacheStep | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor | Segments | None = None,
+        cache: CacheStep | None = None,
+        targets: HeadTargets | None = None,
     ) -> ModelOutput:
         """Compute logits for `tokens` [B, T]; `documents` [B, T] keeps attention within equal numbers.
 
-        With a `cache` (generation, where each row is one document) the tokens follow those in the cache,
-        and only each row's last token gets logits.
+        Documents that come as Segments have been read already: the host need not wait for the device.
+        With `targets` compute only their loss, in which no logits outlive a chunk of tokens (head.py). With a
+        `cache` (generation, where each row is one document) the tokens follow those in the cache, and only
+        each row's last token gets logits.
         """
         layer_inputs = self.layer_inputs(tokens, documents, cache)
-        x, stats = self.run_layers(self.embed(self.sequence_shard.take_local(tokens)), layer_inputs, cache)
-        x = self.norm(x if cache is None else cache.last_token(x))
-        logits, mtp_logits, more = self.predict(x, tokens, layer_inputs)
-        return ModelOutput(logits, mtp_logits, *sum_stats(stats + more, x))
+        x = self.embed(self.shard_of_pass(cache).take_local(tokens))
+        x, stats = self.run_layers(x, layer_inputs, cache)
+        if cache is not None:
+            return ModelOutput(self.predict_next(x, cache), [], None, *sum_stats(stats, x))
+        return self.predict(x, stats, tokens, layer_inputs, targets)
 
     def layer_inputs(
-        self, tokens: Tensor, documents: Tensor | None, cache: CacheStep | None = None
+        self, tokens: Tensor, documents: Tensor | Segments | None, cache: CacheStep | None = None
     ) -> LayerInputs:
         """Compute the rotary table and the document segments of `tokens` and `documents`, both [B, T]."""
-        positions = self.sequence_shard.take_local(torch.arange(tokens.shape[-1], device=tokens.device))
-        positions = positions if cache is None else cache.positions
+        own = torch.arange(tokens.shape[-1], device=tokens.device) if cache is None else cache.positions
+        positions = self.shard_of_pass(cache).take_local(own)
         rotary = rotary_table(self.config.rope, self.config.attention.qk_rope_head_dim, positions)
-        return LayerInputs(rotary, document_segments(documents))
+        segments = documents if isinstance(documents, Segments) else document_segments(documents)
+        return LayerInputs(rotary, segments)
+
+    def shard_of_pass(self, cache: CacheStep | None) -> LocalSequenceShard:
+        """Return the part of each row that this rank computes: all of it where it decodes, token by token."""
+        return LocalSequenceShard() if cache is not None and cache.decodes else self.sequence_shard
 
     def run_layers(
         self, x: Tensor, layer_inputs: LayerInputs, cache: CacheStep | None = None
@@ -203,29 +224,44 @@ class Transformer(nn.Module):
         """Pass `x` [B, T, D] through the layers; also return the statistics of their routers."""
         stats_of_layers: list[RouterStats] = []
         for name, block in self.layers.items():
-            layer_cache = None if cache is None else cache.layer(int(name))
+            layer_cache = None if cache is None else cache.layer(name)
             x, stats = block(x, layer_inputs.rotary, layer_inputs.segments, layer_cache)
             stats_of_layers += self.record_load(block, stats)
         return x, stats_of_layers
 
     def predict(
-        self, x: Tensor, tokens: Tensor, layer_inputs: LayerInputs
-    ) -> tuple[Tensor, list[Tensor], list[RouterStats]]:
-        """Compute logits of the next token, and in training those of every MTP depth; also router statistics.
+        self,
+        x: Tensor,
+        stats: list[RouterStats],
+        tokens: Tensor,
+        layer_inputs: LayerInputs,
+        targets: HeadTargets | None = None,
+    ) -> ModelOutput:
+        """Predict the next token, and in training one token more per MTP depth; see `forward`.
 
-        x: [B, T, D], hidden states after the last norm.
+        x: [B, T, D], hidden states after the last layer.
+        stats: statistics of the layers' routers.
         tokens: [B, T], the whole rows, since depth k joins each position with the token k places ahead.
         """
-        logits, mtp_logits = self.head(x).float(), []
-        stats_of_layers: list[RouterStats] = []
+        hidden = [self.norm(x)]
         # Evaluation and generation need only the next token.
         for depth, module in enumerate(self.mtp if self.training else (), start=1):
             assert isinstance(module, MTPModule)
             ahead = self.embed(self.sequence_shard.take_local(shift_tokens(tokens, depth)))
-            x, stats = module(x, ahead, layer_inputs.rotary, layer_inputs.segments)
-            stats_of_layers += self.record_load(module.block, stats)
-            mtp_logits.append(self.head(x).float())
-        return logits, mtp_logits, stats_of_layers
+            x, of_router = module(hidden[-1], ahead, layer_inputs.rotary, layer_inputs.segments)
+            stats = stats + self.record_load(module.block, of_router)
+            hidden.append(x)
+        hidden = [self.head.vocabulary_shard.gather_tokens(x) for x in hidden]
+        if targets is None:
+            logits, *mtp_logits = self.head(hidden)
+            return ModelOutput(logits, mtp_logits, None, *sum_stats(stats, x))
+        ids = [self.sequence_shard.take_local(each) for each in targets.ids]
+        return ModelOutput(None, [], self.head(hidden, targets._replace(ids=ids)), *sum_stats(stats, x))
+
+    def predict_next(self, x: Tensor, cache: CacheStep) -> Tensor:
+        """Return the logits [B, 1, V] after each row's last token, given hidden states after the layers."""
+        logits: Tensor = self.head([self.norm(self.select_last_token(x, cache))])[0]
+        return logits
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Look up the embeddings [B, T, D] of `tokens` [B, T], in the compute dtype."""

@@ -21,15 +21,25 @@ SAC_SAVE_LIST = {
     SavedOp.attention: [
         "dsv3.blocked_attention",
         "aten._scaled_dot_product_flash_attention",
+        "aten._scaled_dot_product_flash_attention_for_cpu",
         "aten._scaled_dot_product_efficient_attention",
         "aten._scaled_dot_product_cudnn_attention",
+        "aten._scaled_dot_product_fused_attention_overrideable",
+        # PyTorch's causal bias calls this one by itself (parallel/prefix_attention.py in fp32).
+        "aten._efficient_attention_forward",
+        "aten._flash_attention_forward",
+        "aten._cudnn_attention_forward",
         "torch_attn._varlen_attn",
     ],
     SavedOp.experts: ["aten._grouped_mm", "dsv3.fp8_grouped_linear"],
     SavedOp.exchange: ["_c10d_functional.all_to_all_single"],
-    SavedOp.matmuls: ["aten.mm", "dsv3.fp8_linear"],
+    SavedOp.matmuls: ["aten.mm", "dsv3.exact_linear", "dsv3.fp8_linear"],
 }
-"""The SAC save list: the ops kept by selective recomputation, for each choice of `recompute.keep`."""
+"""The SAC save list: the ops kept by selective recomputation, for each choice of `recompute.keep`.
+
+Attention: every fused kernel has an op here. SDPA's math path has none (its ops are those of any matmul and
+softmax), nor has flex_attention, whose compiled code is no op; both are computed again.
+"""
 
 
 class ActivationCheckpointing:

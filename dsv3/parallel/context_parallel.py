@@ -4,8 +4,11 @@ Of 2 x cp equal chunks of a row, rank r has chunks r and 2 cp - 1 - r, so that e
 same number of keys. Attention all-gathers what MLA caches of a token, kv_lora_rank + qk_rope_head_dim
 values, expands the keys and values that the rank's own queries can see, and attends to them.
 
-`reduce_router_counts` serves tensor parallelism as well: it sums the router's counts of a sequence over all
-ranks that hold a shard of it.
+Generation splits the prompts in the same way. What prefill has gathered is the KV cache of whole rows, so
+that every context rank has it all and decodes alike, without communication over `cp`.
+
+`join_sequence_shards` serves tensor parallelism as well: it lets the ranks that hold shards of a sequence sum
+the router's counts, and find its last token.
 """
 
 from functools import partial
@@ -15,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.model.attention import LatentAttention
-from dsv3.model.attention_kernels import Segments, attend_to_prefix
+from dsv3.model.attention_kernels import Segments
+from dsv3.model.kv_cache import CacheStep
 from dsv3.model.router import LocalRouterReduction, Router
 from dsv3.model.transformer import LocalSequenceShard, Transformer
 from dsv3.parallel.collectives import all_gather, all_reduce
 from dsv3.parallel.mesh import ParallelMesh
+from dsv3.parallel.prefix_attention import attend_to_prefix
 
 
 class RouterReduction(LocalRouterReduction):
@@ -34,13 +39,35 @@ class RouterReduction(LocalRouterReduction):
         return all_reduce(counts, self.group)
 
 
-def reduce_router_counts(model: Transformer, mesh: ParallelMesh) -> None:
-    """Make every router of `model` sum its counts over the ranks that share a sequence (axes cp and tp)."""
-    if mesh.sequence is not None:
-        reduction = RouterReduction(mesh.sequence.get_group("sequence"))
-        for module in model.modules():
-            if isinstance(module, Router):
-                module.reduction = reduction
+def join_sequence_shards(model: Transformer, mesh: ParallelMesh) -> None:
+    """Let the ranks that share a sequence (axes cp and tp) sum router counts and find its last token."""
+    if mesh.sequence is None:
+        return
+    reduction = RouterReduction(mesh.sequence.get_group("sequence"))
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.reduction = reduction
+    model.select_last_token = partial(_select_last_token, model, mesh)
+
+
+def _select_last_token(model: Transformer, mesh: ParallelMesh, x: Tensor, step: CacheStep) -> Tensor:
+    """Select each row's last token [B, 1, D] from this rank's `x` [B, T, D], on all ranks of the row.
+
+    The other ranks add zeros to it: the sum is exact.
+    """
+    assert mesh.sequence is not None
+    tp = mesh.degrees.tp
+    if step.decodes:  # context ranks have whole rows each
+        group = mesh.dense.get_group("tp") if tp > 1 else None
+    else:
+        group = mesh.sequence.get_group("sequence")
+    positions = torch.arange(step.positions.shape[1], device=x.device)
+    own = model.shard_of_pass(step).take_local(positions)
+    if tp > 1:
+        own = own.chunk(tp)[mesh.dense.get_local_rank("tp")]
+    is_last = (own == step.last.unsqueeze(1)).unsqueeze(-1)
+    selected = torch.where(is_last, x, x.new_zeros(())).sum(1, keepdim=True)
+    return selected if group is None else all_reduce(selected, group)
 
 
 class ContextParallel:
@@ -53,6 +80,7 @@ class ContextParallel:
         model.sequence_shard = shard = SequenceShard(mesh.cp.get_group("cp"))
         for module in model.modules():
             if isinstance(module, LatentAttention):
+                module.gather_row = partial(_gather_row, shard)
                 module.attend = partial(_attend, shard)
 
 
@@ -80,6 +108,13 @@ def undo_zigzag(gathered: Tensor, ranks: int) -> Tensor:
     return torch.cat([*chunks[0::2], *chunks[1::2][::-1]], dim=1)
 
 
+def _gather_row(shard: SequenceShard, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+    """All-gather the two over the row, in one collective; see model/attention.GatherRow."""
+    gathered = shard.gather(torch.cat([latent, k_rope], dim=-1))
+    latent, k_rope = gathered.split([latent.shape[-1], k_rope.shape[-1]], dim=-1)
+    return latent, k_rope
+
+
 def _attend(
     shard: SequenceShard,
     attention: LatentAttention,
@@ -90,10 +125,9 @@ def _attend(
 ) -> Tensor:
     """Attend from the rank's `q` to all earlier keys of the row; see model/attention.attend_locally."""
     ranks, rank, chunk = shard.ranks, shard.rank, q.shape[1] // 2
-    gathered = shard.gather(torch.cat([latent, k_rope], dim=-1))
     # No query sees a key behind the rank's second chunk: leave those latents unexpanded.
-    visible = gathered[:, : chunk * (2 * ranks - rank)]
-    k, v = attention.expand_kv(*visible.split([latent.shape[-1], k_rope.shape[-1]], dim=-1))
+    seen = chunk * (2 * ranks - rank)
+    k, v = attention.expand_kv(latent[:, :seen], k_rope[:, :seen])
     starts = (chunk * rank, chunk * (2 * ranks - 1 - rank))
     out = [
         attend_to_prefix(q_chunk, k, v, attention.softmax_scale, start, segments)

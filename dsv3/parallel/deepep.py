@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv3.errors import UserError
 from dsv3.fp8.operands import dequantize_rows, quantize_rows
-from dsv3.model.moe import ExpertsFunction
+from dsv3.model.moe import ExpertsFunction, RowCounts
 from dsv3.model.router import Routing
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.token_dispatch import run_local_experts
@@ -31,6 +31,8 @@ class ReceivedRows(NamedTuple):
     """[received rows, top_k] fp32."""
     experts: Tensor
     """[received rows, top_k]: numbers among this rank's experts, -1 for an expert of another rank."""
+    rows_per_expert: list[int]
+    """Of this rank's experts; DeepEP waits for them on the host to allocate the received rows."""
     handle: Any
     """DeepEP's record of the dispatch, for `combine`."""
     event: Any
@@ -105,7 +107,7 @@ class DeepEPTokenDispatcher:
         num_experts: int = routing.stats.load.shape[0]
         chosen = routing.experts.to(self.index_dtype).contiguous()
         per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(chosen, num_experts)
-        rows, experts, weights, _, handle, event = self.buffer.dispatch(
+        rows, experts, weights, counts, handle, event = self.buffer.dispatch(
             self.wire_format.encode(x.detach()),
             topk_idx=chosen,
             topk_weights=routing.weights.detach().contiguous(),
@@ -115,7 +117,7 @@ class DeepEPTokenDispatcher:
             num_tokens_per_expert=per_expert,
             async_finish=True,
         )
-        received = ReceivedRows(rows, weights, experts, handle, event)
+        received = ReceivedRows(rows, weights, experts, counts, handle, event)
         return Dispatched(x, routing.weights, received, num_experts // self.buffer.group_size)
 
     def combine(self, dispatched: Dispatched, experts: ExpertsFunction) -> Tensor:
@@ -129,7 +131,8 @@ class DeepEPTokenDispatcher:
         table = weights.new_zeros(weights.shape[0], num_local + 1)
         routing_map = torch.zeros_like(table, dtype=torch.bool).scatter(1, column, True)[:, :num_local]
         weights = table.scatter(1, column, weights)[:, :num_local]
-        out = run_local_experts(rows, weights, routing_map, received.experts.shape[1], experts)
+        counts = RowCounts(routing_map.sum(0), received.rows_per_expert)
+        out = run_local_experts(rows, weights, routing_map, received.experts.shape[1], counts, experts)
         return _Combine.apply(out, received.handle, self)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dsv3.config.parallel import DispatchBackend
-from dsv3.model.moe import Experts, MoE, TokenDispatcher, apply_experts
+from dsv3.model.moe import Experts, MoE, RowCounts, TokenDispatcher, apply_experts
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.deepep import DeepEPTokenDispatcher
 from dsv3.parallel.mesh import ParallelMesh
@@ -42,7 +42,7 @@ class ExpertParallel:
                 module.dispatcher = dispatcher
 
 
-def _apply_local_experts(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:
+def _apply_local_experts(experts: Experts, rows: Tensor, counts: RowCounts) -> Tensor:
     weights = (experts.gate_up_proj.to_local(), experts.down_proj.to_local())  # type: ignore[attr-defined]
     return apply_experts(rows, counts, *weights, experts.matmul)
 

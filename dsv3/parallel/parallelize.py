@@ -4,35 +4,43 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dsv3.checkpoint.state import local_tensor
 from dsv3.config.root import Config
 from dsv3.config.strict import build
 from dsv3.distributed.torch_private import local_shape_and_offset
 from dsv3.fp8.convert_model import enable_fp8_all_gather
 from dsv3.metrics.progress import phase
 from dsv3.model.attention_kernels import check_kernel
-from dsv3.model.initialization import initialize
+from dsv3.model.initialization import Shard, initialize, whole
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.context_parallel import reduce_router_counts
+from dsv3.parallel.context_parallel import join_sequence_shards
 from dsv3.parallel.expert_parallel import dispatch_in_fp8
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.planning.pipeline_stages import reshard_after_forward, splits_backward
 from dsv3.training.optimizer import freeze
 
 
-def build_model(config: Config, mesh: ParallelMesh | None, device: torch.device) -> Transformer:
-    """Build the model on `device` with its initial weights, wrapped as the config chooses.
+def build_model(
+    config: Config, mesh: ParallelMesh | None, device: torch.device, initial: bool = True
+) -> Transformer:
+    """Build the model on `device`, wrapped as the config chooses; see `materialize` for its weights.
 
     It starts on the meta device, so that no rank ever holds more than its own shards.
     """
     model = build_on_meta(config, device)
     parallelize(model, model, config, mesh, device)
-    materialize(model, config.train.seed, device)
+    materialize(model, config, mesh, device, initial)
     return model
 
 
 def build_on_meta(config: Config, device: torch.device) -> Transformer:
-    """Build the configured model on meta; raise UserError for an attention kernel that `device` lacks."""
+    """Build the configured model on meta; raise UserError for an attention kernel that `device` lacks.
+
+    On a GPU it also sets how this process computes fp32 matmuls (precision.matmul).
+    """
     dtype = getattr(torch, config.precision.compute.value)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision(config.precision.matmul.value)
     check_kernel(config.model.attention.kernel, device.type, config.task.trains, dtype)
     with torch.device("meta"):
         model = build(config.model, compute_dtype=dtype)
@@ -56,7 +64,7 @@ def parallelize(
         for wrapper in (parallel.tensor, parallel.context, parallel.expert):
             if wrapper is not None:
                 build(wrapper)(model, mesh)
-        reduce_router_counts(model, mesh)
+        join_sequence_shards(model, mesh)
     freeze(model, config.optimizer.frozen if config.task.trains else ())  # the wrappers made parameters anew
     split = mesh is not None and mesh.degrees.pp > 1 and splits_backward(parallel.schedule)
     if config.precision.fp8 is not None:
@@ -72,27 +80,45 @@ def parallelize(
         build(parallel.fsdp, reshard_after_forward=reshard)(root, mesh, model.compute_dtype)
 
 
-def materialize(model: Transformer, seed: int, device: torch.device) -> None:
-    """Allocate a wrapped `model` on `device` and set its initial weights."""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    with phase("initializing weights", count, "parameters") as work:
+@torch.no_grad()
+def materialize(
+    model: Transformer, config: Config, mesh: ParallelMesh | None, device: torch.device, initial: bool
+) -> None:
+    """Allocate a wrapped `model` on `device` and set its initial weights, this rank's shards alone.
 
-        def write(parameter: Tensor, value: Tensor) -> None:
-            write_shard(parameter, value)
-            work.advance(value.numel())
+    Without `initial` a checkpoint will fill the weights: nothing is drawn. They are nan until then, and so is
+    the expert bias, so that one that nothing fills does not pass for a weight.
+    """
+    fsdp = config.parallel.fsdp
+    offload = mesh is not None and fsdp is not None and fsdp.cpu_offload
+    model.to_empty(device=torch.device("cpu") if offload else device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):  # FSDP offloads parameters alone
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+    enable_fp8_all_gather(model)
+    if initial:
+        count = sum(shard_of(parameter)[0].numel() for parameter in model.parameters())
+        with phase("initializing weights", count, "parameters") as work:
+            initialize(model, config.train.seed, shard_of, work.advance)
+    else:
+        for tensor in model.state_dict().values():
+            local_tensor(tensor).fill_(torch.nan)
 
-        model.to_empty(device=device)
-        enable_fp8_all_gather(model)
-        initialize(model, seed, write)
+
+def shard_of(parameter: Tensor) -> Shard:
+    """Return this rank's shard of a parameter, which may be empty, and its place in the whole parameter."""
+    if not isinstance(parameter, DTensor):
+        return whole(parameter)
+    local = parameter.to_local()
+    shape, offset = local_shape_and_offset(parameter)
+    assert not local.numel() or local.shape == shape, (local.shape, shape)
+    return local, offset
 
 
 @torch.no_grad()
 def write_shard(parameter: Tensor, value: Tensor) -> None:
     """Copy a full `value` into a parameter, or this rank's shard of it into a sharded one."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(value)
-        return
-    local = parameter.to_local()
+    local, offset = shard_of(parameter)
     if local.numel():
-        shape, offset = local_shape_and_offset(parameter)
-        local.copy_(value[tuple(slice(start, start + n) for start, n in zip(offset, shape, strict=True))])
+        box = (slice(start, start + n) for start, n in zip(offset, local.shape, strict=True))
+        local.copy_(value[tuple(box)])

@@ -17,22 +17,24 @@ from dsv3.config.parallel import PipelineConfig
 from dsv3.config.root import Config
 from dsv3.data.batch import Batch
 from dsv3.errors import RunFailed
-from dsv3.model.transformer import ModelOutput, Transformer, sum_stats
+from dsv3.model.head import HeadTargets
+from dsv3.model.kv_cache import CacheStep
+from dsv3.model.router import RouterStats
+from dsv3.model.transfers import upload
+from dsv3.model.transformer import LayerInputs, ModelOutput, Transformer, sum_stats
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.parallelize import build_on_meta, materialize, parallelize
 from dsv3.planning.pipeline_stages import split_layers, stages_of_rank, stages_per_rank
-from dsv3.training.loss import LossDenominators, LossSums, loss_terms
+from dsv3.training.loss import LossDenominators, LossSums, head_targets, loss_terms
 from dsv3.training.schedule import StepHyperparameters
 from dsv3.training.step import routers_by_place
-
 
 class Stage(nn.Module):
     """A run of layers, with the embedding on the first stage and the head, MTP and the loss on the last.
 
     The first stage takes tokens, the others take hidden states [batch, sequence, dim]. The last one returns
-    the loss to be minimised [1], in evaluation mode this rank's shard of the logits; the others return
-    hidden states. Every stage gets whole rows of tokens, targets and documents: positions, masks and MTP
-    need them.
+    the loss to be minimised [1], or in evaluation mode the summed cross-entropy of the next token [1]. The
+    others return hidden states. Every stage gets whole rows, a Batch: positions, masks and MTP need them.
     """
 
     def __init__(self, model: Transformer, first: bool, last: bool, document_mask: bool) -> None:
@@ -41,45 +43,85 @@ class Stage(nn.Module):
         self.first = first
         self.last = last
         self.document_mask = document_mask
-        self.places = list(routers_by_place([model]))
+        self.places = torch.tensor(list(routers_by_place([model])), dtype=torch.int64, device="cpu")
+        self.microbatches: list[Batch] = []
+        self.all_tokens: Tensor | None = None
         self.denominators: LossDenominators | None = None
         self.step: StepHyperparameters | None = None
         self.sums = LossSums.zeros(0, torch.device("cpu"))
 
-    def begin(self, denominators: LossDenominators, step: StepHyperparameters) -> None:
-        """Set what the next step's microbatches are divided and weighted by; the sums start from 0."""
+    def begin(
+        self,
+        microbatches: list[Batch],
+        all_tokens: Tensor,
+        denominators: LossDenominators,
+        step: StepHyperparameters,
+    ) -> None:
+        """Set the next step's microbatches and what they are divided and weighted by; the sums start from 0.
+
+        all_tokens: [rows of all microbatches, sequence], which PyTorch's schedule cuts into microbatches.
+        """
+        self.microbatches, self.all_tokens = microbatches, all_tokens
         self.denominators, self.step = denominators, step
-        self.sums = LossSums.zeros(self.model.config.num_moe_layers, denominators.tokens.device)
+        device = denominators.tokens.device
+        self.sums = LossSums.zeros(self.model.config.num_moe_layers, device)
+        self.places = upload(self.places, device)
 
     def forward(
-        self, x: Tensor, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        batch: Batch | None = None,
+        cache: CacheStep | None = None,
     ) -> Tensor:
-        """Compute the stage; `tokens`, `targets` and `documents` are [batch, sequence]."""
-        model = self.model
-        layer_inputs = model.layer_inputs(tokens, documents if self.document_mask else None)
-        x = model.embed(model.sequence_shard.take_local(tokens)) if self.first else x
-        x, stats = model.run_layers(x, layer_inputs)
-        output = ModelOutput(x, [], *sum_stats(stats, x))
-        if self.last:
-            logits, mtp_logits, more = model.predict(model.norm(x), tokens, layer_inputs)
-            output = ModelOutput(logits, mtp_logits, *sum_stats(stats + more, x))
-        if not model.training:
-            return output.logits
-        assert targets is not None
-        assert documents is not None
-        return self._loss_or_hidden(output, Batch(tokens, targets, documents))
+        """Compute the stage for `tokens` [batch, sequence]; in training those of one of the microbatches.
 
-    def _loss_or_hidden(self, output: ModelOutput, batch: Batch) -> Tensor:
+        `batch` has them in evaluation. With a `cache` (generation) the last stage returns the logits of each
+        row's last token.
+        """
+        model = self.model
+        batch = self._microbatch(tokens) if model.training else batch
+        segments = batch.segments if batch is not None and self.document_mask else None
+        layer_inputs = model.layer_inputs(tokens, segments, cache)
+        x = model.embed(model.shard_of_pass(cache).take_local(tokens)) if self.first else x
+        x, stats = model.run_layers(x, layer_inputs, cache)
+        if model.training:
+            assert batch is not None
+            return self._loss_or_hidden(x, stats, batch, layer_inputs)
+        if not self.last:
+            return x
+        if cache is not None:
+            return model.predict_next(x, cache)
+        assert batch is not None
+        output = model.predict(x, stats, tokens, layer_inputs, HeadTargets([batch.targets], [1.0]))
+        assert output.head_loss is not None
+        return output.head_loss.cross_entropies
+
+    def _microbatch(self, tokens: Tensor) -> Batch:
+        """Return the microbatch of `tokens`, a view of the step's: neither schedule nor FSDP hands on a Batch.
+
+        As arguments its tensors would all be moved to the device, also those that the host wants to read.
+        """
+        assert tokens._base is self.all_tokens, "the schedule copies what it cuts"
+        return self.microbatches[tokens.storage_offset() // tokens.numel()]
+
+    def _loss_or_hidden(
+        self, x: Tensor, stats: list[RouterStats], batch: Batch, layer_inputs: LayerInputs
+    ) -> Tensor:
         """Return the last stage's total loss [1], or hidden states that carry this stage's router loss."""
         assert self.denominators is not None
         assert self.step is not None
-        shards = (self.model.vocabulary_shard, self.model.sequence_shard)
-        terms = loss_terms(output, batch, self.denominators, *shards, has_logits=self.last)
-        for total, term in zip(self.sums[:3], terms[:3], strict=True):
+        output = ModelOutput(None, [], None, *sum_stats(stats, x))
+        if self.last:
+            depths = self.model.config.mtp_depths
+            targets = head_targets(batch, self.denominators, self.step, depths)
+            output = self.model.predict(x, stats, batch.tokens, layer_inputs, targets)
+        terms = loss_terms(output, batch, self.denominators)
+        for total, term in zip(self.sums[:3], (terms.main, terms.mtp, terms.balance), strict=True):
             total += term.detach()
-        self.sums.nonfinite_routers[self.places] += output.nonfinite_routers.float()
+        self.sums.nonfinite_routers.index_add_(0, self.places, output.nonfinite_routers.float())
         if not self.last:
-            return _AttachLoss.apply(output.logits, terms.router_loss(self.step))  # type: ignore[no-any-return, no-untyped-call]
+            return _AttachLoss.apply(x, terms.router_loss(self.step))  # type: ignore[no-any-return, no-untyped-call]
         return torch.stack([terms.total(self.step)])
 
 
@@ -120,8 +162,10 @@ class PipelineParallel:
         self.split = split
         self.stages_per_rank = stages_per_rank
 
-    def __call__(self, config: Config, mesh: ParallelMesh, device: torch.device) -> "PipelineForwardBackward":
-        """Build this rank's stages of the configured model, wrapped, with their initial weights."""
+    def __call__(
+        self, config: Config, mesh: ParallelMesh, device: torch.device, initial: bool = True
+    ) -> "PipelineForwardBackward":
+        """Build this rank's stages of the configured model, wrapped; see `materialize` for their weights."""
         schedule, pp = config.parallel.schedule, mesh.degrees.pp
         group = mesh.dense.get_group("pp")
         per_rank = stages_per_rank(
@@ -129,19 +173,19 @@ class PipelineParallel:
         )
         layers = split_layers(config.model, pp * per_rank, self.split)
         numbers = stages_of_rank(schedule, group.rank(), pp, per_rank)
-        stages = {n: _build_stage(config, mesh, device, n, layers) for n in numbers}
+        stages = {n: _build_stage(config, mesh, device, initial, n, layers) for n in numbers}
         return PipelineForwardBackward(config, mesh, device, stages, len(layers))
 
 
 def _build_stage(
-    config: Config, mesh: ParallelMesh, device: torch.device, number: int, layers: list[range]
+    config: Config, mesh: ParallelMesh, device: torch.device, initial: bool, number: int, layers: list[range]
 ) -> Stage:
     part = build_on_meta(config, device)
     first, last = number == 0, number == len(layers) - 1
     prune_to_stage(part, layers[number], first, last)
     stage = Stage(part, first, last, config.data.document_mask)
     parallelize(part, stage, config, mesh, device)
-    materialize(part, config.train.seed, device)
+    materialize(part, config, mesh, device, initial)
     if part.embedding is not None and not first:
         part.embedding.weight.is_replica = True  # type: ignore[attr-defined]
     return stage
@@ -159,6 +203,7 @@ class PipelineForwardBackward:
         self.group = mesh.dense.get_group("pp")
         self.gradients_checked = False
         train, degrees = config.train, mesh.degrees
+        self.tp = degrees.tp
         self.sequence_shards = degrees.cp * degrees.tp
         microbatches = train.batch // (train.microbatch * degrees.data_parallel)
         row = torch.empty(train.microbatch, train.length, dtype=torch.int64, device="meta")
@@ -194,19 +239,13 @@ class PipelineForwardBackward:
         self, microbatches: list[Batch], denominators: LossDenominators, step: StepHyperparameters
     ) -> LossSums:
         """See ForwardBackward; all gradients are this rank's sums, reduced over its replicas at the end."""
+        tokens = torch.cat([batch.tokens for batch in microbatches])
         for stage in self.stages.values():
-            stage.begin(denominators, step)
-        tokens, targets, documents = (
-            torch.cat([getattr(batch, name) for batch in microbatches])
-            for name in ("tokens", "targets", "documents")
-        )
+            stage.begin(microbatches, tokens, denominators, step)
         first, last = 0 in self.stages, self.count - 1 in self.stages
         try:
-            self.schedule.step(
-                *([tokens] if first else []),
-                target=targets if last else None,
-                tokens=tokens, targets=targets, documents=documents,
-            )  # fmt: skip
+            # The last stage returns its loss. PyTorch wants a target, which nobody reads.
+            self.schedule.step(*([tokens] if first else []), target=tokens if last else None, tokens=tokens)
         except RuntimeError as error:
             # PyTorch's own error tells the shapes of a stage's inputs; its cause is what went wrong there.
             raise error.__cause__ or error from None
@@ -216,34 +255,38 @@ class PipelineForwardBackward:
 
     def evaluate(self, batch: Batch) -> Tensor:
         """See ForwardBackward."""
-        x = self._forward(batch.tokens, batch.documents)
-        if self.count - 1 not in self.stages:
-            return torch.zeros((), device=x.device)
-        part = self.stages[self.count - 1].model
-        return part.vocabulary_shard.cross_entropy_sum(x, part.sequence_shard.take_local(batch.targets))
+        x = self._forward(batch.tokens, batch)
+        return x.sum() if self.count - 1 in self.stages else torch.zeros((), device=x.device)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def next_logits(self, tokens: Tensor, step: CacheStep) -> Tensor | None:
         """See ForwardBackward."""
-        x = self._forward(tokens, None)
-        config = self.model_parts[0].config
-        if self.count - 1 in self.stages:
-            part = self.stages[self.count - 1].model
-            x = part.sequence_shard.gather(part.vocabulary_shard.gather(x)).contiguous()
-        else:
-            x = torch.empty(*tokens.shape, config.vocab_size, device=tokens.device)
-        dist.broadcast(x, group=self.group, group_src=self.rank_of_stage[self.count - 1])
-        return x
+        x = self._forward(tokens, cache=step)
+        if self.count - 1 not in self.stages:
+            return None
+        return self.stages[self.count - 1].model.head.vocabulary_shard.gather(x)[:, -1]
 
-    def _forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+    @property
+    def head_rank(self) -> int:
+        """See ForwardBackward."""
+        return self.rank_of_stage[self.count - 1]
+
+    def _forward(
+        self,
+        tokens: Tensor,
+        batch: Batch | None = None,
+        cache: CacheStep | None = None,
+    ) -> Tensor:
         """Run this rank's stages in the order of their numbers, and return the output of the last one."""
-        own_rank = self.group.rank()
-        x = torch.empty(len(tokens), tokens.shape[1] // self.sequence_shards, self.model_parts[0].config.dim,
-                        dtype=self.model_parts[0].compute_dtype, device=tokens.device)  # fmt: skip
+        own_rank, part = self.group.rank(), self.model_parts[0]
+        # Where they decode, context ranks have whole rows each.
+        width = part.shard_of_pass(cache).take_local(tokens).shape[1] // self.tp
+        shape = (len(tokens), width, part.config.dim)
+        x = torch.empty(shape, dtype=part.compute_dtype, device=tokens.device)
         for number, stage in sorted(self.stages.items()):
             if not stage.first and self.rank_of_stage[number - 1] != own_rank:
                 x = torch.empty_like(x)
                 dist.recv(x, group=self.group, group_src=self.rank_of_stage[number - 1])
-            x = stage(x, tokens=tokens, documents=documents)
+            x = stage(x, tokens=tokens, batch=batch, cache=cache)
             if not stage.last and self.rank_of_stage[number + 1] != own_rank:
                 self._wait_for_sends()
                 work = dist.isend(x, group=self.group, group_dst=self.rank_of_stage[number + 1])

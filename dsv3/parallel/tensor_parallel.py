@@ -7,8 +7,8 @@ dense feed-forward all-gathers the hidden states and computes its own columns. B
 results back to shards of the sequence.
 
 The vocabulary is sharded as well: each rank embeds the ids of its own run, and the partial embeddings are
-reduce-scattered. The head keeps its logits sharded, and the cross-entropy works on them (loss parallel), so
-that only three values per token travel for the loss.
+reduce-scattered. The head keeps its logits sharded, and the cross-entropy works on them (loss parallel): for
+each chunk of tokens the ranks exchange three values per token.
 """
 
 from fnmatch import fnmatchcase
@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dsv3.model.attention import LatentAttention
-from dsv3.model.layers import IGNORE_INDEX, FeedForward, LocalVocabularyShard
+from dsv3.model.head import LocalVocabularyShard, Softmax
+from dsv3.model.layers import FeedForward, Linear, Matmul
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.collectives import all_gather, all_reduce, reduce_scatter
+from dsv3.parallel.collectives import all_gather, reduce_scatter
 from dsv3.parallel.mesh import ParallelMesh
 
 SEQUENCE_DIM = 1
@@ -57,7 +58,9 @@ class TensorParallel:
             if dim is not None:
                 weight = distribute_tensor(module.weight, axis, [Shard(dim)], src_data_rank=None)
                 module.weight = nn.Parameter(weight)
-                module.forward = partial(_rowwise_linear if dim == 1 else _colwise_linear, module, group)
+                if isinstance(module, Linear):
+                    forward = _rowwise_linear if dim == 1 else _colwise_linear
+                    module.forward = partial(forward, module, group)  # type: ignore[method-assign]
             elif isinstance(module, LatentAttention):
                 module.gather_latents = partial(_gather_latents, group)
             elif isinstance(module, FeedForward) and shard_dim(f"{name}.gate_proj") is not None:
@@ -65,8 +68,7 @@ class TensorParallel:
         if model.embedding is not None:
             model.embedding.forward = partial(_embed, model.embedding, group)  # type: ignore[method-assign]
         if model.head is not None:
-            model.head.register_forward_pre_hook(partial(_gather_input, group))
-            model.vocabulary_shard = VocabularyShard(group)
+            model.head.vocabulary_shard = VocabularyShard(group, model.config.vocab_size)
 
 
 def shard_dim(name: str) -> int | None:
@@ -74,8 +76,8 @@ def shard_dim(name: str) -> int | None:
     return next((dim for pattern, dim in SHARD_DIMS.items() if fnmatchcase(name, pattern)), None)
 
 
-def _colwise_linear(module: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
-    return module.matmul(x, module.weight.to_local())  # type: ignore[no-any-return]
+def _colwise_linear(module: Any, group: dist.ProcessGroup, x: Tensor, matmul: Matmul | None = None) -> Tensor:
+    return (matmul or module.matmul)(x, module.weight.to_local())  # type: ignore[no-any-return]
 
 
 def _rowwise_linear(module: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
@@ -106,40 +108,28 @@ def _gather_latents(
 
 
 class VocabularyShard(LocalVocabularyShard):
-    """Logits [batch, sequence, vocab / ranks] on each of the ranks of `group`."""
+    """A run of vocab_size / ranks ids on each rank of `group`; every rank predicts from all of its tokens."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, vocab_size: int) -> None:
         self.group = group
+        self.first_id = group.rank() * (vocab_size // group.size())  # a layout divides the vocabulary
 
-    def cross_entropy_sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Sum the cross-entropy over valid `targets` [batch, sequence]: fp32 nats, equal on every rank."""
-        flat = logits.float().flatten(0, -2)
-        return _VocabParallelCrossEntropy.apply(flat, targets.flatten(), self.group)  # type: ignore[no-any-return, no-untyped-call]
+    def local_weight(self, weight: Tensor) -> Tensor:
+        """See LocalVocabularyShard."""
+        assert isinstance(weight, DTensor)
+        return weight.to_local()
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """All-gather the sequence; the backward pass adds up what each rank's ids give to a token."""
+        return all_gather(x, SEQUENCE_DIM, self.group)
 
     def gather(self, logits: Tensor) -> Tensor:
         """All-gather the logits [..., vocab] of all ids."""
         return all_gather(logits, logits.ndim - 1, self.group)
 
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-        # Three all-reduces of one value per token: the largest logit, the softmax's sum, the target's logit.
-        largest = all_reduce(logits.amax(-1, keepdim=True), group, "max")
-        shifted = logits - largest
-        log_total = all_reduce(shifted.exp().sum(-1, keepdim=True), group).log()
-        local_id = targets.unsqueeze(-1) - group.rank() * logits.shape[-1]
-        is_local = (local_id >= 0) & (local_id < logits.shape[-1])
-        local_id = local_id.clamp(0, logits.shape[-1] - 1)
-        target_logit = all_reduce(shifted.gather(-1, local_id).masked_fill(~is_local, 0.0), group)
-        valid = (targets != IGNORE_INDEX).unsqueeze(-1)
-        ctx.save_for_backward(shifted, log_total, local_id, is_local, valid)
-        return (log_total - target_logit).masked_fill(~valid, 0.0).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        # Softmax minus the one-hot target.
-        shifted, log_total, local_id, is_local, valid = ctx.saved_tensors
-        gradient = (shifted - log_total).exp()
-        gradient.scatter_add_(-1, local_id, -is_local.to(gradient.dtype))
-        return gradient * valid * gradients[0], None, None
+    def reduce(self, softmax: Softmax) -> Softmax:
+        """All-gather the statistics of every rank's ids and combine them, equally on all ranks."""
+        largest, total, target = all_gather(torch.stack(softmax), 2, self.group)
+        whole = largest.amax(-1, keepdim=True)
+        total = (total * (largest - whole).exp()).sum(-1, keepdim=True)
+        return Softmax(whole, total, target.sum(-1, keepdim=True))

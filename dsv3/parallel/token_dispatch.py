@@ -4,8 +4,8 @@
 sends a row to a rank once, however many of the token's experts live there, together with the router
 weights of all of them. The rank adds the experts' weighted results up, so that one row comes back. Where
 `ep` spans nodes there are two levels: a row crosses to each node once, to the rank of the same number
-there, and is passed on within the node. The host reads the row counts once per layer and level, because
-all_to_all (NCCL's too) needs them as integers.
+there, and is passed on within the node. all_to_all (NCCL's too) needs the row counts as integers: the host
+reads those of all levels and of the local experts at once, and waits once per layer.
 
 Rows are permuted into the order of their destinations and unpermuted on the way back. Both directions
 only gather, so that no gradient is added up by atomics: results are the same bits every time.
@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.fp8.operands import pack_rows, unpack_rows
-from dsv3.model.moe import ExpertsFunction
+from dsv3.model.moe import ExpertsFunction, RowCounts
 from dsv3.model.router import Routing
+from dsv3.model.transfers import download
 from dsv3.parallel.collectives import start_all_to_all, wait
 
 
@@ -38,22 +39,26 @@ class Permutation(NamedTuple):
     """[copies] the destination of each copy."""
     copies_of_row: Tensor
     """[rows, most copies per row] the copies of each row, padded with `copies` (one past the last)."""
-    counts: Tensor
-    """[destinations] copies per destination."""
 
 
-def make_permutation(routing_map: Tensor, max_copies: int) -> Permutation:
-    """Return the permutation for `routing_map` [rows, destinations] bool.
+def make_permutation(routing_map: Tensor, max_copies: int, copies: int) -> Permutation:
+    """Return the permutation for `routing_map` [rows, destinations] bool, which has `copies` true entries.
 
     A row has at most `max_copies` destinations.
     """
-    by_destination = routing_map.t()
-    destination, source = by_destination.nonzero(as_tuple=True)
-    number = (by_destination.flatten().cumsum(0) - 1).view_as(by_destination).t()
+    chosen = routing_map.t().flatten()
+    number = chosen.cumsum(0) - 1
+    # What nonzero() gives, without the wait for its size: entry n goes to place `number` of the list, and the
+    # false ones to a place behind it.
+    entries = torch.arange(len(chosen), device=chosen.device)
+    places = number.masked_fill(~chosen, copies)
+    listed = entries.new_zeros(copies + 1).scatter(0, places, entries)[:copies]
+    rows = max(1, len(routing_map))
+    number = number.view(routing_map.shape[1], -1).t()
     # A row's own destinations first; the padding points at the row of zeros behind the last copy.
     first = (~routing_map).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_copies]
-    copies_of_row = number.gather(1, first).masked_fill(~routing_map.gather(1, first), len(source))
-    return Permutation(source, destination, copies_of_row, routing_map.sum(0))
+    copies_of_row = number.gather(1, first).masked_fill(~routing_map.gather(1, first), copies)
+    return Permutation(listed % rows, listed // rows, copies_of_row)
 
 
 def permute(x: Tensor, permutation: Permutation) -> Tensor:
@@ -67,14 +72,21 @@ def unpermute(copies: Tensor, permutation: Permutation) -> Tensor:
 
 
 def run_local_experts(
-    rows: Tensor, weights: Tensor, routing_map: Tensor, top_k: int, experts: ExpertsFunction
+    rows: Tensor,
+    weights: Tensor,
+    routing_map: Tensor,
+    top_k: int,
+    counts: RowCounts,
+    experts: ExpertsFunction,
 ) -> Tensor:
     """Return for each of `rows` [rows, dim] the weighted sum of its results over this rank's experts.
 
     `weights` [rows, experts] count where `routing_map` [rows, experts] is true: at most `top_k` per row.
+    `counts` are those of the map, known to the host.
     """
-    permutation = make_permutation(routing_map, min(top_k, routing_map.shape[1]))
-    out = experts(permute(rows, permutation), permutation.counts)
+    assert counts.on_host is not None
+    permutation = make_permutation(routing_map, min(top_k, routing_map.shape[1]), sum(counts.on_host))
+    out = experts(permute(rows, permutation), counts)
     weight = weights[permutation.source, permutation.destination].to(out.dtype)
     return unpermute(out * weight.unsqueeze(1), permutation)
 
@@ -116,6 +128,41 @@ class AllToAllSplits(NamedTuple):
     def reversed(self) -> "AllToAllSplits":
         """Return the splits of the all-to-all that brings the rows back."""
         return AllToAllSplits(self.output_splits, self.input_splits, self.group)
+
+
+class DispatchPlan(NamedTuple):
+    """All row counts of one dispatch, as the host needs them."""
+
+    levels: list[AllToAllSplits]
+    """The splits of each level's all-to-all."""
+    counts: RowCounts
+    """Rows per expert of this rank."""
+
+
+def exchange_counts(routing_map: Tensor, groups: list[dist.ProcessGroup]) -> DispatchPlan:
+    """Return the plan of dispatching `routing_map` [tokens, experts] bool over the levels `groups`.
+
+    A rank tells each rank of the first group how many rows it will get, and how many of these it is to pass on
+    to each rank of the next level and to each expert: all counts are known before a row moves.
+    """
+    sizes = [group.size() for group in groups]
+    by_place = routing_map.unflatten(1, (*sizes, -1))
+    # counts[n] [R_1, .., R_n]: rows with an expert behind each place of level n; the last are the experts.
+    counts = [by_place.flatten(n + 2).any(-1).sum(0) for n in range(len(sizes))] + [by_place.sum(0)]
+    splits: list[Tensor] = []
+    for size, group in zip(sizes, groups, strict=True):
+        ones, shapes = [1] * size, [one.shape[1:] for one in counts]
+        told = torch.cat([one.reshape(size, -1) for one in counts], dim=1)
+        received = wait(start_all_to_all(told, ones, ones, group))
+        splits += [told[:, 0], received[:, 0]]
+        # What arrives from all ranks of the group is passed on together.
+        _, *rest = received.sum(0).split([shape.numel() for shape in shapes])
+        counts = [one.view(shape) for one, shape in zip(rest, shapes[1:], strict=True)]
+    # The one time that the host waits for the device.
+    known = download(torch.cat([*splits, counts[0]])).split([*(len(one) for one in splits), len(counts[0])])
+    *integers, per_expert = [one.tolist() for one in known]
+    pairs = zip(integers[0::2], integers[1::2], groups, strict=True)
+    return DispatchPlan([AllToAllSplits(*level) for level in pairs], RowCounts(counts[0], per_expert))
 
 
 class Transport(Protocol):
@@ -199,6 +246,7 @@ class DispatchedRows(NamedTuple):
     """[received rows, experts behind this rank] bool: true for the experts that the token chose."""
     top_k: int
     """Experts per token."""
+    plan: DispatchPlan
     handle: CombineHandle
 
 
@@ -219,35 +267,33 @@ class AllToAllTokenDispatcher:
         weights = x.new_zeros(x.shape[0], num_experts, dtype=torch.float32)
         routing_map = torch.zeros_like(weights, dtype=torch.bool).scatter(1, routing.experts, True)
         weights = weights.scatter(1, routing.experts, routing.weights)
-        return self._dispatch_level(x, weights, routing_map, top_k, self.groups[0])
+        plan = exchange_counts(routing_map, self.groups)
+        return self._dispatch_level(x, weights, routing_map, top_k, plan, level=0)
 
     def combine(self, dispatched: DispatchedRows, experts: ExpertsFunction) -> Tensor:
         """Wait for the rows, run `experts` on them, and return the weighted sums [tokens, dim]."""
         handles = [dispatched.handle]
-        for group in self.groups[1:]:
+        plan, top_k = dispatched.plan, dispatched.top_k
+        for level in range(1, len(plan.levels)):
             dispatched = self._dispatch_level(
-                dispatched.wait(), dispatched.weights, dispatched.routing_map, dispatched.top_k, group
+                dispatched.wait(), dispatched.weights, dispatched.routing_map, top_k, plan, level
             )
             handles.append(dispatched.handle)
         out = run_local_experts(
-            dispatched.wait(), dispatched.weights, dispatched.routing_map, dispatched.top_k, experts
+            dispatched.wait(), dispatched.weights, dispatched.routing_map, top_k, plan.counts, experts
         )
         for handle in reversed(handles):
             out = unpermute(self.transport.combine(out, handle.splits), handle.permutation)
         return out
 
     def _dispatch_level(
-        self, x: Tensor, weights: Tensor, routing_map: Tensor, top_k: int, group: dist.ProcessGroup
+        self, x: Tensor, weights: Tensor, routing_map: Tensor, top_k: int, plan: DispatchPlan, level: int
     ) -> DispatchedRows:
-        """Send each row of `x` once to every rank of `group` behind which it has an expert."""
-        ranks = group.size()
+        """Send each row of `x` once to every rank of the level's group behind which it has an expert."""
+        splits = plan.levels[level]
+        ranks = splits.group.size()
         to_rank = routing_map.unflatten(1, (ranks, -1)).any(-1)
-        permutation = make_permutation(to_rank, min(top_k, ranks))
-        ones = [1] * ranks
-        received = wait(start_all_to_all(permutation.counts, ones, ones, group))
-        # The one time that the host waits for the device.
-        input_splits, output_splits = torch.stack([permutation.counts, received]).tolist()
-        splits = AllToAllSplits(input_splits, output_splits, group)
+        permutation = make_permutation(to_rank, min(top_k, ranks), sum(splits.input_splits))
         wait_for_rows = self.transport.dispatch(permute(x, permutation), splits)
         # Each copy takes along the weights of the experts behind its own destination.
         copies = (permutation.source, permutation.destination)
@@ -255,4 +301,5 @@ class AllToAllTokenDispatcher:
         marks = routing_map.unflatten(1, (ranks, -1))[copies].to(weights.dtype)
         both = wait(start_all_to_all(torch.cat([weights, marks], dim=1), *splits))
         weights, marks = both.chunk(2, dim=1)
-        return DispatchedRows(wait_for_rows, weights, marks > 0, top_k, CombineHandle(permutation, splits))
+        handle = CombineHandle(permutation, splits)
+        return DispatchedRows(wait_for_rows, weights, marks > 0, top_k, plan, handle)

@@ -6,7 +6,7 @@ The numbers about DeepEP are those of version 1.2.1: group sizes for which it ha
 
 import importlib.util
 
-from dsv3.config.hardware import HardwareConfig
+from dsv3.config.hardware import CPU, HardwareConfig, is_hopper
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import KEY, DispatchBackend
 from dsv3.config.precision import ComputeType, FP8Engine, Granularity
@@ -74,20 +74,30 @@ def deepep_missing(why: str) -> str:
 
 
 HOPPER = ("h100", "h200", "h800")
-"""Hardware whose tensor cores have block-wise scales, as cuBLAS uses them."""
+"""The choices of `hardware` that are Hopper GPUs."""
 
 
-def check_fp8(config: Config, plan: Plan) -> None:
-    """Raise UserError if the plan's hardware has no FP8 engine, or if FP8 settings exclude each other."""
+def check_fp8(config: Config, plan: Plan) -> list[str]:
+    """Return lines for the user on the FP8 engine of the plan's hardware.
+
+    Raises:
+        UserError: the hardware does not have the engine that is chosen, or FP8 settings exclude each other.
+    """
     fp8, on = config.precision.fp8, plan.hardware.name
     if fp8 is None:
-        return
+        return []
     otherwise = "take precision=bf16, or precision.fp8.engine=emulated, which computes the same and is slow"
-    fast = fp8.engine is FP8Engine.scaled_mm or (fp8.engine is FP8Engine.auto and on != "cpu")
-    if fast and on not in HOPPER:
+    if fp8.engine is FP8Engine.scaled_mm and not is_hopper(on):
         raise UserError(
-            f"precision.fp8.engine={fp8.engine.name} needs a Hopper GPU ({', '.join(HOPPER)}), and "
+            f"precision.fp8.engine=scaled_mm needs a Hopper GPU ({', '.join(HOPPER)}), and "
             f"hardware.name={on} here: {otherwise}"
+        )
+    fast = fp8.engine is not FP8Engine.emulated and is_hopper(on)
+    notes = []
+    if fp8.engine is FP8Engine.auto and not fast and on != CPU:
+        notes.append(
+            f"FP8 is emulated in fp32 on {on}: PyTorch multiplies tiles and blocks on Hopper alone; the "
+            "numbers are FP8's, and a step takes many times as long as with precision=bf16"
         )
     by_tensor = "precision.fp8.granularity=tensor"
     if fp8.granularity is Granularity.tensor:
@@ -104,6 +114,7 @@ def check_fp8(config: Config, plan: Plan) -> None:
             "precision.fp8.gather=true quantises shards on the device, and parallel.fsdp.cpu_offload=true "
             "keeps them on the host: take one of the two"
         )
+    return notes
 
 
 PARAMETER_BYTES = 4

@@ -22,7 +22,7 @@ from dsv3.planning.sharding import (
     shard_shape,
     uses_fp8_matmul,
 )
-from dsv3.planning.step_shape import StepShape
+from dsv3.planning.step_shape import StateBytes, StepShape
 
 GATHERED_BLOCKS = 2
 """FSDP2 gathers the next block while it computes the current one."""
@@ -42,6 +42,8 @@ class MemoryBytes:
     """Copies that a background save writes from, if they are in the rank's own memory."""
     offloaded: int = 0
     """State that is in host memory instead of on the device; not part of any total."""
+    pinned: int = 0
+    """Host memory that is pinned: save copies of a GPU's tensors, and offloaded parameters and gradients."""
 
     @property
     def total(self) -> int:
@@ -90,8 +92,27 @@ def _memory(
         activations=_activations(config, degrees, shape, rank, stages),
         weight_copies=_weight_copies(groups, degrees, shape),
         save_copies=sizes[0] + sizes[2] if shape.host_copies else 0,
-        offloaded=sum(sizes) if shape.cpu_offload else 0,
+        offloaded=_pinned_state(weights, degrees, state) + sizes[2] if shape.cpu_offload else 0,
+        pinned=_pinned(weights, degrees, shape, sizes[0] + sizes[2]),
     )
+
+
+def _pinned(weights: list[Weight], degrees: ParallelDims, shape: StepShape, copies: int) -> int:
+    """Return the bytes of pinned host memory; a save of offloaded tensors copies within ordinary memory."""
+    if shape.cpu_offload:
+        return _pinned_state(weights, degrees, shape.state)
+    return copies if shape.pinned_copies else 0
+
+
+def _pinned_state(weights: list[Weight], degrees: ParallelDims, state: StateBytes) -> int:
+    """Return the bytes of offloaded parameters and gradients, each rounded up to a power of two.
+
+    FSDP2 takes them from PyTorch's pinned allocator, which rounds so; the optimizer's state is not pinned.
+    """
+    held = [(weight, shard_numel(weight, degrees)) for weight in weights]
+    sizes = [count * state.parameter for _, count in held]
+    sizes += [count * state.gradient for weight, count in held if state.trains(weight)]
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)
 
 
 def _weight_copies(stages: list[list[list[Weight]]], degrees: ParallelDims, shape: StepShape) -> int:

@@ -1,14 +1,15 @@
 """The plan of a run: memory, traffic and bubble of a layout, before anything is started."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dsv3.config.hardware import HardwareConfig
-from dsv3.config.model import ModelConfig
+from dsv3.config.model import AttentionKernel, ModelConfig
 from dsv3.config.optimizer import OptimizerConfig
 from dsv3.config.parallel import DispatchBackend, ParallelConfig, PipelineConfig, SavedOp
 from dsv3.config.precision import MomentType
 from dsv3.config.root import Config
 from dsv3.planning import parameters
+from dsv3.planning.between_steps import BetweenSteps, Upkeep
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import MemoryBytes, rank_memory
 from dsv3.planning.parameters import FlopsConvention, training_flops_per_token
@@ -39,6 +40,13 @@ class Plan:
     precision: str = ""
     """Number format of the matmuls: fp32, bf16 or fp8."""
     precision_reason: str = ""
+    upkeep: Upkeep = field(default_factory=Upkeep)
+    """What happens between two steps."""
+
+    @property
+    def between_steps(self) -> BetweenSteps:
+        """Return the costs of evaluations and samples."""
+        return BetweenSteps(self.model, self.degrees, self.shape, self.hardware, self.upkeep)
 
     @property
     def world_size(self) -> int:
@@ -63,6 +71,7 @@ class Plan:
 
     def to_json(self) -> dict[str, object]:
         """Return the contract of `task=plan task.format=json`; values that are not computed yet are None."""
+        evaluation = self.between_steps.evaluation()
         return {
             "degrees": self.degrees.to_json(),
             "world_size": self.world_size,
@@ -77,6 +86,10 @@ class Plan:
             "mfu": None,
             "precision": self.precision,
             "precision_reason": self.precision_reason,
+            "between_steps": {
+                "evaluation": evaluation and evaluation.to_json(),
+                "sample": self.between_steps.sample().to_json(),
+            },
         }
 
 
@@ -88,7 +101,10 @@ def make_plan(
     precision, on_cpu = config.precision, hardware.name == "cpu"
     # DeepEP's exchange is no operator of PyTorch, so activation checkpointing cannot keep its result.
     deepep = expert is not None and expert.backend is DispatchBackend.deepep
-    keep = tuple(op for op in config.recompute.keep if not (deepep and op is SavedOp.exchange))
+    # Neither is compiled flex_attention one, which trains on GPUs alone.
+    flex = config.model.attention.kernel is AttentionKernel.flex
+    unseen = [SavedOp.exchange] * deepep + [SavedOp.attention] * flex
+    keep = tuple(op for op in config.recompute.keep if op not in unseen)
     # As configured for the experts, as launched, or as many as the hardware has; None is one node.
     configured = expert and expert.ranks_per_node
     shape = StepShape(
@@ -103,11 +119,13 @@ def make_plan(
         pipelining=_pipeline_shape(parallel, degrees.pp),
         cpu_offload=parallel.fsdp is not None and parallel.fsdp.cpu_offload and not on_cpu,
         host_copies=config.checkpoint.async_save and on_cpu,
+        pinned_copies=config.checkpoint.async_save and not on_cpu,
         ranks_per_node=configured or config.launch.nproc or hardware.devices_per_node,
         fp8=None if precision.fp8 is None else FP8Shape(precision.fp8.dispatch, precision.fp8.gather),
     )
     plan = plan_from_shape(config.model, degrees, hardware, shape)
-    return replace(plan, precision=precision.label, precision_reason=precision_reason)
+    upkeep = Upkeep(train.evaluate_tokens, train.evaluate_every, train.generate_every, train.generate_seconds)
+    return replace(plan, precision=precision.label, precision_reason=precision_reason, upkeep=upkeep)
 
 
 def plan_from_shape(

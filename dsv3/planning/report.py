@@ -95,7 +95,13 @@ def describe_dp_shard(degrees: ParallelDims) -> str:
 
 def format_plan(plan: Plan) -> str:
     """Format the plan as a table for people, without a newline at its end."""
-    parts = (_model_rows(plan), _memory_rows(plan), _time_rows(plan), _verdict_rows(plan))
+    parts = (
+        _model_rows(plan),
+        _memory_rows(plan),
+        _time_rows(plan),
+        _upkeep_rows(plan),
+        _verdict_rows(plan),
+    )
     rows = [row for part in parts for row in (*part, ("", ""))][:-1]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}".rstrip() for name, value in rows)
@@ -155,14 +161,33 @@ def _time_rows(plan: Plan) -> list[tuple[str, str]]:
     return [("sent per step", f"{unit:>10}"), *rows, ("bubble", f"{plan.bubble:>10.1%}")]
 
 
+def _upkeep_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Return the costs of an evaluation and a sample, and the KV cache of one."""
+    titles = f"{'seconds':>10}{'of training':>13}{'GiB sent':>12}{'gathers':>10}{'tokens':>12}"
+    costs = plan.between_steps
+    sample = costs.sample()
+    rows = [("between steps", titles)]
+    for name, cost in (("  evaluation", costs.evaluation()), ("  sample", sample)):
+        if cost is None:
+            rows.append((name, f"{'-':>10}{'-':>13}{'-':>12}{'-':>10}{'all':>12}"))
+            continue
+        share = "-" if cost.share is None else f"{cost.share:.1%}"
+        of_time = f"{cost.seconds:>10,.2f}{share:>13}"
+        rows.append((name, f"{of_time}{cost.sent / GIB:>12,.2f}{cost.gathers:>10,}{cost.tokens:>12,}"))
+    rows.append(("  KV cache, MiB", f"{sample.cache / 2**20:>10,.2f}"))
+    return rows
+
+
 def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     parts = {name.replace("_", " "): value for name, value in vars(plan.memory).items()}
-    on_host = parts.pop("offloaded")
+    on_host, pinned = parts.pop("offloaded"), parts.pop("pinned")
     if not plan.shape.host_copies:
         del parts["save copies"]
     parts["total"] = plan.memory.total
     if on_host:
         parts["on the host"] = on_host
+    if pinned:
+        parts["pinned host memory"] = pinned
     unit, scale = _unit(plan.memory.total)
     rows = [(f"  {name}", f"{value / scale:>10,.2f}") for name, value in parts.items()]
     limit = plan.hardware.memory_bytes

@@ -91,6 +91,8 @@ class StepShape:
     """Parameters, gradients and optimizer state are in host memory."""
     host_copies: bool = False
     """A background save writes from copies in the memory that the rank itself uses (on CPU)."""
+    pinned_copies: bool = False
+    """A background save writes from copies of a GPU's tensors in pinned host memory."""
     ranks_per_node: int | None = None
     """None is one node."""
     fp8: FP8Shape | None = None

@@ -7,7 +7,7 @@ that activation checkpointing repeats sends once more. Left out are sums of a fe
 losses, norms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import RecomputeMode, SavedOp
@@ -82,6 +82,44 @@ def _traffic(
         pp=sum(_stage_boundaries(config, degrees, shape, stage) for stage in held)
         + _embedding_duplicate(config, degrees, shape, rank),
     )
+
+
+def forward_traffic(
+    config: ModelConfig, degrees: ParallelDims, shape: StepShape, stage: StageLayers, decodes: bool = False
+) -> TrafficBytes:
+    """Return what a rank sends in one forward pass of a microbatch through a stage, as outside of training.
+
+    Left out is what FSDP gathers in the first of several passes and then keeps (`once_gathered_traffic`). The
+    MTP depths compute nothing. A pass that `decodes` is whole on each context rank, and gathers the
+    logits of one token per row in place of the hidden states of all for the head and its loss.
+    """
+    blocks = stage_weights(config, stage)[1 : 1 + len(stage.dense)]
+    # Without recomputation the backward pass sends on these axes what the forward pass sends.
+    both, tokens = replace(shape, recompute=RecomputeMode.none), shape.tokens(degrees)
+    tp = sum(_tensor_parallel_layer(config, degrees, both, dense) for dense in stage.dense) // 2
+    hidden = tokens * config.dim * shape.state.compute
+    logits = shape.microbatch_size * config.vocab_size * FP32
+    scored = hidden + 2 * LOSS_REDUCTIONS * FP32 * tokens
+    ends = hidden * stage.is_first + (logits if decodes else scored) * stage.is_last
+    return TrafficBytes(
+        dp=sum(_fsdp_weight(w, degrees, shape, 1, reductions=0) for block in blocks for w in block),
+        tp=tp + _ring(degrees.tp, ends),
+        cp=0 if decodes else len(stage.dense) * _context_parallel_layer(config, degrees, both) // 2,
+        ep=stage.dense.count(False) * _dispatch_layer(config, degrees, both) // 2,
+        pp=0 if stage.is_last else hidden // degrees.tp,
+    )
+
+
+def once_gathered_traffic(
+    config: ModelConfig, degrees: ParallelDims, shape: StepShape, stage: StageLayers
+) -> int:
+    """Return the bytes that a rank sends, once, to gather what FSDP keeps between passes outside of training.
+
+    That is what lies outside of the layers, and the layer of an MTP depth, which the last one prefetches.
+    """
+    root, *blocks = stage_weights(config, stage)
+    weights = [weight for group in (root, *blocks[len(stage.dense) :][:1]) for weight in group]
+    return sum(_fsdp_weight(weight, degrees, shape, 1, reductions=0) for weight in weights)
 
 
 def _ring(ranks: int, total: int) -> int:

@@ -53,7 +53,7 @@ class EvaluateTask:
                 data.held_out,
                 config.train.microbatch,
                 ranks,
-                config.train.evaluate_batches,
+                config.train.evaluate_tokens,
             )
             if not math.isfinite(loss):
                 raise RunFailed(f"the held-out loss of {checkpoint} is {loss}")
@@ -62,7 +62,8 @@ class EvaluateTask:
                 measured = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
                 record = training_record(checkpoint)
                 here = _held_out_data(job, data, every_row)
-                differs = {} if record is None else differing({"here": here, "run": _run_data(record)})
+                run = None if record is None else _run_data(record, len(data.held_out))
+                differs = {} if run is None else differing({"here": here, "run": run})
                 described = _describe(job, data, every_row)
                 told = measured | {"checkpoint": str(checkpoint)} | described
                 told["weights"] = stored_weights(checkpoint)
@@ -80,12 +81,15 @@ def _held_out_data(job: Job, data: PreparedData, every_row: bool) -> HeldOutData
     config = to_yaml(job.config)
     if every_row:
         config["data"]["held_out"] = EVERY_ROW
-    return held_out_data(config, data.fingerprint, data.tokenizer_fingerprint)
+    return held_out_data(config, data.fingerprint, data.tokenizer_fingerprint, len(data.held_out))
 
 
-def _run_data(record: TrainingRecord) -> HeldOutData:
-    """Return what decides on which tokens the run that trained the checkpoint measures its losses."""
-    return held_out_data(record.config, record.data_fingerprint, record.tokenizer_fingerprint)
+def _run_data(record: TrainingRecord, rows: int) -> HeldOutData:
+    """Return what decides on which tokens the run that trained the checkpoint measures its losses.
+
+    Of equal data it holds out as many `rows` as here.
+    """
+    return held_out_data(record.config, record.data_fingerprint, record.tokenizer_fingerprint, rows)
 
 
 def _describe(job: Job, data: PreparedData, every_row: bool) -> dict[str, Any]:

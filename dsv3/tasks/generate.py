@@ -9,6 +9,7 @@ from dsv3.distributed.process_group import join_process_group
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 from dsv3.metrics.progress import entering
+from dsv3.model.generation import TimeLimit
 from dsv3.parallel.parallel_model import ParallelModel
 from dsv3.tasks.setup import JOINING, load_model, load_own_tokenizer, read_tokenizer, require_checkpoint
 
@@ -33,7 +34,12 @@ class GenerateTask:
 
 
 def sample_text(
-    model: ParallelModel, tokenizer: Tokenizer, sampling: SamplingConfig, prompt: str, seed: int
+    model: ParallelModel,
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    prompt: str,
+    seed: int,
+    limit: TimeLimit | None = None,
 ) -> str:
     """Return sampled text that continues `prompt`, which begins a document; all ranks call it together.
 
@@ -48,7 +54,7 @@ def sample_text(
         )
     try:
         sampled = model.generate(
-            [ids], sampling.max_tokens, sampling.temperature, sampling.top_p, seed, tokenizer.stop
+            [ids], sampling.max_tokens, sampling.temperature, sampling.top_p, seed, tokenizer.stop, limit
         )
     except FloatingPointError as error:
         raise RunFailed(f"no text can be sampled: {error}") from None

@@ -40,7 +40,7 @@ def prepare_data(
     # One process does the work and the rest find it done. A failure of that process ends the others too.
     data = prepare() if ranks.local_rank == 0 else None
     with phase("waiting for the data of the other ranks"):
-        ranks.barrier()
+        ranks.meet()
     data = data or prepare()
     data.check_vocabulary(config.model.vocab_size)
     return data
@@ -89,7 +89,9 @@ def build_mesh(job: Job, ranks: RankContext) -> ParallelMesh | None:
     expert = job.config.parallel.expert
     ranks_per_node = expert.ranks_per_node if expert is not None else None
     with phase("setting up the device mesh"):
-        return ParallelMesh(job.plan.degrees, ranks.device.type, ranks_per_node)
+        mesh = ParallelMesh(job.plan.degrees, ranks.device.type, ranks_per_node)
+        ranks.limit_collectives(first_calls=True)
+        return mesh
 
 
 def load_model(job: Job, ranks: RankContext) -> tuple[ParallelModel, RankContext]:
@@ -110,7 +112,7 @@ def load_parts(config: Config, mesh: ParallelMesh | None, ranks: RankContext) ->
         verify_together(checkpoint, ranks)
         with phase("comparing the checkpoint with the model"):
             require_weights(config.model, checkpoint)  # before memory is taken
-    model = build_parallel_model(config, mesh, ranks.device)
+    model = build_parallel_model(config, mesh, ranks.device, initial=checkpoint is None)
     if checkpoint is not None:
-        load_weights(model.model_parts, checkpoint)
+        load_weights(model.model_parts, checkpoint, ranks)
     return model

@@ -17,7 +17,7 @@ from dsv3.config.optimizer import MuonConfig
 from dsv3.config.parallel import WORLD_AXES, RecomputeMode
 from dsv3.config.precision import FP8Engine
 from dsv3.config.strict import build
-from dsv3.config.training import BIAS_SPEED
+from dsv3.config.training import BIAS_SPEED, scored_rows
 from dsv3.data.corpus import looks_like_json_lines
 from dsv3.data.sources import PreparedData
 from dsv3.fp8.convert_model import fp8_engine_name
@@ -238,16 +238,27 @@ class RunFacts:
         stored = described_model(find_checkpoint(load)) if load and not resume else None
         return stored.mtp_depths if stored else 0
 
+    def _samples(self) -> str:
+        """Return how often a text is sampled, and what cuts it off."""
+        train, sample = self.job.config.train, self.job.plan.between_steps.sample()
+        if not train.sample_every:
+            return "never" if "train.generate_every" in self.job.reasons else "never (train.generate_every=0)"
+        most = f"at most {train.generate_seconds:g} s each"
+        cut = " and cut off there" if sample.seconds > train.generate_seconds else ""
+        return f"every {train.sample_every:,} steps and at the end, {most}{cut}"
+
     def _upkeep(self) -> Iterator[Fact]:
-        config, ranks, rows = self.job.config, self.run.ranks, self.data.held_out
+        config, rows = self.job.config, self.data.held_out
         train, kept = config.train, config.checkpoint
-        batches = -(-len(rows) // (train.microbatch * ranks.data_world))
         share = amount(len(rows), "held-out rows")
-        if train.evaluate_batches is not None and train.evaluate_batches < batches:
-            first = train.evaluate_batches * train.microbatch * ranks.data_world
-            share = f"the first {first:,} of {share}"
+        scored = scored_rows(len(rows), rows.sequence_length, train.evaluate_tokens)
+        if scored < len(rows):
+            every_row = "train.evaluate_tokens=null scores all"
+            share = f"{scored:,} of {share}, spread evenly ({every_row})"
         every = f"every {train.evaluate_every:,} steps and at the end"
-        yield "evaluation", f"{every if train.evaluate_every else 'at the end'}, {share}"
+        yield "evaluation", f"{every}, {share}" if train.evaluate_every else "never (train.evaluate_every=0)"
+        if self.data.tokenizer is not None:
+            yield "samples", f"{self._samples()}{self._reason('train.generate_every')}"
         every = f"every {train.checkpoint_every:,} steps and at the end"
         stay = [f"the newest {kept.keep_last}"]
         stay += [f"every {kept.keep_every:,} steps'"] if kept.keep_every else []

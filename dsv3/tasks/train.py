@@ -1,33 +1,41 @@
 """task=train: put model, data, optimizer and callbacks together, run the loop, tell how it went."""
 
 import math
+import os
 import shlex
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
+from multiprocessing import parent_process
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from dsv3.checkpoint.directory import ASSETS_DIR, TOKENIZER_DIR, Progress, find_checkpoint
+from dsv3.checkpoint.directory import (
+    ASSETS_DIR,
+    TOKENIZER_DIR,
+    Progress,
+    find_checkpoint,
+    newest_checkpoint,
+)
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.manifest import verify_together
 from dsv3.checkpoint.training_record import TrainingRecord
-from dsv3.config.precision import FP8Engine
 from dsv3.config.registry import command
 from dsv3.config.root import Config
 from dsv3.config.strict import build, to_yaml
 from dsv3.config.task import SamplingConfig
+from dsv3.config.training import scored_rows
 from dsv3.convert.hf_assets import keep_assets
-from dsv3.convert.live_export import export_hf
+from dsv3.convert.live_export import LiveExporter
 from dsv3.data.loader import DataLoader
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import RankContext, join_process_group, make_deterministic
-from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopRequest, leave_on_signal, stop_on_signal
+from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopSignal, stop_on_signal
 from dsv3.errors import UserError
 from dsv3.fp8.convert_model import fp8_engine_name
-from dsv3.launch.job import Job
+from dsv3.launch.job import Job, under_launcher
 from dsv3.launch.run_dir import check_same_data, make_run_dir, read_origin, record_run, write_run_files
 from dsv3.launch.trained_on import other_data_notes
 from dsv3.metrics import jsonl
@@ -37,6 +45,7 @@ from dsv3.metrics.plots import plot_loss_curve
 from dsv3.metrics.progress import entering, phase
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
+from dsv3.model.generation import TimeLimit
 from dsv3.parallel.mesh import assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.parameters import training_flops_per_token
@@ -45,12 +54,16 @@ from dsv3.tasks.setup import JOINING, build_mesh, load_own_tokenizer, prepare_da
 from dsv3.tasks.this_run import THIS_RUN_FILE, RunFacts
 from dsv3.training import callbacks
 from dsv3.training.callbacks import Callback, TrainingRun
-from dsv3.training.loop import Loop, Throughput
+from dsv3.training.loop import Loop
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.step import TrainStep
+from dsv3.training.throughput import Throughput
 
 SAMPLING = SamplingConfig()
 SAMPLE_PROMPT = "def "
+
+LOGGER_PATIENCE = 1800.0
+"""Seconds that a logger may take to start, or to send what is left; it does not say how far it is."""
 
 
 class TrainTask:
@@ -58,27 +71,28 @@ class TrainTask:
 
     def run(self, job: Job) -> float | None:
         """Return the last held-out loss, a sweep's objective; raise Stopped when a signal ended the run."""
-        stops: list[StopRequest] = []  # what training listens with, once it does
         make_deterministic(job.config.train.deterministic, job.config.train.seed)
-        # Here torch imports more of itself. A rank of several is stopped by the process that started it.
-        leaving = leave_on_signal(lambda: "" if stops or job.sweep else NOTHING_SAVED)
+        # The command that has started this process says it itself, and so do the jobs of a sweep.
+        silent = job.sweep is not None or parent_process() is not None or os.environ.get("RANK", "0") != "0"
         with (
-            leaving if job.plan.world_size == 1 else nullcontext(),
+            # Here torch imports more of itself.
+            stop_on_signal(
+                not under_launcher(), leaves=True, message="" if silent else NOTHING_SAVED
+            ) as request,
             entering(JOINING, join_process_group(job.config.launch.timeout, job.on_cpu)) as ranks,
-            stop_on_signal(alone=ranks.world == 1) as stop,
         ):
-            stops.append(stop)
-            return _train(job, ranks, stop)
+            return _train(job, ranks, StopSignal(request, ranks.meeting and ranks.meeting.apart()))
 
 
-def _train(job: Job, world: RankContext, stop: StopRequest) -> float | None:
+def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
     """Train on this rank of `world`, which reads the data share that the layout gives it."""
     config, own_tokenizer = job.config, _own_tokenizer(job)
     data = prepare_data(config, world, own_tokenizer)
     if config.run.resume:
         check_same_data(data.fingerprint, job.run_dir)
     mesh = build_mesh(job, world)
-    model = build_parallel_model(config, mesh, world.device)
+    start = _starting_checkpoint(job, world)
+    model = build_parallel_model(config, mesh, world.device, initial=start is None)
     optimizer = build_optimizer(config.optimizer, model.model_parts, config.precision.moments)
     ranks = assign_data_shard(world, mesh)
     with phase("making the run directory"):  # ranks wait for one another here
@@ -86,7 +100,7 @@ def _train(job: Job, world: RankContext, stop: StopRequest) -> float | None:
     world.watch(directory)
     record = record_run(job, data.fingerprint, data.tokenizer_fingerprint) if world.is_main else None
     manager = CheckpointManager(directory, config.checkpoint, world, record)
-    progress = _restore(config, directory, world, manager, model, optimizer)
+    progress = _restore(config, start, world, manager, model, optimizer)
     job.notes += manager.notes
     log_path = directory / "log.txt"
     console = Console(config.train.log_every, log_path=log_path, quiet=not ranks.is_main)
@@ -115,9 +129,10 @@ def _build_callbacks(
 ) -> list[Callback]:
     """Return what happens between two steps, in this order; train.callbacks come last."""
     train, profile, tokenizer = run.config.train, run.config.profile, data.tokenizer
+    exporter = LiveExporter(model, run.directory, run.ranks)
 
     def export(folder: Path) -> None:
-        export_hf(model, folder, run.directory, run.ranks, manager.record, run.step)
+        exporter.write(folder, manager.record, run.step)
 
     listed: list[Callback] = [
         callbacks.Evaluate(data.held_out, train.evaluate_every),
@@ -126,10 +141,10 @@ def _build_callbacks(
     ]
     if tokenizer is not None:  # data that is token ids already has no text to show
 
-        def sample(seed: int) -> str:
-            return sample_text(model, tokenizer, SAMPLING, SAMPLE_PROMPT, seed)
+        def sample(seed: int, limit: TimeLimit) -> str:
+            return sample_text(model, tokenizer, SAMPLING, SAMPLE_PROMPT, seed, limit)
 
-        listed.append(callbacks.Sample(sample, SAMPLE_PROMPT, train.generate_every))
+        listed.append(callbacks.Sample(sample, SAMPLE_PROMPT, train.sample_every, train.generate_seconds))
     listed.append(callbacks.ExportHF(export, train.export_hf_every))
     listed.append(callbacks.CollectGarbage(train.collect_garbage_every))
     if profile.enabled:
@@ -145,20 +160,20 @@ def _build_callbacks(
 
 
 def _build_loop(
-    job: Job, run: TrainingRun, data: PreparedData, listed: list[Callback], stop: StopRequest
+    job: Job, run: TrainingRun, data: PreparedData, listed: list[Callback], stop: StopSignal
 ) -> Loop:
     """Return the loop over the training rows."""
     config, ranks = run.config, run.ranks
     train, length = config.train, data.sequence_length
     assert data.train is not None
-    in_fp8 = fp8_engine_name(run.forward_backward.model_parts) == FP8Engine.scaled_mm.name
-    dtype = "fp8" if in_fp8 else config.precision.compute.name
-    peak = getattr(job.hardware, f"peak_flops_{dtype}")
+    kind = config.precision.matmul_type(fp8_engine_name(run.forward_backward.model_parts))
+    peak = getattr(job.hardware, f"peak_flops_{kind}")
     throughput = Throughput(
         sequences_per_step=train.batch,
         tokens_per_step=train.batch * length,
         flops_per_token=training_flops_per_token(config.model, length),
         peak_flops=peak and peak * ranks.world,
+        device=ranks.device,
     )
     step = TrainStep(run.forward_backward, run.optimizer, ranks, train.clip_norm)
     loader = DataLoader(data.train, train.batch, train.microbatch, ranks.data_rank, ranks.data_world)
@@ -179,9 +194,18 @@ def _own_tokenizer(job: Job) -> Tokenizer | None:
     return None
 
 
+def _starting_checkpoint(job: Job, world: RankContext) -> Path | None:
+    """Return what fills the model: the run's newest checkpoint, else checkpoint.load, else None."""
+    config = job.config
+    found = newest_checkpoint(job.run_dir) if config.run.resume else None
+    if found is None and config.checkpoint.load:
+        found = find_checkpoint(config.checkpoint.load)
+    return world.broadcast_object(found)
+
+
 def _restore(
     config: Config,
-    directory: Path,
+    start: Path | None,
     world: RankContext,
     manager: CheckpointManager,
     model: ParallelModel,
@@ -189,12 +213,11 @@ def _restore(
 ) -> Progress:
     """Continue from the newest checkpoint, or take the weights of checkpoint.load, or start at step 0."""
     progress = manager.restore(model.model_parts, optimizer) if config.run.resume else None
-    if progress is None and config.checkpoint.load:
-        checkpoint = find_checkpoint(config.checkpoint.load)
-        verify_together(checkpoint, world)
-        load_weights(model.model_parts, checkpoint)
+    if progress is None and start is not None:
+        verify_together(start, world)
+        load_weights(model.model_parts, start, world)
     progress = progress or Progress()
-    metrics = directory / "metrics.jsonl"
+    metrics = manager.run_dir / "metrics.jsonl"
     if world.is_main and metrics.exists():
         jsonl.truncate_after(metrics, progress.step)
     return progress
@@ -208,10 +231,10 @@ def _describe(facts: RunFacts) -> None:
     if not run.config.run.resume:  # the place that the weights came from may be gone by then
         load, keeps_ids = run.config.checkpoint.load, data.tokenizer is None or facts.owns_tokenizer
         keep_assets(run.directory, find_checkpoint(load) if load else None, keeps_ids)
-    train, scored = run.config.train, len(data.held_out)
-    if train.evaluate_batches is not None:
-        scored = min(scored, train.evaluate_batches * train.microbatch * run.ranks.data_world)
-    write_run_files(facts.job, {**data.summary, "rows_evaluated": scored}, facts.record)
+    held_out = len(data.held_out)
+    scored = scored_rows(held_out, data.sequence_length, run.config.train.evaluate_tokens)
+    counted = {**data.summary, "rows_held_out": held_out, "rows_evaluated": scored}
+    write_run_files(facts.job, counted, facts.record)
     facts.job.notes += other_data_notes(facts.record)
     facts.job.notes += data.tokenizer.notes() if data.tokenizer is not None else []
     lines = facts.lines()
@@ -226,12 +249,12 @@ def _open_logger(run: TrainingRun, stack: ExitStack, record: TrainingRecord) -> 
     logger: Logger = build(run.config.logger)
 
     def finish(kind: type[BaseException] | None, *_: object) -> None:
-        with phase("finishing the logger"):
+        with phase("finishing the logger", patience=LOGGER_PATIENCE):
             logger.finish(0 if kind is None else 1)
 
     stack.push(finish)
     files = [run.directory / name for name in ("config.yaml", "plan.txt", THIS_RUN_FILE)]
-    with phase("starting the logger"):
+    with phase("starting the logger", patience=LOGGER_PATIENCE):
         values = to_yaml(run.config) | read_origin(run.directory) | {"convergence": record.convergence}
         logger.open(run.directory, values, files, run.console.message)
     return logger

@@ -25,7 +25,7 @@ from dsv3.launch.job import Job
 from dsv3.metrics.console import Console
 from dsv3.metrics.progress import entering, phase
 from dsv3.model.generation import inference
-from dsv3.model.layers import cross_entropy_sum
+from dsv3.model.head import cross_entropy_sum
 from dsv3.parallel.parallelize import build_model
 from dsv3.planning import parameters
 from dsv3.tasks.setup import JOINING
@@ -82,7 +82,7 @@ class VerifyTask:
         if needed > limit:
             reason = f"names, shapes and norms only: {_describe_need('the model', needed, limit)}"
             return hf_weight_norms(config.model, self.path), reason
-        model = build_model(config, None, device)
+        model = build_model(config, None, device, initial=False)
         load_weights([model], self.path)
         hf_model, reason = _load_hf_model(self.path, needed, device)
         if hf_model is None:

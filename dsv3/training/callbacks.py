@@ -24,8 +24,12 @@ from dsv3.metrics.console import Console
 from dsv3.metrics.loggers import Logger
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
+from dsv3.model.generation import TimeLimit
 from dsv3.training.evaluation import evaluate
 from dsv3.training.step import ForwardBackward, StepMetrics
+
+MEMORY_EVENTS = 100_000
+"""Allocations and frees that a memory snapshot holds at most, each with its stack of several KB."""
 
 
 @dataclass
@@ -49,6 +53,8 @@ class TrainingRun:
     """The row of metrics.jsonl of the step just done."""
     metrics: StepMetrics | None = None
     """The measurements of the step just done, still on the device."""
+    fill_throughput: Callable[[], None] = lambda: None
+    """Fills the row's tokens_per_second and mfu, waiting for a GPU to end the step; on CPU they are there."""
 
     @property
     def step(self) -> int:
@@ -83,7 +89,7 @@ class Callback:
 
 
 class Evaluate(Callback):
-    """Measures the held-out loss every `every` steps and at the last one."""
+    """Measures the held-out loss every `every` steps and at the last one; never where it is 0."""
 
     def __init__(self, rows: RowDataset, every: int) -> None:
         self.rows = rows
@@ -91,10 +97,10 @@ class Evaluate(Callback):
 
     def on_step_end(self, run: TrainingRun) -> None:
         """Fill the row's evaluation_loss; the checkpoint of this step carries it too."""
-        if is_due(run.step, self.every) or run.is_last_step:
+        if is_due(run.step, self.every) or (self.every > 0 and run.is_last_step):
             train = run.config.train
             found = evaluate(
-                run.forward_backward, self.rows, train.microbatch, run.ranks, train.evaluate_batches
+                run.forward_backward, self.rows, train.microbatch, run.ranks, train.evaluate_tokens
             )
             run.row.evaluation_loss = found.loss
         run.progress.evaluation_loss = run.row.evaluation_loss
@@ -110,7 +116,7 @@ class RecordMetrics(Callback):
     def on_step_end(self, run: TrainingRun) -> None:
         """Queue the row; write it at every `every` steps."""
         assert run.metrics is not None
-        self.recorder.add(run.row, run.metrics.known())
+        self.recorder.add(run.row, run.metrics.known(), run.fill_throughput)
         if is_due(run.step, self.every):
             self.recorder.flush()
 
@@ -154,13 +160,19 @@ class SaveCheckpoint(Callback):
 
 
 class Sample(Callback):
-    """Shows a sample of text every `every` steps, and at the end of a finished run; never where it is 0."""
+    """Shows a sample of text every `every` steps, and at the end of a finished run; never where it is 0.
 
-    def __init__(self, sample: Callable[[int], str], prompt: str, every: int) -> None:
+    It stops after `seconds`, which the drawing rank measures for all.
+    """
+
+    def __init__(
+        self, sample: Callable[[int, TimeLimit], str], prompt: str, every: int, seconds: float
+    ) -> None:
         self.sample = sample
         """Returns the text that follows `prompt`, from a seed; all ranks call it together."""
         self.prompt = prompt
         self.every = every
+        self.seconds = seconds
         self._shown_at: int | None = None
 
     def on_step_end(self, run: TrainingRun) -> None:
@@ -175,8 +187,11 @@ class Sample(Callback):
 
     def _show(self, run: TrainingRun) -> None:
         self._shown_at = run.step
-        text = self.sample(run.step)
+        limit = TimeLimit(self.seconds)
+        text = self.sample(run.step, limit)
         run.console.sample(self.prompt, text)
+        if limit.reached:
+            run.console.message(f"the sample was cut off after train.generate_seconds={self.seconds:g}")
         if run.logger is not None:
             run.logger.text("sample", self.prompt + text, run.step)
 
@@ -216,25 +231,28 @@ class CollectGarbage(Callback):
 
 
 class Profile(Callback):
-    """profile=on: a torch.profiler trace of some steps and, on CUDA, a memory snapshot, one file per rank."""
+    """profile=on: a torch.profiler trace of some steps and, on CUDA, a memory snapshot, one file per rank.
+
+    Allocations are recorded during the profiled steps alone, and the last MEMORY_EVENTS of them.
+    """
 
     def __init__(self, config: ProfileConfig) -> None:
         self.config = config
         self.stack = ExitStack()
         self.profiler: profile | None = None
+        self.recording = False
 
     def on_train_start(self, run: TrainingRun) -> None:
         """Start the profiler; traces go to RUN_DIR/profile/."""
         folder = run.directory / "profile"
         folder.mkdir(exist_ok=True)
         cuda = run.ranks.device.type == "cuda"
-        if cuda:
-            record_memory_history()
 
         def write(finished: profile) -> None:
             finished.export_chrome_trace(str(folder / f"trace-rank{run.ranks.rank}.json"))
-            if cuda:
+            if self.recording:
                 write_memory_snapshot(str(folder / f"memory-rank{run.ranks.rank}.pickle"))
+                self._stop_recording()
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         plan = schedule(wait=self.config.wait, warmup=1, active=self.config.steps, repeat=1)
@@ -242,13 +260,22 @@ class Profile(Callback):
         self.profiler = self.stack.enter_context(profiler)
 
     def on_step_end(self, run: TrainingRun) -> None:
-        """Tell the profiler that a step is done."""
+        """Tell the profiler that a step is done; record memory from where its steps begin."""
         assert self.profiler is not None
         self.profiler.step()
+        if self.profiler.step_num == self.config.wait + 1 and run.ranks.device.type == "cuda":
+            record_memory_history(MEMORY_EVENTS)
+            self.recording = True
 
     def close(self, failed: bool) -> None:
-        """End the profiler."""
+        """End the profiler; it writes what it has of steps that it has begun."""
         self.stack.close()
+        self._stop_recording()
+
+    def _stop_recording(self) -> None:
+        if self.recording:
+            record_memory_history(None)
+        self.recording = False
 
 
 def is_due(step: int, every: int) -> bool:

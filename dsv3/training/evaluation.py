@@ -1,13 +1,16 @@
-"""Measure the held-out loss: one mean over the valid tokens of all ranks."""
+"""Measure the held-out loss: one mean over the valid tokens of all ranks.
+
+An evaluation may score a part of the held-out rows. They are the same ones each time and on every layout.
+"""
 
 from contextlib import ExitStack
-from itertools import islice
 from typing import NamedTuple
 
 import torch
 
+from dsv3.config.training import scored_rows
 from dsv3.data.loader import evaluation_batches
-from dsv3.data.packing import RowDataset
+from dsv3.data.packing import PackedRow, RowDataset
 from dsv3.distributed.process_group import RankContext
 from dsv3.metrics.progress import phase
 from dsv3.model.generation import inference
@@ -24,32 +27,55 @@ class Evaluation(NamedTuple):
     """Valid targets that were scored."""
 
 
+class SpreadRows:
+    """Some of the rows of a dataset, evenly spread over it: held-out documents stand in an order."""
+
+    def __init__(self, rows: RowDataset, count: int) -> None:
+        self.rows = rows
+        self.count = count
+        self.sequence_length = rows.sequence_length
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.count
+
+    def row(self, index: int) -> PackedRow:
+        """Return the row at `index`, 0 <= index < len."""
+        return self.rows.row(index * len(self.rows) // self.count)
+
+
+def rows_to_score(rows: RowDataset, tokens: int | None) -> RowDataset:
+    """Return the rows of an evaluation of about so many `tokens`, at least one; all of them for None."""
+    count = scored_rows(len(rows), rows.sequence_length, tokens)
+    return rows if count == len(rows) else SpreadRows(rows, count)
+
+
 def evaluate(
     forward_backward: ForwardBackward,
     rows: RowDataset,
     microbatch_size: int,
     ranks: RankContext,
-    batches: int | None = None,
+    tokens: int | None = None,
 ) -> Evaluation:
-    """Score every row once over all ranks, or only the first `batches` microbatches of each data share.
+    """Score every row once over all ranks, or rows of about so many `tokens` (`rows_to_score`).
 
     Sums are fp64, so that the precision of the mean does not depend on the number of rows. The model's mode
     and gradients stay as they are. All ranks call it together.
     """
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss sum, valid tokens
+    rows = rows_to_score(rows, tokens)
     own = evaluation_batches(rows, microbatch_size, ranks.data_rank, ranks.data_world)
     count = -(-len(rows) // (microbatch_size * ranks.data_world))
-    count = count if batches is None else min(count, batches)
     with ExitStack() as stack:
-        work = stack.enter_context(phase("computing the held-out loss", count, "batches"))
+        work = stack.enter_context(phase("computing the held-out loss", count, "batches", together=True))
         for part in forward_backward.model_parts:
             stack.enter_context(inference(part))
-        for batch in islice(own, batches):
+        for batch in own:
             batch = batch.to(ranks.device)
             total[0] += forward_backward.evaluate(batch)
             total[1] += valid_tokens(batch)
             work.advance()
-        loss, tokens = ranks.sum(total).tolist()
+        loss, valid = ranks.sum(total).tolist()
     # Ranks that compute the same loss, or read the same rows, have each added it to the sums.
-    tokens = round(tokens) // ranks.row_replicas
-    return Evaluation(loss / ranks.loss_replicas / max(tokens, 1), tokens)
+    valid = round(valid) // ranks.row_replicas
+    return Evaluation(loss / ranks.loss_replicas / max(valid, 1), valid)

@@ -1,39 +1,27 @@
 """The training loop: take optimizer steps, and call the callbacks between them."""
 
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from dsv3.data.loader import DataLoader
-from dsv3.distributed.signals import StopRequest
+from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
+from dsv3.distributed.signals import StopEarly, StopSignal, obey
 from dsv3.metrics.progress import phase
 from dsv3.metrics.row import MetricsRow
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.schedule import Schedule, StepHyperparameters
 from dsv3.training.step import TrainStep
-
-
-@dataclass
-class Throughput:
-    """Turns a step's seconds into tokens per second and MFU."""
-
-    sequences_per_step: int
-    tokens_per_step: int
-    flops_per_token: float
-    peak_flops: float | None
-    """FLOP/s of all devices together; None where it is unknown (CPU)."""
-
-    def fill(self, row: MetricsRow, seconds: float) -> None:
-        """Set the row's tokens_per_second and mfu."""
-        row.tokens_per_second = self.tokens_per_step / seconds
-        if self.peak_flops:
-            row.mfu = row.tokens_per_second * self.flops_per_token / self.peak_flops
+from dsv3.training.throughput import Throughput
 
 
 @dataclass
 class Loop:
-    """One training run from its progress to the last step; tasks/train.py puts it together."""
+    """One training run from its progress to the last step; tasks/train.py puts it together.
+
+    A stop ends it after the step behind the one in which it was heard, on all ranks alike, and what callbacks
+    do at once where they can (StopEarly).
+    """
 
     run: TrainingRun
     step: TrainStep
@@ -41,33 +29,41 @@ class Loop:
     schedule: Schedule
     throughput: Throughput
     callbacks: Sequence[Callback]
-    stop: StopRequest
+    stop: StopSignal
 
     def train(self) -> bool:
         """Train to train.steps or train.stop_after; return False when a signal ended the run early."""
-        train, progress = self.run.config.train, self.run.progress
-        last = min(train.steps, train.stop_after or train.steps)
+        train, progress, ranks = self.run.config.train, self.run.progress, self.run.ranks
+        first, last = progress.step + 1, min(train.steps, train.stop_after or train.steps)
         with ExitStack() as stack:
             for callback in self.callbacks:
                 stack.push(lambda kind, *_, close=callback.close: close(kind is not None))
                 callback.on_train_start(self.run)
-            compiles = " (compiling)" if self.run.config.compile.enabled else ""
-            title = f"taking step {progress.step + 1}{compiles}"
+            stack.enter_context(obey(self.stop))
+            with phase("waiting for the other ranks to be ready"):  # rank 0 has started the logger meanwhile
+                ranks.meet()
+            compiles = self.run.config.compile.enabled
+            title = f"taking step {first}{' (compiling)' if compiles else ''}"
             stack.enter_context(phase(title, until=lambda: self.run.console.has_shown_steps))
             finished = True
             while finished and progress.step < last:
-                self._advance()
-                # All ranks agree to stop at the same step.
+                may_compile = progress.step < first and (compiles or ranks.device.type == "cuda")
+                with HEARTBEAT.patient(FIRST_CALL if may_compile else 0.0):
+                    self._take_step()
+                if progress.step == first:
+                    self._begin_to_save()
+                ended_early = self._call_callbacks()
                 wants_stop = any(callback.wants_stop for callback in self.callbacks)
-                finished = not self.run.ranks.any(self.stop.requested or wants_stop)
+                finished = not (ended_early or self.stop.poll(wants_stop))
             for callback in self.callbacks:
-                callback.on_train_end(self.run, finished)
+                with suppress(StopEarly):  # finished, or saved
+                    callback.on_train_end(self.run, finished)
         return finished
 
-    def _advance(self) -> None:
-        """Take one step and call the callbacks."""
-        started = time.perf_counter()
+    def _take_step(self) -> None:
+        """Take one step, and begin its row of metrics."""
         run, progress = self.run, self.run.progress
+        self.throughput.start()
         step = progress.step + 1
         lr = run.config.optimizer.lr * self.schedule(step)
         now = StepHyperparameters.at(step, self.schedule.total_steps, lr, run.config.train)
@@ -76,6 +72,21 @@ class Loop:
         progress.samples += self.throughput.sequences_per_step
         progress.tokens += self.throughput.tokens_per_step
         run.row = MetricsRow(step=step, tokens=progress.tokens, lr=now.lr)
-        self.throughput.fill(run.row, time.perf_counter() - started)
+        run.fill_throughput = self.throughput.stop(run.row)
+        HEARTBEAT.beat()
+
+    def _begin_to_save(self) -> None:
+        """Save at a stop from now on: every rank has taken a step. What compiles has compiled."""
+        self.run.ranks.meet()
+        self.stop.saves_from_now()
+        self.run.ranks.limit_collectives(first_calls=False)
+
+    def _call_callbacks(self) -> bool:
+        """Call the callbacks; return True where one of them has ended early because the run is to stop."""
+        ended_early = False
         for callback in self.callbacks:
-            callback.on_step_end(run)
+            try:
+                callback.on_step_end(self.run)
+            except StopEarly:
+                ended_early = True
+        return ended_early

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dsv3.data.batch import Batch, mtp_targets
-from dsv3.model.layers import IGNORE_INDEX, LocalVocabularyShard
-from dsv3.model.transformer import LocalSequenceShard, ModelOutput
+from dsv3.model.head import IGNORE_INDEX, HeadTargets
+from dsv3.model.transformer import ModelOutput
 from dsv3.training.schedule import StepHyperparameters
 
 
@@ -29,12 +29,15 @@ class LossDenominators:
 
 
 class LossTerms(NamedTuple):
-    """One microbatch's share of the loss terms of a step; scalars, without their weights."""
+    """One microbatch's share of the loss terms of a step; scalars."""
 
+    head: Tensor
+    """`main` and `mtp` with their weights, added up by the head; the gradient of both is here."""
     main: Tensor
-    """Cross-entropy of the next token in nats."""
+    """Cross-entropy of the next token in nats, without gradient."""
     mtp: Tensor
-    """Mean over MTP depths of their cross-entropies in nats, each divided like `main` (eq. 24: 1/T)."""
+    """Mean over MTP depths of their cross-entropies in nats, each divided like `main` (eq. 24: 1/T); without
+    weight and gradient."""
     balance: Tensor
     """Sequence-wise balance losses, summed over layers, before alpha (eq. 17 to 20)."""
     z: Tensor
@@ -42,7 +45,7 @@ class LossTerms(NamedTuple):
 
     def total(self, step: StepHyperparameters) -> Tensor:
         """Return the weighted sum of all terms: the total loss that backward starts from."""
-        return self.main + step.mtp_weight * self.mtp + self.router_loss(step)
+        return self.head + self.router_loss(step)
 
     def router_loss(self, step: StepHyperparameters) -> Tensor:
         """Return the weighted balance and z-loss: all that a pipeline stage without the head minimises."""
@@ -85,27 +88,26 @@ def valid_tokens(batch: Batch) -> Tensor:
     return (batch.targets != IGNORE_INDEX).sum()
 
 
-def loss_terms(
-    output: ModelOutput,
-    batch: Batch,
-    denominators: LossDenominators,
-    vocabulary_shard: LocalVocabularyShard | None = None,
-    sequence_shard: LocalSequenceShard | None = None,
-    has_logits: bool = True,
-) -> LossTerms:
-    """Return this microbatch's share of the loss terms.
+def head_targets(
+    batch: Batch, denominators: LossDenominators, step: StepHyperparameters, mtp_depths: int
+) -> HeadTargets:
+    """Return what a training step scores the head against: the next token, and the tokens of all MTP depths.
 
-    `vocabulary_shard` and `sequence_shard` are the model's, where ranks split its logits. A pipeline stage
-    without the head `has_logits` False: its cross-entropies are 0.
+    A factor is the term's weight over its denominator; MTP is a mean over depths.
     """
-    take = (sequence_shard or LocalSequenceShard()).take_local
-    cross_entropy = (vocabulary_shard or LocalVocabularyShard()).cross_entropy_sum
-    main = torch.zeros((), device=output.logits.device)
-    mtp = torch.zeros_like(main)
-    if has_logits:
-        main = cross_entropy(output.logits, take(batch.targets)) / denominators.tokens
-        for depth, logits in enumerate(output.mtp_logits, start=1):
-            targets = take(mtp_targets(batch.targets, batch.documents, depth))
-            mtp = mtp + cross_entropy(logits, targets) / denominators.tokens / len(output.mtp_logits)
+    depths = range(1, mtp_depths + 1)
+    ids = [batch.targets, *(mtp_targets(batch.targets, batch.documents, depth) for depth in depths)]
+    factors = [1 / denominators.tokens, *(step.mtp_weight / mtp_depths / denominators.tokens for _ in depths)]
+    return HeadTargets(ids, factors)
+
+
+def loss_terms(output: ModelOutput, batch: Batch, denominators: LossDenominators) -> LossTerms:
+    """Return this microbatch's share of the loss terms; a pipeline stage without the head has 0 for its."""
+    head = main = mtp = torch.zeros((), device=output.balance_loss.device)
+    if output.head_loss is not None:
+        head, (main, *of_depths) = output.head_loss
+        main = main / denominators.tokens
+        mtp = sum(of_depths, mtp) / denominators.tokens / max(1, len(of_depths))
     share_of_sequences = batch.tokens.shape[0] / denominators.sequences
-    return LossTerms(main, mtp, output.balance_loss * share_of_sequences, output.z_loss * share_of_sequences)
+    balance, z = output.balance_loss * share_of_sequences, output.z_loss * share_of_sequences
+    return LossTerms(head, main, mtp, balance, z)

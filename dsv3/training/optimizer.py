@@ -25,8 +25,12 @@ from dsv3.model.router import Router
 from dsv3.model.transformer import Transformer
 from dsv3.planning.parameter_groups import ParameterGroup, is_frozen, parameter_groups
 
-CHUNK_ELEMENTS = 2**22
-"""Elements per update call. Their fp32 moments take 32 MiB: enough to keep a GPU busy."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
+"""Elements per update call, by type of device: their fp32 moments take 32 or 256 MiB.
+
+A GPU needs 0.3 to 0.5 ms for its chunk, many times what the host needs to launch it. More would not help, and
+the memory is needed when activations have gone.
+"""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """PyTorch's names of the running means of the gradient and of its square."""
@@ -40,6 +44,7 @@ class RowSlice(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
+    """That of the whole parameter, which other slices have too."""
 
 
 class BF16MomentAdamW(torch.optim.AdamW):
@@ -98,23 +103,23 @@ class BF16MomentAdamW(torch.optim.AdamW):
 
 
 def _split_rows(parameter: nn.Parameter, state: dict[str, Tensor]) -> Iterator[RowSlice]:
-    """Split a parameter along dim 0 into slices of at most CHUNK_ELEMENTS elements, at least one row each."""
+    """Split a parameter along dim 0 into slices of at most a chunk's elements, at least one row each."""
     assert parameter.grad is not None
     tensors = (parameter.data, parameter.grad, *(state[key] for key in MOMENTS))
     local = [torch.atleast_1d(local_tensor(tensor)) for tensor in tensors]
     elements, rows = local[0].numel(), len(local[0])
     if elements:
-        rows_per_slice = max(1, CHUNK_ELEMENTS * rows // elements)
+        rows_per_slice = max(1, CHUNK_ELEMENTS[local[0].device.type] * rows // elements)
         for same_rows in zip(*(tensor.split(rows_per_slice) for tensor in local), strict=True):
-            yield RowSlice._make((*same_rows, state["step"].clone()))
+            yield RowSlice._make((*same_rows, state["step"]))
 
 
 def _group_into_chunks(slices: Iterable[RowSlice]) -> Iterator[list[RowSlice]]:
-    """Group slices for one update call each: at most CHUNK_ELEMENTS elements together, at least one slice."""
+    """Group slices for one update call each: at most a chunk's elements together, at least one slice."""
     chunk: list[RowSlice] = []
     elements = 0
     for rows in slices:
-        if chunk and elements + rows.parameter.numel() > CHUNK_ELEMENTS:
+        if chunk and elements + rows.parameter.numel() > CHUNK_ELEMENTS[rows.parameter.device.type]:
             yield chunk
             chunk, elements = [], 0
         chunk.append(rows)
@@ -125,18 +130,21 @@ def _group_into_chunks(slices: Iterable[RowSlice]) -> Iterator[list[RowSlice]]:
 
 def _update(chunk: list[RowSlice], group: dict[str, Any]) -> None:
     """Take one step of PyTorch's AdamW with fp32 copies of the moments; round the new moments to bf16."""
-    exp_avgs = [rows.exp_avg.float() for rows in chunk]
-    exp_avg_sqs = [rows.exp_avg_sq.float() for rows in chunk]
+    # Multi-tensor kernels throughout: on a GPU a launch per slice would take longer than its work.
+    stored = [rows.exp_avg for rows in chunk] + [rows.exp_avg_sq for rows in chunk]
+    moments = [torch.empty_like(moment, dtype=torch.float32) for moment in stored]
+    foreach_copy_(moments, stored)
+    exp_avgs, exp_avg_sqs = moments[: len(chunk)], moments[len(chunk) :]
+    steps = list(torch.stack([rows.step for rows in chunk]).unbind())
     beta1, beta2 = group["betas"]
     adamw(
         [rows.parameter for rows in chunk], [rows.gradient for rows in chunk],
-        exp_avgs, exp_avg_sqs, [], [rows.step for rows in chunk],
+        exp_avgs, exp_avg_sqs, [], steps,
         fused=group["fused"], foreach=group["foreach"],
         amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
-    foreach_copy_([rows.exp_avg for rows in chunk], exp_avgs)
-    foreach_copy_([rows.exp_avg_sq for rows in chunk], exp_avg_sqs)
+    foreach_copy_(stored, moments)
 
 
 SHARDED = {
@@ -208,15 +216,24 @@ def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float, ranks: Ran
     # A parameter of two pipeline stages (the embedding, which MTP shares) counts on one of them only.
     counted = [p.grad for p in trained if p.grad is not None and not getattr(p, "is_replica", False)]
     squares = torch.zeros((), device=ranks.device)
-    if counted:  # a pipeline rank whose layers are all frozen has none
-        norms = foreach_norm([local_tensor(gradient) for gradient in counted])
-        shares = torch.tensor([1.0 / replicas(gradient) for gradient in counted], device=ranks.device)
-        squares = (torch.stack(norms).square() * shares).sum()
+    # A pipeline rank whose layers are all frozen has no gradient; offloaded parameters have theirs on the CPU.
+    for (copies, _), gradients in _grouped(counted, lambda g: (replicas(g), local_tensor(g).device)).items():
+        of_group = torch.stack(foreach_norm(gradients)).square().sum() / copies
+        squares = squares + of_group.to(ranks.device)
     norm = ranks.sum(squares).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if trained:
-        foreach_mul_([local_tensor(p.grad) for p in trained if p.grad is not None], scale)
+    for device, gradients in _grouped([p.grad for p in trained], lambda g: local_tensor(g).device).items():
+        foreach_mul_(gradients, scale.to(device))
     return norm
+
+
+def _grouped(tensors: Iterable[Tensor | None], key: Callable[[Tensor], Any]) -> dict[Any, list[Tensor]]:
+    """Return this rank's shards of the tensors that are there, by their `key`."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor is not None:
+            groups.setdefault(key(tensor), []).append(local_tensor(tensor))
+    return groups
 
 
 def replicas(tensor: Tensor) -> int:

@@ -12,10 +12,14 @@ from dsv3.data.batch import Batch
 from dsv3.distributed.process_group import RankContext
 from dsv3.fp8.convert_model import fp8_engine_name, take_nonfinite_tiles
 from dsv3.metrics import expert_load
+from dsv3.model.attention_kernels import Segments
+from dsv3.model.generation import last_logits
+from dsv3.model.head import HeadTargets
+from dsv3.model.kv_cache import CacheStep
 from dsv3.model.router import Router
-from dsv3.model.transformer import Transformer
+from dsv3.model.transformer import ModelOutput, Transformer
 from dsv3.training.expert_bias import stack_expert_bias, take_expert_load, update_expert_bias
-from dsv3.training.loss import LossDenominators, LossSums, loss_terms, valid_tokens
+from dsv3.training.loss import LossDenominators, LossSums, head_targets, loss_terms, valid_tokens
 from dsv3.training.optimizer import clip_gradients, set_learning_rate
 from dsv3.training.schedule import StepHyperparameters
 
@@ -25,6 +29,8 @@ class ForwardBackward(Protocol):
 
     model_parts: list[Transformer]
     """What this rank holds of the model: all of it, or its pipeline stages."""
+    head_rank: int
+    """Pipeline rank that has the head."""
 
     def train(
         self, microbatches: list[Batch], denominators: LossDenominators, step: StepHyperparameters
@@ -34,8 +40,11 @@ class ForwardBackward(Protocol):
     def evaluate(self, batch: Batch) -> Tensor:
         """Return the summed next-token cross-entropy of `batch`, 0 where another rank has it; a scalar."""
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return the logits [batch, sequence, vocab] of `tokens` [batch, sequence], on every rank."""
+    def next_logits(self, tokens: Tensor, step: CacheStep) -> Tensor | None:
+        """Return the logits [batch, vocab] after each row's last token, None on ranks without the head.
+
+        `tokens` [batch, sequence] follow those in the cache; `step` has this rank's layers of it.
+        """
 
 
 class LocalForwardBackward:
@@ -44,6 +53,7 @@ class LocalForwardBackward:
     def __init__(self, model: Transformer, document_mask: bool) -> None:
         self.model = model
         self.model_parts = [model]
+        self.head_rank = 0
         self.document_mask = document_mask
 
     def train(
@@ -52,23 +62,27 @@ class LocalForwardBackward:
         """See ForwardBackward."""
         sums = []
         for batch in microbatches:
-            output = self.model(batch.tokens, batch.documents if self.document_mask else None)
-            shards = (self.model.vocabulary_shard, self.model.sequence_shard)
-            terms = loss_terms(output, batch, denominators, *shards)
+            targets = head_targets(batch, denominators, step, self.model.config.mtp_depths)
+            output = self.model(batch.tokens, self._documents(batch), targets=targets)
+            terms = loss_terms(output, batch, denominators)
             terms.total(step).backward()  # gradients accumulate over the microbatches
-            main, mtp, balance = (term.detach() for term in (terms.main, terms.mtp, terms.balance))
-            sums.append(LossSums(main, mtp, balance, output.nonfinite_routers.float()))
+            nonfinite = output.nonfinite_routers.float()
+            sums.append(LossSums(terms.main, terms.mtp, terms.balance.detach(), nonfinite))
         return LossSums.added_up(sums)
 
     def evaluate(self, batch: Batch) -> Tensor:
         """See ForwardBackward."""
-        logits = self.model(batch.tokens, batch.documents if self.document_mask else None).logits
-        targets = self.model.sequence_shard.take_local(batch.targets)
-        return self.model.vocabulary_shard.cross_entropy_sum(logits, targets)
+        targets = HeadTargets([batch.targets], [1.0])
+        output: ModelOutput = self.model(batch.tokens, self._documents(batch), targets=targets)
+        assert output.head_loss is not None
+        return output.head_loss.loss
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def next_logits(self, tokens: Tensor, step: CacheStep) -> Tensor | None:
         """See ForwardBackward."""
-        return self.model.sequence_shard.gather(self.model.vocabulary_shard.gather(self.model(tokens).logits))
+        return self.model.head.vocabulary_shard.gather(last_logits(self.model, tokens, step))
+
+    def _documents(self, batch: Batch) -> Segments | None:
+        return batch.segments if self.document_mask else None
 
 
 class StepMetrics(NamedTuple):

@@ -5,11 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.checkpoint.manifest import FileEntry, check_newest, shares, verify_together, with_way_out
-from dsv3.checkpoint.save import Staging
 from dsv3.errors import UserError
 from tests.checkpoint import hostile
 from tests.harness.checkpoints import seal, unseal
@@ -114,15 +112,6 @@ def test_a_planted_pickle_is_not_executed_whatever_the_manifest_says(step: Path,
         with pytest.raises(UserError, match=r"\.metadata is refused"):
             Trained(seed=1).restore(step.parent.parent)
         assert not marker.exists(), name
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
-def test_copies_of_a_gpus_tensors_are_pinned_and_right() -> None:
-    staging, tensor = Staging(), torch.arange(1000.0, device="cuda")
-    copy = staging.copy({"a": tensor})["a"]
-    assert copy.is_pinned()
-    tensor.zero_()
-    assert torch.equal(copy, torch.arange(1000.0))
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from dsv3.launch.job import Job
 from dsv3.launch.slurm import batch_script
 from dsv3.launch.workers import _rendezvous
 from dsv3.parallel.parallel_model import build_parallel_model
+from dsv3.parallel.parallelize import build_on_meta
 from dsv3.tasks.setup import load_parts, prepare_data
 from dsv3.training.callbacks import Profile
 from dsv3.training.evaluation import evaluate
@@ -115,7 +116,7 @@ def held_out_tokens(job: Job) -> object:
     model = build_parallel_model(job.config, None, torch.device("cpu"))
     rows = prepare_data(job.config, ALONE).held_out
     train = job.config.train
-    return evaluate(model.forward_backward, rows, train.microbatch, ALONE, train.evaluate_batches)
+    return evaluate(model.forward_backward, rows, train.microbatch, ALONE, train.evaluate_tokens)
 
 
 def agent(job: Job) -> object:
@@ -169,6 +170,13 @@ def determinism(job: Job) -> object:
         return torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def fp32_matmuls(job: Job) -> object:
+    """Return what PyTorch is told about fp32 matmuls on a GPU."""
+    with patch.object(torch, "set_float32_matmul_precision") as told:
+        build_on_meta(job.config, torch.device("cuda"))
+    return told.call_args
 
 
 def profiled(job: Job) -> object:
@@ -241,10 +249,11 @@ EFFECTS: dict[str, Effect] = {
     "train.log_every": Effect("lines of log.txt", "train.log_every"),
     "train.checkpoint_every": Effect("checkpoints/", "train.checkpoint_every"),
     "train.evaluate_every": Effect("evaluation_loss in metrics.jsonl", "train.evaluate_every"),
-    "train.evaluate_batches": Effect(
+    "train.evaluate_tokens": Effect(
         "evaluation_loss in metrics.jsonl", held_out_tokens, values=("null", "1")
     ),
     "train.generate_every": Effect("samples in log.txt", "train.generate_every"),
+    "train.generate_seconds": Effect("samples in log.txt", "train.generate_seconds"),
     "train.export_hf_every": Effect("hf/ in the run directory", "train.export_hf_every"),
     "train.collect_garbage_every": Effect("memory_gib in metrics.jsonl", "train.collect_garbage_every"),
     "train.balance": Effect("weights, moe_* and balance_loss in metrics.jsonl", training),
@@ -274,6 +283,7 @@ EFFECTS: dict[str, Effect] = {
     "hardware.name": Effect("plan.txt and environment.json", plan, ("task=plan",), ("auto", "h100")),
     "hardware.memory_bytes": Effect("plan.txt", plan, ("task=plan",), ("null", "123456789")),
     "hardware.devices_per_node": Effect("traffic in plan.txt", plan, EP, ("8", "2")),
+    "hardware.peak_flops_tf32": Effect("mfu in metrics.jsonl", plan, ("task=plan",), ("null", "1e12")),
     "hardware.peak_flops_fp32": Effect("mfu in metrics.jsonl", "hardware.peak_flops_fp32"),
     "hardware.peak_flops_bf16": Effect("mfu in metrics.jsonl", plan, ("task=plan",), ("null", "1e12")),
     "hardware.peak_flops_fp8": Effect("mfu in metrics.jsonl", plan, ("task=plan",), ("null", "1e12")),
@@ -324,6 +334,7 @@ EFFECTS: dict[str, Effect] = {
     "logger": Effect("the run in wandb", wandb_init),
     "logger.mode": Effect("the run in wandb, or wandb/ alone", wandb_init, values=("auto", "disabled")),
     "precision.compute": Effect("weights and loss, throughput", training, values=("fp32", "bf16")),
+    "precision.matmul": Effect("on a GPU throughput, weights", fp32_matmuls),
     "precision.moments": Effect("memory in plan.txt, weights", training),
     "precision.fp8": Effect("weights and loss, throughput", training, ("precision=fp8",)),
     "precision.fp8.engine": Effect("throughput", training, ("precision=fp8",), ("auto", "scaled_mm")),

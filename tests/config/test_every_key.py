@@ -403,7 +403,7 @@ def test_keys_of_the_training_loop_are_seen_in_the_files_of_a_run(
     monkeypatch.setattr("dsv3.training.callbacks.gc.collect", counted)
     every = {"log": 1, "checkpoint": 2, "evaluate": 2, "generate": 2, "export_hf": 0, "collect_garbage": 50}
     base = [f"train.{name}_every={number}" for name, number in every.items()]
-    base += ["train.evaluate_batches=1", "train.balance.bias_speed=0.01", "train.steps=4"]
+    base += ["train.evaluate_tokens=64", "train.balance.bias_speed=0.01", "train.steps=4"]
     commands.train(run["base"], *base)
     current[0] = "other"
     other = {"log": 3, "checkpoint": 4, "evaluate": 3, "generate": 0, "export_hf": 6, "collect_garbage": 2}
@@ -415,6 +415,7 @@ def test_keys_of_the_training_loop_are_seen_in_the_files_of_a_run(
         run["stopped"],
         *base,
         "train.stop_after=2",
+        "train.generate_seconds=1e-9",
         "profile=on",
         f"train.callbacks={own}",
         "profile.wait=0",
@@ -433,6 +434,7 @@ def test_keys_of_the_training_loop_are_seen_in_the_files_of_a_run(
     assert not [key for key, look in seen.items() if look(run["base"]) == look(run["other"])]
     stopped: dict[str, Callable[[Path], object]] = {
         "train.stop_after": lambda run: len(_rows(run)),
+        "train.generate_seconds": lambda run: "cut off after" in (run / "log.txt").read_text(),
         "train.callbacks": lambda run: collected.count(run.name),
         "profile.enabled": lambda run: any(path.name.startswith("profile") for path in run.iterdir()),
     }

@@ -64,7 +64,7 @@ def test_loss_and_balance_numbers_are_in_range() -> None:
     "key",
     [
         *["steps", "stop_after", "global_batch_size", "microbatch_size", "sequence_length"],
-        *["clip_norm", "log_every", "evaluate_batches"],
+        *["clip_norm", "log_every", "evaluate_tokens", "generate_seconds"],
     ],
 )
 def test_counts_of_the_loop_are_above_zero(key: str) -> None:

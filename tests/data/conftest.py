@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3.data.packing import Ids
+from dsv3.data.shuffle import Ids
 from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
 from tests.data.texts import sentence
 

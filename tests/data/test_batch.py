@@ -5,7 +5,7 @@ import torch
 
 from dsv3.data.batch import collate, mtp_targets
 from dsv3.data.packing import PADDING, PackedRow
-from dsv3.model.layers import IGNORE_INDEX
+from dsv3.model.head import IGNORE_INDEX
 
 I = IGNORE_INDEX  # noqa: E741 - the tables below are to be read at a glance
 

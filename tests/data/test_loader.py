@@ -6,9 +6,10 @@ import torch
 
 from dsv3.data.batch import Batch
 from dsv3.data.loader import DataLoader, evaluation_batches
-from dsv3.data.packing import Ids, PackedDataset, PackedEvaluationDataset
+from dsv3.data.packing import PackedDataset, PackedEvaluationDataset
+from dsv3.data.shuffle import Ids
 from dsv3.errors import UserError
-from dsv3.model.layers import IGNORE_INDEX
+from dsv3.model.head import IGNORE_INDEX
 
 Documents = tuple[Ids, Ids]
 

@@ -1,15 +1,17 @@
 """Rows: every token is a target once per epoch, each epoch has its own order, the index is the only state."""
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from dsv3.data.packing import PADDING, Ids, PackedDataset, PackedEvaluationDataset, permutation
+from dsv3.data import packing
+from dsv3.data.packing import PADDING, PackedDataset, PackedEvaluationDataset
+from dsv3.data.shuffle import Ids
 from dsv3.errors import UserError
 
 Documents = tuple[Ids, Ids]
-PINNED = [1, 6, 2, 0, 3, 5, 7, 4]
 
 
 def epoch(dataset: PackedDataset, number: int) -> list[Ids]:
@@ -31,10 +33,11 @@ def test_a_hand_written_example_in_file_order() -> None:
     assert rows[0].documents.dtype == np.int32
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("shuffle", "block"), [(True, 1024), (True, 8), (True, 1), (False, 8)])
 def test_every_token_is_a_target_once_but_the_first_and_the_remainder(
-    documents: Documents, shuffle: bool
+    documents: Documents, monkeypatch: pytest.MonkeyPatch, shuffle: bool, block: int
 ) -> None:
+    monkeypatch.setattr(packing, "BLOCK_DOCUMENTS", block)
     dataset = PackedDataset(*documents, 7, 3, shuffle)
     for number in range(3):
         targets = np.concatenate([tokens[1:] for tokens in epoch(dataset, number)])
@@ -42,7 +45,11 @@ def test_every_token_is_a_target_once_but_the_first_and_the_remainder(
         assert 0 <= len(documents[0]) - 1 - len(targets) < 7
 
 
-def test_document_numbers_change_where_the_documents_do(documents: Documents) -> None:
+@pytest.mark.parametrize("block", [1024, 8])
+def test_document_numbers_change_where_the_documents_do(
+    documents: Documents, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(packing, "BLOCK_DOCUMENTS", block)
     dataset = PackedDataset(*documents, 31, 3)
     for index in range(2 * len(dataset)):
         row = dataset.row(index)
@@ -92,9 +99,37 @@ def test_a_row_depends_on_its_index_alone(documents: Documents) -> None:
         assert jumping.row(int(index)).tokens.tolist() == rows[index]
 
 
-def test_the_order_is_that_of_every_version_of_numpy() -> None:
-    assert permutation(8, 1234, 0, 0).tolist() == PINNED
-    assert sorted(permutation(1000, 5).tolist()) == list(range(1000))
+def test_documents_are_shuffled_in_their_block_and_another_block_begins_every_epoch(
+    documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "BLOCK_DOCUMENTS", 8)
+    tokens, offsets = documents
+    stream = packing.DocumentStream(tokens, offsets, seed=3)
+    begins = set()
+    for epoch in range(20):
+        row = stream.read(0, len(tokens), epoch)
+        found = [
+            document_of(documents, token) for token in row.tokens[np.diff(row.documents, prepend=-1) > 0]
+        ]
+        blocks = [(document + 1) * 7 // 50 - ((document + 1) * 7 % 50 == 0) for document in found]
+        first = blocks[0]
+        assert [(block - first) % 7 for block in blocks] == sorted((block - first) % 7 for block in blocks)
+        assert sorted(found) == list(range(50)) != found
+        begins.add(first)
+    assert begins == set(range(7))
+
+
+def test_rows_of_any_number_of_documents_take_constant_memory() -> None:
+    offsets = 3 * np.arange(10**6 + 1)
+    tokens = np.broadcast_to(np.uint16(1), offsets[-1:])
+    tracemalloc.start()
+    try:
+        dataset = PackedDataset(tokens, offsets, 64, 3)
+        for index in range(0, 10 * len(dataset), len(dataset) // 20):
+            dataset.row(index)
+        assert tracemalloc.get_traced_memory()[1] < 2**21  # a permutation of the documents is 8 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_too_few_tokens_are_told_with_the_numbers() -> None:

@@ -20,7 +20,7 @@ def test_a_run_is_trained_evaluated_sampled_and_gone_on_with_from_anywhere(comma
     assert trained.code == 0, trained.err
     assert [row["step"] for row in rows(run_dir)] == [1, 2, 3]
 
-    ranks = ["parallel=fsdp", "launch.nproc=2", "train.evaluate_batches=1"]
+    ranks = ["parallel=fsdp", "launch.nproc=2", "train.evaluate_tokens=2048"]
     evaluated = command_line.run(
         "task=evaluate", f"checkpoint.load={NAME}", *ranks, "train.microbatch_size=1"
     )

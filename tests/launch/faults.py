@@ -1,7 +1,8 @@
-"""Optimizers that fail in their second step, to be reported by a run."""
+"""Optimizers that fail in a step, their second one, to be reported by a run."""
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,17 @@ class Raising(Hanging):
         if os.environ["RANK"] == "1":
             raise ValueError("rank 1 has had enough")
         oversleep()
+
+
+class Asleep(Hanging):
+    """Rank 1 does not come back from its first step, and leaves a file `asleep` to say so."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Begin the step that never ends."""
+        if os.environ["RANK"] == "1":
+            Path("asleep").touch()
+            oversleep()
+        return super().step(closure)
 
 
 def oversleep() -> None:

@@ -158,7 +158,7 @@ def test_a_run_of_a_released_model_resumes_when_the_release_is_gone(
     run = tmp_path / "run"
     small = ["tokenizer.vocab_size=280", "model.vocab_size=300", "model.mtp_depths=0", "train.steps=2"]
     data = ["data=text", f"data.path={commands.text}", "train.sequence_length=16", "logger=none"]
-    quick = ["train.global_batch_size=2", "train.stop_after=1", "train.evaluate_batches=1"]
+    quick = ["train.global_batch_size=2", "train.stop_after=1", "train.evaluate_tokens=64"]
     commands.must("model=hf", f"model.path={gone}", *small, *data, *quick, f"run.dir={run}")
     (gone / "config.json").unlink()
     model = planned.run(f"resume={run}").job.config.model

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 from dsv3.checkpoint.directory import complete_steps
-from tests.harness.processes import KILL, STOP, CommandLine, gone, rows
+from tests.harness.processes import KILL, STOP, CommandLine, gone, rows, until
 from tests.launch.test_launch import ENDLESS, TWO
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -35,13 +35,29 @@ def test_a_rank_that_raises_ends_those_that_hang_and_is_told(
     assert gone(workers, 0)
 
 
+def test_a_stop_in_the_first_step_ends_every_rank_at_once_in_whatever_it_waits(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    """Rank 1 sleeps in Python and rank 0 waits for it in a collective, in C++."""
+    arguments = command_line.training(tmp_path / "run", ENDLESS, *TWO, *faulty("Asleep"))
+    process = command_line.start(*arguments)
+    until((command_line.directory / "asleep").exists)
+    workers = process.workers()
+    assert len(workers) == 2
+    process.send(STOP)
+    ended = process.wait()
+    assert (ended.code, ended.err) == (130, "stopped before the first step; nothing was saved\n")
+    assert gone(workers, 0)
+    assert complete_steps(tmp_path / "run") == []
+
+
 def test_a_rank_that_hangs_is_found_with_every_stack(command_line: CommandLine, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = command_line.training(run_dir, ENDLESS, *TWO, *faulty("Hanging"), "launch.timeout=6")
     ended = command_line.run(*arguments)
     assert ended.code == 1
     first, *where = ended.err.splitlines()
-    assert first == "failed: no step for 6 s (launch.timeout)"
+    assert first == "failed: no progress for 6 s (launch.timeout)"
     (hung,) = [line for line in where if line.startswith("rank 1 at ")]
     assert hung.endswith("in oversleep")
     assert "faults.py" in hung

@@ -8,6 +8,7 @@ import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dsv3.config.model import AttentionKernel
@@ -192,7 +193,7 @@ def test_auto_takes_varlen_for_documents_where_the_gpu_can(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, packed: bool, flash: bool, expected: str
 ) -> None:
     taken = []
-    monkeypatch.setattr(attention_kernels, "_flash_takes", lambda *_: flash)
+    monkeypatch.setattr(attention_kernels, "flash_takes", lambda *_: flash)
     for name in ("varlen", "sdpa"):
         monkeypatch.setattr(attention_kernels, name, lambda *_, name=name: taken.append(name))
     segments = document_segments(DOCUMENTS if packed else None)
@@ -216,7 +217,9 @@ def test_auto_takes_varlen_for_documents_where_the_gpu_can(
         ("sdpa", "cuda", True, 1, True, ("sdpa", "kernel=sdpa; documents are masked")),
         ("flex", "cuda", True, 1, True, ("flex", "kernel=flex")),
         ("auto", "cpu", True, 1, True, ("blocks of queries", "the device is a CPU; documents are masked")),
-        ("flex", "cuda", False, 2, True, ("sdpa", "the gathered keys of 2 ranks")),
+        ("flex", "cuda", False, 2, True, ("cudnn", "the gathered keys of 2 ranks")),
+        ("auto", "cuda", True, 2, True, ("varlen", "the gathered keys of 2 ranks")),
+        ("auto", "cuda", True, 2, False, ("sdpa", "the gathered keys of 2 ranks")),
     ],
 )
 def test_the_kernel_that_is_taken_is_told_with_its_reason(
@@ -228,7 +231,8 @@ def test_the_kernel_that_is_taken_is_told_with_its_reason(
     flash: bool,
     told: tuple[str, str],
 ) -> None:
-    monkeypatch.setattr(attention_kernels, "_flash_takes", lambda *_: flash)
+    monkeypatch.setattr(attention_kernels, "flash_takes", lambda *_: flash)
+    monkeypatch.setattr(attention_kernels, "cudnn_takes", lambda *_: True)
     config = replace(model_config().attention, kernel=AttentionKernel[kernel])
     name, reason = explain_kernel(config, torch.device(device), torch.bfloat16, documents, cp)
     assert name == told[0]
@@ -247,7 +251,7 @@ def test_values_are_padded_on_cuda_only_where_no_fused_kernel_takes_them_narrow(
         return v
 
     given: list[Tensor] = []
-    monkeypatch.setattr(attention_kernels, "_cudnn_takes", lambda *_: cudnn)
+    monkeypatch.setattr(attention_kernels, "cudnn_takes", lambda *_: cudnn)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     out = attention_kernel(AttentionKernel.sdpa)(*on_cuda(dtype), SCALE, None)
     assert (out.shape[-1], given[0].shape[-1]) == (128, width)
@@ -255,9 +259,48 @@ def test_values_are_padded_on_cuda_only_where_no_fused_kernel_takes_them_narrow(
     assert given[0].transpose(1, 2).is_contiguous()
 
 
-def test_pytorch_can_be_asked_what_cudnn_takes() -> None:
+@pytest.mark.parametrize(("packed", "first"), [(False, SDPBackend.CUDNN_ATTENTION), (True, None)])
+def test_cudnn_comes_first_for_two_widths_and_never_sees_documents(
+    monkeypatch: pytest.MonkeyPatch, packed: bool, first: SDPBackend | None
+) -> None:
+    """It makes a plan for every new length, and some releases of PyTorch ask it after a slower kernel."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        order = torch._C._get_sdp_priority_order()
+        enabled.append(SDPBackend(order[0]) if torch.backends.cuda.cudnn_sdp_enabled() else None)
+        widths.append((q.shape[-1], v.shape[-1]))
+        return v
+
+    enabled: list[SDPBackend | None] = []
+    widths: list[tuple[int, int]] = []
+    monkeypatch.setattr(attention_kernels, "cudnn_takes", lambda *_: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    documents = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]) if packed else None
+    segments = document_segments(documents)
+    out = attention_kernel(AttentionKernel.sdpa)(*on_cuda(torch.bfloat16), SCALE, segments)
+    assert out.shape == (2, 4, 2, 128)
+    assert enabled == [first] * (4 if packed else 1)
+    assert set(widths) == {(192, 192) if packed else (192, 128)}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_pytorch_is_asked_once_what_cudnn_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer wants to know in every pass, and each question allocates tensors on the device."""
     # On CPU the answer is known; the call is the one that a GPU decides by.
-    assert not attention_kernels._cudnn_takes(torch.device("cpu"), torch.bfloat16, 192, 128)
+    asked: list[Any] = []
+    real = attention_kernels.can_use_cudnn_attention
+    monkeypatch.setattr(attention_kernels, "can_use_cudnn_attention", lambda p: asked.append(p) or real(p))
+    attention_kernels._ask_cudnn.cache_clear()
+    for _ in range(3):
+        assert not attention_kernels.cudnn_takes(torch.device("cpu"), torch.bfloat16, 192, 128)
+    assert len(asked) == 1
+    # cuDNN's backward pass is not deterministic, and the answer then another one.
+    torch.use_deterministic_algorithms(True)
+    try:
+        attention_kernels.cudnn_takes(torch.device("cpu"), torch.bfloat16, 192, 128)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(asked) == 2
 
 
 def test_segments_are_the_runs_of_equal_numbers_of_each_row() -> None:

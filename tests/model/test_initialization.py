@@ -1,12 +1,14 @@
 """Initial weights: their distribution, and what their values depend on."""
 
+import hashlib
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dsv3.model.initialization import initial_value, initialize
+from dsv3.model.initialization import NormalValues, Shard, initialize
 from dsv3.model.transformer import Transformer
 from tests.reference import MODEL, MOE, tiny_model
 
@@ -38,12 +40,71 @@ def test_matrices_have_the_configured_deviation_and_norms_are_one() -> None:
             assert abs(value.mean().item()) < error
 
 
-def test_initial_values_are_normal() -> None:
-    value = initial_value("any", torch.Size([512, 512]), 0.006, 0) / 0.006
-    assert value.std().item() == pytest.approx(1, abs=0.01)
-    assert value.mean().item() == pytest.approx(0, abs=0.01)
-    for sigmas, share in ((1, 0.6827), (2, 0.9545), (3, 0.9973)):
-        assert (value.abs() < sigmas).float().mean().item() == pytest.approx(share, abs=0.004)
+def box(shape: tuple[int, ...], offset: tuple[int, ...], name: str = "any", std: float = 1.0) -> Tensor:
+    """A box of the initial values of a parameter, in memory that held something else."""
+    out = torch.full(shape, torch.nan)
+    NormalValues(std, seed=0).fill(out, offset, name)
+    return out
+
+
+def test_initial_values_are_normal_and_independent() -> None:
+    value = box((4, 512, 768), (0, 0, 0), std=0.006) / 0.006
+    numbers = value.double().flatten().sort().values
+    middle = (torch.arange(len(numbers)) + 0.5) / len(numbers)
+    distance = (torch.erfc(-numbers / 2**0.5) / 2 - middle).abs().max() * len(numbers) ** 0.5
+    assert distance < 1.95  # Kolmogorov and Smirnov's, passed with a probability of 0.999
+    for power in (1, 2):  # neighbours in a row, the two of a pair among them, in a column and in the stack
+        x = value.double() ** power - (power - 1)
+        for one, other in ((x[..., 1:], x[..., :-1]), (x[:, 1:], x[:, :-1]), (x[1:], x[:-1])):
+            correlation = (one * other).mean() / power * one.numel() ** 0.5
+            assert abs(correlation) < 4
+    # Marchenko and Pastur's edges of the singular values, of which structure in a matrix would leave many.
+    singular = torch.linalg.svdvals(value[0]) / 768**0.5
+    edge = (512 / 768) ** 0.5
+    assert (singular[0].item(), singular[-1].item()) == pytest.approx((1 + edge, 1 - edge), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("place", "lanes"), [((3, 9, 11), 70), ((0, 0, 0), 70_000), ((255, 2**21, 65_530), 12)]
+)
+def test_a_value_is_what_the_definition_says(place: tuple[int, int, int], lanes: int) -> None:
+    def hashed(name: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"0/{name}".encode()).digest()[:8], "big")
+
+    expert, row, column = place
+    values = box((2, 3, lanes), place, "w")
+    increment = hashed("increment of w") | 1
+    for step in {0, 1, lanes // 3, lanes - 1}:
+        z = hashed(f"w.{expert + 1}") + increment * ((row + 2) * 2**32 + (column + step) // 2)
+        z %= 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        z ^= z >> 31
+        a, b = (half - 2**32 * (half >> 31) for half in (z % 2**32, z >> 32))
+        turn = math.sin if (column + step) % 2 else math.cos
+        right = math.sqrt(-2 * math.log(max(abs(a), 0.5) / 2**31)) * turn(math.pi * b / 2**31)
+        assert values[1, 2, step].item() == pytest.approx(right, rel=1e-5, abs=1e-6)
+
+
+def test_any_box_holds_the_values_that_the_whole_has_there() -> None:
+    whole = box((5, 70, 1100), (0, 0, 0))
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        ends = [sorted(torch.randint(0, n + 1, (2,), generator=draw).tolist()) for n in whole.shape]
+        here = tuple(slice(begin, end) for begin, end in ends)
+        expected = whole[here]
+        assert torch.equal(box(tuple(expected.shape), tuple(begin for begin, _ in ends)), expected)
+    wide = box((3, 140_000), (7, 0), "wide")  # more columns than are computed at once
+    assert torch.equal(box((1, 9000), (8, 129_001), "wide"), wide[1:2, 129_001:138_001])
+
+
+def test_a_box_is_filled_wherever_it_is_stored() -> None:
+    around = torch.full((4, 9, 50), torch.nan)
+    NormalValues(1.0, seed=0).fill(around[1:3, ::2, 5:40:5], (0, 3, 1), "any")
+    inside = torch.zeros_like(around, dtype=torch.bool)
+    inside[1:3, ::2, 5:40:5] = True
+    assert torch.equal(around[1:3, ::2, 5:40:5], box((2, 5, 7), (0, 3, 1)))
+    assert around[~inside].isnan().all()
 
 
 def test_buffers_start_at_zero() -> None:
@@ -89,22 +150,36 @@ def test_the_values_of_an_expert_do_not_depend_on_how_many_there_are() -> None:
         assert len({tuple(expert.flatten()[:4].tolist()) for expert in many[name]}) == 16
 
 
+def test_no_two_of_many_rows_are_equal() -> None:
+    # torch.Generator keeps 32 bits of a seed: with one for each of these rows some 5 pairs would be equal.
+    rows = torch.cat([box((2, 50_000, 2), (0, 0, 0), name).flatten(0, 1) for name in ("one", "other")])
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
 def test_the_global_random_state_plays_no_part_and_is_left_alone() -> None:
     torch.manual_seed(1)
-    first = initial_value("x", torch.Size([3, 4]), 1.0, 0)
+    first = box((3, 4), (0, 0))
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert torch.equal(initial_value("x", torch.Size([3, 4]), 1.0, 0), first)
+    assert torch.equal(box((3, 4), (0, 0)), first)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_parameter_is_handed_to_write_once_as_a_full_value() -> None:
-    model, written = tiny_model(SMALL), []
+def test_the_shard_of_every_parameter_is_asked_for_and_counted() -> None:
+    model, asked, counted = tiny_model(SMALL), [], []
 
-    def write(parameter: Tensor, value: Tensor) -> None:
-        assert parameter.shape == value.shape
-        assert value.dtype == torch.float32
-        written.append(id(parameter))
+    def lower_half(parameter: Tensor) -> Shard:
+        asked.append(id(parameter))
+        half = len(parameter) // 2
+        return parameter[half:], (half,) + (0,) * (parameter.ndim - 1)
 
-    initialize(model, 0, write)
-    assert sorted(written) == sorted(map(id, model.parameters()))
+    expected = values(tiny_model(SMALL))
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    initialize(model, 0, lower_half, counted.append)
+    assert sorted(asked) == sorted(map(id, model.parameters()))
+    for name, parameter in model.named_parameters():
+        half = len(parameter) // 2
+        assert torch.equal(parameter[half:], expected[name][half:])
+        assert parameter[:half].isnan().all()
+    assert sum(counted) == sum(p[len(p) // 2 :].numel() for p in model.parameters())

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from dsv3.model.attention import LatentAttention
-from dsv3.model.generation import inference, next_logits
+from dsv3.model.generation import CachedLogits, inference, last_logits
 from dsv3.model.kv_cache import LatentCache
 from dsv3.model.transformer import Transformer
 from tests.reference import ATTENTION, MODEL, SOFTMAX_MOE, YARN, tiny_model, tokens
@@ -26,6 +27,12 @@ def new_cache(
     model: Transformer, batch: int, capacity: int, dtype: torch.dtype = torch.float32
 ) -> LatentCache:
     return LatentCache(model.config, batch, capacity, dtype, torch.device("cpu"))
+
+
+def next_logits(model: Transformer, new: list[list[int]], cache: LatentCache) -> Tensor:
+    found = CachedLogits(partial(last_logits, model), cache)(new)
+    assert found is not None
+    return found
 
 
 def cached(model: Transformer, ids: Tensor, chunks: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -113,8 +120,8 @@ def test_decoding_expands_no_key_or_value(monkeypatch: pytest.MonkeyPatch) -> No
         for module in model.modules():
             if isinstance(module, LatentAttention):
                 monkeypatch.setattr(module, "kernel", None)
-                # A call of kv_b_proj is an expansion; its weight may be used.
-                monkeypatch.setattr(module.kv_b_proj, "forward", None)
+                # Its own matmul is an expansion; its weight may be used.
+                monkeypatch.setattr(module.kv_b_proj, "matmul", None)
         next_logits(model, [[4, 5]], cache)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3.config.model import MoEConfig
-from dsv3.model.moe import Experts, MoE, PermuteRows
+from dsv3.model.moe import Experts, MoE, PermuteRows, RowCounts
 from tests import reference
 from tests.reference import MOE, SOFTMAX_MOE, assert_close, assert_same_gradients, normal
 
@@ -99,7 +99,7 @@ def test_experts_take_their_own_rows_in_the_order_of_the_counts() -> None:
     experts = Experts(8, replace(MOE, num_experts=4, hidden_dim=8))
     reference.randomize(experts)
     rows, owners = normal(6, 8), [0, 0, 2, 3, 3, 3]
-    found = experts(rows, torch.tensor([2.0, 0, 1, 3]))
+    found = experts(rows, RowCounts(torch.tensor([2, 0, 1, 3])))
     expected = [reference.expert(experts, e, row) for e, row in zip(owners, rows, strict=True)]
     assert_close(found, torch.stack(expected))
 

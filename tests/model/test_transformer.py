@@ -9,7 +9,7 @@ from torch import Tensor
 from dsv3.config.model import ModelConfig
 from dsv3.data.batch import mtp_targets
 from dsv3.data.packing import PADDING
-from dsv3.model.layers import IGNORE_INDEX
+from dsv3.model.head import IGNORE_INDEX
 from dsv3.model.transformer import Transformer
 from tests import reference
 from tests.reference import (

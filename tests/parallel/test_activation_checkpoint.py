@@ -1,15 +1,17 @@
 """Activation checkpointing changes memory and nothing else."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from torch import Tensor
 
 from dsv3.config.parallel import CompileBackend, RecomputeMode, SavedOp
 from dsv3.model.attention import LatentAttention
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.activation_checkpoint import ActivationCheckpointing
+from dsv3.parallel.activation_checkpoint import SAC_SAVE_LIST, ActivationCheckpointing, ops_to_save
 from dsv3.parallel.compile import Compile
 from tests.harness.operators import Operators
 from tests.reference import MODEL, tiny_model, tokens
@@ -77,6 +79,20 @@ def test_selective_recomputation_repeats_all_but_what_it_keeps(
     assert none[kept] == selective[kept] < full[kept]
     assert none[repeated] < selective[repeated] == full[repeated]
     assert all(map(torch.equal, counts[RecomputeMode.none][1], counts[RecomputeMode.selective][1]))
+
+
+def test_every_fused_attention_of_pytorch_is_an_op_that_is_kept() -> None:
+    """A new kernel of a new release fails here until it stands in the list."""
+    names = {schema.name.replace("::", ".") for schema in torch._C._jit_get_all_schemas()}
+    attention = re.compile(
+        r"aten\._(scaled_dot_product_\w*attention\w*|(flash|efficient|cudnn)_attention_forward)"
+    )
+    # The math path is made of other ops; its variants for MPS and for tests are no kernels of a GPU.
+    other = re.compile(r"backward|_math|quantized|_no_dropout_inplace")
+    fused = {name for name in names if attention.fullmatch(name) and not other.search(name)}
+    assert len(fused) >= 8
+    assert fused <= set(SAC_SAVE_LIST[SavedOp.attention])
+    assert torch.ops.torch_attn._varlen_attn.default in ops_to_save([SavedOp.attention])
 
 
 def test_without_recomputation_each_layer_runs_once() -> None:

@@ -1,10 +1,10 @@
-"""Measured traffic of context and expert parallelism equals its closed forms."""
+"""Measured traffic of context and expert parallelism, and outside of training, equals its closed forms."""
 
 import pytest
 
 from tests.harness.pool import Pool
 from tests.parallel.tiny_training import GLOBAL_BATCH, SEQUENCE
-from tests.parallel.traffic_counter import StepTraffic, count_step, planned_job
+from tests.parallel.traffic_counter import StepTraffic, count_forward, count_step, planned_job
 
 FP32 = 4
 LATENT = 16 + 8
@@ -40,3 +40,11 @@ def test_ep_sends_a_row_to_a_rank_once_with_its_weights_and_one_back(pool: Pool,
     mean = sum(step.sent["ep"] for step in steps) / ep
     assert mean == pytest.approx(steps[0].planned["ep"], rel=0.15)
     assert sum(map(sum, (step.rows for step in steps))) > MOE_LAYERS * GLOBAL_BATCH * SEQUENCE
+
+
+@pytest.mark.parametrize("axis", ["dp_shard", "tp", "cp", "pp"])
+def test_a_pass_outside_of_training_sends_what_the_plan_says(pool: Pool, axis: str) -> None:
+    job = planned_job(["parallel=fsdp", "train.microbatch_size=2", f"parallel.degrees.{axis}=2"], 2)
+    for rank in pool.run(count_forward, job)[:2]:
+        for passed in rank:
+            assert {axis for axis, (sent, planned) in passed.items() if sent != planned} == set(), passed

@@ -113,13 +113,16 @@ def test_experts_are_sliced_where_there_are_more_shards_than_experts(
 
 @pytest.mark.parametrize("layout", ["dp_shard", "tp x cp", "pp x ep"])
 def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: str) -> None:
-    """Sums in another order round differently, and now and then a token goes to another expert."""
+    """Sums in another order round differently, and now and then a token goes to another expert.
+
+    One such token is 0.1 % of the loss; bf16 on one process moves several.
+    """
     exact, single = train([], None, 1, 2), train(["precision=bf16"], None, 1, 2)
     assert exact is not None
     assert single is not None
     degrees, config = LAYOUTS[layout], configured(["parallel=fsdp", "precision=bf16"], 2)
     for trace in train_on(pool, config, degrees, 1, 2)[: degrees.world_size]:
-        assert trace.metrics[0]["loss"] == pytest.approx(exact.metrics[0]["loss"], rel=5e-3)
+        assert trace.metrics[0]["loss"] == pytest.approx(exact.metrics[0]["loss"], rel=1e-2)
         assert _median_error(trace, exact) < 1.5 * _median_error(single, exact)
 
 

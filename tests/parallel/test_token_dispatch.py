@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.config.parallel import DispatchBackend
-from dsv3.parallel.token_dispatch import make_permutation, permute, unpermute
+from dsv3.parallel.token_dispatch import Permutation, make_permutation, permute, unpermute
 from tests.harness.pool import Pool
 from tests.parallel.worker_token_dispatch import EXPERTS, KINDS, dispatch_and_combine
 
@@ -21,15 +21,20 @@ def routing_maps(draw: st.DrawFn) -> torch.Tensor:
     return torch.tensor(flags, dtype=torch.bool).view(rows, destinations)
 
 
+def permutation_of(routing_map: torch.Tensor) -> Permutation:
+    """Return the permutation, given the numbers that its callers know without a look at the map."""
+    most = int(routing_map.sum(1).max()) if len(routing_map) else 1
+    return make_permutation(routing_map, max(1, most), int(routing_map.sum()))
+
+
 @settings(deadline=None, max_examples=200)
 @given(routing_maps())
 def test_a_permutation_is_that_of_a_loop_over_destinations(routing_map: torch.Tensor) -> None:
     rows, destinations = routing_map.shape
     pairs = [(place, row) for place in range(destinations) for row in range(rows) if routing_map[row, place]]
-    permutation = make_permutation(routing_map, max(1, int(routing_map.sum(1).max()) if rows else 1))
+    permutation = permutation_of(routing_map)
     found = zip(permutation.destination.tolist(), permutation.source.tolist(), strict=True)
     assert list(found) == pairs
-    assert permutation.counts.tolist() == routing_map.sum(0).tolist()
     for row, copies in enumerate(permutation.copies_of_row.tolist()):
         assert [copy for copy in copies if copy < len(pairs)] == [
             number for number, (_, source) in enumerate(pairs) if source == row
@@ -40,7 +45,7 @@ def test_a_permutation_is_that_of_a_loop_over_destinations(routing_map: torch.Te
 @given(routing_maps())
 def test_permute_and_unpermute_are_sums_of_copies_in_both_directions(routing_map: torch.Tensor) -> None:
     rows = len(routing_map)
-    permutation = make_permutation(routing_map, max(1, int(routing_map.sum(1).max()) if rows else 1))
+    permutation = permutation_of(routing_map)
     # Integers: sums are exact in any order.
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-9, 9, (rows, 3), generator=generator).double().requires_grad_()
@@ -77,8 +82,9 @@ def test_every_token_comes_back_exactly(
             assert torch.equal(rank["weights_grad"], factors * rank["x"].sum(1, keepdim=True)), kind
         # Each expert got the rows of all ranks that chose it.
         chosen = torch.cat([rank["experts"].flatten() for rank in found])
-        counts = torch.cat([rank["counts"] for rank in found])
+        counts = torch.cat([rank["counts"].on_device for rank in found])
         assert torch.equal(counts, torch.bincount(chosen, minlength=EXPERTS)), kind
+        assert counts.tolist() == sum((rank["counts"].on_host for rank in found), []), kind
     # A token goes once to a rank (at the first of two levels: to a node), however many experts live there.
     places = ep // ranks_per_node if ranks_per_node else ep
     for rank in (rank["random"] for rank in everything):

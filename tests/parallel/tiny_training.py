@@ -6,6 +6,7 @@ The functions run in the workers of the pool, and in the test's own process for 
 import functools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dsv3.data.loader import DataLoader
 from dsv3.data.packing import PackedRow
 from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.torch_private import local_shape_and_offset
+from dsv3.model import head
 from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.layout import ParallelDims
@@ -116,11 +118,13 @@ def train_config(
     trace = Trace([], [], {})
     keep = chosen.register_step_pre_hook(lambda *_: trace.gradients.append(_gradients(model)))
     step = TrainStep(model.forward_backward, chosen, ranks, clip_norm=1e9)
-    for number in range(steps):
-        metrics = take_step(step, number, microbatch, optimizer)
-        trace.metrics.append({name: value.item() for name, value in metrics.known().items()})
-    keep.remove()
-    trace.evaluation = evaluate(model.forward_backward, StepRows(), microbatch, ranks).loss
+    # Several chunks in every microbatch, the last one shorter.
+    with mock.patch.object(head, "CHUNK_BYTES", 4 * VOCAB * 5):
+        for number in range(steps):
+            metrics = take_step(step, number, microbatch, optimizer)
+            trace.metrics.append({name: value.item() for name, value in metrics.known().items()})
+        keep.remove()
+        trace.evaluation = evaluate(model.forward_backward, StepRows(), microbatch, ranks).loss
     trace.state = {name: _own_part(value) for name, value in model.state_dict().items()}
     return trace
 
@@ -136,13 +140,14 @@ def prepared(
         return None
     ranks = RankContext(rank, rank, degrees.world_size if degrees else 1, torch.device("cpu"))
     ranks = assign_data_shard(ranks, mesh)
-    model = build_parallel_model(config, mesh, ranks.device)
+    initial = config.checkpoint.load is None
+    model = build_parallel_model(config, mesh, ranks.device, initial)
     for place, router in sorted(routers_by_place(model.model_parts).items()):
         if router.selection_bias is not None:
             generator = torch.Generator().manual_seed(place)
             router.selection_bias.copy_(0.05 * torch.randn(router.selection_bias.shape, generator=generator))
     if config.checkpoint.load:
-        load_weights(model.model_parts, find_checkpoint(config.checkpoint.load))
+        load_weights(model.model_parts, find_checkpoint(config.checkpoint.load), ranks)
     if optimizer == "configured":
         return model, build_optimizer(config.optimizer, model.model_parts), ranks
     parameters = [p for part in model.model_parts for p in part.parameters()]

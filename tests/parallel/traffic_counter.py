@@ -5,7 +5,7 @@ as the bytes that leave the rank. The functions run in the workers of the pool.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3.data.batch import Batch
 from dsv3.launch.job import Job, plan_job
+from dsv3.model.kv_cache import LatentCache
 from dsv3.model.router import Routing
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.sharding import FP32
 from dsv3.planning.step_shape import StepShape
-from dsv3.planning.traffic import pipeline_traffic
+from dsv3.planning.traffic import forward_traffic, once_gathered_traffic, pipeline_traffic
 from dsv3.training.loss import LossDenominators
 from dsv3.training.schedule import StepHyperparameters
 from dsv3.training.step import routers_by_place
@@ -124,6 +125,43 @@ def count_step(job: Job) -> StepTraffic | None:
     expected = pipeline_traffic(c, degrees, shape)[stage].to_json()
     row_bytes = 2 * c.dim * shape.state.compute + 2 * FP32 * c.moe.num_experts // degrees.ep
     return StepTraffic(degrees, dict(sent.by_axis), expected, rows.counts.tolist(), row_bytes)
+
+
+def count_forward(job: Job) -> list[dict[str, tuple[int, int]]] | None:
+    """Evaluate a microbatch, then decode a token; return bytes sent and planned by axis of the two passes."""
+    degrees, shape, c = job.plan.degrees, job.plan.shape, job.config.model
+    mesh = mesh_of(degrees)
+    if dist.get_rank() >= degrees.world_size:
+        return None
+    model = build_parallel_model(job.config, mesh, torch.device("cpu"))
+    tokens = (
+        torch.arange(shape.microbatch_size * shape.sequence_length).view(shape.microbatch_size, -1) % VOCAB
+    )
+    batch = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens))
+    parts = [str(name) for part in model.model_parts for name in part.layers]
+    cache = LatentCache(c, 1, 64, torch.float32, torch.device("cpu"), parts)
+    forward = model.forward_backward
+    for part in model.model_parts:
+        part.eval()
+    with torch.no_grad():
+        with SentBytes(mesh) as first:
+            forward.evaluate(batch)
+        with SentBytes(mesh) as scored:
+            forward.evaluate(batch)
+        prompt = 2 * degrees.cp * degrees.tp
+        forward.next_logits(tokens[:1, :prompt], cache.extend([prompt]))
+        with SentBytes(mesh) as decoded:
+            forward.next_logits(tokens[:1, : degrees.tp], cache.extend([1], degrees.tp))
+    (stage,) = shape.stages_of_ranks(c, degrees)[dist.get_rank() // (degrees.world_size // degrees.pp)]
+    one = replace(shape, microbatch_size=1, sequence_length=degrees.cp * degrees.tp)
+    once = once_gathered_traffic(c, degrees, shape, stage)
+    found = [{"once": (first.by_axis["dp"] - scored.by_axis["dp"], once)}]
+    for sent, planned in (
+        (scored, forward_traffic(c, degrees, shape, stage)),
+        (decoded, forward_traffic(c, degrees, one, stage, decodes=True)),
+    ):
+        found.append({axis: (sent.by_axis[axis], bytes_) for axis, bytes_ in vars(planned).items()})
+    return found
 
 
 def _train(model: ParallelModel, shape: StepShape, seed: int, degrees: ParallelDims) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsv3.config.parallel import DispatchBackend
 from dsv3.config.root import Config
-from dsv3.model.moe import apply_experts, grouped_linear
+from dsv3.model.moe import RowCounts, apply_experts, grouped_linear
 from dsv3.model.router import RouterStats, Routing
 from dsv3.planning.layout import ParallelDims
 from tests.parallel import fake_deepep
@@ -35,7 +35,7 @@ def run_both_backends(ep: int, in_fp8: bool) -> list[tuple[Tensor, ...]] | None:
             dispatched = dispatcher.dispatch(x, routing)
 
             def experts(
-                rows: Tensor, counts: Tensor, own: tuple[Tensor, Tensor] = (weights[1], weights[2])
+                rows: Tensor, counts: RowCounts, own: tuple[Tensor, Tensor] = (weights[1], weights[2])
             ) -> Tensor:
                 return apply_experts(rows, counts, *own, grouped_linear)
 

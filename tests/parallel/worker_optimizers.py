@@ -15,7 +15,7 @@ from dsv3.config.optimizer import OptimizerConfig
 from dsv3.config.root import Config
 from dsv3.model.initialization import initialize
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.parallelize import write_shard
+from dsv3.parallel.parallelize import shard_of, write_shard
 from dsv3.planning.layout import ParallelDims
 from dsv3.training.optimizer import build_optimizer, set_learning_rate
 from tests.parallel.tiny_training import prepared
@@ -74,7 +74,7 @@ class Several:
                     local_tensor(parameter).copy_(local_tensor(weight))
             else:
                 for part in self.model_parts:
-                    initialize(part, seed=0, write=write_shard)
+                    initialize(part, seed=0, shard_of=shard_of)
             for step in steps:
                 self.set_gradients(step)
                 set_learning_rate(member, self.chosen[name].lr)

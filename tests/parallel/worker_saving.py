@@ -49,7 +49,7 @@ def save_while_training(
         for number in (1, 2):
             take_step(step, number, microbatch, "adamw")
         free = not went_on
-        ranks.barrier()
+        ranks.meet()
         store.set(f"{folder}/go", "")
         take_step(step, 3, microbatch, "adamw")  # while it is written: collectives of both at once
         managers[1].wait()

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3.config.parallel import DispatchBackend
-from dsv3.model.moe import TokenDispatcher
+from dsv3.model.moe import RowCounts, TokenDispatcher
 from dsv3.model.router import RouterStats, Routing
 from dsv3.parallel.deepep import DeepEPTokenDispatcher
 from dsv3.parallel.mesh import ParallelMesh
@@ -56,13 +56,13 @@ def _round_trip(kind: str, ep: int, mesh: ParallelMesh, backend: DispatchBackend
     x.requires_grad_()
     routing.weights.requires_grad_()
     dispatcher = make_dispatcher(mesh, backend, DIM)
-    seen: list[Tensor] = []
+    seen: list[RowCounts] = []
 
-    def experts(rows: Tensor, counts: Tensor) -> Tensor:
+    def experts(rows: Tensor, counts: RowCounts) -> Tensor:
         """Multiply the rows of expert e of the world by e + 1."""
         seen.append(counts)
         local = rank * (EXPERTS // ep) + torch.arange(EXPERTS // ep)
-        return rows * (local.repeat_interleave(counts) + 1).unsqueeze(1)
+        return rows * (local.repeat_interleave(counts.on_device) + 1).unsqueeze(1)
 
     dispatched = dispatcher.dispatch(x, routing)
     out = dispatcher.combine(dispatched, experts)

@@ -7,6 +7,7 @@ from dsv3.config.hardware import HardwareConfig
 from dsv3.config.optimizer import AdamWConfig, OptimizerConfig
 from dsv3.config.parallel import ParallelConfig, RecomputeConfig, RecomputeMode
 from dsv3.config.precision import ComputeType, MomentType, PrecisionConfig
+from dsv3.config.training import TrainConfig
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.plan import Plan, plan_from_shape
 from dsv3.planning.step_shape import StateBytes, StepShape
@@ -32,11 +33,11 @@ def config_of(
 ) -> "Config":
     nodes = SimpleNamespace(
         model=preset("debug"),
-        train=SimpleNamespace(microbatch=2, length=512, batch=24),
+        train=TrainConfig(microbatch_size=2, sequence_length=512, global_batch_size=24),
         recompute=RecomputeConfig(mode=RecomputeMode.full),
         parallel=parallel,
         launch=SimpleNamespace(nproc=nproc),
-        precision=PrecisionConfig(ComputeType.bf16, moments),
+        precision=PrecisionConfig(compute=ComputeType.bf16, moments=moments),
         optimizer=optimizer or AdamWConfig(),
         checkpoint=SimpleNamespace(async_save=async_save),
     )

@@ -13,7 +13,7 @@ from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import SavedOp
 from dsv3.model.initialization import initialize
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.context_parallel import ContextParallel, reduce_router_counts
+from dsv3.parallel.context_parallel import ContextParallel, join_sequence_shards
 from dsv3.parallel.mesh import ParallelMesh
 from dsv3.parallel.tensor_parallel import TensorParallel
 from dsv3.planning import parameters
@@ -59,7 +59,7 @@ def saved_bytes(config: ModelConfig, dtype: torch.dtype, degrees: ParallelDims) 
         mesh = ParallelMesh(degrees, "cpu")
         TensorParallel()(model, mesh)
         ContextParallel()(model, mesh)
-        reduce_router_counts(model, mesh)
+        join_sequence_shards(model, mesh)
     local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     own = {p.untyped_storage().data_ptr() for p in local}
     kept: dict[int, torch.UntypedStorage] = {}

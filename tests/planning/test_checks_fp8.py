@@ -14,14 +14,31 @@ def refusal(*overrides: str) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("hardware", "engine"), [("a100", "auto"), ("b200", "auto"), ("cpu", "scaled_mm"), ("a100", "scaled_mm")]
-)
-def test_only_hopper_multiplies_blocks(hardware: str, engine: str) -> None:
-    assert refusal(f"hardware={hardware}", f"precision.fp8.engine={engine}") == (
-        f"precision.fp8.engine={engine} needs a Hopper GPU (h100, h200, h800), and hardware.name={hardware} "
+@pytest.mark.parametrize("hardware", ["a100", "b200", "cpu"])
+def test_only_hopper_multiplies_blocks(hardware: str) -> None:
+    assert refusal(f"hardware={hardware}", "precision.fp8.engine=scaled_mm") == (
+        f"precision.fp8.engine=scaled_mm needs a Hopper GPU (h100, h200, h800), and hardware.name={hardware} "
         "here: take precision=bf16, or precision.fp8.engine=emulated, which computes the same and is slow"
     )
+
+
+@pytest.mark.parametrize(
+    ("hardware", "said"),
+    [
+        ("a100", True),
+        ("b200", True),
+        ("gb200", True),
+        ("{name:NVIDIA RTX 6000}", True),
+        ("{name:NVIDIA H100 PCIe}", False),
+        ("h200", False),
+        ("cpu", False),
+    ],
+)
+def test_a_gpu_without_block_scales_is_told_that_it_emulates_fp8(hardware: str, said: bool) -> None:
+    node = [f"hardware={hardware}"] if "{" not in hardware else [f"hardware.name='{hardware[6:-1]}'"]
+    notes = plan_job(strict_config(["task=plan", "precision=fp8", *node]), []).notes
+    assert [note for note in notes if "FP8 is emulated in fp32 on" in note] == (notes if said else [])
+    assert len(notes) == said
 
 
 @pytest.mark.parametrize(
@@ -31,6 +48,7 @@ def test_only_hopper_multiplies_blocks(hardware: str, engine: str) -> None:
         ["hardware=h800"],
         ["hardware=h100", "precision.fp8.engine=scaled_mm"],
         ["hardware=b200", "precision.fp8.engine=emulated"],
+        ["hardware=b200", "precision.fp8.granularity=tensor"],
         ["hardware=cpu", "precision.fp8.granularity=tensor"],
         ["hardware=h800", "precision.fp8.gather=true", "precision.fp8.dispatch=true"],
     ],

@@ -6,7 +6,7 @@ from dsv3.config.parallel import RecomputeMode, SavedOp, Schedule
 from dsv3.planning import parameters
 from dsv3.planning.activations import Activations
 from dsv3.planning.layout import ParallelDims
-from dsv3.planning.memory import pipeline_memory, rank_memory
+from dsv3.planning.memory import _pinned_state, pipeline_memory, rank_memory
 from dsv3.planning.parameters import Component, Weight
 from dsv3.planning.pipeline_stages import PipelineShape, build_stages, stage_weights
 from dsv3.planning.sharding import local_shape, shard_count, shard_numel
@@ -261,8 +261,27 @@ def test_offloaded_state_is_not_on_the_device() -> None:
         rank_memory(config, degrees, replace(BF16, cpu_offload=there)) for there in (False, True)
     )
     assert (offloaded.parameters, offloaded.gradients, offloaded.optimizer) == (0, 0, 0)
-    assert kept.total - offloaded.total == offloaded.offloaded == 4 * kept.parameters
-    assert kept.offloaded == 0
+    state = kept.total - offloaded.total
+    assert state == 4 * kept.parameters
+    # PyTorch rounds each pinned parameter and gradient up to a power of two, and not the optimizer's state.
+    assert state < offloaded.offloaded == offloaded.pinned + kept.optimizer < 1.5 * state
+    assert kept.offloaded == kept.pinned == 0
+
+
+def test_a_gpus_save_copies_are_pinned_host_memory_of_exactly_their_size() -> None:
+    config, degrees = preset("16b"), ParallelDims(dp_shard=8)
+    shape = replace(BF16, pinned_copies=True)
+    memory = rank_memory(config, degrees, shape)
+    assert memory.pinned == memory.parameters + memory.optimizer
+    assert memory.total == rank_memory(config, degrees, BF16).total
+    offloaded = rank_memory(config, degrees, replace(shape, cpu_offload=True))
+    assert offloaded.pinned == rank_memory(config, degrees, replace(BF16, cpu_offload=True)).pinned
+
+
+def test_a_pinned_parameter_takes_the_next_power_of_two() -> None:
+    """By hand, for a model whose weights are one rank's: 5 x 3 elements of 4 bytes take 64."""
+    weight = Weight(Component.head, (5, 3))
+    assert _pinned_state([weight], ParallelDims(), StateBytes()) == 2 * 64
 
 
 def test_one_process_in_bf16_keeps_the_casts_of_its_matrices() -> None:

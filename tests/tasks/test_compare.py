@@ -215,7 +215,9 @@ def test_one_run_is_sent_to_its_directory_where_that_compares(
 def store_data(folder: Path, loss: float | None, data: str = "d1", **changes: Any) -> None:
     """Write a run as `store` does, with what decides on its held-out data."""
     store(folder, [], [5.0, 4.0, 3.0], loss)
-    train = {"steps": 3, "sequence_length": 32, "evaluate_batches": None, "seed": 0}
+    train = {"steps": 3, "sequence_length": 32, "evaluate_tokens": None, "seed": 0}
+    if "evaluate_batches" in changes:
+        train["evaluate_batches"] = train.pop("evaluate_tokens") or changes["evaluate_batches"]
     train |= {key: changes[key] for key in train if key in changes}
     source = {"_target_": "dsv3.data.sources.TextData", "path": f"/texts/{data}", "held_out": 0.03}
     source |= {"document_mask": False}
@@ -226,7 +228,7 @@ def store_data(folder: Path, loss: float | None, data: str = "d1", **changes: An
     if changes.get("older"):
         return
     told = {"fingerprint": data, "tokenizer_fingerprint": changes.get("tokenizer", "t1")}
-    told["rows_evaluated"] = changes.get("rows_evaluated", 9)
+    told["rows_held_out"], told["rows_evaluated"] = 20, changes.get("rows_evaluated", 20)
     environment = {"convergence": changes.get("convergence", "c" * 16), "data": told}
     (folder / "environment.json").write_text(json.dumps(environment))
 
@@ -237,7 +239,7 @@ MIXED = {
     "tokenizer": ({"tokenizer": "t2"}, "tokenizer is t1 in 0, t2 in 1"),
     "length": ({"sequence_length": 64}, "train.sequence_length is 32 in 0, 64 in 1"),
     "mask": ({"document_mask": True}, "data.document_mask is false in 0, true in 1"),
-    "batches": ({"evaluate_batches": 2}, "train.evaluate_batches is all in 0, 9 in 1"),
+    "tokens": ({"evaluate_tokens": 288}, "train.evaluate_tokens is all in 0, 9 in 1"),
     "an older run": ({"data": "d2", "older": True}, "data is text /texts/d1 in 0, text /texts/d2 in 1"),
 }
 
@@ -266,7 +268,7 @@ def test_equal_held_out_data_are_ranked_and_unknown_or_unevaluated_ones_do_not_c
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store_data(tmp_path / "0", 3.0)
-    store_data(tmp_path / "1", 2.0, evaluate_batches=None, seed=1, convergence="e" * 16)
+    store_data(tmp_path / "1", 2.0, evaluate_tokens=None, seed=1, convergence="e" * 16)
     store_data(tmp_path / "2", None, "d2", sequence_length=64)  # has no held-out loss
     store(tmp_path / "3", [], [5.0], 4.0)  # says nothing
     assert not held_out_differences(find_runs(tmp_path))
@@ -276,10 +278,17 @@ def test_equal_held_out_data_are_ranked_and_unknown_or_unevaluated_ones_do_not_c
     assert [line.split()[-1] for line in lines[1:5]] == ["e" * 16, "c" * 16, "-", "c" * 16]
 
 
-def test_batches_that_score_the_same_rows_are_the_same_data(tmp_path: Path) -> None:
-    store_data(tmp_path / "0", 3.0, evaluate_batches=2, rows_evaluated=8)
-    store_data(tmp_path / "1", 2.0, evaluate_batches=4, rows_evaluated=8)
+def test_limits_that_score_the_same_rows_are_the_same_data(tmp_path: Path) -> None:
+    for number, tokens in enumerate((None, 640, 650)):  # all of 20 rows of 32
+        store_data(tmp_path / str(number), 3.0, evaluate_tokens=tokens)
     assert not held_out_differences(find_runs(tmp_path))
+    for number, tokens in enumerate((288, 300, 319)):
+        store_data(tmp_path / str(number), 3.0, evaluate_tokens=tokens)
+    assert not held_out_differences(find_runs(tmp_path))
+    # A run of older code limited batches: the rows that it scored are known.
+    store_data(tmp_path / "3", 3.0, evaluate_batches=2, rows_evaluated=8)
+    told = {"0": 9, "1": 9, "2": 9, "3": 8}
+    assert held_out_differences(find_runs(tmp_path)) == {"train.evaluate_tokens": told}
 
 
 def test_differences_are_of_what_is_learnt_or_of_how_it_is_computed(

@@ -141,14 +141,14 @@ def test_the_precision_that_a_line_names_gives_the_loss_of_the_run(commands: Tra
 
 
 def test_what_is_typed_is_scored_and_told_apart_from_the_run(commands: TrainCommand, run: Path) -> None:
-    typed = ["data.held_out=0.2", "train.sequence_length=16", "train.evaluate_batches=1"]
+    typed = ["data.held_out=0.2", "train.sequence_length=16", "train.evaluate_tokens=64"]
     outcome = commands.must("task=evaluate", f"checkpoint.load={run}", *typed)
     told = json.loads(outcome.out.splitlines()[-1])
     assert (told["held_out"], told["sequence_length"], told["comparable"]) == (0.2, 16, False)
     line = outcome.err.splitlines()[-2]
     assert line == (
         "not comparable with the losses of the run: data.held_out 0.2 (the run: 0.1), "
-        "train.sequence_length 16 (the run: 32), train.evaluate_batches 1 (the run: all)"
+        "train.sequence_length 16 (the run: 32), train.evaluate_tokens 4 (the run: all)"
     )
 
 

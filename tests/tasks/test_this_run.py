@@ -14,7 +14,7 @@ from tests.harness.tiny import MODEL, TRAINING, VOCAB
 
 pytestmark = pytest.mark.slow
 
-QUIET = ["train.evaluate_batches=1", "train.checkpoint_every=0", "train.generate_every=0"]
+QUIET = ["train.evaluate_tokens=64", "train.checkpoint_every=0", "train.generate_every=0"]
 
 
 def blocks(text: str) -> list[dict[str, str]]:
@@ -111,7 +111,7 @@ def test_json_lines_typed_keys_groups_and_samples_are_told(commands: TrainComman
     lines = tmp_path / "texts.jsonl"
     lines.write_text("".join(json.dumps({"text": f"number {n} of some texts"}) + "\n" for n in range(400)))
     typed = ["optimizer=muon", "optimizer.adamw_lr_scale=0.5", "optimizer.frozen=[embedding.weight]"]
-    often = ["train.evaluate_batches=1", "train.steps=4", "schedule.warmup_steps=1", "train.stop_after=2"]
+    often = ["train.evaluate_tokens=64", "train.steps=4", "schedule.warmup_steps=1", "train.stop_after=2"]
     data = ["data=text", f"data.path={lines}"]
     sampled = [*often, "train.generate_every=2"]
     first = commands.must(*MODEL, *TRAINING, *data, *sampled, *typed, f"run.dir={tmp_path / 'run'}")

@@ -8,31 +8,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.data.batch import Batch
-from dsv3.model.layers import IGNORE_INDEX, cross_entropy_sum
+from dsv3.model.head import IGNORE_INDEX, LocalVocabularyShard, cross_entropy_sum, head_loss
 from dsv3.model.transformer import ModelOutput
-from dsv3.training.loss import LossDenominators, LossSums, LossTerms, loss_terms, valid_tokens
+from dsv3.training.loss import (
+    LossDenominators,
+    LossSums,
+    LossTerms,
+    head_targets,
+    loss_terms,
+    valid_tokens,
+)
 from dsv3.training.schedule import StepHyperparameters
 from tests.reference import normal
 from tests.training.batches import ROWS, batch
 
 VOCAB = 48
+EYE = torch.eye(VOCAB)
+"""The weight of a head whose logits are its hidden states."""
+STEP = StepHyperparameters(0.1, mtp_weight=0.3, balance_weight=0.01, bias_speed=0.0, z_loss_weight=0.001)
 
 
-def output(rows: int, depths: int, seed: int = 0, balance: float = 1.0) -> ModelOutput:
-    """Random logits that need gradients."""
-    logits = [normal(rows, 10, VOCAB, seed=seed + n) for n in range(depths + 1)]
-    return model_output(logits[0], logits[1:], torch.tensor(balance, requires_grad=True))
+def logits_of(rows: int, depths: int) -> list[Tensor]:
+    """Random logits that need gradients: of the next token and of each depth."""
+    return [normal(rows, 10, VOCAB, seed=n) for n in range(depths + 1)]
 
 
-def model_output(logits: Tensor, mtp: list[Tensor], balance: Tensor) -> ModelOutput:
-    """With a z-loss of twice the balance term."""
-    return ModelOutput(logits, mtp, balance, 2 * balance, torch.zeros(2, dtype=torch.bool))
-
-
-def part(whole: ModelOutput, rows: slice, balance: float) -> ModelOutput:
-    return model_output(
-        whole.logits[rows], [logits[rows] for logits in whole.mtp_logits], torch.tensor(balance)
-    )
+def terms(
+    logits: list[Tensor], data: Batch, denominators: LossDenominators, balance: float = 1.0
+) -> LossTerms:
+    """The terms of a model with these logits, and with a z-loss of twice the balance term."""
+    targets = head_targets(data, denominators, STEP, len(logits) - 1)
+    scored = head_loss(logits, EYE, targets, LocalVocabularyShard())
+    value = torch.tensor(balance)
+    output = ModelOutput(None, [], scored, value, 2 * value, torch.zeros(2, dtype=torch.bool))
+    return loss_terms(output, data, denominators)
 
 
 def by_hand(logits: Tensor, ahead: int, rows: list[int]) -> tuple[float, int]:
@@ -72,75 +81,68 @@ def test_cross_entropy_is_computed_in_fp32() -> None:
     assert found.item() == pytest.approx(cross_entropy_sum(logits.double(), targets).item(), rel=1e-5)
 
 
-def test_ignored_targets_get_no_gradient() -> None:
-    out, data = output(2, 0), batch(1, 4)
-    loss_terms(out, data, whole_of(data)).main.backward()
-    assert out.logits.grad is not None
-    assert torch.equal(out.logits.grad.any(-1), data.targets != IGNORE_INDEX)
-
-
 @pytest.mark.parametrize("depths", [1, 2, 3])
 def test_losses_by_hand(depths: int) -> None:
     rows = [0, 1, 2, 4]
-    out, data = output(4, depths), batch(*rows)
-    found = loss_terms(out, data, whole_of(data))
-    main, valid = by_hand(out.logits, 1, rows)
+    logits, data = logits_of(4, depths), batch(*rows)
+    found = terms(logits, data, whole_of(data))
+    main, valid = by_hand(logits[0], 1, rows)
     assert valid == 30
     assert found.main.item() == pytest.approx(main / 30, rel=1e-5)
     # Each depth has fewer targets than the main loss and yet its denominator, eq. 24's 1/T.
-    sums = [by_hand(logits, depth + 1, rows) for depth, logits in enumerate(out.mtp_logits, start=1)]
+    sums = [by_hand(each, depth + 1, rows) for depth, each in enumerate(logits[1:], start=1)]
     assert [count for _, count in sums] == [23, 17, 12][:depths]
     assert found.mtp.item() == pytest.approx(sum(s for s, _ in sums) / depths / 30, rel=1e-5)
+    assert found.head.item() == pytest.approx(found.main.item() + 0.3 * found.mtp.item(), rel=1e-6)
 
 
 def test_without_mtp_its_loss_is_zero() -> None:
-    out, data = output(2, 0), batch(0, 1)
-    assert loss_terms(out, data, whole_of(data)).mtp.item() == 0
+    data = batch(0, 1)
+    assert terms(logits_of(2, 0), data, whole_of(data)).mtp.item() == 0
 
 
 def test_shares_of_the_microbatches_add_up_to_the_losses_of_the_batch() -> None:
     # Rows with 10, 9, 7, 1, 4 and 10 targets: a mean of means would weigh row 3's target tenfold.
     rows = [0, 1, 2, 3, 4, 5]
-    out, data = output(6, 2, balance=(2 * 1.0 + 1 * 4.0 + 3 * 2.0) / 6), batch(*rows)
+    logits, data = logits_of(6, 2), batch(*rows)
     whole = whole_of(data)
-    once = loss_terms(out, data, whole)
+    once = terms(logits, data, whole, balance=(2 * 1.0 + 1 * 4.0 + 3 * 2.0) / 6)
     parts: list[LossTerms] = []
     for first, last, balance in ((0, 2, 1.0), (2, 3, 4.0), (3, 6, 2.0)):
-        micro = batch(*rows[first:last])
-        parts.append(loss_terms(part(out, slice(first, last), balance), micro, whole))
-    for name in ("main", "mtp", "balance"):
+        own = [each[first:last] for each in logits]
+        parts.append(terms(own, batch(*rows[first:last]), whole, balance))
+    for name in ("head", "main", "mtp", "balance"):
         total = torch.stack([getattr(p, name) for p in parts]).sum()
         assert total.item() == pytest.approx(getattr(once, name).item(), rel=1e-6)
-    inputs = [out.logits, *out.mtp_logits]
-    expected = torch.autograd.grad(once.main + once.mtp, inputs)
-    total = torch.stack([p.main + p.mtp for p in parts]).sum()
-    for found, right in zip(torch.autograd.grad(total, inputs), expected, strict=True):
+    expected = torch.autograd.grad(once.head, logits)
+    total = torch.stack([p.head for p in parts]).sum()
+    for found, right in zip(torch.autograd.grad(total, logits), expected, strict=True):
         assert (found - right).abs().max() < 1e-6 * right.abs().max()
 
 
 def test_balance_is_a_mean_over_the_sequences_of_the_whole_batch() -> None:
     data = batch(0, 1)
-    found = loss_terms(output(2, 0, balance=6.0), data, LossDenominators(torch.tensor(99), 12))
+    found = terms(logits_of(2, 0), data, LossDenominators(torch.tensor(99), 12), balance=6.0)
     assert found.balance.item() == pytest.approx(1.0)
     assert found.z.item() == pytest.approx(2.0)
 
 
 def test_main_loss_is_what_torch_calls_the_mean() -> None:
-    out, data = output(3, 0), batch(0, 1, 3)
-    expected = F.cross_entropy(out.logits.transpose(1, 2), data.targets, ignore_index=IGNORE_INDEX)
-    assert loss_terms(out, data, whole_of(data)).main.item() == pytest.approx(expected.item(), rel=1e-6)
+    logits, data = logits_of(3, 0), batch(0, 1, 3)
+    expected = F.cross_entropy(logits[0].transpose(1, 2), data.targets, ignore_index=IGNORE_INDEX)
+    assert terms(logits, data, whole_of(data)).main.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_the_total_weighs_each_term_and_a_stage_without_the_head_its_routers_alone() -> None:
-    main, mtp, balance, z = (torch.tensor(value) for value in (2.0, 3.0, 5.0, 7.0))
-    terms = LossTerms(main, mtp, balance, z)
-    step = StepHyperparameters(0.1, mtp_weight=0.3, balance_weight=0.01, bias_speed=0.0, z_loss_weight=0.001)
-    assert terms.router_loss(step).item() == pytest.approx(0.05 + 0.007)
-    assert terms.total(step).item() == pytest.approx(2.0 + 0.9 + 0.05 + 0.007)
-    out, data = output(2, 1, balance=6.0), batch(0, 1)
-    without = loss_terms(out, data, whole_of(data), has_logits=False)
-    assert [without.main.item(), without.mtp.item()] == [0, 0]
-    assert without[2:] == loss_terms(out, data, whole_of(data))[2:]
+    head, main, mtp, balance, z = (torch.tensor(value) for value in (2.9, 2.0, 3.0, 5.0, 7.0))
+    found = LossTerms(head, main, mtp, balance, z)
+    assert found.router_loss(STEP).item() == pytest.approx(0.05 + 0.007)
+    assert found.total(STEP).item() == pytest.approx(2.9 + 0.05 + 0.007)
+    data = batch(0, 1)
+    output = ModelOutput(None, [], None, balance, z, torch.zeros(2, dtype=torch.bool))
+    zero = torch.zeros(())
+    without = loss_terms(output, data, whole_of(data))
+    assert without == LossTerms(zero, zero, zero, balance, z)
 
 
 def test_sums_come_back_from_one_tensor_as_they_were_and_add_up_by_field() -> None:

@@ -121,7 +121,7 @@ def test_a_chunk_bounds_the_elements_that_are_in_fp32_at_once(
     whole, parts = parameters(), parameters()
     take(BF16MomentAdamW(whole, **NUMBERS, fused=False), whole, 3)
     together.clear()
-    monkeypatch.setattr(optimizer_module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(optimizer_module, "CHUNK_ELEMENTS", {"cpu": chunk})
     optimizer = BF16MomentAdamW(parts, **NUMBERS, fused=False)
     take(optimizer, parts, 3)
     assert len(together) == 3 * calls

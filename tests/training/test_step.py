@@ -17,7 +17,7 @@ from dsv3.fp8.convert_model import BlockFP8
 from dsv3.metrics.recorder import FIRST_NONFINITE_ROUTER
 from dsv3.metrics.row import MetricsRow
 from dsv3.model.generation import inference
-from dsv3.model.layers import IGNORE_INDEX
+from dsv3.model.head import IGNORE_INDEX
 from dsv3.model.transformer import Transformer
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.schedule import StepHyperparameters

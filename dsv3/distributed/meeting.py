@@ -1,0 +1,68 @@
+"""Let ranks wait for one another, and agree on a flag, on the CPU: through the store, with no collective.
+
+A collective that waits for the slow work of one rank, such as tokenizing or hashing, would be ended by its
+own timeout, and NCCL's by NCCL's watchdog. A meeting has no timeout: it lasts as long as the work that is
+waited for. The watchdog ends the run once no rank moves any more.
+"""
+
+import time
+
+import torch.distributed as dist
+
+from dsv3.distributed.heartbeat import HEARTBEAT
+
+# Arrivals are counted in the low bits of a round's counter, raised flags in those above.
+_FLAG = 32
+
+# Seconds between two looks at the store: a rank that has waited for long looks rarely, as 2,048 others do.
+_FIRST_LOOK, _LAST_LOOK = 0.0005, 0.5
+
+
+class Meeting:
+    """Rounds in which every rank arrives with a flag and learns whether any has raised it.
+
+    One rank's cost is three requests per round to the store, which is in the process of rank 0 or of
+    torchrun's agent. All ranks call the same methods in the same order, each from one thread.
+
+    Args:
+        store: of the process group, by a connection in which nobody waits; threads may share it.
+        name: tells apart the meetings of a process group.
+    """
+
+    def __init__(self, store: dist.Store, world: int, name: str) -> None:
+        self.store = dist.PrefixStore(f"dsv3/{name}", store)
+        self.world = world
+        self.round = 0
+        self._source, self._name, self._children = store, name, 0
+
+    def apart(self) -> "Meeting":
+        """Return another meeting of the same ranks, for another thread or another order of calls."""
+        self._children += 1
+        return Meeting(self._source, self.world, f"{self._name}.{self._children}")
+
+    def meet(self, flag: bool = False) -> bool:
+        """Wait until every rank is here; return True on all of them where any has raised `flag`."""
+        self.arrive(flag)
+        return self.outcome()
+
+    def arrive(self, flag: bool) -> None:
+        """Begin the next round without waiting for the others; read the outcome of the one before first."""
+        self.round += 1
+        arrived = self.store.add(f"{self.round}", 1 + (int(flag) << _FLAG))
+        if arrived % (1 << _FLAG) == self.world:
+            self.store.set(f"{self.round} outcome", str(arrived >> _FLAG))
+            # Whoever has arrived here has read the outcome before.
+            self.store.delete_key(f"{self.round - 1} outcome")
+            self.store.delete_key(f"{self.round}")
+
+    def outcome(self) -> bool:
+        """Wait until every rank has arrived in this round; return True where any has raised its flag.
+
+        The wait is Python's, so that a signal is heard in it.
+        """
+        key, pause = f"{self.round} outcome", _FIRST_LOOK
+        while not self.store.check([key]):
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LAST_LOOK)
+        HEARTBEAT.beat()
+        return self.store.get(key) != b"0"

@@ -1,0 +1,191 @@
+"""The loop: when it stops and what is done by then; how steps are timed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from dsv3.checkpoint.directory import Progress
+from dsv3.config.training import BalanceConfig, TrainConfig
+from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
+from dsv3.distributed.signals import StopRequest, StopSignal
+from dsv3.metrics.progress import phase
+from dsv3.metrics.recorder import Recorder
+from dsv3.metrics.row import MetricsRow
+from dsv3.training import throughput as module
+from dsv3.training.callbacks import Callback, TrainingRun
+from dsv3.training.loop import Loop
+from dsv3.training.schedule import WarmupCosine
+from dsv3.training.throughput import Throughput
+from tests.harness.trained import ALONE
+
+STEPS = 5
+
+Act = Callable[[str, int], None]
+
+
+class Work(Callback):
+    """Evaluates in three batches after every step, so to speak, and saves at the end."""
+
+    def __init__(self, act: Act) -> None:
+        self.act = act
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Evaluate."""
+        with phase("evaluating", 3, "batches", together=True) as work:
+            for _ in range(3):
+                self.act("batch", run.step)
+                work.advance()
+        self.act("evaluated", run.step)
+
+    def on_train_end(self, run: TrainingRun, finished: bool) -> None:
+        """Save."""
+        self.act("finished" if finished else "saved", run.step)
+
+
+class Record(Callback):
+    """Comes behind another callback, as the one does that records the row; may want to stop."""
+
+    def __init__(self, act: Act) -> None:
+        self.act = act
+        self.wanted = False
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Record."""
+        self.act("recorded", run.step)
+
+    @property
+    def wants_stop(self) -> bool:
+        """Return True where a save in the background has failed, so to speak."""
+        return self.wanted
+
+
+class Run:
+    """A run of five steps over nothing; `act` is told of all that it does, and may ask it to stop."""
+
+    def __init__(self, act: Callable[["Run", str, int], None] = lambda run, what, step: None) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.request = StopRequest(leaves=True)
+
+        def note(what: str, step: int) -> None:
+            self.events.append((what, step))
+            act(self, what, step)
+
+        self.record = Record(note)
+        config: Any = SimpleNamespace(
+            train=TrainConfig(steps=STEPS, balance=BalanceConfig(bias_speed=0.0)),
+            optimizer=SimpleNamespace(lr=1.0),
+            compile=SimpleNamespace(enabled=True),
+        )
+        shown: Any = SimpleNamespace(has_shown_steps=True)
+        nothing: Any = None
+        self.run = TrainingRun(config, Path(), ALONE, nothing, nothing, Progress(), shown)
+        self.loop = Loop(
+            self.run,
+            cast(Any, lambda batches, now: note("step", self.run.step + 1)),
+            cast(Any, SimpleNamespace(microbatches=lambda samples: [])),
+            WarmupCosine(1, STEPS, 0.1),
+            Throughput(1, 8, 1.0, None, torch.device("cpu")),
+            [Work(note), self.record],
+            StopSignal(self.request),
+        )
+
+
+def whole_step(step: int) -> list[tuple[str, int]]:
+    """What happens in a step that nothing interrupts."""
+    return [("step", step), *[("batch", step)] * 3, ("evaluated", step), ("recorded", step)]
+
+
+def test_a_run_that_nothing_stops_takes_all_its_steps() -> None:
+    run = Run()
+    assert run.loop.train()
+    assert run.events == [event for step in range(1, 6) for event in whole_step(step)] + [("finished", 5)]
+
+
+@pytest.mark.parametrize("asked_in", ["step", "batch"])
+def test_a_stop_ends_what_callbacks_do_then_the_row_is_recorded_and_the_run_saved(asked_in: str) -> None:
+    def act(run: Run, what: str, step: int) -> None:
+        run.request.requested |= (what, step) == (asked_in, 3)
+
+    run = Run(act)
+    assert not run.loop.train()
+    # The batch in which it comes is the last one: there is no other rank to agree with.
+    expected = [*whole_step(1), *whole_step(2), ("step", 3), ("batch", 3), ("recorded", 3), ("saved", 3)]
+    assert run.events == expected
+
+
+def test_a_callback_may_want_the_run_to_stop() -> None:
+    def act(run: Run, what: str, step: int) -> None:
+        run.record.wanted |= (what, step) == ("recorded", 2)
+
+    run = Run(act)
+    assert not run.loop.train()
+    assert run.events == [*whole_step(1), *whole_step(2), ("saved", 2)]
+
+
+def test_a_signal_ends_the_process_until_the_first_step_is_taken_which_may_compile_for_long() -> None:
+    found: list[tuple[str, bool, float]] = []
+
+    def act(run: Run, what: str, step: int) -> None:
+        if what in ("step", "recorded"):
+            found.append((what, run.request.leaves, HEARTBEAT.patience))
+
+    Run(act).loop.train()
+    assert found[:4] == [
+        ("step", True, FIRST_CALL),
+        ("recorded", False, 0.0),
+        ("step", False, 0.0),
+        ("recorded", False, 0.0),
+    ]
+
+
+class Event:
+    """An event of a GPU's stream; it is reached only when the host waits for it."""
+
+    waits = 0
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        """Take the device's time: a step lasts 0.5 s there, and the host is far ahead."""
+        Event.clock += 0.25
+        self.at = Event.clock
+
+    def synchronize(self) -> None:
+        """Let the host wait."""
+        Event.waits += 1
+
+    def elapsed_time(self, end: "Event") -> float:
+        """Return milliseconds."""
+        return 1000 * (end.at - self.at)
+
+
+def test_on_a_gpu_the_host_waits_for_no_step_before_its_row_is_read_and_the_time_is_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    recorder = Recorder(tmp_path / "metrics.jsonl", ALONE, 3, None, None)
+    recorder.every = 3  # as on a GPU
+    throughput = Throughput(1, 8, 2.0, 1000.0, torch.device("cuda"))
+    rows = [MetricsRow(step=step, tokens=8 * step) for step in (1, 2, 3)]
+    for row in rows:
+        assert Event.waits == 0
+        throughput.start()
+        recorder.add(row, {}, throughput.stop(row))
+    assert Event.waits == 3
+    assert [(row.tokens_per_second, row.mfu) for row in rows] == [(8 / 0.25, 8 / 0.25 * 2 / 1000)] * 3
+    recorder.close()
+
+
+def test_on_cpu_the_row_has_its_throughput_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([10.0, 12.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(seconds))
+    row, throughput = MetricsRow(step=1, tokens=8), Throughput(1, 8, 2.0, None, torch.device("cpu"))
+    throughput.start()
+    throughput.stop(row)
+    assert (row.tokens_per_second, row.mfu) == (4.0, None)
