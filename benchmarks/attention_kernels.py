@@ -145,25 +145,27 @@ def wait(heads: Heads) -> None:
         torch.cuda.synchronize()
 
 
-def measure(before: Variant, after: Variant, heads: Heads, rounds: int) -> tuple[float, float, float]:
-    """Medians of both and of their ratio, of as many `rounds` at least and of LEAST_SECONDS."""
+def measure(
+    before: Variant, after: Variant, heads: Heads, rounds: int, seconds: float
+) -> tuple[float, float, float]:
+    """Medians of both and of their ratio, of as many `rounds` at least and of as many `seconds`."""
     times: list[tuple[float, float]] = []
     milliseconds(before, heads), milliseconds(after, heads)  # warms up
     began = time.monotonic()
-    while len(times) < rounds or time.monotonic() - began < LEAST_SECONDS:
+    while len(times) < rounds or time.monotonic() - began < seconds:
         times.append((milliseconds(before, heads), milliseconds(after, heads)))
     firsts, seconds = zip(*times, strict=True)
     ratio = statistics.median(a / b for a, b in times)
     return statistics.median(firsts), statistics.median(seconds), ratio
 
 
-def run(device: str, rounds: int) -> Iterator[Result]:
+def run(device: str, rounds: int, seconds: float) -> Iterator[Result]:
     """Every question in fp32 and bf16; varlen in bf16 alone."""
     for dtype in (torch.float32, torch.bfloat16):
         for question, shape, (before, first), (after, second) in pairs(device):
             if question == "kernels" and dtype is torch.float32:
                 continue
-            figures = measure(first, second, shape.draw(dtype, device), rounds)
+            figures = measure(first, second, shape.draw(dtype, device), rounds, seconds)
             yield Result(question, before, after, str(dtype).removeprefix("torch."), shape, *figures)
 
 
@@ -183,12 +185,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=LEAST_SECONDS, help="least of each pair")
     parser.add_argument("--json", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.manual_seed(0)
     load = os.getloadavg()[0]
     results = []
-    for result in run(options.device, options.rounds):
+    for result in run(options.device, options.rounds, options.seconds):
         show(result)
         results.append(result)
     name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "cpu"

@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="rows of all experts together")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--models", nargs="*", default=["16b", "671b"], choices=list(SHAPES))
+    parser.add_argument("--json", type=Path, default=JSON, help="written on a GPU alone")
     chosen = parser.parse_args()
     device = torch.device(chosen.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -116,7 +117,7 @@ def main() -> None:
     if device.type == "cuda":
         on = torch.cuda.get_device_name(device)
         told = {"device": on, "torch": torch.__version__, "host": platform.machine(), "tflops": lines}
-        JSON.write_text(json.dumps(told, indent=1) + "\n")
+        chosen.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def peer_step(experts: str, precision: str, tokens: Tensor) -> Step:
     return step
 
 
-def peer_model(config: ModelConfig, experts: str) -> nn.Module:
+def peer_model(config: ModelConfig, experts: str, sequence: int = SEQUENCE) -> nn.Module:
     """HF's DeepseekV3ForCausalLM with our numbers, by its fastest attention (sdpa)."""
     import transformers
 
@@ -132,11 +132,11 @@ def peer_model(config: ModelConfig, experts: str) -> nn.Module:
         vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.dense_hidden_dim,
         moe_intermediate_size=m.hidden_dim, num_hidden_layers=config.num_layers,
         first_k_dense_replace=config.num_dense_layers, num_attention_heads=a.heads,
-        num_key_value_heads=a.heads, q_lora_rank=None, kv_lora_rank=a.kv_lora_rank,
+        num_key_value_heads=a.heads, q_lora_rank=a.q_lora_rank, kv_lora_rank=a.kv_lora_rank,
         qk_nope_head_dim=a.qk_nope_head_dim, qk_rope_head_dim=a.qk_rope_head_dim,
         v_head_dim=a.v_head_dim, n_routed_experts=m.num_experts, num_experts_per_tok=m.top_k,
         n_shared_experts=m.num_shared_experts, n_group=1, topk_group=1, norm_topk_prob=True,
-        routed_scaling_factor=m.route_scale, max_position_embeddings=SEQUENCE, use_cache=False,
+        routed_scaling_factor=m.route_scale, max_position_embeddings=sequence, use_cache=False,
     )  # fmt: skip
     hf._experts_implementation = experts
     hf._attn_implementation = "sdpa"

@@ -140,8 +140,8 @@ def read_metadata(directory: Path) -> Metadata:
 def load_tensors(directory: Path, targets: dict[str, Tensor], metadata: Metadata | None = None) -> None:
     """Fill `targets` in place from a checkpoint, resharding as needed.
 
-    Nothing is exchanged: ranks that load together agree on the outcome afterwards (load.fill). DCP would
-    first gather the plans of all ranks on rank 0, where those of 2,048 ranks of 671b take 165 s and 3 GB.
+    Nothing is exchanged: ranks that load together agree on the outcome afterwards (agreement.together). DCP
+    would first gather the plans of all ranks on rank 0: 165 s and 3 GB for 2,048 ranks of 671b.
 
     `metadata` is that of the directory, where it has been read: the metadata of many shards takes seconds.
     UserError that names the tensor for one that is missing or of another shape.

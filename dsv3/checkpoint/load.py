@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Container, Iterable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dsv3.checkpoint.agreement import together
 from dsv3.checkpoint.dcp_metadata import (
     load_tensors,
     loading,
@@ -34,7 +34,6 @@ from dsv3.hf.names import MODEL_PREFIX, SCALE_SUFFIX
 from dsv3.hf.pread_file import PreadFile
 from dsv3.hf.safetensors_reader import read_headers
 from dsv3.hf.storage_reader import HFSource, HFStorageReader
-from dsv3.metrics.progress import phase
 
 
 def require_weights(config: ModelConfig, directory: Path) -> None:
@@ -83,20 +82,26 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def load_weights(model_parts: ModelParts, directory: Path, ranks: RankContext | None = None) -> None:
     """Load the weights of a model whose parts are spread over `ranks`, which call this together.
 
-    UserError where the checkpoint lacks weights of this model or holds others (require_no_others). Without
-    `ranks` this process has the whole model.
+    UserError, on all ranks alike, where the checkpoint lacks weights of this model or holds others
+    (require_no_others). Without `ranks` this process has the whole model.
     """
+    if ranks is None:
+        _load_own_weights(model_parts, directory)
+    else:
+        together(ranks, lambda: _load_own_weights(model_parts, directory))
+
+
+def _load_own_weights(model_parts: ModelParts, directory: Path) -> None:
+    """Load this rank's weights; nothing is exchanged with other ranks."""
     config = model_parts[0].config
     if is_hf_checkpoint(directory):
         with closing(open_hf_checkpoint(directory, config)) as source:
-            read = partial(_load_hf_tensors, source)
-            fill(directory, model_state(model_parts), read, ranks)
+            fill(directory, model_state(model_parts), lambda tensors: _load_hf_tensors(source, tensors))
         return
     metadata = read_metadata(directory)
     stored = metadata.state_dict_metadata
     require_no_others(config, directory, stored, expected_tensors(config))
-    read = partial(load_tensors, directory, metadata=metadata)
-    fill(directory, model_state(model_parts), read, ranks)
+    fill(directory, model_state(model_parts), lambda tensors: load_tensors(directory, tensors, metadata))
 
 
 def require_no_others(
@@ -134,16 +139,12 @@ def open_hf_checkpoint(directory: Path, config: ModelConfig, kind: type[PreadFil
 
 @torch.no_grad()
 def fill(
-    directory: Path,
-    wanted: Iterable[tuple[str, Tensor]],
-    read: Callable[[dict[str, Tensor]], None],
-    ranks: RankContext | None = None,
+    directory: Path, wanted: Iterable[tuple[str, Tensor]], read: Callable[[dict[str, Tensor]], None]
 ) -> None:
     """Fill tensors in place by name; of a name wanted twice (an embedding in two stages) both.
 
     Before they are read all values are nan. UserError for a tensor in which one still is: nothing that a
-    load leaves out passes for a weight, or for the state of an optimizer. Every rank of `ranks` reads for
-    itself, and all of them raise the UserError of the first that failed.
+    load leaves out passes for a weight, or for the state of an optimizer.
     """
     wanted = list(wanted)
     once = unique_by_name(wanted)
@@ -151,19 +152,10 @@ def fill(
     values = {name: value for name, value in values.items() if value.is_floating_point() and value.numel()}
     for value in values.values():
         value.fill_(torch.nan)
-    problem = None
-    try:
-        read(once)
-        for name, value in values.items():
-            if bool(value.amin().isnan()):  # nan is the least; unlike isnan() this takes no memory
-                raise UserError(f"{directory} leaves values of '{name}' unset: not all of it is stored there")
-    except UserError as error:
-        problem = str(error)
-    if ranks is not None:
-        with phase("waiting for the other ranks to load theirs"):
-            problem = next(filter(None, ranks.all_gather_object(problem)), None)
-    if problem is not None:
-        raise UserError(problem)
+    read(once)
+    for name, value in values.items():
+        if bool(value.amin().isnan()):  # nan is the least; unlike isnan() this takes no memory
+            raise UserError(f"{directory} leaves values of '{name}' unset: not all of it is stored there")
     for name, tensor in wanted:
         if tensor is not once[name]:
             local_tensor(tensor).copy_(local_tensor(once[name]))

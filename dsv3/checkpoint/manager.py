@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv3.checkpoint.agreement import together
 from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
 from dsv3.checkpoint.directory import Progress, newest_checkpoint, step_directory, sweep_leftovers
 from dsv3.checkpoint.load import fill
@@ -148,7 +149,11 @@ class CheckpointManager:
         # A layout with more ranks than before has no stored random state for the new ones.
         random = {name: value for name, value in random_state(self.ranks.rank).items() if name in stored}
         wanted = [*model_state(model_parts), *state, *random.items()]
-        fill(directory, wanted, lambda tensors: load_tensors(directory, tensors, metadata), self.ranks)
+
+        def read() -> None:
+            fill(directory, wanted, lambda tensors: load_tensors(directory, tensors, metadata))
+
+        together(self.ranks, read)
         for generator in random.values():
             torch.set_rng_state(generator)
         self.newest = directory

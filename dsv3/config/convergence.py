@@ -54,6 +54,7 @@ CONTRACT: dict[str, tuple[Kind, str]] = {
     "train.generate_every": (Kind.computed, ""),
     "train.generate_seconds": (Kind.computed, ""),
     "train.export_hf_every": (Kind.computed, ""),
+    "train.export_hf_dtype": (Kind.computed, ""),
     "train.collect_garbage_every": (Kind.computed, ""),
     "precision": (Kind.learnt, ""),
     "precision.fp8.engine": (Kind.computed, "engines compute one function"),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from dsv3.config.convert import StoredType
 from dsv3.config.registry import Buildable, schema
 from dsv3.errors import require, require_positive
 
@@ -173,6 +174,8 @@ class TrainConfig:
     """Seconds after which a sample is cut off."""
     export_hf_every: int = 0
     """Steps between two exports in HuggingFace format."""
+    export_hf_dtype: StoredType = StoredType.bf16
+    """Stored type of the weights of these exports; fp8 is in blocks, as DeepSeek released them."""
     collect_garbage_every: int = 50
     """Steps between two runs of Python's garbage collection."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)

@@ -156,7 +156,8 @@ class LiveExporter:
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, StopEarly):
                 raise
-            raise RunFailed(f"the export {directory} cannot be written: {reason(error, folder)}") from None
+            why = error if isinstance(error, RunFailed) else reason(error, folder)
+            raise RunFailed(f"the export {directory} cannot be written: {why}") from None
 
     def _prepare(self) -> tuple[ExportPlan, ShardExchange]:
         """Return what all exports of a run have in common."""

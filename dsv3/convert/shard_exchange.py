@@ -28,6 +28,7 @@ from dsv3.hf.safetensors_header import byte_view
 AHEAD = 2
 """Slices that a rank begins before the oldest of them is finished."""
 
+
 class Box(NamedTuple):
     """A part of a parameter: offset and sizes by dim."""
 

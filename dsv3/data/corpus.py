@@ -42,6 +42,7 @@ class Corpus:
         # Files that are not UTF-8 text, and empty ones, known after the first pass.
         self.skipped = self.empty = 0
         self._reading: Phase | None = None  # of the first pass
+        self._looking: Phase | None = None
         self._infos: list[DocumentInfo] | None = None
 
     def documents(self) -> Iterator[Document]:
@@ -53,7 +54,7 @@ class Corpus:
             UserError: a file cannot be read.
         """
         self.skipped = self.empty = 0
-        with phase(f"looking for files in {self.root}", each_node=True):
+        with phase(f"looking for files in {self.root}", unit="files", each_node=True) as self._looking:
             paths = self._paths()
             if self._reading is not None:
                 self._reading.total, self._reading.unit = len(paths), "files"
@@ -102,7 +103,14 @@ class Corpus:
 
     def _sorted(self, paths: Iterator[Path]) -> list[Path]:
         # By name rather than by Path, whose order differs between systems.
-        return sorted((path for path in paths if path.is_file()), key=self._name)
+        return sorted((path for path in self._counted(paths) if path.is_file()), key=self._name)
+
+    def _counted(self, paths: Iterator[Path]) -> Iterator[Path]:
+        """Yield paths as they are found; a folder of a million takes minutes."""
+        for path in paths:
+            if self._looking is not None:
+                self._looking.advance()
+            yield path
 
 
 class StdlibCorpus(Corpus):

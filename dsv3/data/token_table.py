@@ -52,12 +52,13 @@ class PreparedTable(PreparedData):
 
     table: npt.NDArray[Any]
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Read the whole table, and raise UserError at the first id outside 0 .. vocab_size - 1."""
+    def check_vocabulary(self, vocab_size: int, share: tuple[int, int] = (0, 1)) -> None:
+        """Read a share of the table, and raise UserError at the first id outside 0 .. vocab_size - 1."""
         step = max(1, CHUNK_IDS // self.table.shape[1])
-        with phase("checking the token ids", self.table.nbytes) as work:
-            for first in range(0, len(self.table), step):
-                chunk = self.table[first : first + step]
+        begin, end = (len(self.table) * (share[0] + more) // share[1] for more in (0, 1))
+        with phase("checking the token ids", self.table[begin:end].nbytes) as work:
+            for first in range(begin, end, step):
+                chunk = self.table[first : min(first + step, end)]
                 invalid = (chunk < 0) | (chunk >= vocab_size)
                 if invalid.any():
                     row, column = (int(i) for i in np.argwhere(invalid)[0])
@@ -113,6 +114,21 @@ class TokensData:
             seed: seed of the shuffling; the choice of held-out rows does not depend on it.
             evaluate: score every row and train on none.
         """
+        return self._split(_fingerprint(self._table), seed, evaluate)
+
+    def reopen(
+        self,
+        recipe: str,
+        tokenizer_source: TokenizerSource | Tokenizer | None,
+        sequence_length: int | None,
+        seed: int,
+        evaluate: bool = False,
+    ) -> PreparedTable:
+        """Return what `prepare` has returned in another process; `recipe` is the fingerprint."""
+        return self._split(recipe, seed, evaluate)
+
+    def _split(self, fingerprint: str, seed: int, evaluate: bool) -> PreparedTable:
+        """Return the rows of both sides."""
         table = self._table
         count = len(table)
         train: Sequence[int] | None
@@ -129,7 +145,8 @@ class TokensData:
         if train is not None:
             summary |= {"documents_train": len(train), "tokens_train": len(train) * table.shape[1]}
             summary["rows_per_epoch"] = len(train)
-        return PreparedTable(rows, TableDataset(table, held_out), None, _fingerprint(table), summary, table)
+        scored = TableDataset(table, held_out)
+        return PreparedTable(rows, scored, None, fingerprint, summary, table, recipe=fingerprint)
 
 
 def _open_table(path: str) -> npt.NDArray[Any]:

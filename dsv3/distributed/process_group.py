@@ -143,13 +143,9 @@ class RankContext:
         before = os.environ.get(_LAZY)
         os.environ[_LAZY] = "1"
         try:
-            group = dist.new_group(
-                dist.get_process_group_ranks(self.group),
-                timeout=_FOREVER,
-                backend="gloo",
-                use_local_synchronization=True,
-                group_desc=PATIENT,
-            )
+            # Not use_local_synchronization: the group's name would follow from the number of groups that a
+            # rank is in, and ranks with other numbers would wait for one another for ever.
+            group = dist.new_group(timeout=_FOREVER, backend="gloo", group_desc=PATIENT)
         finally:
             os.environ.pop(_LAZY)
             if before is not None:

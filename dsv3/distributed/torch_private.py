@@ -47,6 +47,11 @@ def make_wrapper_tensor(kind: type[T], shape: torch.Size, dtype: torch.dtype, de
     return made
 
 
+def view_base(x: Tensor) -> Tensor | None:
+    """Return the tensor that `x` is a view of, None where it is none; the attribute is documented nowhere."""
+    return x._base
+
+
 def writes_arguments(operator: torch._ops.OpOverload) -> bool:
     """Return True where an operator changes an argument in place; only its private schema says so."""
     return operator._schema.is_mutable

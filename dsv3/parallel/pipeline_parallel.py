@@ -16,6 +16,7 @@ from dsv3.checkpoint.state import local_tensor
 from dsv3.config.parallel import PipelineConfig
 from dsv3.config.root import Config
 from dsv3.data.batch import Batch
+from dsv3.distributed.torch_private import view_base
 from dsv3.errors import RunFailed
 from dsv3.model.head import HeadTargets
 from dsv3.model.kv_cache import CacheStep
@@ -102,7 +103,7 @@ class Stage(nn.Module):
 
         As arguments its tensors would all be moved to the device, also those that the host wants to read.
         """
-        assert tokens._base is self.all_tokens, "the schedule copies what it cuts"
+        assert view_base(tokens) is self.all_tokens, "the schedule copies what it cuts"
         return self.microbatches[tokens.storage_offset() // tokens.numel()]
 
     def _loss_or_hidden(

@@ -1,8 +1,8 @@
 """Activation memory: bytes saved for the backward pass, as closed forms of the model's sizes.
 
 Each term is a tensor that autograd saves in dsv3/model or dsv3/parallel, as saved_tensors_hooks shows (the
-test reads them again on one process). `c` is the bytes per value of the compute dtype; norms, router and
-logits are fp32.
+test reads them again on one process). `c` is the bytes per value of the compute dtype; norms and router are
+fp32. What lives besides, while a layer or the head computes, is in working_memory.py.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,11 @@ class Activations:
 
         A token's experts count on the rank that it comes from, as under an even load.
         """
-        return self._attention() + (self._dense_ffn() if dense else self._moe())
+        return self._attention() + self.feed_forward(dense)
+
+    def feed_forward(self, dense: bool) -> TokenBytes:
+        """Return the bytes of a layer's feed-forward and of the norm before it."""
+        return self._dense_ffn() if dense else self._moe()
 
     def block_input(self) -> TokenBytes:
         """Return a layer's bytes under full activation checkpointing: its input."""
@@ -79,13 +83,16 @@ class Activations:
         return kept
 
     def mtp_join(self) -> TokenBytes:
-        """Return an MTP depth's bytes besides its layer and logits: two norms before its projection."""
+        """Return an MTP depth's bytes besides its layer and prediction: two norms before its projection."""
         return TokenBytes(2 * self._norm(self.config.dim))
 
-    def logits(self) -> TokenBytes:
-        """Return a prediction's bytes: the norm before the head, fp32 logits, and their log-softmax."""
+    def prediction(self) -> TokenBytes:
+        """Return a prediction's bytes: the norm before the head, and the gradient of what it predicts from.
+
+        The head computes that gradient in the forward pass (model/head.py), of the tokens of all tp ranks.
+        """
         output = self.compute * self.config.dim
-        return TokenBytes(self._norm(self.config.dim) - output + 2 * FP32 * self.config.vocab_size, output)
+        return TokenBytes(self._norm(self.config.dim) - output, output)
 
     def _norm(self, dim: int) -> int:
         """Count input in fp32, output in the compute dtype, rms; unfused also the normalized input."""

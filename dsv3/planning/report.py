@@ -187,7 +187,7 @@ def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     if on_host:
         parts["on the host"] = on_host
     if pinned:
-        parts["pinned host memory"] = pinned
+        parts["pinned memory"] = pinned
     unit, scale = _unit(plan.memory.total)
     rows = [(f"  {name}", f"{value / scale:>10,.2f}") for name, value in parts.items()]
     limit = plan.hardware.memory_bytes

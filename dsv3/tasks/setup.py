@@ -1,12 +1,16 @@
 """Set up what several tasks need: the data, the tokenizer, the mesh, and a model with its weights."""
 
+import platform
+from contextlib import suppress
 from pathlib import Path
 
+from dsv3.checkpoint.agreement import on_main, together
 from dsv3.checkpoint.directory import HF_DIR, find_checkpoint
 from dsv3.checkpoint.load import load_weights, require_weights
 from dsv3.checkpoint.manifest import verify_together
 from dsv3.config.root import Config
 from dsv3.config.strict import build
+from dsv3.data.cache import CacheEntryError
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.tokenizer_files import has_tokenizer, read_stop_ids
@@ -27,23 +31,39 @@ def prepare_data(
 ) -> PreparedData:
     """Return the configured data, tokenized by `tokenizer` or else by the configured one.
 
-    The first rank of each node fills the data cache, where the others find the result. With `evaluate` only
-    the held-out rows are needed. UserError for token ids that the model's vocabulary lacks.
+    Rank 0 reads the corpus and fills the data cache, where the others find the result. On a node whose cache
+    does not have it, the first rank does the same. Token ids that are given are read once, a share by each
+    rank. With `evaluate` only the held-out rows are needed. UserError, on all ranks alike, for token ids that
+    the model's vocabulary lacks, and where nodes have different data.
     """
     source = build(config.data)
     tokenizer = tokenizer or build(config.tokenizer)
+    how = (tokenizer, config.train.length, config.train.seed, evaluate)
+    done: list[PreparedData] = []
 
-    def prepare() -> PreparedData:
-        data: PreparedData = source.prepare(tokenizer, config.train.length, config.train.seed, evaluate)
-        return data
+    def prepare() -> tuple[str, object]:
+        done.append(source.prepare(*how))
+        return done[0].fingerprint, done[0].recipe
 
-    # One process does the work and the rest find it done. A failure of that process ends the others too.
-    data = prepare() if ranks.local_rank == 0 else None
+    def find(may_prepare: bool) -> None:
+        if not done and recipe is not None:
+            with suppress(CacheEntryError):
+                done.append(source.reopen(recipe, *how))
+        if not done and may_prepare:
+            prepare()
+        if done and done[0].fingerprint != fingerprint:
+            raise UserError(
+                f"the data of node {platform.node()} has the fingerprint {done[0].fingerprint}, rank 0's has "
+                f"{fingerprint}: give all nodes the same files"
+            )
+
     with phase("waiting for the data of the other ranks"):
-        ranks.meet()
-    data = data or prepare()
-    data.check_vocabulary(config.model.vocab_size)
-    return data
+        fingerprint, recipe = on_main(ranks, prepare)
+        together(ranks, lambda: find(may_prepare=ranks.local_rank == 0))
+        together(ranks, lambda: find(may_prepare=True))
+    share = (ranks.rank, ranks.world)
+    together(ranks, lambda: done[0].check_vocabulary(config.model.vocab_size, share))
+    return done[0]
 
 
 def load_own_tokenizer(config: Config, checkpoint: Path) -> Tokenizer | None:

@@ -129,7 +129,7 @@ def _build_callbacks(
 ) -> list[Callback]:
     """Return what happens between two steps, in this order; train.callbacks come last."""
     train, profile, tokenizer = run.config.train, run.config.profile, data.tokenizer
-    exporter = LiveExporter(model, run.directory, run.ranks)
+    exporter = LiveExporter(model, run.directory, run.ranks, train.export_hf_dtype)
 
     def export(folder: Path) -> None:
         exporter.write(folder, manager.record, run.step)

@@ -255,6 +255,7 @@ EFFECTS: dict[str, Effect] = {
     "train.generate_every": Effect("samples in log.txt", "train.generate_every"),
     "train.generate_seconds": Effect("samples in log.txt", "train.generate_seconds"),
     "train.export_hf_every": Effect("hf/ in the run directory", "train.export_hf_every"),
+    "train.export_hf_dtype": Effect("hf/ in the run directory", "train.export_hf_dtype"),
     "train.collect_garbage_every": Effect("memory_gib in metrics.jsonl", "train.collect_garbage_every"),
     "train.balance": Effect("weights, moe_* and balance_loss in metrics.jsonl", training),
     "train.balance.bias_speed": Effect("moe_bias_range in metrics.jsonl", training, values=("null", "0.5")),

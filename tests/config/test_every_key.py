@@ -382,6 +382,12 @@ def _steps(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
+def _exported(run: Path) -> str:
+    """Return the headers of a run's exports."""
+    headers = [file.read_bytes()[:10_000] for file in run.glob("hf/*/*.safetensors")]
+    return "".join(header.decode(errors="replace") for header in headers)
+
+
 def _log(run: Path, begins: str) -> int:
     lines = (run / "log.txt").read_text().splitlines()
     return sum(line.strip().startswith(begins) for line in lines)
@@ -416,6 +422,8 @@ def test_keys_of_the_training_loop_are_seen_in_the_files_of_a_run(
         *base,
         "train.stop_after=2",
         "train.generate_seconds=1e-9",
+        "train.export_hf_every=2",
+        "train.export_hf_dtype=fp8",
         "profile=on",
         f"train.callbacks={own}",
         "profile.wait=0",
@@ -436,6 +444,7 @@ def test_keys_of_the_training_loop_are_seen_in_the_files_of_a_run(
         "train.stop_after": lambda run: len(_rows(run)),
         "train.generate_seconds": lambda run: "cut off after" in (run / "log.txt").read_text(),
         "train.callbacks": lambda run: collected.count(run.name),
+        "train.export_hf_dtype": lambda run: "weight_scale_inv" in _exported(run),
         "profile.enabled": lambda run: any(path.name.startswith("profile") for path in run.iterdir()),
     }
     assert not [key for key, look in stopped.items() if look(run["base"]) == look(run["stopped"])]

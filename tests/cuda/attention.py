@@ -82,7 +82,9 @@ def sdpa(
             return CausalBias._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)  # type: ignore[no-any-return]
         attn_mask, is_causal = None, True
     if not isinstance(query, SimulatedTensor):
-        return _plain_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _plain_sdpa(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     backend = chosen_backend(query, key, value, attn_mask, is_causal)
     if backend != "math" and any(x.stride(-1) != 1 for x in (query, key, value)):
         raise CUDARefuses(f"{backend} attention: the last dim must be contiguous")

@@ -202,7 +202,7 @@ def _note_waits(name: str, args: Any, kwargs: Any, asked: torch.device | None) -
     """Note what makes the host wait: results that it reads, and copies that block."""
     if name in WAITS:
         LEDGER.wait(*WAITS[name])
-    elif name == "repeat_interleave" and kwargs.get("output_size") is None:
+    elif name == "repeat_interleave" and isinstance(args[-1], Tensor) and kwargs.get("output_size") is None:
         LEDGER.wait("repeat_interleave")
     elif name in ("index", "index_put_", "_index_put_impl_"):
         for index in args[1]:

@@ -2,7 +2,7 @@
 
     python -m tests.cuda.run_cases RESULTS CASE...
 
-conftest.py starts it once per session. torch is imported once; each rank of each case is a fork of this process,
+Besides cases it knows the checks of self_checks.py by their names. conftest.py starts it once per session. torch is imported once; each rank of each case is a fork of this process,
 made before any thread runs, so that a case that fails or hangs takes no other along.
 """
 
@@ -27,14 +27,13 @@ PATIENCE = 90.0
 """Seconds after which a case has failed."""
 
 
-def take_steps(name: str, rank: int, device: Any) -> list[float]:
-    """Take STEPS steps of a case's model on `device`; return their losses and gradient norms.
+def take_steps(config: Any, ranks: int, rank: int, device: Any) -> list[float]:
+    """Take STEPS steps of the configured model on `device`; return their losses and gradient norms.
 
     The ledger has the last step afterwards.
     """
     import numpy as np
 
-    from dsv3.config.strict import strict
     from dsv3.data.batch import collate
     from dsv3.data.packing import PackedRow
     from dsv3.distributed.process_group import RankContext, make_deterministic
@@ -44,12 +43,9 @@ def take_steps(name: str, rank: int, device: Any) -> list[float]:
     from dsv3.training.optimizer import build_optimizer
     from dsv3.training.schedule import StepHyperparameters
     from dsv3.training.step import TrainStep
-    from tests.cuda.cases import BASE, CASES, ROWS, SEQUENCE, VOCAB
+    from tests.cuda.cases import ROWS, SEQUENCE, VOCAB
     from tests.cuda.ledger import LEDGER
-    from tests.harness.composing import compose
 
-    overrides, ranks = CASES[name]
-    config = strict(compose([*BASE, *overrides]))
     make_deterministic(config.train.deterministic and device.type == "cuda", seed=1)
     mesh = None
     if ranks > 1:
@@ -77,45 +73,70 @@ def take_steps(name: str, rank: int, device: Any) -> list[float]:
     return found
 
 
-def run_rank(name: str, rank: int, ranks: int, store: str) -> dict[str, Any]:
-    """Run one rank of a case; return its losses on both devices and the ledger, or the error."""
+def run_check(name: str) -> dict[str, Any]:
+    """Run one of the simulator's checks of itself; return nothing, or the error."""
+    from tests.cuda.self_checks import CHECKS
+
+    try:
+        CHECKS[name]()
+    except Exception:
+        return {"error": traceback.format_exc(limit=-3)}
+    return {}
+
+
+def run_rank(name: str, config: Any, rank: int, store: str) -> dict[str, Any]:
+    """Run one rank of a case; return the ledger and its losses, also those of the CPU, or the error."""
     import torch
     import torch.distributed as dist
 
-    from tests.cuda.ledger import LEDGER, MEMORY
+    from tests.cuda.cases import CASES
+    from tests.cuda.ledger import LEDGER
     from tests.cuda.runtime import set_gpu
 
+    if name not in CASES:
+        return run_check(name)
+    ranks = CASES[name].ranks
     try:
         if ranks > 1:
             address = f"file://{store}/{name}"
             dist.init_process_group("cpu:gloo,cuda:gloo", init_method=address, rank=rank, world_size=ranks)
         set_gpu(rank)
-        plain = take_steps(name, rank, torch.device("cpu"))
-        found = take_steps(name, rank, torch.device("cuda", rank))
+        alone = CASES[name].reference is None
+        plain = take_steps(config, ranks, rank, torch.device("cpu")) if alone else None
+        found = take_steps(config, ranks, rank, torch.device("cuda", rank))
     except Exception:
         return {"error": f"rank {rank}: {traceback.format_exc(limit=-12)}"}
     counts = {"waits": LEDGER.waits, "kernels": LEDGER.kernels, "launches": LEDGER.launches.total()}
-    return {"cpu": plain, "cuda": found, "peak": MEMORY.peak, **counts}
+    return {"expected": plain, "found": found, **counts}
 
 
-def run_case(name: str, ranks: int, store: str) -> dict[str, Any]:
+def run_case(name: str, store: str) -> dict[str, Any]:
     """Run a case in one fork per rank; return rank 0's result, or the first error of any rank."""
+    from dsv3.config.strict import strict
+    from tests.cuda.cases import BASE, CASES
+    from tests.harness.composing import compose
+
+    case = CASES.get(name)
+    ranks = case.ranks if case else 1
+    config = strict(compose([*BASE, *case.overrides])) if case else None
     children: dict[int, int] = {}
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
             faulthandler.enable()
-            Path(store, f"{name}-{rank}.json").write_text(json.dumps(run_rank(name, rank, ranks, store)))
+            Path(store, f"{name}-{rank}.json").write_text(json.dumps(run_rank(name, config, rank, store)))
             os._exit(0)  # not through Python's end, which would wait for collectives of a rank that failed
         children[child] = rank
     results: dict[int, dict[str, Any]] = {}
+    seconds = 0.0
     deadline = time.monotonic() + PATIENCE
     while children and time.monotonic() < deadline and not any("error" in one for one in results.values()):
-        child, status = os.waitpid(-1, os.WNOHANG)
+        child, status, used = os.wait4(-1, os.WNOHANG)
         if child == 0:
             time.sleep(0.01)
             continue
         rank = children.pop(child)
+        seconds += used.ru_utime + used.ru_stime
         path = Path(store, f"{name}-{rank}.json")
         died = {"error": f"rank {rank} died, status {status}"}
         results[rank] = json.loads(path.read_text()) if path.exists() else died
@@ -123,7 +144,8 @@ def run_case(name: str, ranks: int, store: str) -> dict[str, Any]:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         results.setdefault(rank, {"error": f"rank {rank} was still running"})
-    return next((one for one in results.values() if "error" in one), results[0])
+    result = next((one for one in results.values() if "error" in one), results[0])
+    return {**result, "cpu_seconds": round(seconds, 2)}
 
 
 def main(target: Path, names: list[str]) -> None:
@@ -131,7 +153,6 @@ def main(target: Path, names: list[str]) -> None:
     load_library()
     import torch
 
-    from tests.cuda.cases import CASES
     from tests.cuda.runtime import install
 
     torch.set_num_threads(1)
@@ -139,7 +160,7 @@ def main(target: Path, names: list[str]) -> None:
     for module in ("dsv3.parallel.parallel_model", "dsv3.training.step", "tests.harness.composing"):
         importlib.import_module(module)  # once for all forks
     with tempfile.TemporaryDirectory() as store:
-        found = {name: run_case(name, CASES[name].ranks, store) for name in names}
+        found = {name: run_case(name, store) for name in names}
     target.write_text(json.dumps(found))
 
 

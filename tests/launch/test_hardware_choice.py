@@ -27,6 +27,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     return told
 
 
@@ -35,8 +36,9 @@ def test_the_device_of_a_rank_is_the_gpu_unless_the_cpu_was_chosen(
 ) -> None:
     chosen: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
     with join_process_group(1) as ranks:
-        assert (ranks.device.type, chosen) == ("cuda", [torch.device("cuda", 0)])
+        assert (ranks.device.type, chosen) == ("cuda", [torch.device("cuda", 3)])
     with join_process_group(1, on_cpu=True) as ranks:
         assert (ranks.device.type, len(chosen)) == ("cpu", 1)
 
@@ -49,6 +51,7 @@ def test_ranks_on_the_cpu_of_a_machine_with_gpus_talk_through_gloo(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **_: asked.append(backend))
+    monkeypatch.setattr("dsv3.distributed.process_group.default_store", torch.distributed.HashStore)
     with join_process_group(1, on_cpu):
         assert asked == [backend]
 

@@ -32,6 +32,15 @@ def study(finished: int, running: int = 0) -> None:
             made.tell(trial, state=optuna.trial.TrialState.FAIL)
 
 
+def test_a_search_without_a_held_out_loss_is_refused_before_it_trains(planned: PlannedCommand) -> None:
+    search = ["-m", *GRID, "hydra.sweeper.n_trials=1", "run.dir=sweep", "train.evaluate_every=0"]
+    refused = planned.run(*search)
+    assert refused.code == 1
+    assert not refused.jobs
+    assert "train.evaluate_every=0 measures no held-out loss, which the sweeper compares" in refused.err
+    assert "train.evaluate_every=2 for one at the end" in refused.err
+
+
 def added(arguments: list[str], sweep: Sweep | None = None) -> dict[str, str] | None:
     """Return the overrides that a search below ./sweep gets besides its own."""
     overrides = continue_search([*arguments, "run.dir=sweep"], sweep or Sweep())

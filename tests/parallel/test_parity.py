@@ -121,8 +121,10 @@ def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: 
     assert exact is not None
     assert single is not None
     degrees, config = LAYOUTS[layout], configured(["parallel=fsdp", "precision=bf16"], 2)
+    loss = exact.metrics[0]["loss"]
+    off = abs(single.metrics[0]["loss"] - loss)
     for trace in train_on(pool, config, degrees, 1, 2)[: degrees.world_size]:
-        assert trace.metrics[0]["loss"] == pytest.approx(exact.metrics[0]["loss"], rel=1e-2)
+        assert abs(trace.metrics[0]["loss"] - loss) < 1.5 * off
         assert _median_error(trace, exact) < 1.5 * _median_error(single, exact)
 
 

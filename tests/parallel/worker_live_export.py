@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,16 +41,18 @@ class Traffic:
 
 def export(
     config: Config, degrees: ParallelDims | None, run_dir: Path, folder: Path
-) -> tuple[dict[StoredType, Traffic], list[tuple[str, Tensor]]] | None:
+) -> tuple[dict[StoredType, Traffic], list[tuple[str, Tensor]]]:
     """Export in each type to a folder of its name; return what this rank did, and what `stream` gives it."""
     setup = prepared(config, degrees, "sgd")
-    if setup is None:
-        return None
+    assert setup is not None
     model, _, ranks = setup
     done = {}
     for stored in StoredType:
         exporter = LiveExporter(model, run_dir, ranks, stored, LARGEST_FILE)
-        with patch.object(output_file, "SLICE_BYTES", SLICE), counting(folder / f".partial-{stored.name}") as did:
+        with (
+            patch.object(output_file, "SLICE_BYTES", SLICE),
+            counting(folder / f".partial-{stored.name}") as did,
+        ):
             exporter.write(folder / stored.name)
         done[stored] = did
     return done, [(name, tensor.clone()) for name, tensor in stream(model, torch.float32)]
@@ -113,7 +115,7 @@ def fail(config: Config, degrees: ParallelDims, run_dir: Path, folder: Path) -> 
                 told[name] = f"{type(error).__name__}: {error}"
         ranks.meet()
         told[name] += " and left " + ", ".join(sorted(path.name for path in folder.glob("*")))
-    exporter.ranks = replace(ranks)
+        ranks.meet()
     exporter.write(folder / "step-1")
     return told
 

@@ -108,7 +108,7 @@ def test_offloaded_state_is_the_hosts_but_on_cpu_there_is_one_memory() -> None:
     state = kept.memory.parameters + kept.memory.gradients + kept.memory.optimizer
     assert state == kept.memory.total - offloaded.memory.total < offloaded.memory.offloaded
     assert "on the host" in format_plan(offloaded)
-    assert "pinned host memory" in format_plan(kept)
+    assert "pinned memory" in format_plan(kept)
     assert "on the host" not in format_plan(kept)
     assert make_plan(config, ParallelDims(dp_shard=2), HardwareConfig(name="cpu")).memory.offloaded == 0
 

@@ -19,10 +19,17 @@ def test_text_tells_both_conventions_every_part_and_the_verdict() -> None:
     assert "15,706,484,224" in text
     assert "2,661,150,208" in text
     assert lines[-1].split() == ["verdict", "fits"]
-    parts = {line[2:].rsplit(None, 1)[0]: float(line.split()[-1]) for line in lines if line.startswith("  ")}
+    indented = [line for line in text.partition("between steps")[0].splitlines() if line.startswith("  ")]
+    parts = {line[2:].rsplit(None, 1)[0]: float(line.split()[-1]) for line in indented}
     memory = plan_16b().memory
     for name in ("parameters", "gradients", "optimizer", "activations", "total"):
         assert parts[name] == pytest.approx(getattr(memory, name) / GIB, abs=0.006)
+    upkeep = text.partition("between steps")[2].splitlines()
+    evaluation = plan_16b().between_steps.evaluation()
+    assert evaluation is not None
+    assert upkeep[1].split()[-1] == f"{evaluation.tokens:,}"
+    assert upkeep[2].split()[0] == "sample"
+    assert float(upkeep[3].split()[-1]) == pytest.approx(27 * 576 * 120 * 2 / 2**20, abs=0.006)
     assert {line[: len("bytes per parameter  ")][-2:] for line in lines if line} == {"  "}
     assert all(len(line) < 111 for line in lines)
 

@@ -280,15 +280,15 @@ def test_equal_held_out_data_are_ranked_and_unknown_or_unevaluated_ones_do_not_c
 
 def test_limits_that_score_the_same_rows_are_the_same_data(tmp_path: Path) -> None:
     for number, tokens in enumerate((None, 640, 650)):  # all of 20 rows of 32
-        store_data(tmp_path / str(number), 3.0, evaluate_tokens=tokens)
-    assert not held_out_differences(find_runs(tmp_path))
+        store_data(tmp_path / "all" / str(number), 3.0, evaluate_tokens=tokens)
+    assert not held_out_differences(find_runs(tmp_path / "all"))
     for number, tokens in enumerate((288, 300, 319)):
-        store_data(tmp_path / str(number), 3.0, evaluate_tokens=tokens)
-    assert not held_out_differences(find_runs(tmp_path))
+        store_data(tmp_path / "nine" / str(number), 3.0, evaluate_tokens=tokens)
+    assert not held_out_differences(find_runs(tmp_path / "nine"))
     # A run of older code limited batches: the rows that it scored are known.
-    store_data(tmp_path / "3", 3.0, evaluate_batches=2, rows_evaluated=8)
+    store_data(tmp_path / "nine" / "3", 3.0, evaluate_batches=2, rows_evaluated=8)
     told = {"0": 9, "1": 9, "2": 9, "3": 8}
-    assert held_out_differences(find_runs(tmp_path)) == {"train.evaluate_tokens": told}
+    assert held_out_differences(find_runs(tmp_path / "nine")) == {"train.evaluate_tokens": told}
 
 
 def test_differences_are_of_what_is_learnt_or_of_how_it_is_computed(

@@ -25,7 +25,7 @@ class Echo:
 
     def generate(self, prompts: list[list[int]], *settings: Any) -> list[list[int]]:
         """Return the prompts."""
-        self.prompts, self.ends = prompts, settings[-1]
+        self.prompts, self.ends = prompts, settings[4]
         return prompts
 
 

@@ -124,8 +124,17 @@ def test_json_lines_typed_keys_groups_and_samples_are_told(commands: TrainComman
     assert first.out.count("sample for ") == 1  # of step 2, which is the last of this command
     assert "2 of 4, " in first.out
     assert "(first " not in first.out.split("Done")[1]
-    never = commands.must(f"resume={tmp_path / 'run'}", "train.generate_every=0")
+    assert told["samples"] == "every 2 steps and at the end, at most 30 s each"
+    assert told["evaluation"].startswith("every 100 steps and at the end, 2 of ")
+    assert told["evaluation"].endswith("held-out rows, spread evenly (train.evaluate_tokens=null scores all)")
+    never = commands.must(f"resume={tmp_path / 'run'}", "train.generate_every=0", "train.evaluate_every=0")
     assert "sample for " not in never.out
+    (told,) = blocks(never.out)
+    assert told["evaluation"] == "never (train.evaluate_every=0)"
+    assert told["samples"] == "never (train.generate_every=0)"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["evaluation_loss"] for row in rows] == [None] * 4
+    assert "held-out" not in never.out.split("Done")[1]
 
 
 def test_a_fine_tune_of_a_released_model_tells_what_stays_and_what_is_left_out(

@@ -1,6 +1,7 @@
 """Held-out loss: one mean over all valid targets."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -46,11 +47,15 @@ def test_loss_is_the_mean_over_all_targets_whatever_the_microbatch_size(microbat
     assert found.loss == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_first_batches_may_be_enough() -> None:
-    found = evaluate(LocalForwardBackward(tiny_model(), True), Held(), 2, ALONE, batches=2)
-    loss, tokens = by_hand([0, 1, 2, 3])
-    assert found.tokens == tokens == 27
-    assert found.loss == pytest.approx(loss, rel=1e-5)
+@pytest.mark.parametrize(("tokens", "rows"), [(39, [0, 2, 4]), (41, [0, 1, 3, 4]), (1, [0]), (999, range(6))])
+def test_a_limit_in_tokens_takes_rows_from_all_over_whatever_the_microbatch_size(
+    tokens: int, rows: Sequence[int]
+) -> None:
+    loss, scored = by_hand(list(rows))
+    for microbatch in (1, 2, 4):
+        found = evaluate(LocalForwardBackward(tiny_model(), True), Held(), microbatch, ALONE, tokens)
+        assert found.tokens == scored
+        assert found.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_without_the_document_mask_documents_see_those_before_them() -> None:

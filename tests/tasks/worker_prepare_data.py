@@ -1,0 +1,66 @@
+"""Worker side: prepare data on ranks of several nodes, and count what each of them reads."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dsv3.config.root import Config
+from dsv3.data import token_table
+from dsv3.distributed.process_group import RankContext
+from dsv3.errors import UserError
+from dsv3.metrics.progress import Phase
+from dsv3.tasks.setup import prepare_data
+
+NODE = 4
+"""Ranks of a node."""
+
+
+@dataclass
+class Prepared:
+    """What a rank has read, and what it got."""
+
+    files: int = 0
+    """Files of the corpus."""
+    checked: int = 0
+    """Bytes of token ids that were looked at."""
+    summary: dict[str, int] | None = None
+    rows: list[int] | None = None
+    """First row of both sides."""
+    error: str = ""
+
+
+def prepare(config: Config, caches: list[Path], other: Config | None = None) -> Prepared:
+    """Prepare data with one cache per node; the second node's config is `other`."""
+    rank = dist.get_rank()
+    node = rank // NODE
+    ranks = RankContext(rank, rank % NODE, dist.get_world_size(), torch.device("cpu"))
+    done, read, advance = Prepared(), Path.read_bytes, Phase.advance
+
+    def read_bytes(path: Path) -> bytes:
+        done.files += path.suffix == ".txt"
+        return read(path)
+
+    def count(phase: Phase, amount: int = 1) -> None:
+        done.checked += amount if phase.title == "checking the token ids" else 0
+        advance(phase, amount)
+
+    with (
+        patch.dict(os.environ, DSV3_CACHE=str(caches[node])),
+        patch.object(Path, "read_bytes", read_bytes),
+        patch.object(Phase, "advance", count),
+        patch.object(token_table, "CHUNK_IDS", 64),
+    ):
+        try:
+            data = prepare_data(other if other is not None and node else config, ranks)
+        except UserError as error:
+            done.error = str(error)
+            return done
+    assert data.train is not None
+    done.summary = data.summary
+    done.rows = np.concatenate([rows.row(0).tokens for rows in (data.train, data.held_out)]).tolist()
+    return done
