@@ -1,9 +1,10 @@
 # make train: the main job on this machine. make test: all tests. make test-quick: those that take two minutes
-# together. make lint: the linters. Each sets up .venv first, once.
+# together. make lint: the linters. Each sets up .venv first, once. make gpu-check: what one GPU proves in ten
+# minutes (docs/gpu.md); it takes PYTHON as it is where that has torch and there is no .venv.
 #
 # PYTHON=python3.12   another interpreter (3.11 or newer)
 # TORCH_INDEX=URL     where torch comes from: PyTorch's "Get Started" page lists one for CPU and one per CUDA
-# ARGS="..."          overrides for train.py
+# ARGS="..."          overrides for train.py, or options of benchmarks/gpu.py
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 ARGS ?=
 
-.PHONY: train test test-quick lint setup clean
+.PHONY: train test test-quick lint gpu-check setup clean
 .DEFAULT_GOAL := train
 
 train: setup
@@ -34,6 +35,11 @@ lint: setup
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports --no-cache
+
+gpu-check:
+	@if [ ! -e $(STAMP) ] && $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); \
+	else $(MAKE) --no-print-directory setup && python=$(VENV)/bin/python; fi; \
+	$$python -m benchmarks.gpu $(ARGS)
 
 setup: $(STAMP)
 

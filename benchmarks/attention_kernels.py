@@ -146,13 +146,13 @@ def wait(heads: Heads) -> None:
 
 
 def measure(
-    before: Variant, after: Variant, heads: Heads, rounds: int, seconds: float
+    before: Variant, after: Variant, heads: Heads, rounds: int, least: float
 ) -> tuple[float, float, float]:
-    """Medians of both and of their ratio, of as many `rounds` at least and of as many `seconds`."""
+    """Medians of both and of their ratio, of as many `rounds` and seconds at `least`."""
     times: list[tuple[float, float]] = []
     milliseconds(before, heads), milliseconds(after, heads)  # warms up
     began = time.monotonic()
-    while len(times) < rounds or time.monotonic() - began < seconds:
+    while len(times) < rounds or time.monotonic() - began < least:
         times.append((milliseconds(before, heads), milliseconds(after, heads)))
     firsts, seconds = zip(*times, strict=True)
     ratio = statistics.median(a / b for a, b in times)

@@ -253,7 +253,7 @@ def _asker() -> str:
 
 def show(found: dict[str, Any]) -> str:
     """Return the figures as one line."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in found.items():
         flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat.items())

@@ -1,17 +1,19 @@
 """Bytes of the tensors that live at the peak of a training step, beside what the plan counts.
 
-The model is on the meta device: a step runs whole, forward and backward, without arithmetic, so that one layer
-of 671b takes seconds. A dispatch mode sees every tensor come, and a finalizer sees its storage go. Counted is
+The model is on the meta device: a step runs whole, forward and backward, without arithmetic, so that layers
+of 671b take a second. A dispatch mode sees every tensor come, and a finalizer sees its storage go. Counted is
 what a step adds to parameters, gradients and optimizer state: activations, casts of weights, gradients on
 their way. Not seen is what a kernel holds while it runs, and the allocator's gaps.
 
     python -m benchmarks.live_memory               every case; writes benchmarks/results/live_memory.json
     python -m benchmarks.live_memory --show 12 --microbatch 4 --length 4096 model=16b precision=bf16
 
-The plan is that of a CPU, whose RMSNorm saves its normalized input; a GPU's is one tensor smaller.
+`--show N` lists what lives at the peak. The plan is that of a CPU, whose RMSNorm saves its normalized input;
+a GPU's counts one tensor less per norm. Rows are one document each unless a case masks four per row.
 """
 
 import argparse
+import json
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -138,9 +140,9 @@ def _run(config: Config, stop_at: int | None) -> LiveBytes:
     model = build_on_meta(config, CPU)
     parallelize(model, model, config, None, CPU)
     model.train()
-    for module in model.modules():
-        if isinstance(getattr(module, "matmul", None), FP8Matmul):
-            module.matmul.probe = torch.zeros((), device=META, requires_grad=True)
+    for matmul in (getattr(module, "matmul", None) for module in model.modules()):
+        if isinstance(matmul, FP8Matmul):
+            matmul.probe = torch.zeros((), device=META, requires_grad=True)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     known = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
@@ -149,7 +151,9 @@ def _run(config: Config, stop_at: int | None) -> LiveBytes:
         torch.empty(rows, length, dtype=dtype, device=META)
         for dtype in (torch.int64, torch.int64, torch.int32)
     )
-    batch = Batch(tokens, targets, documents, torch.zeros(rows, length, dtype=torch.int32))
+    # Four documents per row, where the config masks them.
+    on_host = torch.arange(length, dtype=torch.int32).mul(4).div(length, rounding_mode="floor").int()
+    batch = Batch(tokens, targets, documents, on_host.expand(rows, -1))
     denominators = LossDenominators(torch.ones((), device=META), rows)
     step = StepHyperparameters(lr=0.0, mtp_weight=0.3, balance_weight=1e-4, bias_speed=0.0)
     mode = LiveBytes(known)
@@ -206,23 +210,82 @@ def _meta_operators() -> Iterator[None]:
 def configured(microbatch: int, length: int, overrides: list[str]) -> Config:
     """Compose a config of one process on a CPU."""
     batch = [f"train.microbatch_size={microbatch}", f"train.global_batch_size={microbatch}"]
+    if not any(override.startswith("data.document_mask=") for override in overrides):
+        batch.append("data.document_mask=false")
     config = compose([*batch, f"train.sequence_length={length}", *overrides])
     return replace(config, precision=config.precision.on("cpu"))
 
 
+@dataclass(frozen=True)
+class Case:
+    """One row of the results."""
+
+    microbatch: int
+    length: int
+    overrides: str
+
+    def config(self) -> Config:
+        """Compose the case's config."""
+        return configured(self.microbatch, self.length, self.overrides.split())
+
+
+def cases() -> list[Case]:
+    """Return every precision, recomputation and MTP at a small size, the presets, and shapes at the edges."""
+    small = "model=16b model.dim=512 model.num_layers=4 model.vocab_size=8192"
+    found = [
+        Case(2, 512, f"{small} model.mtp_depths={depths} precision={precision} recompute={recompute}")
+        for precision in ("fp32", "bf16", "fp8")
+        for recompute in ("none", "selective", "full")
+        for depths in (0, 1)
+    ]
+    for model in ("16b", "moonlight_16b"):
+        for precision, recompute in (
+            ("bf16", "none"),
+            ("bf16", "selective"),
+            ("bf16", "full"),
+            ("fp8", "full"),
+        ):
+            found.append(Case(4, 4096, f"model={model} precision={precision} recompute={recompute}"))
+    for model in ("236b model.num_layers=6", "671b model.num_layers=6", "kimi_k2 model.num_layers=3"):
+        for precision, recompute in (("bf16", "none"), ("bf16", "full"), ("fp8", "selective")):
+            found.append(Case(1, 4096, f"model={model} precision={precision} recompute={recompute}"))
+    dense = "model=671b model.num_layers=3 model.num_dense_layers=3 model.mtp_depths=0 precision=bf16"
+    return [
+        *found,
+        Case(1, 4096, f"{dense} recompute=none"),
+        Case(1, 4096, f"{dense} recompute=full"),
+        Case(8, 512, "model=debug precision=fp32"),
+        Case(8, 512, "model=debug precision=bf16 data.document_mask=true"),
+        Case(8, 512, "model=debug precision=bf16 recompute=full"),
+        Case(8, 512, "model=debug precision=bf16 model.mtp_depths=3"),
+        Case(16, 512, "model=debug precision=bf16 model.vocab_size=129280"),
+        Case(16, 512, "model=debug precision=fp32 model.vocab_size=129280 recompute=full"),
+        Case(32, 4096, "model=16b model.num_layers=2 model.vocab_size=512 precision=bf16 recompute=full"),
+        Case(32, 4096, "model=16b model.num_layers=3 model.moe.num_experts=16 precision=bf16"),
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure what the command line says, or every case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--microbatch", type=int, default=1)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
-    found = measure(configured(given.microbatch, given.length, given.overrides), given.show)
-    print(
-        f"live {found.live / GIB:.3f} GiB, planned {found.planned / GIB:.3f}, ratio {found.ratio:.3f}, at operator {found.at}"
-    )
-    for bytes_, count, origin in found.largest:
-        print(f"  {bytes_ / GIB:8.3f} GiB {count:4d} x {origin}")
+    if given.overrides:
+        found = measure(configured(given.microbatch, given.length, given.overrides), given.show)
+        print(f"live {found.live / GIB:.3f} GiB, planned {found.planned / GIB:.3f}, at operator {found.at}")
+        for bytes_, count, origin in found.largest:
+            print(f"  {bytes_ / GIB:8.3f} GiB {count:4d} x {origin}")
+        return
+    rows = []
+    for case in cases():
+        found = measure(case.config())
+        ratio = round(found.ratio, 3)
+        rows.append({**vars(case), "live": found.live, "planned": found.planned, "ratio": ratio})
+        print(f"{ratio:.3f} {found.live / GIB:9.3f} GiB, {case.microbatch} x {case.length} {case.overrides}")
+    RESULT.write_text(json.dumps({"torch": torch.__version__, "cases": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

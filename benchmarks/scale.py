@@ -1,10 +1,10 @@
 """What it takes to start one rank of a world that is not there: seconds and peak host memory, phase by phase.
 
-Each case is a process of its own, from the start of Python. It goes the way of a task, with nothing replaced but
-the network, which is PyTorch's fake process group (tests/parallel/fake_world.py): compose, plan, mesh, build,
-wrap and draw the initial weights of its shards; then build anew and load a release in FP8. The release has the
-names, shapes and number of files of the real one, and holes for weights (tests/convert/sparse_release.py). Of
-the cases in STEPS the rank also takes one optimizer step, which computes on the CPU.
+Each case is a process of its own, from the start of Python. It goes the way of a task with nothing replaced
+but the network, which is PyTorch's fake process group (tests/parallel/fake_world.py): compose, plan, mesh,
+build, wrap and draw the initial weights of its shards; then build anew and load a release in FP8. The release
+has the names, shapes and number of files of the real one, and holes for weights
+(tests/convert/sparse_release.py). One more case takes an optimizer step, which computes on the CPU.
 
     python -m benchmarks.scale
     python -m benchmarks.scale --only kimi_k2
@@ -134,8 +134,8 @@ def row(result: dict[str, Any]) -> str:
 
 
 HEAD = [
-    "| layout, rank | degrees | shards, MiB | start, plan, mesh: CPU s | build and draw: CPU s | peak above shards, MiB "
-    "| build and load: CPU s | peak above shards, MiB |",
+    "| layout, rank | degrees | shards, MiB | start, plan, mesh, s | build and draw, s | above shards, MiB "
+    "| build and load, s | above shards, MiB |",
     f"|{'---|' * 8}",
 ]
 

@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from dsv3.cli.application import Application
 from dsv3.cli.arguments import prepare, prepare_convert
 from dsv3.cli.help import convert_help, train_help
-from dsv3.config.hardware import CPU
 from dsv3.config.strict import build
 from dsv3.convert.request import prepare_conversion
 from dsv3.distributed.device import use_expandable_segments
@@ -45,7 +44,7 @@ def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | No
         return None
     if task.uses_model:
         require_gpu(job.config.hardware)
-        if job.hardware.name != CPU:
+        if not job.on_cpu:
             use_expandable_segments(os.environ)
     if not task.writes_run and os.environ.get("RANK", "0") == "0":  # a run tells them itself, and keeps them
         for note in job.notes:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.agreement import together
+from dsv3.checkpoint.agreement import on_main, together
 from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
 from dsv3.checkpoint.directory import Progress, newest_checkpoint, step_directory, sweep_leftovers
 from dsv3.checkpoint.load import fill
@@ -131,7 +131,7 @@ class CheckpointManager:
 
         UserError where it is damaged, with the command that goes on from an older one.
         """
-        directory = self.ranks.broadcast_object(newest_checkpoint(self.run_dir))
+        directory = on_main(self.ranks, lambda: newest_checkpoint(self.run_dir))
         if directory is None:
             return None
         try:

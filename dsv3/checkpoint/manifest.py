@@ -168,7 +168,8 @@ def verify_together(directory: Path, ranks: "RankContext") -> None:
     problem = None
     try:
         entries = read_manifest(directory) or {}
-        check_sizes(directory, entries)  # by every rank: a node may see another disk
+        if ranks.local_rank == 0:  # a node may see another disk
+            check_sizes(directory, entries)
         check_digests(directory, {name: entries[name] for name in shares(entries, ranks.world)[ranks.rank]})
     except UserError as error:
         problem = str(error)

@@ -55,7 +55,7 @@ def upgrade_node(node: Any, path: str = "") -> Any:
         return [upgrade_node(item, f"{path}.{number}") for number, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
-    upgraded = {}
+    upgraded: dict[Any, Any] = {}
     for key, value in node.items():
         place = f"{path}.{key}" if path else str(key)
         if place == _BATCHES:

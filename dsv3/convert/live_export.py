@@ -204,6 +204,8 @@ class LiveExporter:
                 each.write(file)
             except Exception as problem:
                 error = problem
+                if file is not None:
+                    file.discard()
         error = error or exchange.error
         if error is not None:
             raise error

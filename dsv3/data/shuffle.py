@@ -1,8 +1,8 @@
 """Shuffling: any place of a permutation in constant time and memory, and small permutations as a whole.
 
-Ten terabytes of text are 6e8 rows of 4,096 tokens. A permutation of their numbers takes 5 GB and two minutes,
-on each rank and for each epoch. `Permutation` holds 16 keys, and takes 5 microseconds for each number that is
-asked for.
+Ten terabytes of text are 6e8 rows of 4,096 tokens. A permutation of their numbers takes 5 GB, and more than a
+minute, on each rank and for each epoch. `Permutation` holds 16 keys, and takes 5 microseconds for each number
+that is asked for.
 """
 
 import hashlib

@@ -6,8 +6,7 @@ waited for. The watchdog ends the run once no rank moves any more.
 """
 
 import time
-
-import torch.distributed as dist
+from typing import Any
 
 from dsv3.distributed.heartbeat import HEARTBEAT
 
@@ -25,20 +24,22 @@ class Meeting:
     torchrun's agent. All ranks call the same methods in the same order, each from one thread.
 
     Args:
-        store: of the process group, by a connection in which nobody waits; threads may share it.
+        store: of the process group, by a connection in which nobody waits (torch_private.connect_to_store);
+            meetings and threads may share it.
         name: tells apart the meetings of a process group.
     """
 
-    def __init__(self, store: dist.Store, world: int, name: str) -> None:
-        self.store = dist.PrefixStore(f"dsv3/{name}", store)
+    def __init__(self, store: Any, world: int, name: str) -> None:
+        self.store = store
         self.world = world
+        self.name = name
         self.round = 0
-        self._source, self._name, self._children = store, name, 0
+        self._children = 0
 
     def apart(self) -> "Meeting":
         """Return another meeting of the same ranks, for another thread or another order of calls."""
         self._children += 1
-        return Meeting(self._source, self.world, f"{self._name}.{self._children}")
+        return Meeting(self.store, self.world, f"{self.name}.{self._children}")
 
     def meet(self, flag: bool = False) -> bool:
         """Wait until every rank is here; return True on all of them where any has raised `flag`."""
@@ -48,21 +49,25 @@ class Meeting:
     def arrive(self, flag: bool) -> None:
         """Begin the next round without waiting for the others; read the outcome of the one before first."""
         self.round += 1
-        arrived = self.store.add(f"{self.round}", 1 + (int(flag) << _FLAG))
+        key = self._key(self.round)
+        arrived = self.store.add(key, 1 + (int(flag) << _FLAG))
         if arrived % (1 << _FLAG) == self.world:
-            self.store.set(f"{self.round} outcome", str(arrived >> _FLAG))
+            self.store.set(f"{key} outcome", str(arrived >> _FLAG))
             # Whoever has arrived here has read the outcome before.
-            self.store.delete_key(f"{self.round - 1} outcome")
-            self.store.delete_key(f"{self.round}")
+            self.store.delete_key(f"{self._key(self.round - 1)} outcome")
+            self.store.delete_key(key)
 
     def outcome(self) -> bool:
         """Wait until every rank has arrived in this round; return True where any has raised its flag.
 
         The wait is Python's, so that a signal is heard in it.
         """
-        key, pause = f"{self.round} outcome", _FIRST_LOOK
+        key, pause = f"{self._key(self.round)} outcome", _FIRST_LOOK
         while not self.store.check([key]):
             time.sleep(pause)
             pause = min(1.5 * pause, _LAST_LOOK)
         HEARTBEAT.beat()
-        return self.store.get(key) != b"0"
+        return bool(self.store.get(key) != b"0")
+
+    def _key(self, number: int) -> str:
+        return f"meeting {self.name}: {number}"

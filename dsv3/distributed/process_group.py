@@ -23,7 +23,7 @@ from dsv3.distributed.device import choose_gpu, cpu_threads
 from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
 from dsv3.distributed.meeting import Meeting
 from dsv3.distributed.signals import Stopped
-from dsv3.distributed.torch_private import default_store, set_group_timeouts, shorten_gather_name
+from dsv3.distributed.torch_private import connect_to_store, set_group_timeouts, shorten_gather_name
 from dsv3.distributed.watchdog import Watchdog, enable_flight_recorder
 
 T = TypeVar("T")
@@ -202,8 +202,8 @@ def join_process_group(timeout: int, on_cpu: bool = False) -> Iterator[RankConte
         enable_flight_recorder(os.environ)
         shorten_gather_name()
         dist.init_process_group(backend, timeout=limit, device_id=device_id)
-        store = default_store().clone()  # gloo and NCCL wait for one another in the other connection
-        watchdog = Watchdog(rank, world, timeout, dist.PrefixStore("dsv3/watchdog", store))
+        store = connect_to_store("dsv3")
+        watchdog = Watchdog(rank, world, timeout, store)
         # Until there is a run directory, and in tasks that have none.
         folder = f"dsv3-stacks-{os.getuid()}-{os.environ.get('MASTER_PORT', '')}"
         watchdog.start(Path(tempfile.gettempdir()) / folder, cuda=device.type == "cuda")
@@ -212,8 +212,11 @@ def join_process_group(timeout: int, on_cpu: bool = False) -> Iterator[RankConte
     try:
         yield ranks
     except Stopped:
-        # Rank 0 may still be closing its logger, and a launcher ends all ranks after the first.
+        # Rank 0 may still be closing its logger, and a launcher ends all ranks after the first. Under srun
+        # the store is rank 0's, which must not leave before all have read that they have met.
         ranks.meet()
+        if world > 1:
+            dist.barrier()
         raise
     finally:
         if watchdog is not None:

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
-    from torch.distributed import Store
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
@@ -165,11 +164,16 @@ def unflatten_mesh(mesh: "DeviceMesh", axes: Mapping[str, int]) -> "DeviceMesh":
     return mesh._unflatten(0, tuple(axes.values()), tuple(axes))
 
 
-def default_store() -> "Store":
-    """Return the store of the default process group, where its ranks have met; no public name leads to it."""
-    from torch.distributed.distributed_c10d import _get_default_store
+def connect_to_store(name: str) -> Any:
+    """Return the store in which the ranks of the default process group have met, by another connection.
 
-    return _get_default_store()
+    gloo and NCCL wait for one another in their connection, and whoever shares it waits too. Keys begin with
+    `name`. No public name leads to the store.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    store: Any = _get_default_store()
+    return PrefixStore(name, store.clone())
 
 
 def group_timeouts() -> dict[str, timedelta]:

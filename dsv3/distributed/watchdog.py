@@ -111,7 +111,7 @@ class Watchdog:
         if self.store is not None:
             # The process that holds the store may have ended: this rank then looks after itself.
             with contextlib.suppress(RuntimeError):
-                return self.store.add("progress", amount)
+                return self.store.add("watchdog: progress", amount)
         return self._total + amount
 
     def _watch(self) -> None:

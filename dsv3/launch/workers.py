@@ -18,6 +18,7 @@ from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from dsv3.config.launch import WEEK
 from dsv3.config.strict import build
 from dsv3.distributed.signals import NOTHING_SAVED, Stopped, kill_children, leave_on_signal
 from dsv3.distributed.streams import outlive_readers
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 _PR_SET_PDEATHSIG = 1
 
-# Seconds that a worker may take to save after a stop signal before it is killed.
-_SHUTDOWN_TIMEOUT = 600
+# Seconds that a worker may take to save after a stop signal before it is killed: as many as it needs, for the
+# watchdog ends one that hangs.
+_SHUTDOWN_TIMEOUT = WEEK
 
 # Seconds between two looks for new children, and those that the others have after a failure.
 _LOOK_EVERY = 0.1

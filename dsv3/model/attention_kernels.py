@@ -10,6 +10,7 @@ Shapes: q, k [B, T, H, qk_head_dim], v [B, T, H, v_head_dim] -> [B, T, H, v_head
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, cast
@@ -58,8 +59,8 @@ class Segments:
 
     def to(self, device: torch.device | str) -> "Segments":
         """Copy the tensors to a device, without waiting for it."""
-        moved = {"cu_seqlens": upload(self.cu_seqlens, device), "starts": upload(self.starts, device)}
-        return replace(self, **moved, by_prefix={})
+        cu_seqlens, starts = upload(self.cu_seqlens, device), upload(self.starts, device)
+        return replace(self, cu_seqlens=cu_seqlens, starts=starts, by_prefix={})
 
     def spans_by_row(self, rows: int) -> list[list[tuple[int, int]]]:
         """Return per row the (begin, end) of its documents, as positions in the row."""
@@ -166,13 +167,11 @@ def explain_kernel(
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
     """Attend by scaled_dot_product_attention, once per batch or document; by cpu_attention.py on CPU."""
+    if segments is not None:
+        return cast(Tensor, _each_document(q, k, v, scale, segments))
     if not q.is_cuda:
-        return _each_document(q, k, v, scale, segments) if segments else _blocked(q, k, v, scale)
-    v_head_dim = v.shape[-1]
-    if segments is None:
-        return _causal_on_cuda(*_fit_head_dims(q, k, v), scale)[..., :v_head_dim]
-    with sdpa_kernel(LENGTHWISE):
-        return _each_document(*fit_one_width(q, k, v), scale, segments)[..., :v_head_dim]
+        return _blocked(q, k, v, scale)
+    return _causal_on_cuda(*_fit_head_dims(q, k, v), scale)[..., : v.shape[-1]]
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
@@ -252,7 +251,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _causal_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.shape[-1] == v.shape[-1]:
+    if q.shape[-1] == v.shape[-1] or q.dtype not in HALF:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
@@ -261,11 +260,16 @@ def _causal_on_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 # Compiled, every new set of lengths would be compiled anew.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _each_document(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments) -> Tensor:
+    v_head_dim = v.shape[-1]
+    backends: AbstractContextManager[object] = nullcontext()
     attend = _causal_on_cuda if q.is_cuda else _blocked
+    if q.is_cuda:
+        (q, k, v), backends = fit_one_width(q, k, v), sdpa_kernel(LENGTHWISE)
     # Splitting costs one concatenation in the backward pass; slicing costs a tensor of zeros per document.
     qs, ks, vs = (x.flatten(0, 1).unsqueeze(0).split(segments.lengths, dim=1) for x in (q, k, v))
-    out = [attend(*heads, scale) for heads in zip(qs, ks, vs, strict=True)]
-    return torch.cat(out, dim=1).view(*q.shape[:-1], -1)
+    with backends:
+        out = [attend(*heads, scale) for heads in zip(qs, ks, vs, strict=True)]
+    return torch.cat(out, dim=1).view(*q.shape[:-1], -1)[..., :v_head_dim]
 
 
 def _fit_head_dims(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

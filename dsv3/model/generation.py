@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.model.kv_cache import CacheStep, LatentCache
+from dsv3.model.transfers import upload
 from dsv3.model.transformer import Transformer
 
 ROW_SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -71,7 +72,7 @@ class CachedLogits:
         tokens = torch.zeros(step.positions.shape, dtype=torch.int64)
         for row, ids in enumerate(new):
             tokens[row, : len(ids)] = torch.tensor(ids)
-        return self.forward(tokens.to(step.positions.device), step)
+        return self.forward(upload(tokens, step.positions.device), step)
 
 
 @dataclass

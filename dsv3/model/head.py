@@ -30,7 +30,7 @@ CHUNK_BYTES = 2**28
 
 
 class HeadTargets(NamedTuple):
-    """What the predictions of the head are scored against."""
+    """Targets of the predictions of the head, and their part in the loss."""
 
     ids: Sequence[Tensor]
     """Per prediction [B, T] int64, IGNORE_INDEX where a position does not count."""
@@ -167,6 +167,7 @@ def _score_in_chunks(
             of_weight.addmm_(gradient.t(), flat[chunk])
         elif of_weight is not None:
             of_weight += gradient.t() @ flat[chunk]
+        del gradient  # before the next chunk's logits
     return total
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv3.config.model import ModelConfig
+from dsv3.model.transfers import upload
 
 
 class LayerCache(NamedTuple):
@@ -98,7 +99,7 @@ class LatentCache:
         if longest + sequence > capacity:
             raise ValueError(f"the cache has room for {capacity} tokens a row, not {longest + sequence}")
         device = self.entries.device
-        starts, added = torch.tensor([self.lengths, counts], device=device)
+        starts, added = upload(torch.tensor([self.lengths, counts]), device)
         positions = starts.unsqueeze(-1) + torch.arange(sequence, device=device)
         slots = torch.arange(longest + sequence, device=device)
         # With an empty cache the causal order of the new tokens suffices, and attention needs no mask.

@@ -1,9 +1,11 @@
 """Copies between host and device that wait no longer than they must.
 
-A plain copy of a CPU tensor to a GPU, `torch.tensor(.., device="cuda")` included, makes the host wait until the
-GPU has done all that it was given before: the queue that keeps it busy runs empty. From pinned memory the copy
-joins the queue, and the host goes on. The other way round somebody must wait for the values; `download` waits
-for them alone.
+A plain copy of a CPU tensor to a GPU makes the host wait until the GPU has done all that it was given before, and
+so does `torch.tensor(.., device="cuda")`: the queue that keeps a GPU busy runs empty. From pinned memory the copy
+joins the queue, and the host goes on. The other way round somebody must wait for the values: `download` waits for
+them and for what was queued before them, so call it as early as they are known, and for all of them at once.
+
+tests/cuda counts both on a simulated GPU; docs/gpu.md has the table of all places where the host waits.
 """
 
 import torch
@@ -11,7 +13,10 @@ from torch import Tensor
 
 
 def upload(x: Tensor, device: torch.device | str) -> Tensor:
-    """Copy `x` to `device` without waiting, through pinned memory from a CPU to a GPU."""
+    """Copy `x` to `device` without waiting, through pinned memory from a CPU to a GPU.
+
+    A later change of `x` on the host does not reach the copy.
+    """
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
         # The pinned copy may be freed at once: PyTorch keeps its memory until the GPU has read it.
         return x.pin_memory().to(device, non_blocking=True)

@@ -30,6 +30,7 @@ from dsv3.training.loss import LossDenominators, LossSums, head_targets, loss_te
 from dsv3.training.schedule import StepHyperparameters
 from dsv3.training.step import routers_by_place
 
+
 class Stage(nn.Module):
     """A run of layers, with the embedding on the first stage and the head, MTP and the loss on the last.
 

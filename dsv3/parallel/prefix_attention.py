@@ -60,8 +60,8 @@ def _whole_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return sdpa(q, k, v, scale, None)
     if cudnn_takes(q.device, q.dtype, q.shape[-1], v.shape[-1]):
         # cuDNN takes no views of wider tensors.
-        heads = (x.contiguous().transpose(1, 2) for x in (q, k, v))
-        return split_attention(*heads, scale, CUDNN).transpose(1, 2)
+        q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
+        return split_attention(q, k, v, scale, CUDNN).transpose(1, 2)
     return _lower_right(q, k, v, scale)
 
 

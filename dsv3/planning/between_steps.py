@@ -131,7 +131,8 @@ class BetweenSteps:
         flops = training_flops_per_token(self.model, shape.sequence_length) * tokens / degrees.world_size
         idle = bubble(p.schedule, degrees.pp, p.per_rank, shape.microbatches)
         traffic = rank_traffic(self.model, degrees, shape)
-        latency = 3 * shape.microbatches * sum(map(self._latency, max(self._stages(), key=len)))
+        latencies = [sum(self._latency(stage) for stage in stages) for stages in self._stages()]
+        latency = 3 * shape.microbatches * max(latencies)
         computing = max(flops / self._flops_per_second() / (1 - idle), latency)
         return max(computing, self._sending(traffic, only_dp=True)) + self._sending(traffic)
 
@@ -231,8 +232,7 @@ class BetweenSteps:
     def _rate(self, name: str) -> float:
         """Return a rate of the hardware, or that of hardware of its kind where it is not known."""
         assumed = ASSUMED_CPU if self.hardware.name == CPU else ASSUMED_GPU
-        rate: float = getattr(self.hardware, name) or getattr(assumed, name)
-        return rate
+        return float(getattr(self.hardware, name) or getattr(assumed, name))
 
 
 def cache_bytes(model: ModelConfig, layers: int, tokens: int, compute: int) -> int:

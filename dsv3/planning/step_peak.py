@@ -1,8 +1,8 @@
 """The moment of a training step at which a rank holds the most, besides its state.
 
-Candidates are the end of the forward pass, where the head computes, and the backward pass of each kind of
-layer, with what the layers before it have saved. Activations and copies of weights are those of one moment: the
-largest of each are not there together.
+Candidates are the end of the forward pass, where the head computes, the backward pass of the last norm, and
+that of each kind of layer, with what the layers before it have saved. Activations and copies of weights are
+those of one moment: the largest of each are not there together.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def step_peak(
 
 
 class _Step:
-    """What the moments of a step have in common on every layout."""
+    """The common part of a step's moments on every layout."""
 
     def __init__(
         self, config: ModelConfig, degrees: ParallelDims, shape: StepShape, stages: list[StageLayers]
@@ -90,6 +90,12 @@ class _Step:
         stage = self.groups[[stage.is_last for stage in self.stages].index(True)]
         return self.trained([weight for weight in stage[0] if weight.component is Component.head])
 
+    def in_last_norm(self, kept: int, copies: int) -> Moment:
+        """Return the moment at which the norm before the head holds its gradients in fp32."""
+        values = 2 if self.shape.fused_kernels else 4
+        arrived = self.compute  # counted with what is kept
+        return Moment(kept + self.on_rank(TokenBytes((values * FP32 - arrived) * self.config.dim)), copies)
+
     def in_head(self, kept: int, copies: int) -> Moment:
         """Return the moment at which the head computes its last chunk, beside what is kept."""
         ids = -(-self.config.vocab_size // self.degrees.tp)
@@ -109,24 +115,28 @@ class _OneProcess(_Step):
         kinds, layers = stage.block_kinds, len(stage.dense)
         joins = [w for w in root if w.component is Component.mtp_projection]
         kept = casts = 0
+        # What MTP looks up gives the embedding's gradient early. It waits for that of the first layer.
+        waiting = self.trained([w for w in root if w.component is Component.embedding]) * FP32
         for number, (dense, block) in enumerate(zip(kinds, blocks, strict=True)):
             if number >= layers:  # an MTP depth, after the prediction before it
                 kept += self.on_rank(self.saved.prediction() + self.saved.mtp_join())
                 casts += self._cast(joins[number - layers : number - layers + 1])
             own = self._cast(block)
             if number + 1 in (layers, len(kinds)) or kinds[number + 1] != dense:
-                yield from self._in_block(dense, block, kept, casts + own)
+                early = waiting if number < layers < len(kinds) else 0
+                yield from self._in_block(dense, block, kept, casts + own + early)
             kept += self.on_rank(self.kept(dense))
             casts += 0 if self.recomputes else own
         head = [w for w in root if w.component is Component.head]
         kept += self.on_rank(self.saved.prediction())
         yield self.in_head(kept, casts + self._cast(head))
+        yield self.in_last_norm(kept, casts)
 
     def _in_block(self, dense: bool, block: list[Weight], kept: int, casts: int) -> Iterator[Moment]:
         casts_gradients = self.compute < FP32 and self.shape.fp8 is None
         own = kept + self.on_rank(self.in_backward(dense))
         trained = self.trained(block)
-        for phase in backward_phases(self.saved, dense, casts_gradients):
+        for phase in backward_phases(self.saved, dense, casts_gradients, self.recomputes):
             used = phase.used_casts * self.compute if casts_gradients else 0
             gradients = phase.gradients if trained else 0
             yield Moment(own + self.on_rank(phase.activations), casts - used + gradients)
@@ -159,7 +169,7 @@ class _Gathered(_Step):
     def in_block(self, dense: bool, kept: int, copies: int) -> Iterator[Moment]:
         """Yield the moments of a layer's backward pass, beside what is kept by others."""
         own = kept + self.on_rank(self.in_backward(dense))
-        for phase in backward_phases(self.saved, dense, casts=False):
+        for phase in backward_phases(self.saved, dense, casts=False, recomputed=self.recomputes):
             yield Moment(own + self.on_rank(phase.activations), copies)
 
 
@@ -183,7 +193,8 @@ class _Sharded(_Gathered):
             kept += self.on_rank(self.kept(dense))
         kept += self.on_rank(self.saved.prediction())
         yield self.in_head(kept, gathered)
-        # The root's gradients are reduced after the last layer; tp makes embedding and head groups of their own.
+        yield self.in_last_norm(kept, gathered + self._held_by_root(root))
+        # The root's gradients are reduced after the last layer. tp makes embedding and head their own groups.
         ends = [[weight] for weight in root] if self.degrees.tp > 1 else [root]
         yield Moment(0, self.gathered(root) + max(map(self.in_reduction, ends)))
 
@@ -202,7 +213,7 @@ class _Pipelined(_Gathered):
         """Yield the moments of pipeline rank `rank`: a layer's backward pass, or the head, at the fullest."""
         shape, boundary = self.shape, self.on_rank(self.saved.block_input())
         each = {stage.index: self._per_microbatch(stage) for stage in self.stages}
-        kept = _most_in_flight(self.degrees, shape, rank, each)
+        kept = most_in_flight(self.degrees, shape, rank, each)
         # torch's stages receive every microbatch's input and gradient in a buffer of its own.
         ends = sum(1 + (not stage.is_first) - stage.is_last for stage in self.stages)
         kept += ends * boundary * shape.microbatches
@@ -215,6 +226,7 @@ class _Pipelined(_Gathered):
             yield from self.in_block(dense, others, held + reduced)
         if any(stage.is_last for stage in self.stages):
             yield self.in_head(kept, held)
+            yield self.in_last_norm(kept, held)
 
     def _per_microbatch(self, stage: StageLayers) -> int:
         """Return what a microbatch keeps in a stage from its forward to its backward pass."""
@@ -229,7 +241,7 @@ class _Pipelined(_Gathered):
         return self.on_rank(kept) + (self.head() * self.compute if stage.is_last else 0)
 
 
-def _most_in_flight(degrees: ParallelDims, shape: StepShape, rank: int, each: dict[int, int]) -> int:
+def most_in_flight(degrees: ParallelDims, shape: StepShape, rank: int, each: dict[int, int]) -> int:
     """Return the most bytes at once, if a microbatch keeps `each` stage's bytes from forward to backward."""
     p, now, most = shape.pipelining, 0, 0
     for action in schedule_actions(p.schedule, rank, degrees.pp, p.per_rank, shape.microbatches):

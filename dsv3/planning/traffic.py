@@ -29,8 +29,8 @@ from dsv3.planning.sharding import (
 )
 from dsv3.planning.step_shape import StepShape
 
-LOSS_REDUCTIONS = 3
-"""All-reduced values per token of vocabulary-parallel cross-entropy: largest logit, sum, chosen logit."""
+LOSS_VALUES = 3
+"""Values per token that a rank tells the others for the loss: largest logit, sum, the target's logit."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def forward_traffic(
     tp = sum(_tensor_parallel_layer(config, degrees, both, dense) for dense in stage.dense) // 2
     hidden = tokens * config.dim * shape.state.compute
     logits = shape.microbatch_size * config.vocab_size * FP32
-    scored = hidden + 2 * LOSS_REDUCTIONS * FP32 * tokens
+    scored = hidden + degrees.tp * LOSS_VALUES * FP32 * tokens
     ends = hidden * stage.is_first + (logits if decodes else scored) * stage.is_last
     return TrafficBytes(
         dp=sum(_fsdp_weight(w, degrees, shape, 1, reductions=0) for block in blocks for w in block),
@@ -160,10 +160,6 @@ def _fsdp(
     total = sum(_fsdp_weight(weight, degrees, shape, gathers[0], reductions) for weight in root)
     for block in blocks:
         total += sum(_fsdp_weight(weight, degrees, shape, gathers[1], reductions) for weight in block)
-    if degrees.tp > 1 and degrees.pp == 1:
-        # A head split by tp is freed after each of its backward passes, of which MTP adds one per depth.
-        again = shape.microbatches * config.mtp_depths
-        total += _fsdp_weight(parameters.output(config)[-1], degrees, shape, again, reductions=0)
     return total
 
 
@@ -211,7 +207,7 @@ def _tensor_parallel_ends(
     """Count embeddings scattered and hidden states gathered for the head, both ways; and the loss."""
     tokens = shape.tokens(degrees)
     hidden = 2 * (stage.embeds + stage.predictions) * config.dim * shape.state.compute
-    loss = 2 * LOSS_REDUCTIONS * stage.predictions * FP32
+    loss = degrees.tp * LOSS_VALUES * stage.predictions * FP32
     return _ring(degrees.tp, tokens * (hidden + loss))
 
 

@@ -1,10 +1,10 @@
 """Working memory: what a step holds for a moment, besides the activations that it saves.
 
-Two moments decide a step's peak. At the end of the forward pass the head computes the loss of a chunk of tokens
-and the gradient of its weight, while everything saved is there. In the backward pass a layer holds gradients
-of activations and of weights, while what it and the layers before it saved is there. The phases below are the
-moments of a layer's backward pass at which the most can live, in the order in which autograd comes to them;
-benchmarks/live_memory.py holds them to what lives in a step on the meta device.
+Two kinds of moments may be a step's peak. At the end of the forward pass the head computes the loss of a
+chunk of tokens and the gradient of its weight, while everything saved is there. In the backward pass a layer
+holds gradients of activations and of weights, while what it and the layers before it have saved is there. The
+phases below are the moments of a layer's backward pass at which the most can live, in the order in which
+autograd comes to them. benchmarks/live_memory.py holds them to what lives in a step on the meta device.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Phase:
 
 
 def head_chunk(tokens: int, vocabulary: int, compute: int) -> int:
-    """Return the bytes of a chunk's logits over `vocabulary` ids, and of their gradient as matmuls take it."""
+    """Return the bytes of a chunk's logits over `vocabulary` ids, and of their cast for the matmuls."""
     rows = min(tokens, max(1, HEAD_CHUNK_BYTES // (FP32 * vocabulary)))
     return rows * vocabulary * (FP32 + (compute if compute < FP32 else 0))
 
@@ -40,11 +40,19 @@ def head_weight_gradient(elements: int, compute: int) -> int:
     return elements * (FP32 + (compute if compute < FP32 else 0))
 
 
-def backward_phases(saved: Activations, dense: bool, casts: bool) -> Iterator[Phase]:
-    """Yield the phases of a layer; with `casts` gradients arrive in the compute dtype and are cast to fp32."""
+def backward_phases(saved: Activations, dense: bool, casts: bool, recomputed: bool) -> Iterator[Phase]:
+    """Yield the phases of a layer, which may be `recomputed` right before.
+
+    With `casts` gradients of weights arrive in the compute dtype and are cast to fp32.
+    """
     config, c = saved.config, saved.compute
     arriving, cast = (c, c + FP32) if casts else (FP32, 0)
     hidden = TokenBytes(c * config.dim)
+    if not dense:
+        # The end of its forward pass: the experts' results before and after their permutation, the residual,
+        # the shared experts' result, and if it is recomputed the gradient that has arrived already.
+        others = 1 + bool(config.moe.num_shared_experts) + recomputed
+        yield Phase(TokenBytes(others * c * config.dim + config.moe.top_k * c * config.dim))
     yield from (_dense if dense else _moe)(config, c, arriving, cast)
     # Attention, after the feed-forward: gradients of the output and of queries, keys and values.
     a = config.attention
@@ -72,8 +80,6 @@ def _moe(config: ModelConfig, c: int, arriving: int, cast: int) -> Iterator[Phas
     hidden, row, width = c * config.dim, moe.top_k * c * config.dim, moe.top_k * c * moe.hidden_dim
     down = moe.num_experts * config.dim * moe.hidden_dim
     gate_up = 2 * down
-    # Combine: the gradients of the experts' results.
-    yield Phase(TokenBytes(hidden + row))
     # down_proj: its results are gone; the gradients of its rows, before and after it, and of its weight.
     yield Phase(TokenBytes(hidden + width), arriving * down)
     yield Phase(TokenBytes(hidden - row), cast * down, used_casts=down)

@@ -44,7 +44,10 @@ def update_expert_bias(routers: dict[int, Router], load: Tensor, speed: float) -
             router.selection_bias += speed * torch.sign(load[place].mean() - load[place])
 
 
-def stack_expert_bias(routers: dict[int, Router]) -> Tensor:
-    """Return the biases [layers, experts] of the routers that have one, zeros [1, 1] where none has."""
+def stack_expert_bias(routers: dict[int, Router], device: torch.device | str = "cpu") -> Tensor:
+    """Return the biases [layers, experts] of the routers that have one, zeros [1, 1] where none has.
+
+    All are on `device`: a pipeline stage may have no router.
+    """
     biases = [router.selection_bias for router in routers.values() if router.selection_bias is not None]
-    return torch.stack(biases) if biases else torch.zeros(1, 1)
+    return torch.stack(biases) if biases else torch.zeros(1, 1, device=device)

@@ -52,9 +52,11 @@ class Loop:
                     self._take_step()
                 if progress.step == first:
                     self._begin_to_save()
-                ended_early = self._call_callbacks()
+                for callback in self.callbacks:
+                    with suppress(StopEarly):  # poll() says so too
+                        callback.on_step_end(self.run)
                 wants_stop = any(callback.wants_stop for callback in self.callbacks)
-                finished = not (ended_early or self.stop.poll(wants_stop))
+                finished = not self.stop.poll(wants_stop)
             for callback in self.callbacks:
                 with suppress(StopEarly):  # finished, or saved
                     callback.on_train_end(self.run, finished)
@@ -80,13 +82,3 @@ class Loop:
         self.run.ranks.meet()
         self.stop.saves_from_now()
         self.run.ranks.limit_collectives(first_calls=False)
-
-    def _call_callbacks(self) -> bool:
-        """Call the callbacks; return True where one of them has ended early because the run is to stop."""
-        ended_early = False
-        for callback in self.callbacks:
-            try:
-                callback.on_step_end(self.run)
-            except StopEarly:
-                ended_early = True
-        return ended_early

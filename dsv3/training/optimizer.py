@@ -216,7 +216,7 @@ def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float, ranks: Ran
     # A parameter of two pipeline stages (the embedding, which MTP shares) counts on one of them only.
     counted = [p.grad for p in trained if p.grad is not None and not getattr(p, "is_replica", False)]
     squares = torch.zeros((), device=ranks.device)
-    # A pipeline rank whose layers are all frozen has no gradient; offloaded parameters have theirs on the CPU.
+    # A pipeline rank whose layers are all frozen has no gradient; offloaded ones are on the CPU.
     for (copies, _), gradients in _grouped(counted, lambda g: (replicas(g), local_tensor(g).device)).items():
         of_group = torch.stack(foreach_norm(gradients)).square().sum() / copies
         squares = squares + of_group.to(ranks.device)

@@ -175,7 +175,7 @@ class TrainStep:
             "moe_entropy": expert_load.entropy(load),
         }
         if self.config.moe.selection_bias:
-            largest = expert_load.bias_range(stack_expert_bias(self.routers))
+            largest = expert_load.bias_range(stack_expert_bias(self.routers, self.ranks.device))
             metrics["moe_bias_range"] = self.ranks.max(largest)
         return metrics
 

@@ -46,7 +46,7 @@ class DeviceTimer:
 
         def seconds() -> float:
             end.synchronize()
-            return begin.elapsed_time(end) / 1000
+            return float(begin.elapsed_time(end)) / 1000
 
         return seconds
 

@@ -48,7 +48,9 @@ def can_use_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
     """Return True where FlashAttention attends."""
     one_width = q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
     whole = not causal or q.shape[-2] == k.shape[-2]
-    return torch.backends.cuda.flash_sdp_enabled() and q.dtype in HALF and mask is None and one_width and whole
+    return (
+        torch.backends.cuda.flash_sdp_enabled() and q.dtype in HALF and mask is None and one_width and whole
+    )
 
 
 def can_use_efficient(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> bool:
@@ -91,11 +93,15 @@ def sdpa(
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     heads = (query, key, value)
     if backend == "cudnn":
-        return _aten._scaled_dot_product_cudnn_attention(*heads, attn_mask, keep, 0.0, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+        return _aten._scaled_dot_product_cudnn_attention(
+            *heads, attn_mask, keep, 0.0, is_causal, scale=scale
+        )[0]  # type: ignore[no-any-return]
     if backend == "flash":
         return _aten._scaled_dot_product_flash_attention(*heads, 0.0, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
     if backend == "efficient":
-        return _aten._scaled_dot_product_efficient_attention(*heads, attn_mask, keep, 0.0, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+        return _aten._scaled_dot_product_efficient_attention(
+            *heads, attn_mask, keep, 0.0, is_causal, scale=scale
+        )[0]  # type: ignore[no-any-return]
     return _aten._scaled_dot_product_attention_math(*heads, attn_mask, 0.0, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
 
 
@@ -122,7 +128,11 @@ def _gradients(
     g = g.float()
     p = (_scores(q, k, scale, diagonal) - log_sum.unsqueeze(-1)).exp()
     of_p = g @ v.float().transpose(-1, -2)
-    of_scores = p * (of_p - (g * out.float()).sum(-1, keepdim=True)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    of_scores = (
+        p
+        * (of_p - (g * out.float()).sum(-1, keepdim=True))
+        * (q.shape[-1] ** -0.5 if scale is None else scale)
+    )
     found = of_scores @ k.float(), of_scores.transpose(-1, -2) @ q.float(), p.transpose(-1, -2) @ g
     return tuple(x.to(q.dtype) for x in found)  # type: ignore[return-value]
 
@@ -137,7 +147,9 @@ def _forward(
     return SimulatedTensor(out, q.device.index), SimulatedTensor(log_sum, q.device.index)
 
 
-def _backward(heads: tuple[Any, ...], scale: float | None, diagonal: int | None) -> tuple[SimulatedTensor, ...]:
+def _backward(
+    heads: tuple[Any, ...], scale: float | None, diagonal: int | None
+) -> tuple[SimulatedTensor, ...]:
     """Return the gradients; `heads` are those of the result, then q, k, v, the result and its log-sum-exp."""
     gradient, q, k, v, out, log_sum = (x.inner for x in heads)
     found = _gradients(gradient, q, k, v, out, log_sum.view(q.shape[:-1]), scale, diagonal)
@@ -166,7 +178,16 @@ def _flash(q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, d
            scale: float | None = None) -> tuple[Any, ...]:  # fmt: skip
     # FlashAttention aligns a causal mask to the last key.
     diagonal, none = k.shape[-2] - q.shape[-2] if causal else None, _nothing(q)
-    return *_forward("flash", q, k, v, scale, diagonal), none, none, q.shape[-2], k.shape[-2], none, none, none
+    return (
+        *_forward("flash", q, k, v, scale, diagonal),
+        none,
+        none,
+        q.shape[-2],
+        k.shape[-2],
+        none,
+        none,
+        none,
+    )
 
 
 def _flash_backward(g: Any, q: Any, k: Any, v: Any, out: Any, log_sum: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int,
@@ -208,7 +229,9 @@ def _efficient_forward_backward(g: Any, q: Any, k: Any, v: Any, bias: Any, out: 
     return *map(_turned, _backward(heads, scale, _diagonal(q, k, mask_type))), None
 
 
-def _documents(ends_q: Any, ends_k: Any, of_queries: list[Any], of_keys: list[Any]) -> Iterator[tuple[Any, ...]]:
+def _documents(
+    ends_q: Any, ends_k: Any, of_queries: list[Any], of_keys: list[Any]
+) -> Iterator[tuple[Any, ...]]:
     """Yield each document's queries and keys as slices, and its rows of the tensors [rows, H, D] as [H, T, D]."""
     queries, keys = (pairwise(ends.inner.tolist()) for ends in (ends_q, ends_k))
     for own, seen in zip(queries, keys, strict=True):

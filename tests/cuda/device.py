@@ -163,7 +163,9 @@ def _compute(func: Any, args: Any, kwargs: Any, simulated: list[Any], index: int
     if func.namespace in ("c10d", "_c10d_functional"):
         # A collective that writes to its arguments returns them.
         given = {id(tensor.inner): tensor for tensor in simulated}
-        return pytree.tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else SimulatedTensor(t, index), out)
+        return pytree.tree_map_only(
+            Tensor, lambda t: given[id(t)] if id(t) in given else SimulatedTensor(t, index), out
+        )
     if asked is not None and asked.type != "cuda":
         return out
     out = pytree.tree_map_only(Tensor, lambda t: SimulatedTensor(t, index), out)

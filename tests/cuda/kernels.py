@@ -85,7 +85,9 @@ def _scales_by_value(scales: Tensor, recipe: int, rows: int, depth: int) -> Tens
     # A dim of one element has no stride that anybody reads.
     in_order = scales.stride(0) == 1 and (scales.shape[1] == 1 or scales.stride(1) == shape[0])
     if tuple(scales.shape) != shape or not in_order:
-        raise CUDARefuses(f"scaled_mm: scales {list(scales.shape)} {scales.stride()}, cuBLAS reads {shape} by columns")
+        raise CUDARefuses(
+            f"scaled_mm: scales {list(scales.shape)} {scales.stride()}, cuBLAS reads {shape} by columns"
+        )
     if recipe == F.ScalingType.BlockWise1x128.value:
         return scales.repeat_interleave(128, 1)[:, :depth]
     by_row = scales.t()[:, :blocks].repeat_interleave(128, 0)[:rows]

@@ -2,7 +2,7 @@
 
     python -m tests.cuda.run_cases RESULTS CASE...
 
-Besides cases it knows the checks of self_checks.py by their names. conftest.py starts it once per session. torch is imported once; each rank of each case is a fork of this process,
+Besides cases it knows the checks of self_checks.py and program.py by their names. conftest.py starts it once per session. torch is imported once; each rank of each case is a fork of this process,
 made before any thread runs, so that a case that fails or hangs takes no other along.
 """
 
@@ -75,12 +75,13 @@ def take_steps(config: Any, ranks: int, rank: int, device: Any) -> list[float]:
 
 def run_check(name: str) -> dict[str, Any]:
     """Run one of the simulator's checks of itself; return nothing, or the error."""
-    from tests.cuda.self_checks import CHECKS
+    from tests.cuda import program, self_checks
 
     try:
-        CHECKS[name]()
+        faulthandler.dump_traceback_later(80)
+        (self_checks.CHECKS | program.CHECKS)[name]()
     except Exception:
-        return {"error": traceback.format_exc(limit=-3)}
+        return {"error": traceback.format_exc(limit=-8)}
     return {}
 
 

@@ -145,7 +145,9 @@ def _install_attention() -> None:
             lambda p, debug=False, answer=answer: answer(p.query, p.key, p.value, p.attn_mask, p.is_causal),
         )
     attention.register()
-    importlib.import_module("torch.nn.attention.varlen")  # defines the operators that attention.py substitutes
+    importlib.import_module(
+        "torch.nn.attention.varlen"
+    )  # defines the operators that attention.py substitutes
     # A mask that is a tensor subclass without values is made outside of the mode, which would take it for a tensor.
     bias: Any = importlib.import_module("torch.nn.attention.bias")
     make = bias.CausalBias.__new__

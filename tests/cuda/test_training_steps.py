@@ -50,6 +50,11 @@ def test_scaled_mm_gets_the_operands_of_the_emulation(simulated: Results, simula
     assert scaled[:2] == pytest.approx(emulated[:2], rel=1e-3)
 
 
+@pytest.mark.parametrize("simulation", ["train_py_trains_evaluates_samples_saves_and_resumes"])
+def test_program(simulated: Results, simulation: str) -> None:
+    result(simulated, simulation)
+
+
 def result(simulated: Results, name: str) -> dict[str, Any]:
     """Return the result of a case that must have run."""
     found = simulated[name]

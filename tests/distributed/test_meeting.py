@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch.distributed as dist
@@ -18,9 +18,9 @@ T = TypeVar("T")
 WORLD = 5
 
 
-def on_every_rank(work: Callable[[int, Meeting], T]) -> tuple[list[T], dist.Store]:
+def on_every_rank(work: Callable[[int, Meeting], T]) -> tuple[list[T], Any]:
     """Do `work` on every rank at once; return the results by rank, and the store."""
-    store = dist.HashStore()
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=1))
     results: dict[int, T] = {}
 

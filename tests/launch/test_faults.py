@@ -80,15 +80,19 @@ def test_ranks_do_not_outlive_a_killed_torchrun(command_line: CommandLine, tmp_p
     assert gone(ranks, 10)
 
 
-def test_ranks_of_torchrun_stop_as_one(command_line: CommandLine, tmp_path: Path) -> None:
-    arguments = command_line.training(tmp_path / "run", ENDLESS, "parallel=fsdp")
+def test_ranks_of_torchrun_make_one_run_and_stop_as_one(command_line: CommandLine) -> None:
+    arguments = command_line.training(Path("unused"), ENDLESS, "parallel=fsdp")[:-1]
     process = command_line.start(*arguments, launcher=TORCHRUN)
-    process.wait_for_steps(tmp_path / "run", 1)
+    outputs = command_line.directory / "outputs"
+    until(lambda: any(len(rows(run_dir)) > 1 for run_dir in outputs.glob("*")))
     process.send(STOP)
     stopped = process.wait()
     assert stopped.err.count("go on: python train.py resume=") == 1
-    (saved,) = complete_steps(tmp_path / "run")
-    assert saved.name == f"step-{len(rows(tmp_path / 'run'))}"
+    (run_dir,) = outputs.iterdir()
+    steps = [row["step"] for row in rows(run_dir)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert [step.name for step in complete_steps(run_dir)] == [f"step-{len(steps)}"]
+    assert 'world_size": 2' in (run_dir / "environment.json").read_text()
 
 
 def test_two_nodes_started_by_hand_make_one_run(command_line: CommandLine, tmp_path: Path) -> None:

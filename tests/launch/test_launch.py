@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from dsv3.checkpoint.directory import complete_steps
 from tests.harness.processes import INTERRUPT, KILL, STOP, CommandLine, gone, rows
 
@@ -11,36 +9,31 @@ TWO = ("parallel=fsdp", "launch.nproc=2")
 ENDLESS = "train.steps=1000000"
 
 
-@pytest.mark.parametrize("layout", [(), TWO], ids=["alone", "two workers"])
-def test_a_stopped_run_saves_exits_75_and_goes_on_where_it_stopped(
-    command_line: CommandLine, tmp_path: Path, layout: tuple[str, ...]
+def test_a_stopped_run_saves_exits_75_and_goes_on_where_it_stopped_on_another_layout_too(
+    command_line: CommandLine, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "a run, it's"
-    process = command_line.start(*command_line.training(run_dir, ENDLESS, *layout))
-    process.wait_for_steps(run_dir, 1)
-    workers = process.workers()
-    assert len(workers) == (2 if layout else 0)
-    process.send(STOP)
-    stopped = process.wait()
-    assert stopped.code == 75
-    assert len(stopped.err.splitlines()) == 1
-    assert "resume=" in stopped.err
-    assert gone(workers, 0)
-    (saved,) = complete_steps(run_dir)
-    steps = len(rows(run_dir))
-    assert saved.name == f"step-{steps}"
-    # The other layout goes on with it.
-    other = ("parallel=none", "launch.nproc=null") if layout else TWO
-    resumed = command_line.run(f"resume={run_dir}", f"train.stop_after={steps + 2}", *other)
-    assert resumed.code == 0, resumed.err
-    assert [row["step"] for row in rows(run_dir)] == list(range(1, steps + 3))
+    arguments, steps = command_line.training(run_dir, ENDLESS, *TWO), 0
+    for ranks in (2, 1):
+        process = command_line.start(*arguments)
+        process.wait_for_steps(run_dir, steps + 1)
+        workers = process.workers()
+        assert len(workers) == (2 if ranks == 2 else 0)
+        process.send(STOP)
+        stopped = process.wait()
+        assert stopped.code == 75
+        assert len(stopped.err.splitlines()) == 1
+        assert "resume=" in stopped.err
+        assert gone(workers, 0)
+        before, steps = steps, len(rows(run_dir))
+        assert complete_steps(run_dir)[-1].name == f"step-{steps}"
+        assert steps > before
+        assert [row["step"] for row in rows(run_dir)] == list(range(1, steps + 1))
+        arguments = [f"resume={run_dir}", ENDLESS, "parallel=none", "launch.nproc=null"]
 
 
-@pytest.mark.parametrize("layout", [(), TWO], ids=["alone", "two workers"])
-def test_a_second_signal_ends_everything_with_130(
-    command_line: CommandLine, tmp_path: Path, layout: tuple[str, ...]
-) -> None:
-    process = command_line.start(*command_line.training(tmp_path / "run", ENDLESS, *layout))
+def test_a_second_signal_ends_everything_with_130(command_line: CommandLine, tmp_path: Path) -> None:
+    process = command_line.start(*command_line.training(tmp_path / "run", ENDLESS, *TWO))
     process.wait_for_steps(tmp_path / "run", 1)
     workers = process.workers()
     process.send(STOP)
@@ -79,13 +72,3 @@ def test_a_mistake_that_a_worker_finds_is_told_as_anywhere_else(
     assert ended.err.startswith("error: data.path=/nope, it's=not does not exist")
     assert len(ended.err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_torchrun_starts_one_run(command_line: CommandLine) -> None:
-    arguments = command_line.training(Path("unused"), "train.steps=2", "parallel=fsdp")[:-1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
-    ended = command_line.run(*arguments, launcher=torchrun)
-    assert ended.code == 0, ended.err
-    (run_dir,) = (command_line.directory / "outputs").iterdir()
-    assert [row["step"] for row in rows(run_dir)] == [1, 2]
-    assert 'world_size": 2' in (run_dir / "environment.json").read_text()

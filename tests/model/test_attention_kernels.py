@@ -288,8 +288,12 @@ def test_pytorch_is_asked_once_what_cudnn_takes(monkeypatch: pytest.MonkeyPatch)
     """Every layer wants to know in every pass, and each question allocates tensors on the device."""
     # On CPU the answer is known; the call is the one that a GPU decides by.
     asked: list[Any] = []
-    real = attention_kernels.can_use_cudnn_attention
-    monkeypatch.setattr(attention_kernels, "can_use_cudnn_attention", lambda p: asked.append(p) or real(p))
+
+    def ask(parameters: torch.backends.cuda.SDPAParams) -> bool:
+        asked.append(parameters)
+        return torch.backends.cuda.can_use_cudnn_attention(parameters)
+
+    monkeypatch.setattr(attention_kernels, "can_use_cudnn_attention", ask)
     attention_kernels._ask_cudnn.cache_clear()
     for _ in range(3):
         assert not attention_kernels.cudnn_takes(torch.device("cpu"), torch.bfloat16, 192, 128)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.varlen
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.distributed.torch_private import cudnn_attention, cudnn_attention_backward
@@ -56,8 +57,8 @@ def heads(qk_head_dim: int, v_head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_two_calls_of_a_fused_kernel_merge_to_the_whole() -> None:
     q, k, v = heads(16, 16)
     end = START + QUERIES
-    inputs = (x.transpose(1, 2) for x in (q, k[:, :end], v[:, :end]))
-    found = split_attention(*inputs, SCALE, TorchCPUKernel()).transpose(1, 2)
+    inputs = tuple(x.transpose(1, 2) for x in (q, k[:, :end], v[:, :end]))
+    found = split_attention(inputs[0], inputs[1], inputs[2], SCALE, TorchCPUKernel()).transpose(1, 2)
     expected = blocked_attention(q, k[:, :end], v[:, :end], SCALE)[0]
     assert_close(found, expected)
     assert_same_gradients(found, expected, [q, k, v])
@@ -114,7 +115,7 @@ def test_values_are_padded_for_flash_attention_and_not_in_fp32(monkeypatch: pyte
 
     widths: list[tuple[int, int]] = []
     monkeypatch.setattr(prefix_attention, "cudnn_takes", lambda *_: False)
-    monkeypatch.setattr(prefix_attention.F, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     for dtype in (torch.bfloat16, torch.float32):
         q, k, v = (x.detach().to(dtype).as_subclass(OnCuda) for x in heads(12, 8))
         assert attend_to_prefix(q, k, v, SCALE, START, None).shape[-1] == 8
@@ -130,7 +131,7 @@ def test_documents_go_to_one_varlen_call_whose_queries_are_the_last_of_the_keys(
         calls.append(options)
         assert q.shape[1:] == k.shape[1:] == v.shape[1:]
         assert of_q.dtype is of_k.dtype is torch.int32
-        assert (most, longest) == (of_q.diff().max(), of_k.diff().max())
+        assert [most, longest] == [int(ends.diff().max()) for ends in (of_q, of_k)]
         ends = ((q, of_q), (k, of_k), (v, of_k))
         parts = zip(*(x.split(end.diff().tolist()) for x, end in ends), strict=True)
         outs = [blocked_attention(*(x.unsqueeze(0) for x in part), SCALE)[0] for part in parts]
@@ -141,8 +142,8 @@ def test_documents_go_to_one_varlen_call_whose_queries_are_the_last_of_the_keys(
     monkeypatch.setattr(prefix_attention, "flash_takes", lambda *_: True)
     segments = document_segments(DOCUMENTS)
     q, k, v = heads(12, 8)
-    on_cuda = [x.as_subclass(OnCuda) for x in (q, k, v)]
-    found = attend_to_prefix(*on_cuda, SCALE, START, segments).as_subclass(Tensor)
+    gpu_q, gpu_k, gpu_v = (x.as_subclass(OnCuda) for x in (q, k, v))
+    found = attend_to_prefix(gpu_q, gpu_k, gpu_v, SCALE, START, segments).as_subclass(Tensor)
     expected = attend_to_prefix(q, k, v, SCALE, START, segments)  # on CPU, one call a document
     assert calls == [{"scale": SCALE, "window_size": (-1, 0)}]
     assert_close(found, expected)

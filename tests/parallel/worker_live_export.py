@@ -1,6 +1,6 @@
 """Worker side: export a live model from every rank, and let exports fail on one of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +40,14 @@ class Traffic:
 
 
 def export(
-    config: Config, degrees: ParallelDims | None, run_dir: Path, folder: Path
+    config: Config, degrees: ParallelDims | None, run_dir: Path, folder: Path, types: Iterable[StoredType]
 ) -> tuple[dict[StoredType, Traffic], list[tuple[str, Tensor]]]:
     """Export in each type to a folder of its name; return what this rank did, and what `stream` gives it."""
     setup = prepared(config, degrees, "sgd")
     assert setup is not None
     model, _, ranks = setup
     done = {}
-    for stored in StoredType:
+    for stored in types:
         exporter = LiveExporter(model, run_dir, ranks, stored, LARGEST_FILE)
         with (
             patch.object(output_file, "SLICE_BYTES", SLICE),
@@ -121,14 +121,15 @@ def fail(config: Config, degrees: ParallelDims, run_dir: Path, folder: Path) -> 
 
 
 def _disk_full(rank: int) -> Any:
-    put = output_file.DirectWriter.sync
+    write, written = output_file.DirectWriter.write, []
 
-    def full(writer: Any) -> None:
-        if rank == FAILING:
+    def full(writer: Any, data: Any) -> None:
+        written.append(len(data))
+        if rank == FAILING and len(written) > 2:  # in the middle of a file
             raise OSError(28, "No space left on device", "a file of rank 3")
-        put(writer)
+        write(writer, data)
 
-    return patch.object(output_file.DirectWriter, "sync", full)
+    return patch.object(output_file.DirectWriter, "write", full)
 
 
 def _no_memory(rank: int) -> Any:

@@ -1,4 +1,4 @@
-"""The closed forms against what autograd saves, on the debug model on CPU, also as a rank of a layout."""
+"""The closed forms against what autograd saves, on the debug model on CPU, as a rank of a layout."""
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -29,8 +29,7 @@ TOKENS = ROWS * LENGTH
 DEBUG = preset("debug")
 
 
-LAYOUTS = [
-    ParallelDims(),
+LAYOUTS = [  # one process is in test_live_memory.py
     ParallelDims(tp=2),
     ParallelDims(cp=2),
     ParallelDims(cp=2, tp=2),
@@ -97,8 +96,9 @@ def test_a_block_saves_what_is_counted(dtype: torch.dtype, degrees: ParallelDims
     assert saved == pytest.approx(counted.on_rank(tokens, degrees.tp), rel=tolerance)
 
 
-def test_logits_are_fp32_whatever_the_compute_dtype() -> None:
-    assert Activations(DEBUG, 2).logits().sharded > 2 * 4 * DEBUG.vocab_size
+def test_a_prediction_keeps_its_norm_and_a_gradient_but_no_logits() -> None:
+    # Input of the norm in fp32 and its rms on a tp rank's own tokens, a gradient in bf16 on those of all.
+    assert Activations(DEBUG, 2).prediction() == TokenBytes(4 * DEBUG.dim + 4, 2 * DEBUG.dim)
     assert Activations(DEBUG, 2).block_input() == TokenBytes(2 * DEBUG.dim)
 
 

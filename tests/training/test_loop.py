@@ -15,7 +15,6 @@ from dsv3.distributed.signals import StopRequest, StopSignal
 from dsv3.metrics.progress import phase
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
-from dsv3.training import throughput as module
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.loop import Loop
 from dsv3.training.schedule import WarmupCosine
@@ -184,7 +183,7 @@ def test_on_a_gpu_the_host_waits_for_no_step_before_its_row_is_read_and_the_time
 
 def test_on_cpu_the_row_has_its_throughput_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([10.0, 12.0])
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("dsv3.training.throughput.time.perf_counter", lambda: next(seconds))
     row, throughput = MetricsRow(step=1, tokens=8), Throughput(1, 8, 2.0, None, torch.device("cpu"))
     throughput.start()
     throughput.stop(row)

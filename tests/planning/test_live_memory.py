@@ -1,0 +1,39 @@
+"""The plan's bytes besides state against the tensors that live at the peak of a step on the meta device."""
+
+import json
+
+import pytest
+
+from benchmarks.live_memory import RESULT, Case, cases, measure
+from dsv3.model import head
+from dsv3.planning import working_memory
+
+TOLERANCE = 0.05
+
+SMALL = [case for case in cases() if "model.dim=512" in case.overrides and "mtp_depths=1" in case.overrides]
+"""Every precision and recomputation."""
+
+OTHERS = [
+    Case(1, 4096, "model=671b model.num_layers=6 precision=bf16 recompute=full"),
+    Case(16, 512, "model=debug precision=bf16 model.vocab_size=129280"),
+    Case(32, 4096, "model=16b model.num_layers=2 model.vocab_size=512 precision=bf16 recompute=full"),
+    Case(8, 512, "model=debug precision=bf16 data.document_mask=true"),
+]
+"""Peaks at a stack of experts beside MTP's gradient of the embedding, at the head, and at rows of experts."""
+
+
+@pytest.mark.parametrize("case", [*SMALL, *OTHERS], ids=lambda case: f"{case.microbatch} {case.overrides}")
+def test_the_plan_counts_what_lives_at_the_peak(case: Case) -> None:
+    assert case in cases()
+    found = measure(case.config())
+    assert found.planned == pytest.approx(found.live, rel=TOLERANCE)
+
+
+def test_the_stored_figures_are_of_every_case_and_within_the_tolerance() -> None:
+    rows = json.loads(RESULT.read_text())["cases"]
+    assert [Case(row["microbatch"], row["length"], row["overrides"]) for row in rows] == cases()
+    assert all(row["planned"] == pytest.approx(row["live"], rel=TOLERANCE) for row in rows)
+
+
+def test_the_plan_knows_the_size_of_the_heads_chunk() -> None:
+    assert working_memory.HEAD_CHUNK_BYTES == head.CHUNK_BYTES
