@@ -55,16 +55,23 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         "router in fp32 under autocast",
-        "dsv3.model.router:Router.forward",
+        "dsv3.model.exact_linear:_in_exact_fp32",
         "torch.autocast(..., enabled=False)",
         "torch.autocast(..., enabled=True)",
         MODEL,
     ),
     Mutation(
+        "and exact where other matmuls take TF32",
+        "dsv3.model.exact_linear:_in_exact_fp32",
+        "torch.set_float32_matmul_precision(EXACT)",
+        "None",
+        MODEL,
+    ),
+    Mutation(
         "router in fp32 for bf16 input",
         "dsv3.model.router:Router.forward",
-        "F.linear($x.float(), $weight.float())",
-        "F.linear($x, $weight.to($x.dtype)).float()",
+        "exact_linear($x.float(), $weight.float())",
+        "exact_linear($x, $weight.to($x.dtype)).float()",
         MODEL,
     ),
     Mutation(
@@ -575,7 +582,7 @@ $out.add_($sums)
     Mutation(
         "FP8: no hardware without block-wise scales",
         "dsv3.planning.checks",
-        "if $fast and $on not in $hopper: ...",
+        "if $fp8.engine is FP8Engine.scaled_mm and not is_hopper($on): ...",
         "if False: ...",
         PRECISION,
     ),

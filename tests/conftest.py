@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.harness.processes import CommandLine
     from tests.harness.runs import StoredRun
 
-SLOW_FIXTURES = {"pool", "command_line"}
+SLOW_FIXTURES = {"pool", "command_line", "simulated"}
 
 # Lines about phases come by the clock: a test that looks at them asks for them.
 os.environ["DSV3_PROGRESS"] = "off"

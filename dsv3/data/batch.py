@@ -39,8 +39,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the batch to a device, without waiting for it."""
-        moved = (upload(x, device) for x in (self.tokens, self.targets, self.documents))
-        return Batch(*moved, self.host_documents)
+        tokens, targets, documents = (upload(x, device) for x in (self.tokens, self.targets, self.documents))
+        return Batch(tokens, targets, documents, self.host_documents)
 
     @cached_property
     def segments(self) -> Segments:

@@ -92,7 +92,7 @@ def leave_on_signal(message: Callable[[], str] = str, until: Callable[[], bool] 
 
 
 class StopRequest:
-    """What this process has been asked by signals: nothing, to stop, or to stop at once.
+    """Keeps in mind that a signal has asked this process to stop; ends it at once where that is due.
 
     Args:
         leaves: there is nothing to save, and the first signal ends the process at once.

@@ -56,7 +56,8 @@ class FP8Linear(FP8Matmul):
 class FP8GroupedLinear(FP8Matmul):
     """The grouped matmul of Experts in FP8 (a model.moe.GroupedMatmul).
 
-    Each expert's rows are quantized and multiplied by calls of their own, so the host must know where they end.
+    Each expert's rows are quantized and multiplied by calls of their own, so the host must know where they
+    end.
     """
 
     ends_on_host = True

@@ -118,7 +118,7 @@ def head_loss(
         of_weight = (
             torch.zeros_like(weight, dtype=torch.float32) if records and weight.requires_grad else None
         )
-        of_hidden = [torch.empty_like(x) if records and x.requires_grad else None for x in hidden]
+        of_hidden = [x.new_empty(x.shape) if records and x.requires_grad else None for x in hidden]
         sums = [
             _score_in_chunks(x, matrix, ids, factor, shard, of_x, of_weight)
             for x, ids, factor, of_x in zip(hidden, *targets, of_hidden, strict=True)

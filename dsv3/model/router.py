@@ -85,8 +85,8 @@ class Router(nn.Module):
             if self.config.forced_balance
             else self.select_experts(flat.detach())
         )
-        # Not torch.bincount, which asks the device for the largest number and waits. Sums of integers are exact
-        # in any order.
+        # Not torch.bincount, which asks the device for the largest number and waits. Sums of integers are
+        # exact in any order.
         chosen = experts.flatten()
         load = chosen.new_zeros(flat.shape[-1]).scatter_add(0, chosen, torch.ones_like(chosen))
         z_loss = logits.new_zeros(())

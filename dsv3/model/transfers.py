@@ -1,9 +1,10 @@
 """Copies between host and device that wait no longer than they must.
 
-A plain copy of a CPU tensor to a GPU makes the host wait until the GPU has done all that it was given before, and
-so does `torch.tensor(.., device="cuda")`: the queue that keeps a GPU busy runs empty. From pinned memory the copy
-joins the queue, and the host goes on. The other way round somebody must wait for the values: `download` waits for
-them and for what was queued before them, so call it as early as they are known, and for all of them at once.
+A plain copy of a CPU tensor to a GPU makes the host wait until the GPU has done all that it was given
+before, and so does `torch.tensor(.., device="cuda")`: the queue that keeps a GPU busy runs empty. From
+pinned memory the copy joins the queue, and the host goes on. The other way round somebody must wait for the
+values: `download` waits for them and for what was queued before them, so call it as early as they are known,
+and for all of them at once.
 
 tests/cuda counts both on a simulated GPU; docs/gpu.md has the table of all places where the host waits.
 """

@@ -100,7 +100,8 @@ class Stage(nn.Module):
         return output.head_loss.cross_entropies
 
     def _microbatch(self, tokens: Tensor) -> Batch:
-        """Return the microbatch of `tokens`, a view of the step's: neither schedule nor FSDP hands on a Batch.
+        """Return the microbatch of `tokens`, a view of the step's: neither schedule nor FSDP hands on a
+        Batch.
 
         As arguments its tensors would all be moved to the device, also those that the host wants to read.
         """

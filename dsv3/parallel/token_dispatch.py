@@ -142,8 +142,8 @@ class DispatchPlan(NamedTuple):
 def exchange_counts(routing_map: Tensor, groups: list[dist.ProcessGroup]) -> DispatchPlan:
     """Return the plan of dispatching `routing_map` [tokens, experts] bool over the levels `groups`.
 
-    A rank tells each rank of the first group how many rows it will get, and how many of these it is to pass on
-    to each rank of the next level and to each expert: all counts are known before a row moves.
+    A rank tells each rank of the first group how many rows it will get, and how many of these it is to pass
+    on to each rank of the next level and to each expert: all counts are known before a row moves.
     """
     sizes = [group.size() for group in groups]
     by_place = routing_map.unflatten(1, (*sizes, -1))

@@ -125,8 +125,10 @@ def _sum(partial: Tensor, parameter: Tensor, dims: Iterable[int]) -> Tensor:
     """Return `partial`, a sum over this rank's part of `dims` of a parameter, summed over all parts."""
     for mesh, axis in _sharded_axes(parameter, dims):
         if mesh.size(axis) > 1:
-            partial = partial.contiguous()
-            dist.all_reduce(partial, group=mesh.get_group(axis))
+            # NCCL takes no tensor of the host, where FSDP keeps the shards under cpu_offload.
+            on_mesh = partial.contiguous().to(mesh.device_type)
+            dist.all_reduce(on_mesh, group=mesh.get_group(axis))
+            partial = on_mesh.to(partial.device)
     return partial
 
 

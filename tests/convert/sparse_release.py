@@ -1,7 +1,7 @@
-"""Write an FP8 checkpoint with the names, shapes and files of a release, whose weights are holes in its files.
+"""Write an FP8 checkpoint with the names, shapes and files of a release; its weights are holes in the files.
 
-A hole takes no disk space and reads as zeros. Scales cannot be holes, because a scale of 0 is refused or has its
-block read: they are written, 2^-10 each, which is 164 MB of the 690 GB of 671b.
+A hole takes no disk space and reads as zeros. Scales cannot be holes, because a scale of 0 is refused or has
+its block read: they are written, 2^-10 each, which is 164 MB of the 690 GB of 671b.
 """
 
 import json
@@ -42,7 +42,7 @@ def write_sparse_release(directory: Path, model: ModelConfig, file_bytes: int = 
             grid = tuple(-(-length // BLOCK) for length in tensor.shape)
             files[-1].append((name + SCALE_SUFFIX, torch.float32, grid))
         held += math.prod(tensor.shape) * dtype.itemsize
-    where = {}
+    where: dict[str, str] = {}
     for number, entries in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):06d}.safetensors"
         _write(directory / file, entries)

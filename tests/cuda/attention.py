@@ -1,8 +1,9 @@
-"""PyTorch's attention on a simulated GPU: its choice of a backend, and every backend's numbers by one plain softmax.
+"""PyTorch's attention on a simulated GPU: its choice of a backend, and every backend's numbers by one plain
+softmax.
 
 The choice mirrors select_sdp_backend (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.13). The
-chosen operator runs under its own name, so that selective recomputation sees what it would see on a GPU. Equal
-losses therefore prove the arguments and the shapes of a call, never a kernel.
+chosen operator runs under its own name, so that selective recomputation sees what it would see on a GPU.
+Equal losses therefore prove the arguments and the shapes of a call, never a kernel.
 
 Shapes as in PyTorch: q [B, H, T, D], k and v [B, H, S, D].
 """
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from tests.cuda.device import SUBSTITUTES, CUDARefuses, SimulatedTensor
 from tests.cuda.ledger import LEDGER
@@ -22,10 +22,16 @@ from tests.cuda.ledger import LEDGER
 CUDNN = 91600
 """The version of cuDNN, 9.16: it takes heads of 192 and 128 on Hopper, and comes first there."""
 
+BACKENDS = {1: "flash", 2: "efficient", 3: "cudnn"}
+"""PyTorch's numbers of the fused backends."""
+
+CUDNN_NUMBER = 3
+
 HALF = (torch.bfloat16, torch.float16)
 
 LOWER_RIGHT = 2
-"""The custom_mask_type of _efficient_attention_forward whose diagonal ends at the last key; 1 begins at the first."""
+"""The custom_mask_type of _efficient_attention_forward whose diagonal ends at the last key; 1 begins at the
+first."""
 
 _aten = torch.ops.aten
 _USUAL_ORDER = torch._C._get_sdp_priority_order()
@@ -63,25 +69,29 @@ def can_use_efficient(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> bool:
 def chosen_backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str:
     """Return the backend that scaled_dot_product_attention takes."""
     takes = {"flash": can_use_flash, "efficient": can_use_efficient, "cudnn": can_use_cudnn}
-    numbers = {int(SDPBackend.FLASH_ATTENTION): "flash", int(SDPBackend.EFFICIENT_ATTENTION): "efficient",
-               int(SDPBackend.CUDNN_ATTENTION): "cudnn"}  # fmt: skip
     order = torch._C._get_sdp_priority_order()
     if order == _USUAL_ORDER and torch.cuda.get_device_capability()[0] in (9, 10):  # with cuDNN after 9.15
-        order = [int(SDPBackend.CUDNN_ATTENTION), *order]
-    names = [numbers[number] for number in order if number in numbers]
+        order = [CUDNN_NUMBER, *order]
+    names = [BACKENDS[number] for number in order if number in BACKENDS]
     return next((name for name in names if takes[name](q, k, v, mask, causal)), "math")
 
 
 def sdpa(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """Stand in for F.scaled_dot_product_attention."""
     from torch.nn.attention.bias import CausalBias
 
     if isinstance(attn_mask, CausalBias):
         if attn_mask.seq_len_q != attn_mask.seq_len_kv:
-            return CausalBias._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)  # type: ignore[no-any-return]
+            return CausalBias._dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         attn_mask, is_causal = None, True
     if not isinstance(query, SimulatedTensor):
         return _plain_sdpa(
@@ -91,18 +101,19 @@ def sdpa(
     if backend != "math" and any(x.stride(-1) != 1 for x in (query, key, value)):
         raise CUDARefuses(f"{backend} attention: the last dim must be contiguous")
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    heads = (query, key, value)
+    if backend != "math" and attn_mask is not None:
+        raise NotImplementedError("a fused kernel with a mask is not simulated")
+    heads, out = (query, key, value), None
     if backend == "cudnn":
-        return _aten._scaled_dot_product_cudnn_attention(
-            *heads, attn_mask, keep, 0.0, is_causal, scale=scale
-        )[0]  # type: ignore[no-any-return]
-    if backend == "flash":
-        return _aten._scaled_dot_product_flash_attention(*heads, 0.0, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
-    if backend == "efficient":
-        return _aten._scaled_dot_product_efficient_attention(
-            *heads, attn_mask, keep, 0.0, is_causal, scale=scale
-        )[0]  # type: ignore[no-any-return]
-    return _aten._scaled_dot_product_attention_math(*heads, attn_mask, 0.0, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
+        out = _aten._scaled_dot_product_cudnn_attention(*heads, None, keep, 0.0, is_causal, scale=scale)
+    elif backend == "flash":
+        out = _aten._scaled_dot_product_flash_attention(*heads, 0.0, is_causal, scale=scale)
+    elif backend == "efficient":
+        out = _aten._scaled_dot_product_efficient_attention(*heads, None, keep, 0.0, is_causal, scale=scale)
+    else:
+        out = _aten._scaled_dot_product_attention_math(*heads, attn_mask, 0.0, is_causal, scale=scale)
+    made: Tensor = out[0]
+    return made
 
 
 def _scores(q: Tensor, k: Tensor, scale: float | None, diagonal: int | None) -> Tensor:
@@ -122,8 +133,15 @@ def _attend(
 
 
 def _gradients(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, scale: float | None, diagonal: int | None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    scale: float | None,
+    diagonal: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v from what a fused kernel keeps: the output and its log-sum-exp."""
     g = g.float()
     p = (_scores(q, k, scale, diagonal) - log_sum.unsqueeze(-1)).exp()
@@ -160,8 +178,18 @@ def _nothing(like: Any) -> SimulatedTensor:
     return SimulatedTensor(torch.zeros(0), like.device.index)
 
 
-def _cudnn(q: Any, k: Any, v: Any, bias: Any, keep: bool, dropout: float = 0.0, causal: bool = False,
-           debug: bool = False, *, scale: float | None = None) -> tuple[Any, ...]:  # fmt: skip
+def _cudnn(
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    keep: bool,
+    dropout: float = 0.0,
+    causal: bool = False,
+    debug: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
     if causal and q.shape[-2] != k.shape[-2]:
         raise CUDARefuses("cudnn attention: not simulated for a causal mask of other keys than queries")
     (out, log_sum), none = _forward("cudnn", q, k, v, scale, 0 if causal else None), _nothing(q)
@@ -169,13 +197,22 @@ def _cudnn(q: Any, k: Any, v: Any, bias: Any, keep: bool, dropout: float = 0.0, 
     return out, log_sum, none, none, q.shape[-2], k.shape[-2], none, none, none
 
 
-def _cudnn_backward(g: Any, q: Any, k: Any, v: Any, out: Any, log_sum: Any, *others: Any,
-                    scale: float | None = None) -> Any:  # fmt: skip
+def _cudnn_backward(
+    g: Any, q: Any, k: Any, v: Any, out: Any, log_sum: Any, *others: Any, scale: float | None = None
+) -> Any:
     return _backward((g, q, k, v, out, log_sum), scale, 0 if others[-1] else None)
 
 
-def _flash(q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, debug: bool = False, *,
-           scale: float | None = None) -> tuple[Any, ...]:  # fmt: skip
+def _flash(
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout: float = 0.0,
+    causal: bool = False,
+    debug: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
     # FlashAttention aligns a causal mask to the last key.
     diagonal, none = k.shape[-2] - q.shape[-2] if causal else None, _nothing(q)
     return (
@@ -190,18 +227,55 @@ def _flash(q: Any, k: Any, v: Any, dropout: float = 0.0, causal: bool = False, d
     )
 
 
-def _flash_backward(g: Any, q: Any, k: Any, v: Any, out: Any, log_sum: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int,
-                    dropout: float, causal: bool, *_: Any, scale: float | None = None) -> Any:  # fmt: skip
+def _flash_backward(
+    g: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    log_sum: Any,
+    cu_q: Any,
+    cu_k: Any,
+    max_q: int,
+    max_k: int,
+    dropout: float,
+    causal: bool,
+    *_: Any,
+    scale: float | None = None,
+) -> Any:
     return _backward((g, q, k, v, out, log_sum), scale, k.shape[-2] - q.shape[-2] if causal else None)
 
 
-def _efficient(q: Any, k: Any, v: Any, bias: Any, keep: bool, dropout: float = 0.0, causal: bool = False, *,
-               scale: float | None = None) -> tuple[Any, ...]:  # fmt: skip
+def _efficient(
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    keep: bool,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
     return *_forward("efficient", q, k, v, scale, 0 if causal else None), _nothing(q), _nothing(q)
 
 
-def _efficient_backward(g: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, log_sum: Any, seed: Any, offset: Any,
-                        dropout: float, mask: Any, causal: bool = False, *, scale: float | None = None) -> Any:  # fmt: skip
+def _efficient_backward(
+    g: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    out: Any,
+    log_sum: Any,
+    seed: Any,
+    offset: Any,
+    dropout: float,
+    mask: Any,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> Any:
     return *_backward((g, q, k, v, out, log_sum), scale, 0 if causal else None), None
 
 
@@ -212,19 +286,52 @@ def _turned(x: Any) -> SimulatedTensor:
 
 def _diagonal(q: Any, k: Any, mask_type: int) -> int | None:
     """Return the diagonal of a custom_mask_type for q [B, T, H, D] and k [B, S, H, D]."""
-    return {0: None, 1: 0, LOWER_RIGHT: k.shape[1] - q.shape[1]}[mask_type]
+    if mask_type == LOWER_RIGHT:
+        return int(k.shape[1] - q.shape[1])
+    return 0 if mask_type else None
 
 
-def _efficient_forward(q: Any, k: Any, v: Any, bias: Any, cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, dropout: float,
-                       mask_type: int, keep: bool = False, *, scale: float | None = None, **_: Any) -> Any:  # fmt: skip
+def _efficient_forward(
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    cu_q: Any,
+    cu_k: Any,
+    max_q: Any,
+    max_k: Any,
+    dropout: float,
+    mask_type: int,
+    keep: bool = False,
+    *,
+    scale: float | None = None,
+    **_: Any,
+) -> Any:
     name = "efficient lower-right" if mask_type == LOWER_RIGHT else "efficient"
     out, log_sum = _forward(name, _turned(q), _turned(k), _turned(v), scale, _diagonal(q, k, mask_type))
     return _turned(out), log_sum, _nothing(q), _nothing(q), q.shape[1], k.shape[1]
 
 
-def _efficient_forward_backward(g: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, cu_q: Any, cu_k: Any, max_q: int,
-                                max_k: int, log_sum: Any, dropout: float, seed: Any, offset: Any, mask_type: int,
-                                *_: Any, scale: float | None = None, **__: Any) -> Any:  # fmt: skip
+def _efficient_forward_backward(
+    g: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    out: Any,
+    cu_q: Any,
+    cu_k: Any,
+    max_q: int,
+    max_k: int,
+    log_sum: Any,
+    dropout: float,
+    seed: Any,
+    offset: Any,
+    mask_type: int,
+    *_: Any,
+    scale: float | None = None,
+    **__: Any,
+) -> Any:
     heads = (_turned(g), _turned(q), _turned(k), _turned(v), _turned(out), log_sum)
     return *map(_turned, _backward(heads, scale, _diagonal(q, k, mask_type))), None
 
@@ -232,7 +339,8 @@ def _efficient_forward_backward(g: Any, q: Any, k: Any, v: Any, bias: Any, out: 
 def _documents(
     ends_q: Any, ends_k: Any, of_queries: list[Any], of_keys: list[Any]
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield each document's queries and keys as slices, and its rows of the tensors [rows, H, D] as [H, T, D]."""
+    """Yield each document's queries and keys as slices, and its rows of the tensors [rows, H, D] as [H, T,
+    D]."""
     queries, keys = (pairwise(ends.inner.tolist()) for ends in (ends_q, ends_k))
     for own, seen in zip(queries, keys, strict=True):
         rows = [(of_queries, slice(*own)), (of_keys, slice(*seen))]
@@ -244,8 +352,19 @@ def _varlen_diagonal(causal: bool, window: Any, queries: int, keys: int) -> int 
     return keys - queries if causal or (window is not None and list(window) == [-1, 0]) else None
 
 
-def _varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, causal: bool = False,
-            scale: float | None = None, window: Any = None, *_: Any) -> tuple[Any, ...]:  # fmt: skip
+def _varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_q: Any,
+    cu_k: Any,
+    max_q: int,
+    max_k: int,
+    causal: bool = False,
+    scale: float | None = None,
+    window: Any = None,
+    *_: Any,
+) -> tuple[Any, ...]:
     if q.dtype not in HALF:
         raise CUDARefuses(f"FlashAttention only supports fp16 and bf16, not {q.dtype}")
     if any(cu.dtype != torch.int32 or not cu.is_contiguous() for cu in (cu_q, cu_k)):
@@ -265,9 +384,23 @@ def _varlen(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int
     return tuple(SimulatedTensor(x, q.device.index) for x in (out, log_sum, state))
 
 
-def _varlen_backward(g: Any, q: Any, k: Any, v: Any, out: Any, log_sum: Any, cu_q: Any, cu_k: Any, max_q: int,
-                     max_k: int, causal: bool, random_state: Any, scale: float | None = None, window: Any = None,
-                     *_: Any) -> tuple[Any, ...]:  # fmt: skip
+def _varlen_backward(
+    g: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    log_sum: Any,
+    cu_q: Any,
+    cu_k: Any,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    random_state: Any,
+    scale: float | None = None,
+    window: Any = None,
+    *_: Any,
+) -> tuple[Any, ...]:
     of_q, of_k, of_v = (torch.empty_like(x.inner) for x in (q, k, v))
     for own, seen, (one_g, one_q, one_out, one_k, one_v) in _documents(cu_q, cu_k, [g, q, out], [k, v]):
         diagonal = _varlen_diagonal(causal, window, one_q.shape[1], one_k.shape[1])

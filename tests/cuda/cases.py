@@ -1,9 +1,9 @@
 """The configurations that are simulated, and what is expected of a training step of each.
 
-host_waits.json says where the host may wait for the GPU in it: {case: {"file function: kind": waits}}. The numbers are
-those of one step of the tiny model on rank 0. It has two MoE layers, one of which predicts a further token. A step
-has two microbatches where one rank, or all ranks together, take all rows; one where the ranks share them out. The
-table of docs/gpu.md says the same of a step at any size.
+host_waits.json says where the host may wait for the GPU in it: {case: {"file function: kind": waits}}. The
+numbers are those of one step of the tiny model on rank 0. It has two MoE layers, one of which predicts a
+further token. A step has two microbatches where one rank, or all ranks together, take all rows; one where
+the ranks share them out. The table of docs/gpu.md says the same of a step at any size.
 """
 
 import json
@@ -27,7 +27,8 @@ BASE = [
 ]
 
 EXACT, BF16_FLIPS = 1e-6, 4e-3
-"""Largest relative differences of a loss. Where something rounds elsewhere in bf16, a token may go to another expert;
+"""Largest relative differences of a loss. Where something rounds elsewhere in bf16, a token may go to
+another expert;
 such a loss proves little more than the plumbing, and the fp32 cases prove the rest."""
 
 

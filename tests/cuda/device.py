@@ -44,10 +44,12 @@ NOT_DETERMINISTIC = {"cumsum": "cumsum_cuda_kernel", "histc": "_histc_cuda", "pu
 """Operators without a deterministic kernel on CUDA for floating point, by torch's name in the error."""
 
 NO_KERNEL = {
-    "view", "detach", "alias", "t", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze", "as_strided",
-    "permute", "split", "split_with_sizes", "unbind", "_unsafe_view", "_reshape_alias", "chunk", "unfold", "empty",
-    "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "is_same_size", "is_pinned",
+    "view", "detach", "alias", "t", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze",
+    "as_strided", "permute", "split", "split_with_sizes", "unbind", "_unsafe_view", "_reshape_alias", "chunk",
+    "unfold", "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh",
+    "is_same_size", "is_pinned",
 }  # fmt: skip
+"""Operators that launch nothing: views and allocations."""
 
 _pinned: dict[int, int] = {}
 """Bytes of pinned memory by address."""
@@ -60,7 +62,7 @@ class CUDARefuses(RuntimeError):
 class SimulatedTensor(Tensor):
     """A tensor on a simulated GPU; `inner` has its values."""
 
-    inner: Tensor
+    inner: Any  # a Tensor; torch has a method of the name
 
     @staticmethod
     def __new__(cls, inner: Tensor, index: int = 0) -> "SimulatedTensor":
@@ -81,7 +83,7 @@ class SimulatedTensor(Tensor):
 
     def data_ptr(self) -> int:
         """Return the address of the values."""
-        return self.inner.data_ptr()
+        return int(self.inner.data_ptr())
 
     def tolist(self) -> Any:
         """Return the values as Python numbers, for which the host waits."""
@@ -139,7 +141,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     if func.namespace == "dsv3":  # an operator of this project: its body decides
         from torch._library.custom_ops import OPDEFS
 
-        with SimulationMode():
+        with SimulationMode():  # type: ignore[no-untyped-call]
             return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
     index = _device_index(name, asked if to_cuda else None, simulated)
     _require_one_device(name, tensors, simulated)
@@ -173,7 +175,7 @@ def _compute(func: Any, args: Any, kwargs: Any, simulated: list[Any], index: int
 
 
 def _device_index(name: str, asked: torch.device | None, simulated: list[SimulatedTensor]) -> int:
-    """Return the number of the GPU of the result: the one asked for, that of the arguments, or the current."""
+    """Return the number of the result's GPU: the one asked for, that of the arguments, or the current."""
     if asked is not None and asked.index is not None:
         return asked.index
     found = {tensor.device.index for tensor in simulated}
@@ -188,8 +190,8 @@ def _require_one_device(name: str, tensors: list[Tensor], simulated: list[Simula
     for tensor in tensors:
         if not isinstance(tensor, SimulatedTensor) and tensor.dim() > 0 and tensor.device.type == "cpu":
             raise CUDARefuses(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda and cpu: "
-                f"{name} got a CPU tensor of shape {list(tensor.shape)}"
+                "Expected all tensors to be on the same device, but found at least two devices, cuda and "
+                f"cpu: {name} got a CPU tensor of shape {list(tensor.shape)}"
             )
 
 

@@ -45,7 +45,8 @@ def _require_aligned(label: str, x: Tensor) -> None:
         raise CUDARefuses(f"grouped_mm: invalid strides {strides} of {label} {shape}")
     if stride * size % ALIGNMENT:
         raise CUDARefuses(
-            f"grouped_mm: strides should be multiples of {ALIGNMENT} bytes, {label} {shape} {x.dtype} has {strides}"
+            f"grouped_mm: strides should be multiples of {ALIGNMENT} bytes, {label} {shape} {x.dtype} has "
+            f"{strides}"
         )
 
 

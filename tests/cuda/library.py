@@ -1,4 +1,5 @@
-"""Build guard.cpp, the library that lets a CPU build of torch hold tensors of a simulated GPU; needs no torch.
+"""Build guard.cpp, the library that lets a CPU build of torch hold tensors of a simulated GPU; needs no
+torch.
 
 It is built once per version of torch and of its source, into pytest's cache folder of the project.
 """

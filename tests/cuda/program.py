@@ -1,4 +1,5 @@
-"""train.py as a whole on a simulated GPU, in the process of run_cases.py: two runs, the second one a resume."""
+"""train.py as a whole on a simulated GPU, in the process of run_cases.py: two runs, the second one a
+resume."""
 
 import tempfile
 from collections.abc import Callable

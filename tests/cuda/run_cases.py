@@ -2,8 +2,9 @@
 
     python -m tests.cuda.run_cases RESULTS CASE...
 
-Besides cases it knows the checks of self_checks.py and program.py by their names. conftest.py starts it once per session. torch is imported once; each rank of each case is a fork of this process,
-made before any thread runs, so that a case that fails or hangs takes no other along.
+Besides cases it knows the checks of self_checks.py and program.py by their names. conftest.py starts it once
+per session. torch is imported once; each rank of each case is a fork of this process, made before any thread
+runs, so that a case that fails or hangs takes no other along.
 """
 
 import faulthandler
@@ -23,7 +24,7 @@ from tests.cuda.library import load_library
 STEPS = 2
 """The first step fills caches; host waits are counted in the last."""
 
-PATIENCE = 90.0
+PATIENCE = 240.0
 """Seconds after which a case has failed."""
 
 
@@ -61,14 +62,12 @@ def take_steps(config: Any, ranks: int, rank: int, device: Any) -> list[float]:
     documents = np.repeat(np.arange(3), [SEQUENCE // 2, SEQUENCE // 4, SEQUENCE // 4 + 1]).astype(np.int32)
     rows = [PackedRow(draw.integers(0, VOCAB, SEQUENCE + 1), documents) for _ in range(ROWS)]
     own = rows[context.data_rank :: context.data_world]
-    found = []
-    for number in range(STEPS):
-        if number:
-            found += [metrics.loss.item(), metrics.grad_norm.item()]
+    metrics = []
+    for _ in range(STEPS):
         LEDGER.clear()
-        metrics = step([collate([row]) for row in own], hyperparameters)
+        metrics.append(step([collate([row]) for row in own], hyperparameters))
     counted = LEDGER.snapshot()
-    found += [metrics.loss.item(), metrics.grad_norm.item()]
+    found = [value.item() for one in metrics for value in (one.loss, one.grad_norm)]
     LEDGER.restore(counted)
     return found
 
@@ -78,7 +77,7 @@ def run_check(name: str) -> dict[str, Any]:
     from tests.cuda import program, self_checks
 
     try:
-        faulthandler.dump_traceback_later(80)
+        faulthandler.dump_traceback_later(PATIENCE - 10)
         (self_checks.CHECKS | program.CHECKS)[name]()
     except Exception:
         return {"error": traceback.format_exc(limit=-8)}

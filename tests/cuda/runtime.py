@@ -99,11 +99,20 @@ def install() -> None:
     kernels.register()
     cuda: Any = torch.cuda
     constants: dict[str, Any] = {
-        "is_available": True, "is_initialized": True, "device_count": GPUS, "get_device_capability": CAPABILITY,
-        "get_device_name": "NVIDIA H200 (simulated)", "mem_get_info": (TOTAL_MEMORY - 2**30, TOTAL_MEMORY),
-        "_lazy_init": None, "manual_seed_all": None, "manual_seed": None, "empty_cache": None,
-        "get_rng_state": None, "set_rng_state": None, "is_bf16_supported": True,
-    }  # fmt: skip
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": GPUS,
+        "get_device_capability": CAPABILITY,
+        "get_device_name": "NVIDIA H200 (simulated)",
+        "mem_get_info": (TOTAL_MEMORY - 2**30, TOTAL_MEMORY),
+        "_lazy_init": None,
+        "manual_seed_all": None,
+        "manual_seed": None,
+        "empty_cache": None,
+        "get_rng_state": None,
+        "set_rng_state": None,
+        "is_bf16_supported": True,
+    }
     for name, answer in constants.items():
         setattr(cuda, name, lambda *_, answer=answer, **__: answer)
     cuda.set_device, cuda.current_device = set_gpu, lambda: _current
@@ -120,7 +129,7 @@ def install() -> None:
     torch._C._set_only_lift_cpu_tensors(True)
     if torch.distributed.is_available():
         _install_fsdp()
-    SimulationMode().__enter__()
+    SimulationMode().__enter__()  # type: ignore[no-untyped-call]
 
 
 def set_gpu(device: Any) -> None:
@@ -148,7 +157,8 @@ def _install_attention() -> None:
     importlib.import_module(
         "torch.nn.attention.varlen"
     )  # defines the operators that attention.py substitutes
-    # A mask that is a tensor subclass without values is made outside of the mode, which would take it for a tensor.
+    # A mask that is a tensor subclass without values is made outside of the mode, which would take it for a
+    # tensor.
     bias: Any = importlib.import_module("torch.nn.attention.bias")
     make = bias.CausalBias.__new__
 
@@ -178,4 +188,4 @@ def _install_fsdp() -> None:
 
     # _fsdp_param_group has a name of its own for the second.
     _fsdp_param.free_storage, _fsdp_param.alloc_storage = free, allocate
-    _fsdp_param_group.alloc_storage = allocate
+    _fsdp_param_group.alloc_storage = allocate  # type: ignore[attr-defined]

@@ -2,8 +2,9 @@
 
     python -m tests.cuda.simulate train.py precision=bf16 train.steps=2 logger=none
 
-`SIMULATED_GPUS` (8) and `SIMULATED_CAPABILITY` (9.0) describe the machine. At the end it prints to stderr where the
-host waited, which attention kernels were chosen, and the peak memory. tests/cuda/device.py says what is simulated.
+`SIMULATED_GPUS` (8) and `SIMULATED_CAPABILITY` (9.0) describe the machine. At the end it prints to stderr
+where the host waited, which attention kernels were chosen, and the peak memory. tests/cuda/device.py says
+what is simulated.
 """
 
 import atexit

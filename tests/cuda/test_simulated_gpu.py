@@ -1,4 +1,5 @@
-"""The simulated GPU itself: it refuses what CUDA refuses and notes what makes a host wait (self_checks.py)."""
+"""The simulated GPU itself: it refuses what CUDA refuses and notes what makes a host wait
+(self_checks.py)."""
 
 import pytest
 

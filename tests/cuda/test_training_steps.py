@@ -1,7 +1,7 @@
 """Training steps on a simulated GPU: they run, learn what the CPU learns, and let the host wait nowhere else.
 
-cases.py has the configurations. A case runs where no tensor is on a wrong device and no CUDA kernel would refuse its
-operands; tests/cuda/device.py says what is simulated.
+cases.py has the configurations. A case runs where no tensor is on a wrong device and no CUDA kernel would
+refuse its operands; tests/cuda/device.py says what is simulated.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ pytestmark = pytest.mark.xdist_group("cuda")
 
 ADVICE = """
 A step of the case {name!r} makes the host wait for the GPU where it did not: {new}
-While the host waits the GPU runs out of work, once per microbatch or layer. Keep the value on the device: scatter_add
-or cumsum in place of bincount, nonzero and boolean masks; model/transfers.py upload() in place of torch.tensor(..,
-device=) and .to(device); metrics are read every log_every steps. If the wait is unavoidable, add it to
-tests/cuda/host_waits.json and, with the reason, to the table of docs/gpu.md."""
+While the host waits the GPU runs out of work, once per microbatch or layer. Keep the value on the device:
+scatter_add or cumsum in place of bincount, nonzero and boolean masks; model/transfers.py upload() in place of
+torch.tensor(.., device=) and .to(device); metrics are read every log_every steps. If the wait is unavoidable,
+add it to tests/cuda/host_waits.json and, with the reason, to the table of docs/gpu.md."""
 
 
 @pytest.mark.parametrize("simulation", CASES)

@@ -166,7 +166,9 @@ def test_the_global_random_state_plays_no_part_and_is_left_alone() -> None:
 
 
 def test_the_shard_of_every_parameter_is_asked_for_and_counted() -> None:
-    model, asked, counted = tiny_model(SMALL), [], []
+    model = tiny_model(SMALL)
+    asked: list[int] = []
+    counted: list[int] = []
 
     def lower_half(parameter: Tensor) -> Shard:
         asked.append(id(parameter))

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, debug
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dsv3.data.batch import Batch
@@ -51,6 +51,9 @@ def fake_rank(rank: int, world: int) -> Iterator[RankContext]:
             yield RankContext(rank, rank % node, world, torch.device("cpu"))
         finally:
             distributed.destroy_process_group()
+            # DTensor keeps results of operators with their meshes, and the mesh of another rank is equal.
+            debug._clear_sharding_prop_cache()
+            debug._clear_fast_path_sharding_prop_cache()
 
 
 def _all_to_all(x: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:

@@ -40,8 +40,8 @@ FP32 = 4
 IN_FP8 = ["precision=fp8", "precision.fp8.gather=true", "hardware=h800"]
 RANKS = [
     ("671b", "tp_ep", 2048, "first"),
-    ("671b", "tp_ep", 2048, "last"),
-    ("671b", "cp", 2048, "last"),
+    ("671b", "tp_ep", 512, "last"),
+    ("671b", "cp", 512, "last"),
     ("debug", "tp_ep", 4, "first"),
     ("debug", "hsdp", 2, "last"),
     ("671b", "pp", 2048, "first"),
@@ -82,11 +82,11 @@ class World(NamedTuple):
 
 
 WORLDS = {
-    "fsdp, more ranks than rows and than experts": World("parallel=fsdp", 64, (0, 5, 47, 63)),
-    "hsdp": World("parallel=hsdp parallel.degrees.ep=2", 16, (0, 9)),
-    "tp_ep, strided": World("parallel=tp_ep parallel.degrees.tp=4", 12, (0, 6, 11)),
+    "fsdp, more ranks than rows and than experts": World("parallel=fsdp parallel.degrees.ep=8", 64, (5, 63)),
+    "hsdp": World("parallel=hsdp parallel.degrees.ep=2", 16, (9,)),
+    "tp_ep, strided": World("parallel=tp_ep parallel.degrees.tp=2 parallel.degrees.ep=8", 16, (15,)),
     "cp": World("parallel=cp", 8, (7,)),
-    "full": World("parallel=full parallel.degrees.dp_replicate=1", 16, (0, 7, 15), steps=False),
+    "full": World("parallel=full parallel.degrees.dp_replicate=1", 16, (7,), steps=False),
 }
 
 
@@ -132,15 +132,14 @@ def test_a_rank_goes_the_whole_way_with_its_own_shards_alone(
             assert phases.count("mesh") == 2
             assert phases[-1] == "build and load"
             if steps:
-                metrics = take_step(command, ranks, start(command, ranks, phases.append))
-                assert metrics.loss.isfinite()
-                assert metrics.loss > 0
+                loss = take_step(command, ranks, model).loss
+                assert loss.item() > 0  # of weights that are zeros
         drawn.clear()
 
 
 def test_shards_of_all_ranks_are_the_whole_model(alone: dict[str, Tensor]) -> None:
     """Strided, uneven and empty shards: together they hold each value once."""
-    words, world = "parallel=tp_ep parallel.degrees.tp=2 parallel.degrees.ep=4", 24
+    words, world = "parallel=tp_ep parallel.degrees.tp=2 parallel.degrees.ep=4", 8
     command = [*MODEL, "model=debug", *TRAINING, f"train.global_batch_size={world}", *words.split()]
     seen = {name: torch.zeros_like(whole) for name, whole in alone.items()}
     for rank in range(world):

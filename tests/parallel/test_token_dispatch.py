@@ -84,7 +84,7 @@ def test_every_token_comes_back_exactly(
         chosen = torch.cat([rank["experts"].flatten() for rank in found])
         counts = torch.cat([rank["counts"].on_device for rank in found])
         assert torch.equal(counts, torch.bincount(chosen, minlength=EXPERTS)), kind
-        assert counts.tolist() == sum((rank["counts"].on_host for rank in found), []), kind
+        assert counts.tolist() == [rows for rank in found for rows in rank["counts"].on_host], kind
     # A token goes once to a rank (at the first of two levels: to a node), however many experts live there.
     places = ep // ranks_per_node if ranks_per_node else ep
     for rank in (rank["random"] for rank in everything):

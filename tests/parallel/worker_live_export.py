@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3.checkpoint import state
 from dsv3.config.convert import StoredType
 from dsv3.config.root import Config
 from dsv3.convert import live_export, output_file, shard_exchange
@@ -81,7 +82,7 @@ def counting(folder: Path) -> Iterator[Traffic]:
         traffic.received += tensor.nbytes
         return Message(receive(tensor, **of), tensor.nbytes)
 
-    writer = live_export.HashingWriter
+    writer = output_file.HashingWriter
 
     def open_file(path: Path, *others: Any) -> output_file.HashingWriter:
         assert path.parent == folder
@@ -133,7 +134,7 @@ def _disk_full(rank: int) -> Any:
 
 
 def _no_memory(rank: int) -> Any:
-    local = shard_exchange.local_tensor
+    local = state.local_tensor
 
     def out_of_memory(tensor: Tensor) -> Tensor:
         if rank == FAILING:

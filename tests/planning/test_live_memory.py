@@ -8,10 +8,10 @@ from benchmarks.live_memory import RESULT, Case, cases, measure
 from dsv3.model import head
 from dsv3.planning import working_memory
 
-TOLERANCE = 0.05
+TOLERANCE = 0.025
 
 SMALL = [case for case in cases() if "model.dim=512" in case.overrides and "mtp_depths=1" in case.overrides]
-"""Every precision and recomputation."""
+"""Every precision times every recomputation; every second one has each of them."""
 
 OTHERS = [
     Case(1, 4096, "model=671b model.num_layers=6 precision=bf16 recompute=full"),
@@ -22,7 +22,9 @@ OTHERS = [
 """Peaks at a stack of experts beside MTP's gradient of the embedding, at the head, and at rows of experts."""
 
 
-@pytest.mark.parametrize("case", [*SMALL, *OTHERS], ids=lambda case: f"{case.microbatch} {case.overrides}")
+@pytest.mark.parametrize(
+    "case", [*SMALL[::2], *OTHERS], ids=lambda case: f"{case.microbatch} {case.overrides}"
+)
 def test_the_plan_counts_what_lives_at_the_peak(case: Case) -> None:
     assert case in cases()
     found = measure(case.config())

@@ -1,6 +1,5 @@
 """Ranks prepare data: one of them reads the corpus for all, and each a share of given token ids."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ def test_one_rank_reads_the_corpus_for_all(pool: Pool, tmp_path: Path) -> None:
     assert "rank 0's has" in told[0].error
     # What one rank finds ends all of them, and none waits.
     (tmp_path / "empty").mkdir()
-    empty = replace(config, data=replace(config.data, path=str(tmp_path / "empty")))
+    empty = configured(["data=text", f"data.path={tmp_path}/empty"], 2)
     assert {rank.error.partition(" (")[0] for rank in pool.run(prepare, empty, shared)} == {
         f"data.path={tmp_path}/empty holds no file with text"
     }

@@ -1,9 +1,13 @@
 """The optimizer's parameter groups and gradient clipping."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from dsv3.config.optimizer import AdamWConfig
+from dsv3.training import sharded_optimizers
 from dsv3.training.expert_bias import update_expert_bias
 from dsv3.training.optimizer import build_optimizer, clip_gradients, freeze, set_learning_rate
 from tests.harness.trained import ALONE
@@ -115,3 +119,25 @@ def test_a_rank_whose_layers_are_all_frozen_clips_and_steps_nothing() -> None:
     assert clip_gradients([model], 1.0, ALONE) == 0.0
     optimizer.step()
     assert not optimizer.state
+
+
+def test_sums_of_offloaded_shards_are_exchanged_on_the_meshs_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of NCCL takes no tensor of the host."""
+
+    class Sum:
+        device = "host"
+
+        def contiguous(self) -> "Sum":
+            return self
+
+        def to(self, device: str) -> "Sum":
+            seen.append(device)
+            return self
+
+    seen: list[str] = []
+    mesh = SimpleNamespace(size=lambda axis: 2, get_group=lambda axis: None, device_type="cuda")
+    monkeypatch.setattr(sharded_optimizers, "_sharded_axes", lambda *_: [(mesh, 0)])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: seen.append("all-reduce"))
+    part: Any = Sum()
+    sharded_optimizers._sum(part, part, [0])
+    assert seen == ["cuda", "all-reduce", "host"]
