@@ -38,7 +38,7 @@ lint: setup
 
 gpu-check:
 	@if [ ! -e $(STAMP) ] && $(PYTHON) -c 'import torch' 2>/dev/null; then python=$(PYTHON); \
-	else $(MAKE) --no-print-directory setup && python=$(VENV)/bin/python; fi; \
+	else $(MAKE) -s --no-print-directory setup && python=$(VENV)/bin/python; fi; \
 	$$python -m benchmarks.gpu $(ARGS)
 
 setup: $(STAMP)

@@ -28,7 +28,7 @@ Shard = tuple[Tensor, tuple[int, ...]]
 """A box of a parameter: where its values are stored, and its place in the whole parameter."""
 
 _PAIRS = 2**15
-"""Pairs of values that are computed at once: their 0.8 MB of scratch memory stays in a core's cache."""
+"""Pairs of values that are computed at once: their 0.9 MB of scratch memory stays in a core's cache."""
 
 _LANES = 16
 """Rows are cut at multiples of so many pairs, a whole number of the CPU's vectors.
@@ -66,7 +66,7 @@ def initialize(
 
 
 class NormalValues:
-    """Computes boxes of initial values; holds 0.8 MB of scratch memory on the CPU."""
+    """Computes boxes of initial values; holds 0.9 MB of scratch memory on the CPU."""
 
     def __init__(self, std: float, seed: int) -> None:
         self.std = std

@@ -16,7 +16,8 @@ from torch import Tensor
 def upload(x: Tensor, device: torch.device | str) -> Tensor:
     """Copy `x` to `device` without waiting, through pinned memory from a CPU to a GPU.
 
-    A later change of `x` on the host does not reach the copy.
+    A later change of `x` on the host does not reach a GPU's copy. Numbers of Python's come as
+    `upload(torch.tensor(numbers), device)`.
     """
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
         # The pinned copy may be freed at once: PyTorch keeps its memory until the GPU has read it.
@@ -25,7 +26,10 @@ def upload(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def download(x: Tensor) -> Tensor:
-    """Copy `x` to the CPU; the host waits until the device has computed it."""
+    """Copy `x` to the CPU; the host waits until the device has computed it.
+
+    The event lets it wait for this copy alone: another stream's work, such as FSDP's all-gathers, goes on.
+    """
     if not x.is_cuda:
         return x.cpu()
     copy = torch.empty_like(x, device="cpu", pin_memory=True)

@@ -214,12 +214,11 @@ class BetweenSteps:
         """Return the seconds that the bytes of all axes but `dp` take on their links, or those of `dp`."""
         d, node = self.degrees, self.shape.ranks_per_node or self.degrees.world_size
         spans = {"tp": d.tp, "cp": d.cp * d.tp, "ep": d.ep, "dp": d.replicated_fsdp_size}
-        links = {
-            axis: "intra" if spans.get(axis, d.world_size) <= node else "inter" for axis in vars(traffic)
-        }
+        sizes: dict[str, int] = vars(traffic)
+        links = {axis: "intra" if spans.get(axis, d.world_size) <= node else "inter" for axis in sizes}
         return sum(
             size / self._rate(f"{links[axis]}_node_bandwidth")
-            for axis, size in vars(traffic).items()
+            for axis, size in sizes.items()
             if (axis == "dp") is only_dp
         )
 

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_run_at_the_same_step_is_replaced(run_dir: Path,
 def test_a_checkpoint_is_complete_before_it_has_its_name(
     run_dir: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def watched(partial: Path, target: Path) -> None:
+    def watched(partial: Path, target: Path, synced: Any) -> None:
         assert not target.exists()
         names = {path.name for path in partial.iterdir()}
         assert names == {
@@ -180,7 +180,7 @@ def test_a_checkpoint_is_complete_before_it_has_its_name(
             "state.json",
             "tokenizer",
         }
-        directory.commit(partial, target)
+        directory.commit(partial, target, synced)
 
     monkeypatch.setattr(save, "commit", watched)
     trained.save(run_dir)

@@ -144,7 +144,7 @@ def test_a_full_disk_is_told_alike_and_leaves_no_rest(
 def test_an_error_in_the_background_is_raised_by_the_next_save(
     run_dir: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", "somewhere")
 
     monkeypatch.setattr(save, "commit", fail)
