@@ -415,15 +415,15 @@ def write(path: Path, told: dict[str, Any], outcomes: Sequence[Outcome]) -> None
 
 
 def chosen_steps(names: str | None) -> list[Step]:
-    """Return the steps of a comma-separated list, all of them without one; SystemExit for an unknown name.
+    """Return the steps of a comma-separated list, all of them without one.
 
-    They come in the order of STEPS, with those whose results they use.
+    They come in the order of STEPS, with those whose results they use. argparse tells of an unknown name.
     """
     known = {step.name: step for step in STEPS}
     wanted = list(known) if not names else [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise SystemExit(f"--steps {','.join(unknown)}: no such step; there are {', '.join(known)}")
+        raise argparse.ArgumentTypeError(f"{','.join(unknown)}: no such step; there are {', '.join(known)}")
     first = {known[name].after for name in wanted} - {None, *wanted}
     return [step for step in STEPS if step.name in {*wanted, *first}]
 
@@ -431,7 +431,9 @@ def chosen_steps(names: str | None) -> list[Step]:
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--steps", help="names, comma-separated; all by default")
+    parser.add_argument(
+        "--steps", type=chosen_steps, default=STEPS, help="names, comma-separated; all by default"
+    )
     parser.add_argument("--budget", type=float, default=570.0, help="seconds for all steps together")
     parser.add_argument("--out", type=Path, help="folder of logs and runs; a temporary one by default")
     parser.add_argument(
@@ -453,7 +455,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if options.describe:
         options.describe.write_text(json.dumps(describe()))
         return 0
-    steps = chosen_steps(options.steps)
+    steps = options.steps
     deadline = time.monotonic() + options.budget
     out: Path = options.out or Path(tempfile.mkdtemp(prefix="gpu-check-"))
     out.mkdir(parents=True, exist_ok=True)

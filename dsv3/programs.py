@@ -13,6 +13,7 @@ from dsv3.cli.application import Application
 from dsv3.cli.arguments import prepare, prepare_convert
 from dsv3.cli.help import convert_help, train_help
 from dsv3.config.strict import build
+from dsv3.config.task import SamplingConfig
 from dsv3.convert.request import prepare_conversion
 from dsv3.distributed.device import use_expandable_segments
 from dsv3.distributed.signals import NOTHING_SAVED, leave_on_signal, stop_on_signal
@@ -23,7 +24,7 @@ from dsv3.launch.run_dir import check_can_make, check_run_dir, check_same_run
 from dsv3.launch.slurm import in_slurm_step
 from dsv3.launch.sweep import FAILED_FILE
 from dsv3.metrics.progress import phase
-from dsv3.planning.checks import require_weights_fit
+from dsv3.planning.checks import require_room
 from dsv3.planning.hardware import require_gpu
 from dsv3.planning.report import require_fits
 
@@ -78,7 +79,9 @@ def check(job: Job) -> None:
     if job.config.task.must_fit:
         require_fits(job.plan)
     if job.config.task.holds_model:
-        require_weights_fit(job.config.model, job.plan.degrees, job.hardware)
+        sampling = job.config.task
+        # The task counts the tokens of the prompt as well: that takes its tokenizer.
+        require_room(job.plan, sampling.max_tokens if isinstance(sampling, SamplingConfig) else 0)
 
 
 def start_conversion(composed: DictConfig, command: Composition | None = None) -> None:

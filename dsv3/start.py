@@ -26,9 +26,11 @@ def _start(program: str) -> int:
         signal.signal(signal.SIGINT, _leave)
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, _leave)
+    from dsv3.distributed.garbage import collect_rarely
     from dsv3.errors import KILLED
     from dsv3.metrics.progress import phase
 
+    collect_rarely()
     with phase("importing dsv3"):
         from dsv3 import programs
         from dsv3.distributed.streams import outlive_readers

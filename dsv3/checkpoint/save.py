@@ -30,6 +30,7 @@ from dsv3.checkpoint.directory import (
     TOKENIZER_DIR,
     Progress,
     commit,
+    complete_steps,
     partial_directory,
     prepare_partial,
     step_directory,
@@ -171,9 +172,10 @@ class Saver:
         except (OSError, CheckpointException) as error:
             if self.ranks.is_main:  # on a full disk half a checkpoint would be in the way
                 shutil.rmtree(partial, ignore_errors=True)
+            last = "the last complete one" if complete_steps(self.run_dir) else "step 0, nothing is saved yet"
             raise RunFailed(
                 f"the checkpoint of step {snapshot.progress.step} cannot be saved: {reason(error, partial)}. "
-                f"Mend that and go on from the last complete one: resume={self.run_dir}"
+                f"Mend that and go on from {last}: resume={self.run_dir}"
             ) from None
 
     def _run(self, snapshot: Snapshot) -> None:

@@ -15,6 +15,7 @@ import yaml
 from dsv3.checkpoint.directory import find_checkpoint, write_text
 from dsv3.checkpoint.manifest import TENSOR_FILES, read_manifest
 from dsv3.config.convergence import HASH_LENGTH, convergence_hash
+from dsv3.config.data import ROW_ORDER
 from dsv3.config.strict import to_absolute_yaml
 from dsv3.config.upgrade import upgrade_node
 from dsv3.errors import UserError
@@ -42,6 +43,8 @@ class TrainingRecord:
     """Identity of the weights that the run began with; None for initial weights."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """A {step, convergence} for every stretch that a resume with other learnt values ended."""
+    row_order: int = 1
+    """ROW_ORDER of the code that trained (config/data.py); older code has not told it."""
 
     @classmethod
     def of_run(
@@ -55,7 +58,7 @@ class TrainingRecord:
         """Return the record of a run at step 0 from its completed Config."""
         values, past = to_absolute_yaml(config), list(history or [])
         found = convergence_hash(values, data_fingerprint, tokenizer_fingerprint, weights, past)
-        return cls(found, data_fingerprint, tokenizer_fingerprint, 0, values, weights, past)
+        return cls(found, data_fingerprint, tokenizer_fingerprint, 0, values, weights, past, ROW_ORDER)
 
     def write(self, directory: Path, step: int) -> None:
         """Write training.yaml of `step` into a checkpoint's directory."""
@@ -124,5 +127,6 @@ def _is_record(stored: Any) -> bool:
         and isinstance(each.get("convergence"), str)
         for each in past
     )
-    typed = isinstance(stored.get("convergence"), str) and type(stored.get("step")) is int
+    numbers = all(type(number) is int for number in (stored.get("step"), stored.get("row_order", 1)))
+    typed = isinstance(stored.get("convergence"), str) and numbers
     return texts and right and typed and isinstance(stored.get("config"), dict)

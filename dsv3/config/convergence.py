@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
+from dsv3.config.data import ROW_ORDER
 from dsv3.config.strict import to_yaml
 
 
@@ -164,6 +165,7 @@ def convergence_hash(
         "tokenizer": tokenizer_fingerprint,
         "weights": weights,
         "history": [[past["step"], past["convergence"]] for past in history],
+        "row_order": ROW_ORDER,
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]

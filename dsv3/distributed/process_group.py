@@ -25,6 +25,7 @@ from dsv3.distributed.meeting import Meeting
 from dsv3.distributed.signals import Stopped
 from dsv3.distributed.torch_private import connect_to_store, set_group_timeouts, shorten_gather_name
 from dsv3.distributed.watchdog import Watchdog, enable_flight_recorder
+from dsv3.errors import UserError
 
 T = TypeVar("T")
 
@@ -179,17 +180,28 @@ class RankContext:
 
 
 @contextmanager
-def join_process_group(timeout: int, on_cpu: bool = False) -> Iterator[RankContext]:
+def join_process_group(
+    timeout: int, on_cpu: bool = False, planned_for_cpu: bool = False
+) -> Iterator[RankContext]:
     """Join the process group that the environment describes, if any; leave it when all went well.
 
     `timeout` is the time that the ranks may be without progress, in seconds. `on_cpu` leaves the GPUs alone,
     where there are any. On CPU the ranks of a node share its cores.
+
+    Raises:
+        UserError: PyTorch finds a GPU, and the job is `planned_for_cpu` because nvidia-smi showed none.
+            World, memory and kernels of the plan would not be those of the run.
     """
     world, local_world = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     if on_cpu or not torch.cuda.is_available():
         device = torch.device("cpu")
         torch.set_num_threads(cpu_threads(local_world, os.environ))
+    elif planned_for_cpu:
+        raise UserError(
+            "hardware=auto asks nvidia-smi, which shows no GPU here, and PyTorch finds one: "
+            "name it (hardware=h100), or take hardware=cpu"
+        )
     else:
         gpu = choose_gpu(local_rank, local_world, torch.cuda.device_count(), os.environ)
         device = torch.device("cuda", gpu)

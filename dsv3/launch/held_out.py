@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv3.config.convergence import flatten, shown
+from dsv3.config.data import ROW_ORDER
 from dsv3.config.registry import SCHEMAS
 from dsv3.config.training import scored_rows
 
@@ -24,19 +25,22 @@ def held_out_data(
     tokenizer_fingerprint: str | None,
     held_out_rows: int | None = None,
     scored: int | None = None,
+    row_order: int = ROW_ORDER,
 ) -> HeldOutData:
     """Return the held-out data of a run by its stored or plain config.
 
-    `held_out_rows` are those that it could score; `scored` those that a run of older code has scored, whose
-    config does not tell. None: unknown.
+    `held_out_rows` are those that it could score; `scored` those that a run of older code has scored, the
+    first ones. None: unknown. `row_order` is that of the code that trained.
     """
     data, tokenizer, train = (_node(config, name) for name in ("data", "tokenizer", "train"))
     tokens = train.get("evaluate_tokens", 0) if train else 0
-    rows: int | str | None = scored
+    rows = None if scored is None else f"the first {scored} rows"
     if tokens and held_out_rows is not None and train.get("sequence_length"):
-        rows = scored_rows(held_out_rows, train["sequence_length"], tokens)
-        rows = "all" if rows == held_out_rows else rows
-    place = data.get("path")
+        count = scored_rows(held_out_rows, train["sequence_length"], tokens)
+        rows = "all" if count == held_out_rows else f"{count} rows"
+    is_older = "sequence_length" in train and "evaluate_tokens" not in train
+    of_older_code = "some of the first rows" if is_older else None
+    place, is_table = data.get("path"), choice_name("data", data.get("_target_")) == "tokens"
     source = data and f"{choice_name('data', data.get('_target_'))}{f' {place}' if place else ''}"
     trained = {key: value for key, value in flatten(tokenizer).items() if not key.startswith("_")}
     kind = choice_name("tokenizer", tokenizer.get("_target_"))
@@ -48,7 +52,10 @@ def held_out_data(
         "tokenizer": (tokenizer_fingerprint, named or None),
         "train.sequence_length": (length, length),
         "data.document_mask": (mask, mask),
-        "train.evaluate_tokens": ("all", "all") if tokens is None else (rows, tokens or None),
+        "train.evaluate_tokens": (
+            ("all", "all") if tokens is None else (rows or of_older_code, tokens or of_older_code)
+        ),
+        "order of rows": (row_order, row_order) if is_table else (None, None),
     }
 
 

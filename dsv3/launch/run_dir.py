@@ -240,6 +240,7 @@ def environment(job: Job, data: Mapping[str, Any], record: TrainingRecord) -> di
         "data": {
             "fingerprint": record.data_fingerprint,
             "tokenizer_fingerprint": record.tokenizer_fingerprint,
+            "row_order": record.row_order,
             **data,
         },
         "choices": job.choices,

@@ -109,7 +109,7 @@ class RunSummary:
         told = data if isinstance(data, dict) else {}
         fingerprints = (told.get("fingerprint"), told.get("tokenizer_fingerprint"))
         rows = told.get("rows_held_out"), told.get("rows_evaluated")
-        return held_out_data(self.config, *fingerprints, *rows)
+        return held_out_data(self.config, *fingerprints, *rows, told.get("row_order", 1))
 
     def format_overrides(self, keys: Sequence[str]) -> str:
         """Return the overrides of `keys` as they are typed, `KEY=VALUE KEY=VALUE`."""

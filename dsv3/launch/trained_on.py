@@ -21,11 +21,12 @@ from dsv3.checkpoint.directory import (
     TOKENIZER_DIR,
     complete_steps,
     find_checkpoint,
+    newest_checkpoint,
     step_number,
 )
 from dsv3.checkpoint.manifest import verify
 from dsv3.checkpoint.training_record import TRAINING_FILE, TrainingRecord
-from dsv3.config.data import LocalTokenizerConfig, TrainedTokenizerConfig
+from dsv3.config.data import ROW_ORDER, LocalTokenizerConfig, TrainedTokenizerConfig
 from dsv3.config.registry import SCHEMAS, Stored
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, escape_interpolation
@@ -240,6 +241,21 @@ def other_data_notes(run: TrainingRecord) -> list[str]:
     if "tokenizer" in differ:
         notes.append("the checkpoint knows the ids of another tokenizer: the run has its own, as chosen")
     return notes
+
+
+def other_order_notes(run_dir: Path) -> list[str]:
+    """Return a line where older code has trained the run in `run_dir` on rows in another order."""
+    newest = newest_checkpoint(run_dir)
+    before = training_record(newest) if newest else None
+    if before is None or before.step == 0 or before.row_order == ROW_ORDER:
+        return []
+    note = (
+        f"up to step {before.step} older code read the rows in another order: "
+        "some rows come again from here on, and others are left out"
+    )
+    if held_out_data(before.config, None, None)["order of rows"][0]:
+        note += "; other rows are held out than before, and the run was trained on most of them"
+    return [note]
 
 
 def untold_note(config: Config, checkpoint: Path) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3.config.launch import WEEK
 from dsv3.config.strict import build
+from dsv3.distributed.garbage import collect_rarely
 from dsv3.distributed.signals import NOTHING_SAVED, Stopped, kill_children, leave_on_signal
 from dsv3.distributed.streams import outlive_readers
 from dsv3.errors import KILLED, STOPPED, RunFailed, UserError
@@ -199,6 +200,7 @@ def _work(job: Job, launcher: int, started: Event, trained: Event) -> float | No
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the launcher, which sends SIGTERM
     outlive_readers()
+    collect_rarely()
     if is_first_on_node():
         started.set()
     try:

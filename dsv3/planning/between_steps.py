@@ -121,8 +121,12 @@ class BetweenSteps:
         one = replace(self.shape, microbatch_size=1, sequence_length=self.degrees.cp * self.degrees.tp)
         tokens, every = SamplingConfig.max_tokens, self.upkeep.generate_every or 0
         cost = self._cost(tokens, tokens, one, every, decodes=True)
+        return replace(cost, cache=self.cache(tokens))
+
+    def cache(self, tokens: int) -> int:
+        """Return the bytes of the KV cache of so many tokens, on the rank that holds most layers."""
         layers = max(sum(len(stage.dense) for stage in held) for held in self._stages())
-        return replace(cost, cache=cache_bytes(self.model, layers, tokens, self.shape.state.compute))
+        return cache_bytes(self.model, layers, tokens, self.shape.state.compute)
 
     def step_seconds(self) -> float:
         """Return the seconds of a training step, by the same rates."""

@@ -6,14 +6,13 @@ The numbers about DeepEP are those of version 1.2.1: group sizes for which it ha
 
 import importlib.util
 
-from dsv3.config.hardware import CPU, HardwareConfig, is_hopper
-from dsv3.config.model import ModelConfig
+from dsv3.config.hardware import CPU, is_hopper
 from dsv3.config.parallel import KEY, DispatchBackend
 from dsv3.config.precision import ComputeType, FP8Engine, Granularity
 from dsv3.config.root import Config
 from dsv3.errors import UserError, closest_values, comma_separated
 from dsv3.planning import parameters
-from dsv3.planning.layout import ParallelDims, expert_degrees
+from dsv3.planning.layout import expert_degrees
 from dsv3.planning.plan import Plan
 from dsv3.planning.sharding import FP8_BLOCK
 
@@ -123,16 +122,26 @@ PARAMETER_BYTES = 4
 GIB = 2**30
 
 
-def require_weights_fit(model: ModelConfig, degrees: ParallelDims, hardware: HardwareConfig) -> None:
-    """Raise UserError if a rank's share of the weights alone exceeds its memory.
+def require_room(plan: Plan, tokens: int = 0) -> None:
+    """Raise UserError if a rank's share of the weights, and the KV cache of `tokens`, exceed its memory.
 
     It is a lower bound for evaluation and generation: an even share over all ranks but replicas, without
-    activations and caches.
+    activations. The cache of a row is on every rank, in part under pipeline parallelism.
     """
+    model, degrees, hardware = plan.model, plan.degrees, plan.hardware
     ranks = degrees.world_size // degrees.dp_replicate
     size, room = parameters.total(model) * PARAMETER_BYTES, hardware.memory_bytes
-    if room is None or size <= ranks * room:
+    cache = plan.between_steps.cache(tokens)
+    if room is None or size + ranks * cache <= ranks * room:
         return
+    if size <= ranks * room:
+        fitting = int((room - size / ranks) // (cache / tokens))
+        raise UserError(
+            f"the KV cache of {tokens:,} tokens does not fit on hardware={hardware.name}: it takes "
+            f"{cache / GIB:,.2f} GiB of a rank and the weights {size / ranks / GIB:,.2f}, of "
+            f"{room / GIB:,.2f}\n"
+            f"prompt and task.max_tokens together may have {fitting:,} tokens"
+        )
     raise UserError(
         f"{parameters.total(model):,} parameters on {degrees.world_size:,} ranks of hardware={hardware.name} "
         f"do not fit: the weights alone take {size / ranks / GIB:,.2f} GiB of a rank, which has "

@@ -87,8 +87,14 @@ def visible_gpus(machine: Machine | None = None) -> list[str]:
 
 
 def require_gpu(config: HardwareConfig, machine: Machine | None = None) -> None:
-    """Raise UserError where `config` names a GPU, to run on it, and this machine has none."""
-    if config.name not in (AUTO, CPU) and not visible_gpus(machine):
+    """Raise UserError where `config` names a GPU, to run on it, and this machine has none.
+
+    Some containers have a GPU and no nvidia-smi: there the driver's device file counts.
+    """
+    machine = machine or Machine()
+    hidden = machine.environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    driver = not hidden and any((machine.root / "dev" / name).exists() for name in ("nvidiactl", "dxg"))
+    if config.name not in (AUTO, CPU) and not driver and not visible_gpus(machine):
         raise UserError(
             f"hardware.name={config.name}, and nvidia-smi shows no GPU here: "
             f"run on what is here with hardware={AUTO}, or plan for it with task=plan"

@@ -9,7 +9,7 @@ from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.convergence import shown
 from dsv3.config.strict import to_yaml
 from dsv3.data.sources import PreparedData
-from dsv3.distributed.process_group import join_process_group, make_deterministic
+from dsv3.distributed.process_group import make_deterministic
 from dsv3.errors import RunFailed
 from dsv3.launch.held_out import (
     EVERY_ROW,
@@ -23,8 +23,7 @@ from dsv3.launch.job import Job
 from dsv3.launch.sweep import record_result
 from dsv3.launch.trained_on import training_record
 from dsv3.metrics.console import Console
-from dsv3.metrics.progress import entering
-from dsv3.tasks.setup import JOINING, load_model, load_own_tokenizer, prepare_data, require_checkpoint
+from dsv3.tasks.setup import join_ranks, load_model, load_own_tokenizer, prepare_data, require_checkpoint
 from dsv3.training.evaluation import evaluate
 
 
@@ -42,7 +41,7 @@ class EvaluateTask:
         config = job.config
         checkpoint = require_checkpoint(job)
         make_deterministic(config.train.deterministic, config.train.seed)
-        with entering(JOINING, join_process_group(config.launch.timeout, job.on_cpu)) as ranks:
+        with join_ranks(job) as ranks:
             # Of a table of ids that is given every row is scored; of a run's own table those it held out.
             every_row = config.data.sets_sequence_length and not job.own_data
             held_out_only = every_row or not config.data.sets_sequence_length
@@ -89,7 +88,8 @@ def _run_data(record: TrainingRecord, rows: int) -> HeldOutData:
 
     Of equal data it holds out as many `rows` as here.
     """
-    return held_out_data(record.config, record.data_fingerprint, record.tokenizer_fingerprint, rows)
+    fingerprints = (record.data_fingerprint, record.tokenizer_fingerprint)
+    return held_out_data(record.config, *fingerprints, rows, row_order=record.row_order)
 
 
 def _describe(job: Job, data: PreparedData, every_row: bool) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from dsv3.config.task import SamplingConfig
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.distributed.process_group import join_process_group
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
-from dsv3.metrics.progress import entering
 from dsv3.model.generation import TimeLimit
 from dsv3.parallel.parallel_model import ParallelModel
-from dsv3.tasks.setup import JOINING, load_model, load_own_tokenizer, read_tokenizer, require_checkpoint
+from dsv3.planning.checks import require_room
+from dsv3.tasks.setup import join_ranks, load_model, load_own_tokenizer, read_tokenizer, require_checkpoint
 
 
 class GenerateTask:
@@ -23,8 +22,10 @@ class GenerateTask:
 
     def run(self, job: Job) -> None:
         """Load the checkpoint, sample with train.seed and print."""
-        with entering(JOINING, join_process_group(job.config.launch.timeout, job.on_cpu)) as ranks:
+        with join_ranks(job) as ranks:
             tokenizer = _load_tokenizer(job, require_checkpoint(job))
+            prompt = len(_prompt_ids(tokenizer, self.prompt))
+            require_room(job.plan, prompt + self.sampling.max_tokens)
             model, ranks = load_model(job, ranks)
             text = sample_text(model, tokenizer, self.sampling, self.prompt, job.config.train.seed)
             if ranks.is_main:
@@ -45,13 +46,7 @@ def sample_text(
 
     UserError for an empty prompt that the tokenizer cannot begin; RunFailed where logits are nonfinite.
     """
-    ids = tokenizer.encode(prompt)
-    if tokenizer.bos is not None and (tokenizer.add_bos or not ids):
-        ids = [tokenizer.bos, *ids]
-    if not ids:
-        raise UserError(
-            "task.prompt is empty and the tokenizer has no begin-of-sentence token: give a prompt"
-        )
+    ids = _prompt_ids(tokenizer, prompt)
     try:
         sampled = model.generate(
             [ids], sampling.max_tokens, sampling.temperature, sampling.top_p, seed, tokenizer.stop, limit
@@ -59,6 +54,18 @@ def sample_text(
     except FloatingPointError as error:
         raise RunFailed(f"no text can be sampled: {error}") from None
     return tokenizer.decode(sampled[0])
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the ids that a sample begins with; UserError where there are none."""
+    ids = tokenizer.encode(prompt)
+    if tokenizer.bos is not None and (tokenizer.add_bos or not ids):
+        ids = [tokenizer.bos, *ids]
+    if not ids:
+        raise UserError(
+            "task.prompt is empty and the tokenizer has no begin-of-sentence token: give a prompt"
+        )
+    return ids
 
 
 def _load_tokenizer(job: Job, checkpoint: Path) -> Tokenizer:

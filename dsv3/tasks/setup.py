@@ -1,29 +1,34 @@
 """Set up what several tasks need: the data, the tokenizer, the mesh, and a model with its weights."""
 
 import platform
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from dsv3.checkpoint.agreement import on_main, together
 from dsv3.checkpoint.directory import HF_DIR, find_checkpoint
 from dsv3.checkpoint.load import load_weights, require_weights
 from dsv3.checkpoint.manifest import verify_together
+from dsv3.config.hardware import CPU
 from dsv3.config.root import Config
 from dsv3.config.strict import build
 from dsv3.data.cache import CacheEntryError
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.tokenizer_files import has_tokenizer, read_stop_ids
-from dsv3.distributed.process_group import RankContext
+from dsv3.distributed.process_group import RankContext, join_process_group
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
 from dsv3.launch.trained_on import checkpoint_tokenizer, tokenizer_folder, training_record
-from dsv3.metrics.progress import phase
+from dsv3.metrics.progress import entering, phase
 from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 
-JOINING = "setting up device and process group"
-"""Title of the phase in which a process becomes one of the ranks."""
+
+def join_ranks(job: Job) -> AbstractContextManager[RankContext]:
+    """Become one of the job's ranks, and leave them at the end; UserError for a GPU that the plan lacks."""
+    planned_for_cpu = job.hardware.name == CPU
+    joined = join_process_group(job.config.launch.timeout, job.on_cpu, planned_for_cpu)
+    return entering("setting up device and process group", joined)
 
 
 def prepare_data(
@@ -57,7 +62,7 @@ def prepare_data(
                 f"{fingerprint}: give all nodes the same files"
             )
 
-    with phase("waiting for the data of the other ranks"):
+    with phase("preparing the data"):
         fingerprint, recipe = on_main(ranks, prepare)
         together(ranks, lambda: find(may_prepare=ranks.local_rank == 0))
         together(ranks, lambda: find(may_prepare=True))

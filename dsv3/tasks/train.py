@@ -31,18 +31,18 @@ from dsv3.convert.live_export import LiveExporter
 from dsv3.data.loader import DataLoader
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.distributed.process_group import RankContext, join_process_group, make_deterministic
+from dsv3.distributed.process_group import RankContext, make_deterministic
 from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopSignal, stop_on_signal
 from dsv3.errors import UserError
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.job import Job, under_launcher
 from dsv3.launch.run_dir import check_same_data, make_run_dir, read_origin, record_run, write_run_files
-from dsv3.launch.trained_on import other_data_notes
+from dsv3.launch.trained_on import other_data_notes, other_order_notes
 from dsv3.metrics import jsonl
 from dsv3.metrics.console import Console
 from dsv3.metrics.loggers import Logger
 from dsv3.metrics.plots import plot_loss_curve
-from dsv3.metrics.progress import entering, phase
+from dsv3.metrics.progress import phase
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 from dsv3.model.generation import TimeLimit
@@ -50,7 +50,7 @@ from dsv3.parallel.mesh import assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
 from dsv3.planning.parameters import training_flops_per_token
 from dsv3.tasks.generate import sample_text
-from dsv3.tasks.setup import JOINING, build_mesh, load_own_tokenizer, prepare_data, stop_at_assets
+from dsv3.tasks.setup import build_mesh, join_ranks, load_own_tokenizer, prepare_data, stop_at_assets
 from dsv3.tasks.this_run import THIS_RUN_FILE, RunFacts
 from dsv3.training import callbacks
 from dsv3.training.callbacks import Callback, TrainingRun
@@ -79,7 +79,7 @@ class TrainTask:
             stop_on_signal(
                 not under_launcher(), leaves=True, message="" if silent else NOTHING_SAVED
             ) as request,
-            entering(JOINING, join_process_group(job.config.launch.timeout, job.on_cpu)) as ranks,
+            join_ranks(job) as ranks,
         ):
             return _train(job, ranks, StopSignal(request, ranks.meeting and ranks.meeting.apart()))
 
@@ -236,6 +236,7 @@ def _describe(facts: RunFacts) -> None:
     counted = {**data.summary, "rows_held_out": held_out, "rows_evaluated": scored}
     write_run_files(facts.job, counted, facts.record)
     facts.job.notes += other_data_notes(facts.record)
+    facts.job.notes += other_order_notes(run.directory) if run.config.run.resume else []
     facts.job.notes += data.tokenizer.notes() if data.tokenizer is not None else []
     lines = facts.lines()
     for line in lines:

@@ -17,18 +17,17 @@ from dsv3.config.overrides import override_key
 from dsv3.config.precision import ComputeType, PrecisionConfig
 from dsv3.config.root import Config
 from dsv3.convert.live_export import has_layer, hf_weight_norms
-from dsv3.distributed.process_group import join_process_group
 from dsv3.errors import RunFailed, UserError
 from dsv3.hf.config_json import family
 from dsv3.hf.config_values import read_config
 from dsv3.launch.job import Job
 from dsv3.metrics.console import Console
-from dsv3.metrics.progress import entering, phase
+from dsv3.metrics.progress import phase
 from dsv3.model.generation import inference
 from dsv3.model.head import cross_entropy_sum
 from dsv3.parallel.parallelize import build_model
 from dsv3.planning import parameters
-from dsv3.tasks.setup import JOINING
+from dsv3.tasks.setup import join_ranks
 
 BYTES_PER_PARAMETER = 4
 """Both models are compared in fp32."""
@@ -56,7 +55,7 @@ class VerifyTask:
 
         RunFailed names the first layer that departs. A weight with a nonfinite value is refused at loading.
         """
-        with entering(JOINING, join_process_group(job.config.launch.timeout, job.on_cpu)) as ranks:
+        with join_ranks(job) as ranks:
             if ranks.world > 1:
                 raise UserError(f"task=verify compares in one process: launch.nproc=1, not {ranks.world}")
             values, reason = self._measure(job, ranks.device)

@@ -1,7 +1,7 @@
 """The training loop: take optimizer steps, and call the callbacks between them."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 
 from dsv3.data.loader import DataLoader
@@ -20,7 +20,7 @@ class Loop:
     """One training run from its progress to the last step; tasks/train.py puts it together.
 
     A stop ends it after the step behind the one in which it was heard, on all ranks alike, and what callbacks
-    do at once where they can (StopEarly).
+    do at once where they can (StopEarly), but not what they do after the last step.
     """
 
     run: TrainingRun
@@ -39,7 +39,6 @@ class Loop:
             for callback in self.callbacks:
                 stack.push(lambda kind, *_, close=callback.close: close(kind is not None))
                 callback.on_train_start(self.run)
-            stack.enter_context(obey(self.stop))
             with phase("waiting for the other ranks to be ready"):  # rank 0 has started the logger meanwhile
                 ranks.meet()
             compiles = self.run.config.compile.enabled
@@ -52,14 +51,17 @@ class Loop:
                     self._take_step()
                 if progress.step == first:
                     self._begin_to_save()
-                for callback in self.callbacks:
-                    with suppress(StopEarly):  # poll() says so too
-                        callback.on_step_end(self.run)
+                # After the last step nothing would make up for what a stop cuts off: a resume has no step left.
+                with nullcontext() if self.run.is_last_step else obey(self.stop):
+                    for callback in self.callbacks:
+                        with suppress(StopEarly):  # poll() says so too
+                            callback.on_step_end(self.run)
                 wants_stop = any(callback.wants_stop for callback in self.callbacks)
                 finished = not self.stop.poll(wants_stop)
-            for callback in self.callbacks:
-                with suppress(StopEarly):  # finished, or saved
-                    callback.on_train_end(self.run, finished)
+            with obey(self.stop):
+                for callback in self.callbacks:
+                    with suppress(StopEarly):  # finished, or saved
+                        callback.on_train_end(self.run, finished)
         return finished
 
     def _take_step(self) -> None:

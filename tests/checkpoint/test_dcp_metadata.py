@@ -1,3 +1,4 @@
+import gc
 import os
 import pickle
 import shutil
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dsv3.checkpoint import dcp_metadata
 from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
 from dsv3.errors import UserError
 from tests.checkpoint import hostile
@@ -80,6 +82,23 @@ def test_metadata_equals_what_pickle_would_have_read(directory: Path) -> None:
     mine, original = read_metadata(directory), _original(directory)
     assert mine.state_dict_metadata == original.state_dict_metadata
     assert mine.storage_data == original.storage_data
+
+
+def test_no_garbage_is_looked_for_among_millions_of_new_records(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collects: list[bool] = []
+    load = pickle.Unpickler.load
+
+    class Watched(dcp_metadata._MetadataUnpickler):
+        def load(self) -> Any:
+            collects.append(gc.isenabled())
+            return load(self)
+
+    monkeypatch.setattr(dcp_metadata, "_MetadataUnpickler", Watched)
+    read_metadata(directory)
+    assert collects == [False]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

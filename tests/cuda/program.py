@@ -39,7 +39,11 @@ def train_py_trains_evaluates_samples_saves_and_resumes() -> None:
     run = folder / "run"
     steps = ["train.steps=3", "train.log_every=1", "train.evaluate_every=2", "train.checkpoint_every=2"]
     first = [*MODEL, *TRAINING, *data, *steps, "precision=bf16", "train.microbatch_size=2", f"run.dir={run}"]
+    smi = folder / "nvidia-smi"  # the plan is of a GPU
+    smi.write_text("#!/bin/sh\necho NVIDIA H100 80GB HBM3, 81559\n")
+    smi.chmod(0o755)
     with (
+        patch.dict("os.environ", PATH=f"{folder}:/usr/bin:/bin"),
         patch("dsv3.tasks.train.plot_loss_curve", lambda *_: None),
         patch("dsv3.tasks.train.SAMPLING", SamplingConfig(max_tokens=4)),
     ):

@@ -8,6 +8,7 @@ runs, so that a case that fails or hangs takes no other along.
 """
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from dsv3.distributed.garbage import collect_rarely
 from tests.cuda.library import load_library
 
 STEPS = 2
@@ -151,6 +153,7 @@ def run_case(name: str, store: str) -> dict[str, Any]:
 def main(target: Path, names: list[str]) -> None:
     """Run the cases and write their results."""
     load_library()
+    collect_rarely()
     import torch
 
     from tests.cuda.runtime import install
@@ -159,6 +162,7 @@ def main(target: Path, names: list[str]) -> None:
     install()  # before dsv3, which copies what PyTorch knows of attention kernels
     for module in ("dsv3.parallel.parallel_model", "dsv3.training.step", "tests.harness.composing"):
         importlib.import_module(module)  # once for all forks
+    gc.freeze()
     with tempfile.TemporaryDirectory() as store:
         found = {name: run_case(name, store) for name in names}
     target.write_text(json.dumps(found))

@@ -10,7 +10,9 @@ what is simulated.
 import atexit
 import runpy
 import sys
+from pathlib import Path
 
+from dsv3.distributed.garbage import collect_rarely
 from tests.cuda.library import load_library
 
 
@@ -28,6 +30,9 @@ def report() -> None:
 
 def main() -> None:
     """Run the program that the command line names."""
+    if not Path(sys.argv[1]).is_file():  # as Python says it, before torch is there
+        raise SystemExit(f"can't open file {sys.argv[1]!r}")
+    collect_rarely()
     load_library()
     from tests.cuda.runtime import install
 

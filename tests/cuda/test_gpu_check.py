@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_steps_are_chosen_by_name_with_what_they_follow() -> None:
         "slice_bf16",
     ]
     assert len(chosen_steps(None)) == len(gpu.STEPS)
-    with pytest.raises(SystemExit, match="there are tests, debug_bf16"):
+    with pytest.raises(ArgumentTypeError, match="there are tests, debug_bf16"):
         chosen_steps("slice")
 
 

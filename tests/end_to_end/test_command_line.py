@@ -20,7 +20,7 @@ def test_a_run_is_trained_evaluated_sampled_and_gone_on_with_from_anywhere(comma
     assert trained.code == 0, trained.err
     assert [row["step"] for row in rows(run_dir)] == [1, 2, 3]
 
-    ranks = ["parallel=fsdp", "launch.nproc=2", "train.evaluate_tokens=2048"]
+    ranks = ["parallel=fsdp", "launch.nproc=2", "train.evaluate_tokens=64"]
     evaluated = command_line.run(
         "task=evaluate", f"checkpoint.load={NAME}", *ranks, "train.microbatch_size=1"
     )
@@ -80,7 +80,7 @@ def test_a_plan_is_one_json_object_and_needs_no_torch(command_line: CommandLine)
     assert set(plan) == {
         *("degrees", "world_size", "parameters", "parameters_active", "memory_bytes", "device_memory_bytes"),
         *("fits", "traffic_bytes", "bubble", "tokens_per_second_per_gpu", "mfu"),
-        *("precision", "precision_reason"),
+        *("precision", "precision_reason", "between_steps"),
     }
     assert plan["precision"] == "bf16"
     assert set(plan["memory_bytes"]) == {"parameters", "gradients", "optimizer", "activations", "total"}

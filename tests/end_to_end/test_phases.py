@@ -19,6 +19,7 @@ PHASES = {
         "planning",
         "importing torch",
         "setting up device and process group",
+        "preparing the data",
         "reading TEXT",
         "looking for files in TEXT",
         "training the tokenizer on 8",  # thousand characters
@@ -26,7 +27,6 @@ PHASES = {
         "tokenizing the held-out text",
         "waiting for the process that makes tokens-",
         "tokenizing the training text",
-        "waiting for the data of the other ranks",
         "building the model",
         "initializing weights",
         "making the run directory",
@@ -36,7 +36,6 @@ PHASES = {
         "computing the held-out loss",
         "sampling",
         "exporting HF",
-        "computing digests of HF",
         "waiting for the checkpoint before to be written",
         "saving step 1",
         "computing digests of STEP",

@@ -4,12 +4,11 @@
 tests/harness/processes.py runs the same commands as real processes.
 """
 
-import contextlib
 import copy
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -17,7 +16,6 @@ from unittest.mock import patch
 import pytest
 import yaml
 from hydra._internal.hydra import Hydra
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3.cli.application import Application, report
@@ -26,7 +24,7 @@ from dsv3.launch.checkpoint_defaults import Composition
 from dsv3.launch.job import Job, SweepJob
 from dsv3.launch.prepare import prepare_job
 from dsv3.programs import CONVERT, TRAIN, check, start_conversion
-from tests.harness.composing import compose
+from tests.harness.composing import compose, store_uncopied
 from tests.harness.outcome import Outcome, succeeded
 from tests.harness.tiny import MODEL, TRAINING
 
@@ -46,20 +44,13 @@ def run_here(program: Application, argv: list[str], execute: Carrier | None = No
     handlers, level = logging.root.handlers[:], logging.root.level
     try:
         # Hydra composes a command twice, the first time to read hydra.mode, which is always null.
-        with patch.object(Hydra, "get_mode", lambda *_, **__: None), _store_uncopied():
+        with patch.object(Hydra, "get_mode", lambda *_, **__: None), store_uncopied():
             return application.run(argv)
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         # Some flags let Hydra log to the stdout of now, which is closed after this test.
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
-
-
-@contextlib.contextmanager
-def _store_uncopied() -> Iterator[None]:
-    """Let Hydra copy its repository, per composition, without all schemas: it copies each as it loads it."""
-    with patch.object(ConfigStore, "__deepcopy__", lambda store, _: store, create=True):
-        yield
 
 
 class Command:

@@ -1,6 +1,7 @@
 """A pool of gloo workers that lives as long as the test session: starting Python and torch costs seconds."""
 
 import faulthandler
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -126,9 +127,12 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from dsv3.distributed.garbage import collect_rarely
     from dsv3.distributed.torch_private import shorten_gather_name
 
     faulthandler.enable()
+    gc.freeze()  # what was there before the fork stays: no collection looks at it, and its pages stay shared
+    collect_rarely()
     shorten_gather_name()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)

@@ -43,6 +43,17 @@ def test_the_device_of_a_rank_is_the_gpu_unless_the_cpu_was_chosen(
         assert (ranks.device.type, len(chosen)) == ("cpu", 1)
 
 
+def test_a_gpu_that_nvidia_smi_does_not_show_is_not_trained_on_by_the_plan_of_a_cpu(
+    commands: TrainCommand, gpus: Path
+) -> None:
+    (gpus.parent / "bin" / "nvidia-smi").unlink()
+    outcome = commands.run(*MODEL, *TRAINING, "run.dir=new", "train.steps=1")
+    assert outcome.code == 2
+    assert "hardware=auto asks nvidia-smi, which shows no GPU here, and PyTorch finds one" in outcome.err
+    assert "hardware=h100" in outcome.err
+    assert not Path("new").exists()
+
+
 @pytest.mark.parametrize(("on_cpu", "backend"), [(True, "gloo"), (False, "nccl")])
 def test_ranks_on_the_cpu_of_a_machine_with_gpus_talk_through_gloo(
     here: Path, gpus: Path, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, backend: str
@@ -72,6 +83,14 @@ def test_every_task_runs_on_the_cpu_of_a_machine_with_gpus(
     commands.train(run, "hardware=cpu", "train.steps=1")
     commands.must("task=evaluate", "hardware=cpu", f"checkpoint.load={run}")
     commands.must("task=generate", "hardware=cpu", f"checkpoint.load={run}", "task.max_tokens=1")
+    # A prompt and as many tokens as fit alone do not fit together, which takes the tokenizer to know.
+    room = ["task=generate", "hardware=cpu", "hardware.memory_bytes=10000000", f"checkpoint.load={run}"]
+    refused = commands.run(*room, "task.max_tokens=1000000")
+    assert (refused.code, "the KV cache of 1,000,000 tokens does not fit" in refused.err) == (2, True)
+    fitting = int(refused.err.split("together may have ")[1].split()[0].replace(",", ""))
+    refused = commands.run(*room, f"task.max_tokens={fitting}", "task.prompt=a")
+    assert (refused.code, f"together may have {fitting:,} tokens" in refused.err) == (2, True)
+    assert f"the KV cache of {fitting:,} tokens" not in refused.err
     write_release(released, small_model(), "bf16")
     commands.must("task=verify", "hardware=cpu", "model=hf", f"model.path={released}")
     assert len(devices) >= 4

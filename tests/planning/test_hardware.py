@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from dsv3.config.hardware import HardwareConfig
-from dsv3.errors import InvalidValue
+from dsv3.errors import InvalidValue, UserError
 from dsv3.planning import hardware
-from dsv3.planning.hardware import Machine, detect_hardware, host_memory, visible_gpus
+from dsv3.planning.hardware import Machine, detect_hardware, host_memory, require_gpu, visible_gpus
 from tests.planning.presets import CONF
 
 AUTO = HardwareConfig(name="auto")
@@ -139,6 +139,14 @@ def test_no_nvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "QUERY", ["sleep", "5"])
     monkeypatch.setattr(hardware, "QUERY_SECONDS", 0.05)
     assert hardware.query_nvidia_smi() == ""
+
+
+def test_without_nvidia_smi_a_named_gpu_is_taken_where_there_is_a_driver(tmp_path: Path) -> None:
+    named, root = HardwareConfig(name="h100"), write(tmp_path, {"dev/nvidiactl": ""})
+    require_gpu(named, machine(root=root))
+    for without in (machine(), machine(root=root, CUDA_VISIBLE_DEVICES="")):
+        with pytest.raises(UserError, match="no GPU here"):
+            require_gpu(named, without)
 
 
 def test_numbers_are_above_zero() -> None:

@@ -239,7 +239,7 @@ MIXED = {
     "tokenizer": ({"tokenizer": "t2"}, "tokenizer is t1 in 0, t2 in 1"),
     "length": ({"sequence_length": 64}, "train.sequence_length is 32 in 0, 64 in 1"),
     "mask": ({"document_mask": True}, "data.document_mask is false in 0, true in 1"),
-    "tokens": ({"evaluate_tokens": 288}, "train.evaluate_tokens is all in 0, 9 in 1"),
+    "tokens": ({"evaluate_tokens": 288}, "train.evaluate_tokens is all in 0, 9 rows in 1"),
     "an older run": ({"data": "d2", "older": True}, "data is text /texts/d1 in 0, text /texts/d2 in 1"),
 }
 
@@ -285,9 +285,9 @@ def test_limits_that_score_the_same_rows_are_the_same_data(tmp_path: Path) -> No
     for number, tokens in enumerate((288, 300, 319)):
         store_data(tmp_path / "nine" / str(number), 3.0, evaluate_tokens=tokens)
     assert not held_out_differences(find_runs(tmp_path / "nine"))
-    # A run of older code limited batches: the rows that it scored are known.
-    store_data(tmp_path / "nine" / "3", 3.0, evaluate_batches=2, rows_evaluated=8)
-    told = {"0": 9, "1": 9, "2": 9, "3": 8}
+    # A run of older code limited batches, and scored the first rows: as many are not the same.
+    store_data(tmp_path / "nine" / "3", 3.0, evaluate_batches=3, rows_evaluated=9)
+    told = {"0": "9 rows", "1": "9 rows", "2": "9 rows", "3": "the first 9 rows"}
     assert held_out_differences(find_runs(tmp_path / "nine")) == {"train.evaluate_tokens": told}
 
 

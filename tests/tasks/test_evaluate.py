@@ -148,7 +148,7 @@ def test_what_is_typed_is_scored_and_told_apart_from_the_run(commands: TrainComm
     line = outcome.err.splitlines()[-2]
     assert line == (
         "not comparable with the losses of the run: data.held_out 0.2 (the run: 0.1), "
-        "train.sequence_length 16 (the run: 32), train.evaluate_tokens 4 (the run: all)"
+        "train.sequence_length 16 (the run: 32), train.evaluate_tokens 4 rows (the run: all)"
     )
 
 

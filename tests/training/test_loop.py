@@ -116,6 +116,15 @@ def test_a_stop_ends_what_callbacks_do_then_the_row_is_recorded_and_the_run_save
     assert run.events == expected
 
 
+def test_after_the_last_step_a_stop_cuts_nothing_off_because_a_resume_would_not_make_up_for_it() -> None:
+    def act(run: Run, what: str, step: int) -> None:
+        run.request.requested |= (what, step) == ("batch", STEPS)
+
+    run = Run(act)
+    assert not run.loop.train()
+    assert run.events[-6:] == [*whole_step(STEPS)[1:], ("saved", STEPS)]
+
+
 def test_a_callback_may_want_the_run_to_stop() -> None:
     def act(run: Run, what: str, step: int) -> None:
         run.record.wanted |= (what, step) == ("recorded", 2)
