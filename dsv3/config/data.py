@@ -7,7 +7,7 @@ from dsv3.config.registry import PATH, Buildable, schema
 from dsv3.errors import require
 
 ROW_ORDER = 2
-"""Number of the order in which rows are read, and a table's held out; it grows where code changes the order."""
+"""Number of the order in which rows are read, and those of a table held out; code that changes it adds 1."""
 
 SMALLEST_VOCABULARY = 264  # 256 bytes, 6 special tokens, and 2 merges so that there is something to learn
 

@@ -51,7 +51,7 @@ class Loop:
                     self._take_step()
                 if progress.step == first:
                     self._begin_to_save()
-                # After the last step nothing would make up for what a stop cuts off: a resume has no step left.
+                # What a stop cuts off after the last step is lost: a resume has no step left.
                 with nullcontext() if self.run.is_last_step else obey(self.stop):
                     for callback in self.callbacks:
                         with suppress(StopEarly):  # poll() says so too

@@ -1,9 +1,10 @@
 """Runs and checkpoints from before the modules of dsv3 moved: every command still takes them as they are.
 
 The files in before_the_move/ were made by commit a5c69e3, with its modules' names in them; expected.json is
-what that commit then made of them, with two exceptions. The config.json of a model trained here has the ids of
-special tokens since. Rows are read in another order since, which a resumed run is told, so that steps 3 and 4
-are today's; "before" has the losses of the old order. Tensors are packed (.xz), most of their bytes are padding.
+what that commit then made of them, with two exceptions. The config.json of a model trained here has the ids
+of special tokens since. Rows are read in another order since, which a resumed run is told, so that steps 3
+and 4 are today's; "before" has the losses of the old order. Tensors are packed (.xz), most of their bytes are
+padding.
 """
 
 import hashlib
