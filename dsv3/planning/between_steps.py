@@ -116,11 +116,16 @@ class BetweenSteps:
         return self._cost(rows * shape.sequence_length, passes, shape, every, decodes=False)
 
     def sample(self) -> UpkeepCost:
-        """Return the cost of a sample as training shows it."""
+        """Return the cost of a sample as training shows it.
+
+        Its share counts the seconds up to train.generate_seconds, where training cuts it off.
+        """
         # The ranks of a tp group share a pass's tokens, and padding fills them up.
         one = replace(self.shape, microbatch_size=1, sequence_length=self.degrees.cp * self.degrees.tp)
         tokens, every = SamplingConfig.max_tokens, self.upkeep.generate_every or 0
         cost = self._cost(tokens, tokens, one, every, decodes=True)
+        if cost.share is not None:
+            cost = replace(cost, share=cost.share * min(1.0, self.upkeep.generate_seconds / cost.seconds))
         return replace(cost, cache=self.cache(tokens))
 
     def cache(self, tokens: int) -> int:

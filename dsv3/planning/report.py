@@ -174,6 +174,8 @@ def _upkeep_rows(plan: Plan) -> list[tuple[str, str]]:
         share = "-" if cost.share is None else f"{cost.share:.1%}"
         of_time = f"{cost.seconds:>10,.2f}{share:>13}"
         rows.append((name, f"{of_time}{cost.sent / GIB:>12,.2f}{cost.gathers:>10,}{cost.tokens:>12,}"))
+    if sample.share is not None and sample.seconds > costs.upkeep.generate_seconds:
+        rows.append(("  cut off after", f"{costs.upkeep.generate_seconds:>10,.2f}"))
     rows.append(("  KV cache, MiB", f"{sample.cache / 2**20:>10,.2f}"))
     return rows
 

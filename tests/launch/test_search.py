@@ -1,5 +1,6 @@
 """An optuna study is kept beside its jobs: after a kill the same command does what is left of it."""
 
+import re
 import sqlite3
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_a_search_without_a_held_out_loss_is_refused_before_it_trains(planned: P
     assert refused.code == 1
     assert not refused.jobs
     assert "train.evaluate_every=0 measures no held-out loss, which the sweeper compares" in refused.err
-    assert "train.evaluate_every=2 for one at the end" in refused.err
+    assert re.search("train.evaluate_every=[2345] for one at the end", refused.err)  # the steps of the grid
 
 
 def added(arguments: list[str], sweep: Sweep | None = None) -> dict[str, str] | None:

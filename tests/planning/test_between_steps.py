@@ -93,6 +93,13 @@ def test_the_share_is_that_of_the_training_between_two() -> None:
     assert never is not None
     assert rarely.share == pytest.approx(found.share / 10)
     assert never.share is None
+    whole, cut = (
+        costs(ParallelDims(dp_shard=64), upkeep=Upkeep(generate_every=1, generate_seconds=seconds)).sample()
+        for seconds in (1e9, 3.0)
+    )
+    assert whole.share is not None
+    assert cut.share == pytest.approx(whole.share * 3.0 / whole.seconds)
+    assert cut.seconds == whole.seconds > 3.0
 
 
 def test_the_json_of_a_plan_has_both() -> None:
