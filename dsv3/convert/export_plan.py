@@ -24,7 +24,7 @@ from dsv3.convert.hf_target import (
     quantization_config,
     tensor_slices,
 )
-from dsv3.convert.output_file import HashingWriter
+from dsv3.convert.output_file import HashingWriter, OutputSlice
 from dsv3.convert.shard_exchange import RowTransfer, ShardExchange
 from dsv3.hf.config_values import read_config
 from dsv3.hf.names import HFTensor, hf_layout, with_mtp_duplicates
@@ -78,11 +78,9 @@ class ExportSlice:
 
     def write(self, file: HashingWriter) -> None:
         """Append the rows that have just arrived to the file, quantized where it is to have fp8."""
+        rows: OutputSlice = self.rows
         buffer = torch.empty(0, dtype=torch.uint8)  # not needed: the rows are there
-        if isinstance(self.rows, QuantizedHFSlice):
-            self.rows.write(self.rows.load(buffer), file)
-        else:
-            self.rows.write(self.rows.load(buffer), file)
+        rows.write(rows.load(buffer), file)
 
 
 @dataclass(frozen=True)

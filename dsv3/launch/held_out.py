@@ -40,7 +40,7 @@ def held_out_data(
         rows = "all" if count == held_out_rows else f"{count} rows"
     is_older = "sequence_length" in train and "evaluate_tokens" not in train
     of_older_code = "some of the first rows" if is_older else None
-    place, is_table = data.get("path"), choice_name("data", data.get("_target_")) == "tokens"
+    place = data.get("path")
     source = data and f"{choice_name('data', data.get('_target_'))}{f' {place}' if place else ''}"
     trained = {key: value for key, value in flatten(tokenizer).items() if not key.startswith("_")}
     kind = choice_name("tokenizer", tokenizer.get("_target_"))
@@ -55,8 +55,13 @@ def held_out_data(
         "train.evaluate_tokens": (
             ("all", "all") if tokens is None else (rows or of_older_code, tokens or of_older_code)
         ),
-        "order of rows": (row_order, row_order) if is_table else (None, None),
+        "order of rows": (row_order, row_order) if reads_table(config) else (None, None),
     }
+
+
+def reads_table(config: Mapping[str, Any]) -> bool:
+    """Return True for a stored config whose data is a table of token ids."""
+    return choice_name("data", _node(config, "data").get("_target_")) == "tokens"
 
 
 def differing(runs: Mapping[str, HeldOutData]) -> dict[str, dict[str, Any]]:

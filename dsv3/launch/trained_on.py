@@ -34,7 +34,7 @@ from dsv3.config.task import TaskConfig
 from dsv3.config.upgrade import upgrade_node
 from dsv3.data.tokenizer_files import READABLE, has_tokenizer, vocabulary_file
 from dsv3.errors import UserError
-from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data
+from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data, reads_table
 from dsv3.launch.job import MICROBATCH_TOKENS, Job
 
 
@@ -253,7 +253,7 @@ def other_order_notes(run_dir: Path) -> list[str]:
         f"up to step {before.step} older code read the rows in another order: "
         "some rows come again from here on, and others are left out"
     )
-    if held_out_data(before.config, None, None)["order of rows"][0]:
+    if reads_table(before.config):
         note += "; other rows are held out than before, and the run was trained on most of them"
     return [note]
 

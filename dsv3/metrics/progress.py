@@ -77,7 +77,7 @@ class Phase:
         """
         with self._lock:
             self.done += count
-        HEARTBEAT.count += 1
+        HEARTBEAT.beat()
         if self.together and must_stop_early():
             raise StopEarly
 

@@ -166,7 +166,10 @@ def explain_kernel(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
-    """Attend by scaled_dot_product_attention, once per batch or document; by cpu_attention.py on CPU."""
+    """Attend by scaled_dot_product_attention, once per batch or document; by cpu_attention.py on CPU.
+
+    There whole rows may have fewer queries than keys, whose last tokens they are.
+    """
     if segments is not None:
         return cast(Tensor, _each_document(q, k, v, scale, segments))
     if not q.is_cuda:

@@ -14,7 +14,9 @@ Shapes: q [B, queries, H, qk_head_dim], k [B, keys, H, qk_head_dim], v [B, keys,
 H heads); within SplitAttention and its kernels [B, H, tokens, head dim].
 """
 
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,6 @@ from dsv3.model.attention_kernels import (
     pad_to_one_width,
     sdpa,
 )
-from dsv3.model.cpu_attention import blocked_attention
 from dsv3.model.transfers import upload
 
 
@@ -54,10 +55,8 @@ def attend_to_prefix(
 
 def _whole_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attend causally; the queries are the last of the keys' tokens."""
-    if not q.is_cuda:
-        return cast(Tensor, blocked_attention(q, k, v, scale)[0])
-    if q.shape[1] == k.shape[1]:
-        return sdpa(q, k, v, scale, None)
+    if not q.is_cuda or q.shape[1] == k.shape[1]:
+        return sdpa(q, k, v, scale, None)  # on CPU it takes fewer queries than keys
     if cudnn_takes(q.device, q.dtype, q.shape[-1], v.shape[-1]):
         # cuDNN takes no views of wider tensors.
         q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
@@ -74,55 +73,18 @@ def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)[..., :v_head_dim]
 
 
-class FusedKernel(Protocol):
+@dataclass(frozen=True)
+class FusedKernel:
     """A fused attention kernel with and without the causal mask of as many queries as keys."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """Return the output, the log-sum-exp [B, H, queries, 1] fp32, and what its backward wants besides."""
-
-    def backward(
-        self,
-        gradient: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        log_sum: Tensor,
-        state: tuple[Tensor | None, ...],
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v."""
+    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor, tuple[Tensor | None, ...]]]
+    """(q, k, v, causal, scale) -> the output, the log-sum-exp [B, H, queries, 1] fp32, and the state: what
+    the backward pass wants besides."""
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(gradient, q, k, v, out, log_sum, state, causal, scale) -> the gradients of q, k and v."""
 
 
-class CuDNNKernel:
-    """The FusedKernel of cuDNN."""
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """See FusedKernel."""
-        return cudnn_attention(q, k, v, causal, scale)
-
-    def backward(
-        self,
-        gradient: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        log_sum: Tensor,
-        state: tuple[Tensor | None, ...],
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See FusedKernel."""
-        return cudnn_attention_backward(gradient, q, k, v, out, log_sum, state, causal, scale)
-
-
-CUDNN = CuDNNKernel()
+CUDNN = FusedKernel(cudnn_attention, cudnn_attention_backward)
 
 
 def split_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: FusedKernel) -> Tensor:

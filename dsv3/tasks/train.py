@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+from dsv3.checkpoint.agreement import on_main
 from dsv3.checkpoint.directory import (
     ASSETS_DIR,
     TOKENIZER_DIR,
@@ -196,11 +197,13 @@ def _own_tokenizer(job: Job) -> Tokenizer | None:
 
 def _starting_checkpoint(job: Job, world: RankContext) -> Path | None:
     """Return what fills the model: the run's newest checkpoint, else checkpoint.load, else None."""
-    config = job.config
-    found = newest_checkpoint(job.run_dir) if config.run.resume else None
-    if found is None and config.checkpoint.load:
-        found = find_checkpoint(config.checkpoint.load)
-    return world.broadcast_object(found)
+
+    def find() -> Path | None:
+        found = newest_checkpoint(job.run_dir) if job.config.run.resume else None
+        load = job.config.checkpoint.load
+        return find_checkpoint(load) if found is None and load else found
+
+    return on_main(world, find)
 
 
 def _restore(

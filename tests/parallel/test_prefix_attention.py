@@ -12,7 +12,7 @@ from dsv3.distributed.torch_private import cudnn_attention, cudnn_attention_back
 from dsv3.model.attention_kernels import document_segments
 from dsv3.model.cpu_attention import blocked_attention
 from dsv3.parallel import prefix_attention
-from dsv3.parallel.prefix_attention import attend_to_prefix, prefix_spans, split_attention
+from dsv3.parallel.prefix_attention import FusedKernel, attend_to_prefix, prefix_spans, split_attention
 from tests.reference import assert_close, assert_same_gradients, normal
 
 SCALE = 0.3
@@ -58,7 +58,8 @@ def test_two_calls_of_a_fused_kernel_merge_to_the_whole() -> None:
     q, k, v = heads(16, 16)
     end = START + QUERIES
     inputs = tuple(x.transpose(1, 2) for x in (q, k[:, :end], v[:, :end]))
-    found = split_attention(inputs[0], inputs[1], inputs[2], SCALE, TorchCPUKernel()).transpose(1, 2)
+    kernel = FusedKernel(TorchCPUKernel().forward, TorchCPUKernel().backward)
+    found = split_attention(inputs[0], inputs[1], inputs[2], SCALE, kernel).transpose(1, 2)
     expected = blocked_attention(q, k[:, :end], v[:, :end], SCALE)[0]
     assert_close(found, expected)
     assert_same_gradients(found, expected, [q, k, v])
