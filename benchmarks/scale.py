@@ -29,8 +29,8 @@ WORLDS = {"671b": 2048, "kimi_k2": 4096}
 LAYOUTS = ["fsdp", "hsdp", "tp_ep", "pp", "cp", "full"]
 ENDS = {"pp": ["first", "last"], "full": ["first", "last"]}
 """Without a pipeline the ranks of both ends hold the same layers."""
-STEPS = ["model.num_layers=6", "train.sequence_length=64", "precision=bf16"]
-"""Of the first rank under tp_ep: three dense layers and three MoE layers, 64 tokens."""
+STEPS = ["train.sequence_length=64", "precision=bf16"]
+"""Of the first rank under tp_ep: all 61 layers and the MTP layer, 64 tokens."""
 MIB = 2**20
 
 
@@ -98,7 +98,7 @@ def run(case: list[str], releases: Path) -> dict[str, Any]:
     """Measure a case in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.scale", "--case", *case, "--releases", str(releases)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DSV3_PROGRESS": "off"}
-    if case[3:] == STEPS:  # malloc keeps what smaller layers have freed in gaps that it does not fill again
+    if case[3:] == STEPS:  # else malloc keeps freed tensors in gaps that it does not fill again
         environment["MALLOC_MMAP_THRESHOLD_"] = str(2**18)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
