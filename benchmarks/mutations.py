@@ -154,9 +154,9 @@ MUTATIONS = [
     Mutation(
         "load not counted again under recomputation",
         "dsv3.model.moe:MoE.forward",
-        "$routing: $kind = self.$router($x)",
+        "$routing: $kind = self.$router($x, $padding)",
         """
-$routing: $kind = self.$router($x)
+$routing: $kind = self.$router($x, $padding)
 self.$router.load.add_($routing.stats.load, alpha=0.5)
 """,
         MODEL,

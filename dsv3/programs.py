@@ -16,9 +16,10 @@ from dsv3.config.strict import build
 from dsv3.config.task import SamplingConfig
 from dsv3.convert.request import prepare_conversion
 from dsv3.distributed.device import use_expandable_segments
-from dsv3.distributed.signals import NOTHING_SAVED, leave_on_signal, stop_on_signal
+from dsv3.distributed.signals import NOTHING_SAVED, die_with_parent, leave_on_signal, stop_on_signal
 from dsv3.launch.checkpoint_defaults import Composition
 from dsv3.launch.job import Job, SweepJob, is_first_on_node, under_launcher
+from dsv3.launch.nearest_fix import require_fits
 from dsv3.launch.prepare import prepare_job
 from dsv3.launch.run_dir import check_can_make, check_run_dir, check_same_run
 from dsv3.launch.slurm import in_slurm_step
@@ -26,7 +27,6 @@ from dsv3.launch.sweep import FAILED_FILE
 from dsv3.metrics.progress import phase
 from dsv3.planning.checks import require_room
 from dsv3.planning.hardware import require_gpu
-from dsv3.planning.report import require_fits
 
 
 def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | None:
@@ -52,8 +52,6 @@ def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | No
             print(note, file=sys.stderr)
     if not task.uses_model or job.plan.world_size == 1 or under_launcher():
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            from dsv3.launch.workers import die_with_parent
-
             die_with_parent()  # or a kill -9 of torchrun would leave this rank behind
         untouched = task.writes_run and sweep is None and is_first_on_node()
         importing = phase(f"importing {'torch' if task.uses_model else 'the task'}")
@@ -77,11 +75,12 @@ def check(job: Job) -> None:
     if job.config.task.writes_run:
         check_can_make(job.run_dir)
     if job.config.task.must_fit:
-        require_fits(job.plan)
+        require_fits(job)
     if job.config.task.holds_model:
         sampling = job.config.task
         # The task counts the tokens of the prompt as well: that takes its tokenizer.
-        require_room(job.plan, sampling.max_tokens if isinstance(sampling, SamplingConfig) else 0)
+        tokens = sampling.max_tokens if isinstance(sampling, SamplingConfig) else 0
+        require_room(job.plan, tokens, job.host_ranks)
 
 
 def start_conversion(composed: DictConfig, command: Composition | None = None) -> None:

@@ -4,19 +4,21 @@ A rank that raised alone would leave the others waiting for it until a timeout, 
 connection in place of the reason.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed, UserError
+from dsv3.metrics.progress import phase
 
 T = TypeVar("T")
 
 
-def together(ranks: RankContext, work: Callable[[], T]) -> list[T]:
+def together(ranks: RankContext, work: Callable[[], T], waiting: str | None = None) -> list[T]:
     """Do `work` on each rank and return all results in rank order; all ranks call it together.
 
-    Results pass through every rank, so they must be small. Raises on all ranks what the first of those that
+    `waiting` is the phase of a rank whose own part is done (metrics/progress.py). Results pass through every rank, so they must be small. Raises on all ranks what the first of those that
     failed raised: an OSError, a UserError, or a RunFailed that names any other error and its rank.
     """
     result: list[T] = []
@@ -25,7 +27,8 @@ def together(ranks: RankContext, work: Callable[[], T]) -> list[T]:
         result = [work()]
     except Exception as error:
         problem, cause = _portable(error, ranks.rank), error
-    answers = ranks.all_gather_object((result, problem))
+    with contextlib.nullcontext() if waiting is None else phase(waiting):
+        answers = ranks.all_gather_object((result, problem))
     for _, found in answers:
         if found is not None:
             raise found from cause

@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Container
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dsv3.config.checkpoint import HF_PREFIX
@@ -53,10 +53,14 @@ class Progress:
     """Training tokens seen."""
     evaluation_loss: float | None = None
     """Held-out loss after this step; None where it was not evaluated."""
+    bookmarks: dict[int, list[int]] = field(default_factory=dict)
+    """Of data that streams, the place in each of its lanes from which the next sequences are read."""
 
     def write(self, directory: Path) -> None:
         """Write state.json, which also says that a manifest was written: a lost one is then noticed."""
         stored = {**asdict(self), _MANIFEST_KEY: MANIFEST_FILE}
+        if not self.bookmarks:
+            del stored["bookmarks"]
         write_text(directory / STATE_FILE, json.dumps(stored, indent=1) + "\n")
 
     @classmethod
@@ -66,11 +70,14 @@ class Progress:
             stored = json.loads((directory / STATE_FILE).read_text())
             stored.pop(_MANIFEST_KEY, None)
             loss = stored.pop("evaluation_loss", None)
+            bookmarks = {int(lane): list(place) for lane, place in stored.pop("bookmarks", {}).items()}
             if not all(type(count) is int and count >= 0 for count in stored.values()):
                 raise ValueError("it holds something else than counts")
             if loss is not None and not (type(loss) in (int, float) and math.isfinite(loss)):
                 raise ValueError("its evaluation_loss is no number")
-            return cls(**stored, evaluation_loss=loss)
+            if not all(type(each) is int and each >= 0 for place in bookmarks.values() for each in place):
+                raise ValueError("its bookmarks are no counts")
+            return cls(**stored, evaluation_loss=loss, bookmarks=bookmarks)
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{directory / STATE_FILE} cannot be read: {error}") from None
 

@@ -165,19 +165,15 @@ def verify_together(directory: Path, ranks: "RankContext") -> None:
 
     The ranks call it together. UserError on all of them, with the damage that the first rank found.
     """
-    problem = None
-    try:
+    from dsv3.checkpoint.agreement import together
+
+    def verify_share() -> None:
         entries = read_manifest(directory) or {}
         if ranks.local_rank == 0:  # a node may see another disk
             check_sizes(directory, entries)
         check_digests(directory, {name: entries[name] for name in shares(entries, ranks.world)[ranks.rank]})
-    except UserError as error:
-        problem = str(error)
-    with phase("waiting for the other ranks to verify theirs"):
-        problems = ranks.all_gather_object(problem)
-    for found in problems:
-        if found is not None:
-            raise UserError(found)
+
+    together(ranks, verify_share, waiting="waiting for the other ranks to verify theirs")
 
 
 def shares(entries: dict[str, FileEntry], world: int) -> list[list[str]]:

@@ -45,6 +45,10 @@ class TrainingRecord:
     """A {step, convergence} for every stretch that a resume with other learnt values ended."""
     row_order: int = 1
     """ROW_ORDER of the code that trained (config/data.py); older code has not told it."""
+    data_changes: list[dict[str, Any]] = field(default_factory=list)
+    """A {step, from, to, what, effect} for every change of the data that a resume was told to allow.
+
+    `from` and `to` are fingerprints."""
 
     @classmethod
     def of_run(
@@ -54,11 +58,13 @@ class TrainingRecord:
         tokenizer_fingerprint: str | None,
         weights: str | None = None,
         history: list[dict[str, Any]] | None = None,
+        data_changes: list[dict[str, Any]] | None = None,
     ) -> "TrainingRecord":
         """Return the record of a run at step 0 from its completed Config."""
         values, past = to_absolute_yaml(config), list(history or [])
         found = convergence_hash(values, data_fingerprint, tokenizer_fingerprint, weights, past)
-        return cls(found, data_fingerprint, tokenizer_fingerprint, 0, values, weights, past, ROW_ORDER)
+        prints, changes = (data_fingerprint, tokenizer_fingerprint), list(data_changes or [])
+        return cls(found, *prints, 0, values, weights, past, ROW_ORDER, changes)
 
     def write(self, directory: Path, step: int) -> None:
         """Write training.yaml of `step` into a checkpoint's directory."""
@@ -127,6 +133,19 @@ def _is_record(stored: Any) -> bool:
         and isinstance(each.get("convergence"), str)
         for each in past
     )
+    changes = stored.get("data_changes", [])
+    right = right and changes == sound_changes(changes)
     numbers = all(type(number) is int for number in (stored.get("step"), stored.get("row_order", 1)))
     typed = isinstance(stored.get("convergence"), str) and numbers
     return texts and right and typed and isinstance(stored.get("config"), dict)
+
+
+def sound_changes(stored: Any) -> list[dict[str, Any]]:
+    """Return the entries among stored `data_changes` that have the keys of one, each of its type."""
+    texts = ("from", "to", "what", "effect")
+    return [
+        dict(each)
+        for each in (stored if isinstance(stored, list) else [])
+        if isinstance(each, Mapping) and type(each.get("step")) is int
+        if all(isinstance(each.get(name), str) for name in texts)
+    ]

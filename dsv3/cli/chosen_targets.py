@@ -1,7 +1,8 @@
 """Read what is typed of a whole node as its user means it, before Hydra applies it to the default choice.
 
 `GROUP._target_=X` is the choice of the group whose schema has that `_target_`: the keys of the default choice
-would not fit it. `KEY={..}` of a dict adds its entries, for which Hydra would want a `+`.
+would not fit it. `KEY={..}` of a dict adds its entries, for which Hydra would want a `+`, and so do the keys
+of a named node, such as `data.sources.NAME.path=X`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from dsv3.config.optimizer import refuse_without_schema
 from dsv3.config.overrides import is_multirun, override_key, split_commas, split_override
-from dsv3.config.registry import SCHEMAS, config_groups
+from dsv3.config.registry import NAMED_NODES, SCHEMAS, config_groups
 from dsv3.errors import UserError
 
 _SUFFIX = "._target_"
@@ -37,7 +38,8 @@ def choose_by_target(argv: Sequence[str]) -> list[str]:
             adds = key in dicts and argument.startswith(f"{key}=") and value.startswith("{")
             if adds and not value.strip("{} "):
                 raise UserError(f"{argument} adds nothing: name its entries, {key}={{NAME:VALUE}}")
-            completed.append(f"+{argument}" if adds else argument)
+            below = any(key.startswith(f"{node}.") for node in NAMED_NODES) and argument.startswith(key)
+            completed.append(f"+{argument}" if adds else f"++{argument}" if below else argument)
     return completed
 
 

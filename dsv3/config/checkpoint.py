@@ -1,12 +1,21 @@
 """Schema of the `checkpoint` node: the checkpoint that a command reads and the ones that a run keeps."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dsv3.config.registry import PATH
 from dsv3.errors import require, require_positive
 
 HF_PREFIX = "hf:"
 """`checkpoint.load=hf:DIR` reads a HuggingFace checkpoint."""
+
+
+def absolute_path(text: str, or_name: bool = False) -> str:
+    """Return a path as a run stores it, hf: kept; a URL, or what `or_name` allows to be a name, as it is."""
+    if "://" in text or (or_name and not Path(text).exists()):
+        return text
+    kind = HF_PREFIX if text.startswith(HF_PREFIX) else ""
+    return f"{kind}{Path(text.removeprefix(kind)).absolute()}"
 
 
 @dataclass

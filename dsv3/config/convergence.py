@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from dsv3.config.data import ROW_ORDER
+from dsv3.config.registry import described_key
 from dsv3.config.strict import to_yaml
 
 
@@ -30,14 +31,28 @@ CONTRACT: dict[str, tuple[Kind, str]] = {
     "data.held_out": (Kind.learnt, ""),
     "data.shuffle": (Kind.learnt, ""),
     "data.document_mask": (Kind.learnt, ""),
+    "data.packing": (Kind.learnt, ""),
+    "data.sources": (Kind.learnt, ""),
+    "data.fim_rate": (Kind.learnt, ""),
     "data.path": (Kind.computed, "where the data lies; its fingerprint counts"),
     "data.cache_dir": (Kind.computed, "where prepared data lies"),
+    "data.dataset": (Kind.computed, "where the data lies; its fingerprint counts"),
+    "data.revision": (Kind.computed, "which data; its fingerprint counts"),
+    "data.subset": (Kind.computed, "which data; its fingerprint counts"),
+    "data.split": (Kind.computed, "which data; its fingerprint counts"),
+    "data.held_out_split": (Kind.computed, "which data; its fingerprint counts"),
+    "data.field": (Kind.computed, "which data; its fingerprint counts"),
+    "data.lanes": (Kind.learnt, "the order of the rows"),
+    "data.lane_rows": (Kind.learnt, "the order of the rows"),
+    "data.shuffled_documents": (Kind.learnt, "the order of the rows"),
+    "data.allow_change": (Kind.computed, "whether to go on; the fingerprint of what is read counts"),
     "tokenizer": (Kind.learnt, ""),
     "tokenizer.path": (Kind.computed, "where the tokenizer lies; its fingerprint counts"),
     "optimizer": (Kind.learnt, ""),
     "optimizer.fused": (Kind.computed, "kernels compute one function"),
     "schedule": (Kind.learnt, ""),
     "train.global_batch_size": (Kind.learnt, ""),
+    "train.batch_ramp": (Kind.learnt, ""),
     "train.sequence_length": (Kind.learnt, ""),
     "train.seed": (Kind.learnt, ""),
     "train.clip_norm": (Kind.learnt, ""),
@@ -47,6 +62,7 @@ CONTRACT: dict[str, tuple[Kind, str]] = {
     "train.steps": (Kind.computed, "how far; schedule.total_steps says what a step does"),
     "train.stop_after": (Kind.computed, "how far"),
     "train.microbatch_size": (Kind.computed, "gradients are summed over the global batch"),
+    "train.prefetch": (Kind.computed, "when a batch is made, not what is in it"),
     "train.deterministic": (Kind.computed, "the last bits alone"),
     "train.log_every": (Kind.computed, ""),
     "train.checkpoint_every": (Kind.computed, ""),
@@ -84,6 +100,16 @@ listed, so that a test asks for a decision on a new one.
 EXTENT = ("train.steps", "train.stop_after")
 """The computed keys that say how far a run goes; a note tells them apart."""
 
+ADDED: dict[str, Any] = {
+    "data.packing": "concat",
+    "data.fim_rate": 0.0,
+    "train.batch_ramp.start": None,
+    "train.batch_ramp.tokens": None,
+    "train.batch_ramp.increment": None,
+}
+"""Learnt keys that runs of older code lack, by the value at which such a run learns the same: with that value
+they leave the hash as it was."""
+
 LOAD = "checkpoint.load"
 
 ABSENT = "absent"
@@ -108,7 +134,7 @@ class Difference(NamedTuple):
 
 def entry(key: str) -> str | None:
     """Return the entry of CONTRACT that decides on `key`; None where there is none."""
-    parts = key.split(".")
+    parts = described_key(key).split(".")
     names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((name for name in names if name in CONTRACT), None)
 
@@ -139,7 +165,10 @@ def learnt_values(config: Any) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(node).items()
-        if kind(key) is Kind.learnt and key != LOAD and key.rpartition(".")[2] not in _HYDRAS_OWN
+        if kind(key) is Kind.learnt
+        and key != LOAD
+        and key.rpartition(".")[2] not in _HYDRAS_OWN
+        and not (key in ADDED and value == ADDED[key])
     }
 
 

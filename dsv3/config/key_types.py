@@ -27,6 +27,8 @@ class KeyType(Flag):
     """A list of str."""
     path = auto()
     """A text with the metadata of registry.PATH."""
+    hub_name = auto()
+    """A path that may also be a name, with the metadata of registry.PATH_OR_NAME."""
     integer = auto()
     """int, alone or in a list, and not float."""
 
@@ -63,7 +65,8 @@ def _schema_types(schema: Any, prefix: str) -> tuple[tuple[str, KeyType], ...]:
         if nested is not None:
             found += _schema_types(nested, f"{key}.")
         elif not field.name.startswith("_"):
-            found.append((key, _type(hint, bool(field.metadata.get("path")))))
+            kind = _type(hint, bool(field.metadata.get("path")))
+            found.append((key, kind | KeyType.hub_name if field.metadata.get("name") else kind))
     return tuple(found)
 
 

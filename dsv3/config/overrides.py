@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -15,9 +14,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from dsv3.config.checkpoint import HF_PREFIX
+from dsv3.config.checkpoint import HF_PREFIX, absolute_path
 from dsv3.config.key_types import KeyType, key_types
-from dsv3.config.registry import CONF, Stored, register, register_stored
+from dsv3.config.registry import CONF, Stored, described_key, register, register_stored
 from dsv3.config.strict import escape_interpolation
 from dsv3.errors import UserError
 
@@ -56,9 +55,18 @@ def literal_notes(argv: Sequence[str]) -> list[str]:
     """Return a line for each typed text with a `${...}` that is no variable, but those characters."""
     types, notes = _types(argv), []
     for key, value in filter(None, map(split_override, argv)):
-        rest = _ENVIRONMENT.sub("", value) if KeyType.path in types.get(key, KeyType(0)) else value
+        rest = (
+            _ENVIRONMENT.sub("", value)
+            if KeyType.path in types.get(described_key(key), KeyType(0))
+            else value
+        )
         quoted = _WHOLE_QUOTE.fullmatch(value) or key == PROMPT
-        if key in types and types[key] != KeyType.integer and "${" in rest and not quoted:
+        if (
+            (kind := types.get(described_key(key)))
+            and kind != KeyType.integer
+            and "${" in rest
+            and not quoted
+        ):
             filled = "; of these ${oc.env:NAME} is filled in" if KeyType.path in types[key] else ""
             notes.append(f"{key}={value}: ${{...}} is taken literally{filled}")
     return notes
@@ -132,12 +140,11 @@ def _absolute(override: str, types: Mapping[str, KeyType]) -> str:
     found = _OVERRIDE.fullmatch(override)
     if not found or found["value"] in ("", "null"):
         return override
-    if KeyType.path not in types.get(found["key"], KeyType(0)):
+    kind = types.get(described_key(found["key"]), KeyType(0))
+    if KeyType.path not in kind:
         return override
-    text = _read_text(override)
-    kind = HF_PREFIX if found["key"] == "checkpoint.load" and text.startswith(HF_PREFIX) else ""
-    path = Path(text.removeprefix(kind)).absolute()
-    return f"{found['prefix']}{found['key']}={quote(f'{kind}{path}')}"
+    path = absolute_path(_read_text(override), KeyType.hub_name in kind)
+    return f"{found['prefix']}{found['key']}={quote(path)}"
 
 
 def _read_text(override: str) -> str:
@@ -154,7 +161,7 @@ def _quote_argument(argument: str, types: Mapping[str, KeyType], multirun: bool)
     start, key, value = f"{found['prefix']}{found['key']}=", found["key"], found["value"]
     if not multirun:
         return start + _quote_value(key, value, types)
-    if key not in types and "{" not in value:
+    if described_key(key) not in types and "{" not in value:
         return argument
     chosen = re.fullmatch(r"choice\s*\((.*)\)", value, re.DOTALL)
     parts = [_unpadded(part) for part in split_commas(chosen[1] if chosen else value)]
@@ -164,7 +171,10 @@ def _quote_argument(argument: str, types: Mapping[str, KeyType], multirun: bool)
 
 def _quote_value(key: str, value: str, types: Mapping[str, KeyType]) -> str:
     """Return one value of `key`, or the value of a whole node, as Hydra reads what was typed."""
-    kind, listed = types.get(key, KeyType(0)), re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
+    kind, listed = (
+        types.get(described_key(key), KeyType(0)),
+        re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL),
+    )
     if kind is KeyType.texts and value != "null":
         items = split_commas(listed[1] if listed else value)
         return f"[{','.join(_quote_value('', item.strip(), {'': KeyType.text}) for item in items)}]"

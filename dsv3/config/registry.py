@@ -34,6 +34,12 @@ RECIPE_SCHEDULE, DEFAULT_SCHEDULE = "recipe_schedule", "warmup_cosine"
 PATH = {"path": True}
 """Metadata of a field that holds a path: `~` and variables are filled in, and a run stores it absolute."""
 
+PATH_OR_NAME = {"path": True, "name": True}
+"""The same for one that may also be a name, of a hub: it is a path where something is there."""
+
+NAMED_NODES = {"data.sources": "data"}
+"""Keys that hold nodes of a group by names of the user's own: KEY.NAME.X is described as GROUP.X is."""
+
 STORED = "stored"
 """Values that a checkpoint carries: no group of the user's either."""
 
@@ -77,6 +83,15 @@ def schema(name: str, choice: str | None = None) -> Callable[[T], T]:
         return node
 
     return register_class
+
+
+def described_key(key: str) -> str:
+    """Return the key that describes a dotted key: itself, or that of the group whose node has a name."""
+    for node, group in NAMED_NODES.items():
+        if key.startswith(f"{node}."):
+            name, dot, rest = key.removeprefix(f"{node}.").partition(".")
+            return f"{group}.{rest}" if dot else key
+    return key
 
 
 def config_groups(*more: Path) -> dict[str, list[str]]:
@@ -241,6 +256,12 @@ def _layouts() -> Iterator[tuple[str, dict[str, Any]]]:
         for preset, row in presets.items():
             degrees = {axis: degree for axis, degree in row.items() if axis != "world"}
             yield f"{model}-{preset}", {"degrees": degrees, "min_world_size": row["world"]}
+
+
+def layout_degrees(model: str, preset: str) -> dict[str, Any]:
+    """Return the degrees that conf/layouts.yaml gives a choice of `model` under one of `parallel`, if any."""
+    degrees: dict[str, Any] = dict(_layouts()).get(f"{model}-{preset}", {}).get("degrees", {})
+    return degrees
 
 
 @cache

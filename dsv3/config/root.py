@@ -13,6 +13,7 @@ from dsv3.config.launch import LaunchConfig, ProfileConfig, RunConfig
 from dsv3.config.logger import (
     LoggerConfig,
 )
+from dsv3.config.mixture import MixtureDataConfig  # noqa: F401  # registers itself
 from dsv3.config.model import ModelConfig
 from dsv3.config.optimizer import OptimizerConfig
 from dsv3.config.parallel import CompileConfig, ParallelConfig, RecomputeConfig

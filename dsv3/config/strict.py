@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -14,8 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from dsv3.config.checkpoint import HF_PREFIX
-from dsv3.config.registry import choices_with_key
+from dsv3.config.checkpoint import absolute_path
+from dsv3.config.registry import NAMED_NODES, choices_with_key
 from dsv3.errors import InvalidValue, UserError, did_you_mean
 
 TRUSTED = ("dsv3", "torch.optim")
@@ -108,6 +107,8 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
         elif f.name == "_target_" and (value != f.default or not _inside(type(node).__module__, TRUSTED)):
             settings = [f.name for f in fields(node) if not f.name.startswith("_") and is_argument(f)]
             check_target(value, f"{path}_target_", allow_targets, settings)
+        elif f"{path}{f.name}" in NAMED_NODES:
+            pass  # read_choices, below
         elif isinstance(value, dict):
             for name, nested in value.items():
                 if is_argument(f):
@@ -121,6 +122,9 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
             node.validate()
         except InvalidValue as error:
             raise InvalidValue(f"{path}{error.key}", error.value, error.allowed) from None
+    if hasattr(node, "read_choices"):
+        for name, nested in node.read_choices().items():
+            validate(nested, allow_targets, f"{path}{name}.")
 
 
 def _check_free_node(node: Any, path: str, allow_targets: Sequence[str]) -> None:
@@ -182,8 +186,14 @@ def to_absolute_yaml(node: Any) -> dict[str, Any]:
         if is_dataclass(value):
             values[f.name] = to_absolute_yaml(value)
         elif f.metadata.get("path") and value:
-            kind = HF_PREFIX if value.startswith(HF_PREFIX) else ""
-            values[f.name] = f"{kind}{Path(value.removeprefix(kind)).absolute()}"
+            values[f.name] = absolute_path(value, bool(f.metadata.get("name")))
+    for name, nested in node.read_choices().items() if hasattr(node, "read_choices") else ():
+        # Of a node that is kept as it was typed the paths alone are changed.
+        key, _, own = name.partition(".")
+        typed, absolute = values[key][own], to_absolute_yaml(nested)
+        values[key][own] = typed | {
+            f.name: absolute[f.name] for f in fields(nested) if f.metadata.get("path") and f.name in typed
+        }
     return values
 
 

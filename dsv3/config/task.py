@@ -47,6 +47,8 @@ class TaskConfig(Buildable):
     """The task needs a run directory of its own."""
     reads_rows: ClassVar[bool] = False
     """The task reads rows of data without training: each must split over the ranks of its sequence."""
+    has_result: ClassVar[bool] = True
+    """The task returns a number, as a loss, which a search minimizes."""
     path_is_model_path: ClassVar[bool] = False
     """The task's `path` is model.path where it is null."""
     reads_checkpoint: ClassVar[bool] = False
@@ -119,6 +121,7 @@ class SamplingConfig:
 class GenerateTaskConfig(TaskConfig, SamplingConfig):
     """Text that continues a prompt."""
 
+    has_result: ClassVar[bool] = False
     holds_model: ClassVar[bool] = True
     reads_checkpoint: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = (
@@ -138,6 +141,7 @@ class GenerateTaskConfig(TaskConfig, SamplingConfig):
 class PlanTaskConfig(TaskConfig):
     """Memory, traffic and speed of a layout, by arithmetic alone."""
 
+    has_result: ClassVar[bool] = False
     uses_model: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     _target_: str = "dsv3.tasks.plan.PlanTask"
@@ -150,6 +154,7 @@ class PlanTaskConfig(TaskConfig):
 class VerifyTaskConfig(TaskConfig):
     """Weights of a checkpoint against HF transformers, layer by layer, on random rows of ids in fp32."""
 
+    has_result: ClassVar[bool] = False
     path_is_model_path: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = (*_OF_EVERY_TASK, "experiments", "model", "hardware", "launch")
     _target_: str = "dsv3.tasks.verify.VerifyTask"
@@ -173,6 +178,7 @@ class VerifyTaskConfig(TaskConfig):
 class CompareTaskConfig(TaskConfig):
     """The runs of a directory, such as a sweep's, by held-out loss."""
 
+    has_result: ClassVar[bool] = False
     uses_model: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = _OF_EVERY_TASK
     _target_: str = "dsv3.tasks.compare.CompareTask"
@@ -194,3 +200,25 @@ class CompareTaskConfig(TaskConfig):
             require(
                 self.output.endswith(".png"), "output", self.output, "must be a file name that ends in .png"
             )
+
+
+@schema("task/cache")
+@dataclass
+class CacheTaskConfig(TaskConfig):
+    """What lies in the cache of prepared data: list it, and clear it."""
+
+    has_result: ClassVar[bool] = False
+    uses_model: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = (*_OF_EVERY_TASK, "data.cache_dir")
+    _target_: str = "dsv3.tasks.cache.CacheTask"
+    clear: str | None = None
+    """What to remove: all, unused, or the name of an entry, in which `*` stands for any characters."""
+    unused_days: float = 30.0
+    """Days without a use after which an entry counts as unused."""
+    format: OutputFormat = OutputFormat.text
+    """text, or json: the whole of stdout is one object."""
+
+    def validate(self) -> None:
+        allowed = "give all, unused or the name of an entry, or leave it out to list them"
+        require(self.clear is None or bool(self.clear.strip()), "clear", self.clear, allowed)
+        require(self.unused_days >= 0, "unused_days", self.unused_days, "must be at least 0 days")

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from dsv3.config.convert import StoredType
 from dsv3.config.registry import Buildable, schema
-from dsv3.errors import require, require_positive
+from dsv3.errors import closest_values, require, require_positive
 
 Number = TypeVar("Number", int, float)
 
@@ -138,6 +138,30 @@ class MTPLossConfig:
 
 
 @dataclass
+class BatchRampConfig:
+    """Batch-size ramp by tokens; off unless `start` is set, then train.global_batch_size is where it ends.
+
+    Reports: DeepSeek-V3 3,072 to 15,360 sequences over 469B tokens, V2 2,304 to 9,216 over 225B, both
+    "gradually"; the increments are not told.
+    """
+
+    start: int | None = None
+    """Sequences of the first step; null: every step has train.global_batch_size."""
+    tokens: int | None = None
+    """Tokens over which the batch grows, an equal share of them at each size."""
+    increment: int | None = None
+    """Sequences by which the batch grows; null is `start`."""
+
+    def validate(self) -> None:
+        require_positive(self, "start", "tokens", "increment")
+        if self.start is None:
+            for key in ("tokens", "increment"):
+                require(getattr(self, key) is None, key, getattr(self, key), "it needs batch_ramp.start, too")
+        else:
+            require(self.tokens is not None, "tokens", None, "give the tokens over which the batch grows")
+
+
+@dataclass
 class TrainConfig:
     """The training loop; every `*_every` counts optimizer steps, and 0 means never.
 
@@ -150,8 +174,12 @@ class TrainConfig:
     """Step at which to save and exit 0, without altering the schedule."""
     global_batch_size: int | None = None
     """Sequences per optimizer step; null is 8, or more where ranks or a pipeline need it."""
+    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
+    """Batch-size ramp."""
     microbatch_size: int | None = None
     """Sequences per rank and forward pass, the rest by gradient accumulation; null is about 4,096 tokens."""
+    prefetch: int = 2
+    """Steps whose batches a thread of each rank makes ahead; 0 makes each within its step."""
     sequence_length: int | None = None
     """Tokens per sequence; null is the model's pre-training length."""
     seed: int = 0
@@ -209,10 +237,26 @@ class TrainConfig:
         require_positive(self, "steps", "stop_after", "global_batch_size", "microbatch_size")
         require_positive(self, "sequence_length", "clip_norm", "log_every", "evaluate_tokens")
         require_positive(self, "generate_seconds")
+        require(self.prefetch >= 0, "prefetch", self.prefetch, "must be 0 (off) or more")
         for key in [name for name in vars(self) if name.endswith("_every") and name != "log_every"]:
             value = getattr(self, key)
             require(value is None or value >= 0, key, value, "must be 0 (never) or more")
         require(0 <= self.seed < SEEDS, "seed", self.seed, f"must be 0 or more and below {SEEDS}")
+        if self.batch_ramp.start is not None:
+            self._check_ramp(self.batch_ramp.start, self.batch_ramp.increment or self.batch_ramp.start)
+
+    def _check_ramp(self, start: int, increment: int) -> None:
+        """Raise InvalidValue for a ramp that does not lead to the batch it ends with."""
+        final = self.global_batch_size
+        allowed = "give the batch that train.batch_ramp ends with, in sequences"
+        require(final is not None, "global_batch_size", final, allowed)
+        assert final is not None
+        allowed = f"must be below train.global_batch_size={final}, where the ramp ends"
+        require(start < final, "batch_ramp.start", start, allowed)
+        divisors = [n for n in range(1, final - start + 1) if (final - start) % n == 0]
+        near = " or ".join(map(str, closest_values(divisors, increment)))
+        allowed = f"must divide {final} - {start} = {final - start}; nearest that work: {near}"
+        require(increment in divisors, "batch_ramp.increment", increment, allowed)
 
 
 def _completed(value: Number | None) -> Number:

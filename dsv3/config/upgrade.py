@@ -9,7 +9,6 @@ import re
 from typing import Any
 
 from dsv3.config.overrides import split_override
-from dsv3.config.training import EVALUATE_TOKENS
 
 TARGETS = {
     "dsv3.data.table.TokensData": "dsv3.data.token_table.TokensData",
@@ -35,8 +34,9 @@ TARGETS = {
 KEYS = {"parallel.smallest_world": "parallel.min_world_size"}
 """Today's config key by the one that older code has stored."""
 
-_BATCHES, _TOKENS = "train.evaluate_batches", "train.evaluate_tokens"
-"""A key that counted otherwise: null was every held-out row in both, and a number says nothing today."""
+RECOUNTED = {"train.evaluate_batches": "train.evaluate_tokens"}
+"""Today's config key by one that counted in another unit. null says the same in both, a number nothing today:
+the default of today takes its place, and a resume says so."""
 
 _OLD_TARGET = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, TARGETS))})(?![\w.])")
 
@@ -58,32 +58,53 @@ def upgrade_node(node: Any, path: str = "") -> Any:
     upgraded: dict[Any, Any] = {}
     for key, value in node.items():
         place = f"{path}.{key}" if path else str(key)
-        if place == _BATCHES:
+        if place in RECOUNTED:
             if value is None:
-                upgraded[_TOKENS.rpartition(".")[2]] = None
+                upgraded[_name(RECOUNTED[place])] = None
             continue
-        current = KEYS[place].rpartition(".")[2] if place in KEYS else key
+        current = _name(KEYS[place]) if place in KEYS else key
         upgraded[current] = upgrade_target(value) if key == "_target_" else upgrade_node(value, place)
     return upgraded
 
 
-def upgrade_override(override: str) -> str:
+def recounted_values(config: Any) -> dict[str, Any]:
+    """Return the numbers of a stored config that say nothing today, by the keys of RECOUNTED."""
+    found = {}
+    for key in RECOUNTED:
+        parent, _, name = key.rpartition(".")
+        node = config.get(parent) if isinstance(config, dict) else None
+        if isinstance(node, dict) and node.get(name) is not None:
+            found[key] = node[name]
+    return found
+
+
+def upgrade_override(override: str) -> str | None:
     """Return a stored override, such as `parallel.smallest_world=2`, with today's classes and keys.
 
-    A whole node as a value (`parallel={smallest_world:2}`) is translated too.
+    A whole node as a value (`parallel={smallest_world:2}`) is translated too. Returns None for a number that
+    says nothing today, which is no longer typed.
     """
     pair = split_override(override)
     if pair is None:
         return override
     key, value = pair
-    if key == _BATCHES:  # as a run that said nothing, unless it said to score all
-        return f"{_TOKENS}=null" if value == "null" else f"{_TOKENS}={EVALUATE_TOKENS}"
     prefix = override[: override.index(key)]
+    if key in RECOUNTED:
+        return f"{prefix}{RECOUNTED[key]}=null" if value == "null" else None
     if value.startswith("{"):
         for old, new in KEYS.items():
-            parent, _, name = old.rpartition(".")
-            if key == parent:
-                value = re.sub(rf"\b{name}(?=\s*:)", new.rpartition(".")[2], value)
+            if key == old.rpartition(".")[0]:
+                value = re.sub(rf"\b{_name(old)}(?=\s*:)", _name(new), value)
+        for old, new in RECOUNTED.items():
+            if key == old.rpartition(".")[0]:
+                value = re.sub(rf"\b{_name(old)}(?=\s*:\s*null\b)", _name(new), value)
+                value = re.sub(rf"(,\s*)?\b{_name(old)}\s*:\s*\d+(?(1)|\s*,?\s*)", "", value)
+                if re.fullmatch(r"\{\s*\}", value):
+                    return None
     if value.startswith("{") or key.rpartition(".")[2] == "_target_":
         value = _OLD_TARGET.sub(lambda found: TARGETS[found[1]], value)
     return f"{prefix}{KEYS.get(key, key)}={value}"
+
+
+def _name(key: str) -> str:
+    return key.rpartition(".")[2]

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ class Batch:
         targets: int64 [batch, sequence], the next token; IGNORE_INDEX where the next token belongs to
             another document or is padding.
         documents: int32 [batch, sequence], the document of each token, counted 0, 1, 2 .. per row; PADDING
-            where there is no token.
+            where there is no token, which stands at the end of a row.
         host_documents: the same numbers on the host, wherever the batch is. What must be read of them is read
             there, so that the host need not wait for the device.
     """
@@ -49,15 +48,51 @@ class Batch:
         assert segments is not None
         return segments.to(self.documents.device)
 
+    @cached_property
+    def lengths(self) -> list[int] | None:
+        """Return the tokens per row; None where no row has padding, so that full rows need no mask.
 
-def collate(rows: Sequence[PackedRow]) -> Batch:
-    """Stack rows of [sequence + 1] into a batch of [len(rows), sequence]."""
-    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
-    documents = torch.from_numpy(np.stack([row.documents for row in rows]))
-    current, following = documents[:, :-1], documents[:, 1:]
-    valid = (current == following) & (following != PADDING)
-    targets = tokens[:, 1:].masked_fill(~valid, IGNORE_INDEX)
-    return Batch(tokens[:, :-1].contiguous(), targets, current.contiguous())
+        ValueError for padding before a token, which attention would take for one.
+        """
+        assert self.host_documents is not None
+        is_token = self.host_documents != PADDING
+        if bool(is_token.all()):
+            return None
+        lengths = is_token.sum(1)
+        positions = torch.arange(is_token.shape[1], device=is_token.device)
+        if not torch.equal(is_token, positions < lengths.unsqueeze(1)):
+            raise ValueError("a row has padding before a token: only its end may be padded")
+        return lengths.tolist()
+
+    @property
+    def num_sequences(self) -> int:
+        """Return the number of rows with a token."""
+        return len(self.tokens) if self.lengths is None else sum(length > 0 for length in self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of positions with a token."""
+        return self.tokens.numel() if self.lengths is None else sum(self.lengths)
+
+
+def collate(rows: Sequence[PackedRow], pinned: bool = False) -> Batch:
+    """Stack rows of [sequence + 1] into a batch of [len(rows), sequence].
+
+    `pinned` memory is what a GPU copies from while the host goes on: made here, it costs no copy of its own.
+    The values are written by numpy, which works on one core: in a thread beside training PyTorch would start
+    a second set of its worker threads.
+    """
+    shape = (len(rows), len(rows[0].tokens) - 1)
+    tokens, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
+    documents = torch.empty(shape, dtype=torch.int32, pin_memory=pinned)
+    arrays = (tokens.numpy(), targets.numpy(), documents.numpy())
+    for row, inputs, labels, current in zip(rows, *arrays, strict=True):
+        following = row.documents[1:]
+        inputs[:] = row.tokens[:-1]
+        current[:] = row.documents[:-1]
+        labels[:] = row.tokens[1:]
+        labels[(current != following) | (following == PADDING)] = IGNORE_INDEX
+    return Batch(tokens, targets, documents)
 
 
 def mtp_targets(targets: Tensor, documents: Tensor, depth: int) -> Tensor:

@@ -1,259 +1,182 @@
-"""The corpus: the text files to read, and the split of their documents into training and held-out sides."""
+"""The corpus of `data=text` and `data=stdlib`: its files, and the stamp by which a change of them is seen."""
 
-import hashlib
-import json
+import os
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
+import xxhash
+
+from dsv3.data.document_files import ReadOptions
+from dsv3.data.input_files import (
+    FileKind,
+    FoundFiles,
+    InputFile,
+    Unit,
+    find_files,
+    is_saved,
+    walk_files,
+)
+from dsv3.data.input_units import plan_units
 from dsv3.errors import UserError
-from dsv3.metrics.progress import Phase, phase
+from dsv3.metrics.progress import phase
 
 EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
+FINE, COARSE = 20_000_000, 2_000_000_000
+"""Nanoseconds within which a file can change twice and keep one time: where times have fractions of a second,
+and where they have none."""
+
+_TOLD = 1000
+"""Files that are looked at between two counts of the progress."""
+
 
 @dataclass(frozen=True)
-class Document:
-    """One text and its name: the path relative to the corpus, with forward slashes."""
+class Stamp:
+    """The names, sizes and times of all files, without reading one.
 
-    name: str
-    text: str
+    Attributes:
+        digest: equal while no file is added, removed, renamed or written to.
+        files: how many there are.
+        newest_ns: the latest time of a change.
+    """
 
-    def digest(self) -> str:
-        """Return the sha256 of the content alone: equal for equal texts, whatever their names."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-
-class DocumentInfo(NamedTuple):
-    """The name, digest and size of a document, kept after its text is dropped."""
-
-    name: str
     digest: str
-    size: int  # characters
+    files: int
+    newest_ns: int
 
 
 class Corpus:
-    """Text files under one root, read one at a time in the order of their names."""
+    """Text files in the order of their names.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        # Files that are not UTF-8 text, and empty ones, known after the first pass.
-        self.skipped = self.empty = 0
-        self._reading: Phase | None = None  # of the first pass
-        self._looking: Phase | None = None
-        self._infos: list[DocumentInfo] | None = None
+    Attributes:
+        title: what messages call it.
+        place: the path or pattern that leads to it.
+        root: the file or folder; of a pattern the folder above what it matches.
+        options: how documents are found in its files.
+    """
 
-    def documents(self) -> Iterator[Document]:
-        """Yield every document that is not empty; skip and count the files that are not UTF-8 text.
+    title: str
+    place: str
+    root: Path
+    options: ReadOptions
 
-        Line ends stay as they are.
+    def stamp(self) -> Stamp:
+        """Look at every file without reading it: some microseconds for each."""
+        state, count, newest = xxhash.xxh3_128(), 0, 0
+        with phase(f"looking at the files of {self.root}", unit="files", each_node=True) as looking:
+            for count, (name, size, mtime_ns) in enumerate(self._stats(), 1):
+                state.update(f"{name}\0{size} {mtime_ns}\n".encode("utf-8", "surrogateescape"))
+                newest = max(newest, mtime_ns)
+                if count % _TOLD == 0:
+                    looking.advance(_TOLD)
+            looking.advance(count % _TOLD)
+        return Stamp(state.hexdigest(), count, newest)
 
-        Raises:
-            UserError: a file cannot be read.
-        """
-        self.skipped = self.empty = 0
-        with phase(f"looking for files in {self.root}", unit="files", each_node=True) as self._looking:
-            paths = self._paths()
-            if self._reading is not None:
-                self._reading.total, self._reading.unit = len(paths), "files"
-        for path in paths:
-            if self._reading is not None:
-                self._reading.advance()
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from error
-            try:
-                text = None if b"\0" in content else content.decode()
-            except UnicodeDecodeError:
-                text = None
-            if text is None:
-                self.skipped += 1
-            elif text:
-                yield Document(self._name(path), text)
-            else:
-                self.empty += 1
+    def settled_stamp(self) -> Stamp:
+        """Return the stamp once the last change is old enough for the next one to have another time."""
+        while True:
+            stamp = self.stamp()
+            wait = stamp.newest_ns + (FINE if stamp.newest_ns % 10**9 else COARSE) - time.time_ns()
+            if not 0 < wait <= COARSE:  # files from the future keep their times, and changes have others
+                return stamp
+            time.sleep(wait / 1e9)
 
-    def infos(self) -> list[DocumentInfo]:
-        """Return name, digest and size of every document; the first call reads the texts."""
-        if self._infos is None:
-            infos = []
-            with phase(f"reading {self.root}", unit="documents", each_node=True) as self._reading:
-                for document in self.documents():
-                    infos.append(DocumentInfo(document.name, document.digest(), len(document.text)))
-                    if self._reading.total is None:  # a corpus that is not read file by file
-                        self._reading.advance()
-            self._infos, self._reading = infos, None
-        return self._infos
-
-    def fingerprint(self) -> str:
-        """Return 16 hex characters over all names and contents."""
-        total = hashlib.sha256()
-        for info in self.infos():
-            total.update(f"{info.name}\0{info.digest}\n".encode())
-        return total.hexdigest()[:16]
-
-    def _paths(self) -> list[Path]:
+    def files(self) -> FoundFiles:
+        """Return the files with their paths below the root as names, and what is left out or unreadable."""
         raise NotImplementedError
 
-    def _name(self, path: Path) -> str:
-        return path.name if path == self.root else path.relative_to(self.root).as_posix()
+    def units(self, stamp: Stamp) -> list[Unit]:
+        """Return the units in which the files are read; UserError where they are not those of a stamp."""
+        units = plan_units(self.files().files, self.options)
+        if self.stamp() != stamp:
+            raise UserError(
+                f"{self.title}: files have changed since they were looked at, a moment ago: repeat the command "
+                "once they are at rest"
+            )
+        return units
 
-    def _sorted(self, paths: Iterator[Path]) -> list[Path]:
-        # By name rather than by Path, whose order differs between systems.
-        return sorted((path for path in self._counted(paths) if path.is_file()), key=self._name)
-
-    def _counted(self, paths: Iterator[Path]) -> Iterator[Path]:
-        """Yield paths as they are found; a folder of a million takes minutes."""
-        for path in paths:
-            if self._looking is not None:
-                self._looking.advance()
-            yield path
+    def _stats(self) -> Iterator[tuple[str, int, int]]:
+        """Yield name, size and time of change, ns, of every file."""
+        for file in self.files().files:
+            yield file.name, file.size, file.mtime_ns
 
 
 class StdlibCorpus(Corpus):
     """The .py files of the running interpreter's standard library, without tests and installed packages."""
 
     def __init__(self, root: Path | None = None) -> None:
-        super().__init__(root or Path(sysconfig.get_path("stdlib")))
+        self.root = root or Path(sysconfig.get_path("stdlib"))
+        self.place = str(self.root)
+        self.title = f"the standard library in {self.root}"
+        self.options = ReadOptions()
 
-    def _paths(self) -> list[Path]:
-        found = self.root.rglob("*.py")
-        paths = self._sorted(p for p in found if EXCLUDED_FOLDERS.isdisjoint(p.relative_to(self.root).parts))
-        if not paths:
+    def files(self) -> FoundFiles:
+        """Return the files; UserError where there is none."""
+        found = FoundFiles()
+        for name, entry in walk_files(self.root, [], found.unreadable, enter=_is_library):
+            if name.endswith(".py"):
+                stat = entry.stat()
+                file = InputFile(Path(entry.path), name, FileKind.text, stat.st_size, stat.st_mtime_ns)
+                found.files.append(file)
+        if not found.files:
             raise UserError(
                 f"data=stdlib: this Python has no library sources under {self.root}\n"
                 "Give text of your own: data=text data.path=FILE_OR_FOLDER"
             )
-        return paths
+        return found
 
 
 class TextCorpus(Corpus):
-    """One file, or every text file of a folder and its subfolders, without hidden ones.
+    """A file, the files that a pattern matches, or those of a folder and its subfolders.
 
     Args:
-        path: a file or a folder. Every file that is UTF-8 counts as text, whatever its suffix; a name that
-            begins with a dot is hidden.
+        path: every file that is UTF-8 counts as text, whatever its suffix, but those that a suffix says to be
+            JSON lines or Parquet. Hidden files and what editors leave behind are left out.
 
     Raises:
-        UserError: nothing exists at `path`, or, when it is read, no file there is text.
+        UserError: `path` leads to no file.
     """
 
-    def __init__(self, path: str) -> None:
-        root = Path(path).expanduser()
-        if not root.exists():
-            raise UserError(f"data.path={path} does not exist: give a text file or a folder of text files")
-        super().__init__(root)
+    def __init__(self, path: str, options: ReadOptions | None = None) -> None:
+        self.place = str(Path(path).expanduser())
+        self.title = f"data.path={path}"
+        self.options = options or ReadOptions()
+        self.root = Path(self.place)
+        if not self.root.exists():
+            places = [str(file.path.parent) for file in self._find().files]
+            self.root = Path(os.path.commonpath(places))
 
-    def infos(self) -> list[DocumentInfo]:
-        """Return name, digest and size of every document; there is at least one."""
-        found = super().infos()
-        if not found:
-            what = "no text" if self.root.is_file() else "no file with text"
-            raise UserError(
-                f"data.path={self.root} holds {what} ({self.skipped} files are not UTF-8): "
-                "give a text file or a folder of text files"
-            )
+    def files(self) -> FoundFiles:
+        """Return the files; UserError where there is none."""
+        found = self._find()
+        begin = len(str(self.root).rstrip(os.sep)) + 1
+        for number, file in enumerate(found.files):
+            name = file.path.name if file.path == self.root else str(file.path)[begin:].replace(os.sep, "/")
+            found.files[number] = replace(file, name=name)
         return found
 
-    def _paths(self) -> list[Path]:
-        if self.root.is_file():
-            return [self.root]
+    def _find(self) -> FoundFiles:
+        return find_files([self.place], self.options.field, "data.path")
 
-        def is_hidden(path: Path) -> bool:
-            return any(part.startswith(".") for part in path.relative_to(self.root).parts)
-
-        return self._sorted(path for path in self.root.rglob("*") if not is_hidden(path))
-
-
-def looks_like_json_lines(path: Path) -> bool:
-    """Return True for a .jsonl file, or a folder with one, that begins with a JSON object."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"))
-    if not files or files[0].suffix != ".jsonl":
-        return False
-    try:
-        with files[0].open(encoding="utf-8") as file:
-            return isinstance(json.loads(file.readline()), dict)
-    except (OSError, ValueError, RecursionError):
-        return False
+    def _stats(self) -> Iterator[tuple[str, int, int]]:
+        if not self.root.is_dir() or str(self.root) != self.place or is_saved(self.root):
+            yield from super()._stats()
+            return
+        # Without an object per file: there may be millions.
+        unreadable: list[str] = []
+        for name, entry in walk_files(self.root, [], unreadable):
+            try:
+                stat = entry.stat()
+            except OSError as error:
+                yield f"{name} ({error.strerror})", 0, 0
+            else:
+                yield name, stat.st_size, stat.st_mtime_ns
+        for folder in unreadable:
+            yield folder, 0, 0
 
 
-class HeldOutSplit:
-    """A corpus in a training side and a held-out side that share no content.
-
-    The hash of a document's content decides its side. The same text under two names can therefore not be on
-    both sides, and neither the order nor the number of the files moves a document across. Only the first of
-    exact duplicates is kept. Where too few documents would leave a side empty, the document whose size is
-    nearest to the wanted fraction is held out; a single document is cut, and its last lines are held out.
-
-    Args:
-        held_out: fraction of the documents to hold out, 0 < held_out < 0.5.
-
-    Raises:
-        UserError: there is not even one document of two characters.
-    """
-
-    def __init__(self, corpus: Corpus, held_out: float) -> None:
-        self.corpus = corpus
-        self.fraction = held_out
-        distinct = {info.digest: info for info in corpus.infos()}
-        self.duplicates = len(corpus.infos()) - len(distinct)
-        self.is_single = len(distinct) == 1
-        self.size = sum(info.size for info in corpus.infos())  # characters of both sides and duplicates
-        self._held_out = _choose_held_out(list(distinct.values()), held_out)
-        kept = sum(info.size for digest, info in distinct.items() if digest not in self._held_out)
-        self.training_size = round(kept or self.size * (1 - held_out))  # characters of the training side
-
-    def training(self, report: Callable[[int], None] | None = None) -> Iterator[Document]:
-        """Yield the training documents in the corpus's order, each content once.
-
-        `report` gets the characters of every document that is read on the way, `size` in all.
-        """
-        return self._side(False, report)
-
-    def evaluation(self, report: Callable[[int], None] | None = None) -> Iterator[Document]:
-        """Yield the held-out documents in the corpus's order, each content once; `report` as above."""
-        return self._side(True, report)
-
-    def _side(self, held_out: bool, report: Callable[[int], None] | None) -> Iterator[Document]:
-        seen: set[str] = set()
-        for document in self.corpus.documents():
-            digest = document.digest()
-            if report is not None:
-                report(len(document.text))
-            if digest in seen:
-                continue
-            seen.add(digest)
-            if self.is_single:
-                yield split_document(document, self.fraction)[held_out]
-            elif (digest in self._held_out) == held_out:
-                yield document
-
-
-def split_document(document: Document, fraction: float) -> tuple[Document, Document]:
-    """Split off the last `fraction` of a document's lines, or of its characters where it has one line only.
-
-    Raises:
-        UserError: the document has a single character.
-    """
-    text = document.text
-    lines = text.splitlines(keepends=True)
-    if len(text) < 2:
-        raise UserError(f"{document.name} holds a single character: data.path needs text to train on")
-    if len(lines) > 1:
-        tail = sum(len(line) for line in lines[-max(1, round(len(lines) * fraction)) :])
-    else:
-        tail = max(1, round(len(text) * fraction))
-    return Document(document.name, text[:-tail]), Document(document.name, text[-tail:])
-
-
-def _choose_held_out(documents: list[DocumentInfo], fraction: float) -> frozenset[str]:
-    """Return the digests of the documents to hold out."""
-    chosen = frozenset(info.digest for info in documents if int(info.digest[:16], 16) < fraction * 2**64)
-    if 0 < len(chosen) < len(documents):
-        return chosen
-    wanted = fraction * sum(info.size for info in documents)
-    nearest = min(documents, key=lambda info: (abs(info.size - wanted), info.digest))
-    return frozenset({nearest.digest})
+def _is_library(folder: os.DirEntry[str]) -> bool:
+    return folder.name not in EXCLUDED_FOLDERS and not folder.is_symlink()

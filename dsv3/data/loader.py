@@ -2,7 +2,7 @@
 
 A global batch depends only on the seed and on the number of its first sample, so it is the same on every
 layout and after a resume. The dataset does the shuffling (`permutation` in packing.py); no state is kept
-here.
+here. prefetch.py makes the batches of the coming steps in a thread.
 """
 
 from collections.abc import Iterator
@@ -12,51 +12,64 @@ import numpy as np
 from dsv3.data.batch import Batch, collate
 from dsv3.data.packing import PADDING, PackedRow, RowDataset
 from dsv3.errors import UserError
+from dsv3.planning.batch_schedule import BatchSchedule, check_ramp
 
 
 class DataLoader:
     """Load the microbatches of one data-parallel rank.
 
-    The step that begins at sample s trains on rows s .. s + global_batch_size - 1 of the dataset; rank r
+    The step that begins at sample s trains on the rows s .. s + batch.size(s) - 1 of the dataset; rank r
     takes the r-th contiguous block of them. The caller counts the samples and saves that count: a resume
     needs nothing else, on any layout and with any batch size.
 
     Args:
         dataset: rows without end.
-        global_batch_size: sequences per step, over all ranks.
+        batch: sequences per step, over all ranks.
         microbatch_size: sequences per forward pass of one rank. A rank's share of the global batch beyond
             one microbatch becomes gradient accumulation.
         rank: the data-parallel rank.
         world: the number of data-parallel ranks.
+        pinned: make batches in pinned memory, for a GPU.
 
     Raises:
-        UserError: the global batch cannot be split evenly.
+        UserError: a global batch cannot be split evenly.
     """
 
     def __init__(
-        self, dataset: RowDataset, global_batch_size: int, microbatch_size: int, rank: int = 0, world: int = 1
+        self,
+        dataset: RowDataset,
+        batch: BatchSchedule,
+        microbatch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        pinned: bool = False,
     ) -> None:
         unit = microbatch_size * world
-        if global_batch_size <= 0 or global_batch_size % unit != 0:
-            below = global_batch_size // unit * unit
+        factors = f"train.microbatch_size={microbatch_size} x {world} data-parallel ranks"
+        if batch.final <= 0 or batch.final % unit != 0:
+            below = batch.final // unit * unit
             works = f"{below} or {below + unit}" if below > 0 else f"{unit}"
             raise UserError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of {unit}, which is "
-                f"train.microbatch_size={microbatch_size} x {world} data-parallel ranks: "
-                f"use train.global_batch_size={works}"
+                f"train.global_batch_size={batch.final} is not a multiple of {unit}, which is "
+                f"{factors}: use train.global_batch_size={works}"
             )
+        check_ramp(batch, unit, factors)
+        self.batch = batch
         self._dataset = dataset
         self._microbatch_size = microbatch_size
-        self._rows_per_rank = global_batch_size // world
-        self._rank = rank
+        self._rank, self._world = rank, world
+        self._pinned = pinned
 
     def microbatches(self, first_sample: int) -> list[Batch]:
         """Return this rank's microbatches, in order, of the step that begins at sample `first_sample`."""
-        start = first_sample + self._rank * self._rows_per_rank
-        firsts = range(start, start + self._rows_per_rank, self._microbatch_size)
+        rows = self.batch.size(first_sample) // self._world
+        start = first_sample + self._rank * rows
         return [
-            collate([self._dataset.row(index) for index in range(first, first + self._microbatch_size)])
-            for first in firsts
+            collate(
+                [self._dataset.row(index) for index in range(first, first + self._microbatch_size)],
+                self._pinned,
+            )
+            for first in range(start, start + rows, self._microbatch_size)
         ]
 
 

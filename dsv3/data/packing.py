@@ -1,16 +1,20 @@
 """Packing: documents joined into one stream and cut into rows of a fixed length, with shuffling.
 
-Every row is a pure function of its index: nothing has to be saved for a resume.
+Every row is a pure function of its index: nothing has to be saved for a resume. best_fit.py packs whole
+documents instead.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from dsv3.data.fill_in_middle import ADDED_TOKENS, FillInMiddle
 from dsv3.data.shuffle import Ids, Permutation, permutation
+from dsv3.data.token_store import TokenStore
 from dsv3.errors import UserError
 
 PADDING = -1  # the document id of a position that holds no token
@@ -25,6 +29,11 @@ class PackedRow(NamedTuple):
 
     tokens: Ids
     documents: npt.NDArray[np.int32]
+
+    @classmethod
+    def empty(cls, length: int) -> "PackedRow":
+        """Return a row of `length` positions without a token, to be filled in."""
+        return cls(np.zeros(length, np.int64), np.full(length, PADDING, np.int32))
 
 
 class RowDataset(Protocol):
@@ -42,17 +51,19 @@ BLOCK_DOCUMENTS = 1024
 """Documents at most that are shuffled among one another."""
 
 _KNOWN_BLOCKS = 64
-"""Arrangements of blocks that a stream keeps: 1 MB."""
+"""Arrangements of blocks that a stream keeps: 2 MB."""
 
 
 class _Block(NamedTuple):
     """Consecutive documents in the order in which the stream has them."""
 
     begins: Ids
-    """[documents], the position in `tokens` at which each begins."""
+    """[documents], the position in the store at which each begins."""
     starts: Ids
-    """[documents + 1], the position at which each begins where blocks follow one another as in the files; the
-    last one is the end of the block."""
+    """[documents + 1], the stream position at which each begins where blocks follow one another as in the
+    files; the last one is the end of the block."""
+    rearranged: npt.NDArray[np.bool_] | None
+    """[documents], True for those in the form of fill-in-the-middle; None for none."""
 
 
 class DocumentStream:
@@ -60,57 +71,57 @@ class DocumentStream:
 
     Up to BLOCK_DOCUMENTS consecutive documents are a block. The documents of a block are shuffled, and the
     stream begins with another block in every epoch. Blocks keep their order, so that any position is found by
-    two searches, in `offsets` as they are on the disk and in the block: nothing is held that grows with the
-    data. Whoever draws rows from all over the stream mixes the blocks as well.
+    two searches, in the store's offsets and in the block: nothing is held that grows with the data. Whoever
+    draws rows from all over the stream mixes the blocks as well.
 
     Args:
-        tokens: [total], the ids of all documents.
-        offsets: [documents + 1], the position in `tokens` at which each document begins; memory-mapped ones
-            stay on the disk.
+        store: the documents.
         seed: orders the documents; None keeps the order of the files in every epoch.
+        fim: rearranges some documents, which makes the stream longer than the store.
     """
 
-    def __init__(self, tokens: npt.NDArray[Any], offsets: Ids, seed: int | None = None) -> None:
-        self._tokens = tokens
-        self._offsets = np.asarray(offsets)  # of a memory map the plain array: its operators are slower
+    def __init__(self, store: TokenStore, seed: int | None = None, fim: FillInMiddle | None = None) -> None:
+        self._store = store
         self._seed = seed
-        self._num_documents = len(offsets) - 1
+        self._fim = fim
+        self._num_documents = store.num_documents
         self._num_blocks = -(-self._num_documents // BLOCK_DOCUMENTS)
         self._block = lru_cache(_KNOWN_BLOCKS)(self._arrange)
+        self.num_tokens = store.num_tokens + self._added_before(self._num_documents)
+        """Tokens of an epoch, those of fill-in-the-middle included."""
 
     def read(self, start: int, length: int, epoch: int = 0) -> PackedRow:
         """Return `length` tokens from stream position `start` on, padded where the stream ends."""
-        tokens = np.zeros(length, np.int64)
-        documents = np.full(length, PADDING, np.int32)
+        row = PackedRow.empty(length)
         filled = number = 0
-        end = min(length, len(self._tokens) - start)
-        for begin, available in self._pieces(start, epoch) if end > 0 else ():
-            count = min(end - filled, available)
-            tokens[filled : filled + count] = self._tokens[begin : begin + count]
-            documents[filled : filled + count] = number
-            filled, number = filled + count, number + 1
-            if filled == end:
-                break
-        return PackedRow(tokens, documents)
+        end = min(length, self.num_tokens - start)
+        for ids in self._documents_from(start, end, epoch) if end > 0 else ():
+            row.tokens[filled : filled + len(ids)] = ids
+            row.documents[filled : filled + len(ids)] = number
+            filled, number = filled + len(ids), number + 1
+        return row
 
-    def _pieces(self, start: int, epoch: int) -> Iterator[tuple[int, int]]:
-        """Yield the place in `tokens` and the length of each document from `start` on, without end.
-
-        The first one is the rest of the document that `start` lies in.
-        """
-        position = (self._first_position(epoch) + start) % len(self._tokens)
-        document = int(np.searchsorted(self._offsets, position, side="right")) - 1
-        number = ((document + 1) * self._num_blocks - 1) // self._num_documents
-        while True:
+    def _documents_from(self, start: int, count: int, epoch: int) -> Iterator[Ids]:
+        """Yield the ids of each document from `start` on, `count` in all: of the first and last one a part."""
+        position = (self._first_position(epoch) + start) % self.num_tokens
+        number = self._block_at(position)
+        while count > 0:
             block = self._block(epoch, number)
-            for place in range(
-                int(np.searchsorted(block.starts, position, side="right")) - 1, len(block.begins)
-            ):
-                end = int(block.starts[place + 1])
-                yield int(block.begins[place]) + position - int(block.starts[place]), end - position
-                position = end
+            place = int(np.searchsorted(block.starts, position, side="right")) - 1
+            while count > 0 and place < len(block.begins):
+                first, end = int(block.starts[place]), int(block.starts[place + 1])
+                part = min(count, end - position)
+                if part > 0:
+                    begin, skip = int(block.begins[place]), position - first
+                    if block.rearranged is not None and block.rearranged[place]:
+                        assert self._fim is not None
+                        size = end - first - ADDED_TOKENS
+                        yield self._fim.read(self._store, begin, size, epoch, skip, part)
+                    else:
+                        yield self._store.read(begin + skip, part)
+                position, count, place = position + part, count - part, place + 1
             number = (number + 1) % self._num_blocks
-            position %= len(self._tokens)
+            position %= self.num_tokens
 
     def _first_position(self, epoch: int) -> int:
         """Return where the block that the stream begins with begins.
@@ -119,8 +130,23 @@ class DocumentStream:
         """
         if self._seed is None:
             return 0
-        block = Permutation(self._num_blocks, self._seed, epoch, 2)[0]
-        return int(self._offsets[self._bounds(block)[0]])
+        return self._block_start(Permutation(self._num_blocks, self._seed, epoch, 2)[0])
+
+    def _block_at(self, position: int) -> int:
+        """Return the block that holds a stream position."""
+        if self._fim is not None:
+            return bisect_right(range(self._num_blocks), position, key=self._block_start) - 1
+        document = self._store.find(position)
+        return ((document + 1) * self._num_blocks - 1) // self._num_documents
+
+    def _block_start(self, block: int) -> int:
+        """Return the stream position at which a block begins, where blocks follow one another as in files."""
+        first = self._bounds(block)[0]
+        return int(self._store.offsets(first, first)[0]) + self._added_before(first)
+
+    def _added_before(self, document: int) -> int:
+        """Return the tokens that fill-in-the-middle adds to the documents below `document`."""
+        return 0 if self._fim is None else ADDED_TOKENS * self._fim.rearranged_before(document)
 
     def _bounds(self, block: int) -> tuple[int, int]:
         """Return the first document of a block and the first behind it."""
@@ -129,12 +155,18 @@ class DocumentStream:
 
     def _arrange(self, epoch: int, number: int) -> _Block:
         first, end = self._bounds(number)
-        offsets = self._offsets[first : end + 1].astype(np.int64)
-        if self._seed is None:
-            return _Block(offsets[:-1], offsets)
-        order = permutation(end - first, self._seed, epoch, 0, number)
-        lengths = np.diff(offsets)[order]
-        return _Block(offsets[:-1][order], offsets[0] + np.concatenate([[0], np.cumsum(lengths)]))
+        offsets = self._store.offsets(first, end)
+        begins, lengths = offsets[:-1], np.diff(offsets)
+        rearranged = None
+        if self._fim is not None:
+            rearranged = self._fim.choose(first, end, epoch)
+            lengths = lengths + ADDED_TOKENS * rearranged
+        if self._seed is not None:
+            order = permutation(end - first, self._seed, epoch, 0, number)
+            begins, lengths = begins[order], lengths[order]
+            rearranged = None if rearranged is None else rearranged[order]
+        starts = offsets[0] + self._added_before(first) + np.concatenate([[0], np.cumsum(lengths)])
+        return _Block(begins, starts, rearranged)
 
 
 class PackedDataset:
@@ -146,26 +178,33 @@ class PackedDataset:
     takes the same time and memory for any number of documents and rows.
 
     Args:
-        tokens: [total] ids.
-        offsets: [documents + 1], the position at which each document begins; no document is empty.
+        store: the documents.
         shuffle: False keeps the order of the files in every epoch.
+        fim: rearranges some documents, others in every epoch; None for none.
 
     Raises:
         UserError: there are too few tokens for one row.
     """
 
     def __init__(
-        self, tokens: npt.NDArray[Any], offsets: Ids, sequence_length: int, seed: int, shuffle: bool = True
+        self,
+        store: TokenStore,
+        sequence_length: int,
+        seed: int,
+        shuffle: bool = True,
+        fim: FillInMiddle | None = None,
     ) -> None:
         self.sequence_length = sequence_length
         self._seed = seed if shuffle else None
-        self._stream = DocumentStream(tokens, offsets, self._seed)
-        self._num_rows = (len(tokens) - 1) // sequence_length
+        self._stream = DocumentStream(store, self._seed, fim)
+        total = self.num_tokens = self._stream.num_tokens
+        """Tokens of an epoch, with those that fill-in-the-middle adds and those that are left out."""
+        self._num_rows = (total - 1) // sequence_length
         if self._num_rows < 1:
-            largest = f" or at most train.sequence_length={len(tokens) - 1}" if len(tokens) > 1 else ""
+            largest = f" or at most train.sequence_length={total - 1}" if total > 1 else ""
             raise UserError(
                 f"train.sequence_length={sequence_length} needs {sequence_length + 1} tokens, the training "
-                f"data has {len(tokens)}: give more text{largest}"
+                f"data has {total}: give more text{largest}"
             )
 
     def __len__(self) -> int:
@@ -183,14 +222,13 @@ class PackedEvaluationDataset:
     """Held-out rows: documents in their own order, the last row padded, so that each target comes once.
 
     Args:
-        tokens: as for PackedDataset; any number of tokens will do.
-        offsets: as for PackedDataset.
+        store: as for PackedDataset; any number of tokens will do.
     """
 
-    def __init__(self, tokens: npt.NDArray[Any], offsets: Ids, sequence_length: int) -> None:
+    def __init__(self, store: TokenStore, sequence_length: int) -> None:
         self.sequence_length = sequence_length
-        self._num_rows = max(1, -(-(len(tokens) - 1) // sequence_length))
-        self._stream = DocumentStream(tokens, offsets)
+        self._num_rows = max(1, -(-(store.num_tokens - 1) // sequence_length))
+        self._stream = DocumentStream(store)
 
     def __len__(self) -> int:
         return self._num_rows

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 
+Words = npt.NDArray[np.uint64]
+
 _ROUNDS = 16
 
 _WORD = 2**64 - 1
@@ -58,22 +60,46 @@ class Permutation(Sequence[int]):
             number = self._rounds(number)
         return number
 
+    def block(self, first: int, end: int) -> Ids:
+        """Return the numbers at the places first .. end - 1, int64 [end - first]: the same, faster together."""
+        found = self._rounds_of(np.arange(first, end, dtype=np.uint64))
+        while (beyond := np.flatnonzero(found >= self._count)).size:
+            found[beyond] = self._rounds_of(found[beyond])
+        return found.astype(np.int64)
+
     def _rounds(self, number: int) -> int:
         """Send a number below a x b through the network once."""
         high, low = divmod(number, self._low)
         for round_number, key in enumerate(self._keys):
             if round_number % 2:
-                high = (high + _mix(low ^ key)) % self._high
+                high = (high + mix(low ^ key)) % self._high
             else:
-                low = (low + _mix(high ^ key)) % self._low
+                low = (low + mix(high ^ key)) % self._low
         return high * self._low + low
 
+    def _rounds_of(self, numbers: Words) -> Words:
+        """Do the same with many numbers; a sum of two digits stays below 2^64 where each is reduced first."""
+        high, low = np.divmod(numbers, np.uint64(self._low))
+        for round_number, key in enumerate(np.array(self._keys, np.uint64)):
+            if round_number % 2:
+                high = (high + mix_array(low ^ key) % np.uint64(self._high)) % np.uint64(self._high)
+            else:
+                low = (low + mix_array(high ^ key) % np.uint64(self._low)) % np.uint64(self._low)
+        return high * np.uint64(self._low) + low
 
-def _mix(word: int) -> int:
+
+def mix(word: int) -> int:
     """Hash 64 bits to 64 bits: the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
     word = ((word ^ word >> 30) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ word >> 27) * 0x94D049BB133111EB) & _WORD
     return word ^ word >> 31
+
+
+def mix_array(words: Words) -> Words:
+    """Hash each word of an array as `mix` does."""
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
 
 
 class SplitRows(Sequence[int]):
@@ -107,4 +133,4 @@ class SplitRows(Sequence[int]):
     def _chosen(self, stretch: int) -> int:
         """Return the number that is held out of a stretch."""
         first, end = (index * self._count // self._stretches for index in (stretch, stretch + 1))
-        return first + _mix(stretch ^ self._key) % (end - first)
+        return first + mix(stretch ^ self._key) % (end - first)

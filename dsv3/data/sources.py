@@ -1,20 +1,40 @@
 """The data sources `data=stdlib` and `data=text`: from a corpus to training rows and held-out rows."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from dsv3.data.cache import CacheEntryError, cache_root
-from dsv3.data.corpus import Corpus, Document, HeldOutSplit, StdlibCorpus, TextCorpus
-from dsv3.data.packing import PackedDataset, PackedEvaluationDataset, RowDataset
-from dsv3.data.token_file import FORMAT, TokenFile, load_or_tokenize, read_token_file
-from dsv3.data.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource
+from dsv3.data.cache import CacheEntryError, cache_root, load_or_build, read_entry
+from dsv3.data.corpus import Corpus, Stamp, StdlibCorpus, TextCorpus
+from dsv3.data.corpus_scan import SCAN_FORMAT, CorpusScan, scan_corpus
+from dsv3.data.data_record import DataRecord, layout_digest
+from dsv3.data.document_files import ReadOptions, Skipped, no_report
+from dsv3.data.input_files import Unit
+from dsv3.data.packing import RowDataset
+from dsv3.data.prepare_shards import prepare_shards
+from dsv3.data.rows import RowOptions, held_out_rows, training_rows
+from dsv3.data.shard_index import HELD_OUT, TRAIN, ShardIndex
+from dsv3.data.skip_limit import require_few_skipped
+from dsv3.data.token_inputs import open_shard
+from dsv3.data.token_store import TokenStore
+from dsv3.data.tokenizer import TRAINING_CHUNK, LocalTokenizer, Tokenizer, TokenizerSource, split_pieces
 from dsv3.errors import UserError
 from dsv3.metrics.progress import amount, phase
 
+FORMAT = 2
+"""Part of the key of prepared tokens: raise it when the same documents are to be written otherwise."""
+
 _SLOWEST_START, _SLOWEST_TRAINING = 60.0, 50_000
 """Seconds, and characters per second: a BPE training is one call that says nothing until it is done."""
+
+
+def training_patience(characters: int) -> float:
+    """Return the seconds that a tokenizer's training on so many characters may take."""
+    return _SLOWEST_START + characters / _SLOWEST_TRAINING
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,8 @@ class PreparedData:
         fingerprint: 16 hex characters, the same for the same data.
         summary: counts to show the user and to record.
         recipe: what another process needs to `reopen` the same data; None where the source has no reopen.
+        record: what the data consists of, to tell what of it has changed; None in a process that reopened it.
+        told: lines for the user on what was read and what was skipped; the first one follows the data's name.
     """
 
     train: RowDataset | None
@@ -36,6 +58,8 @@ class PreparedData:
     fingerprint: str
     summary: dict[str, int]
     recipe: object = field(default=None, kw_only=True)
+    record: DataRecord | None = field(default=None, kw_only=True)
+    told: Sequence[str] = field(default=(), kw_only=True)
 
     @property
     def sequence_length(self) -> int:
@@ -70,36 +94,78 @@ class CorpusRecipe(NamedTuple):
     tokenizer: str
     """Prefix of the tokenizer's entry."""
     tokens: str
-    """Prefix of the token files' entries."""
+    """Prefix of the entries of both sides."""
     fingerprint: str
     summary: dict[str, int]
+    told: Sequence[str]
+
+
+class _ScannedCorpus(NamedTuple):
+    """A corpus and what a scan of it has found."""
+
+    corpus: Corpus
+    stamp: Stamp
+    scan: CorpusScan
+
+    def units(self) -> list[Unit]:
+        """Return the units that were scanned; UserError where a file has changed since."""
+        return self.corpus.units(self.stamp)
 
 
 class CorpusData:
-    """Text of a corpus, split by document, tokenized once and kept in the cache.
+    """Text of a corpus, split by document, tokenized once and kept in the cache as token shards.
 
-    Args:
-        document_mask: read by the model's side; the rows carry document ids in any case.
-        held_out: fraction of the documents to hold out.
-        shuffle: whether documents and rows are shuffled in every epoch.
-        cache_dir: the folder of prepared tokens; None for the default.
+    `common` are the fields of RowOptions.
     """
 
-    def __init__(
-        self,
-        document_mask: bool = False,
-        held_out: float = 0.03,
-        shuffle: bool = True,
-        cache_dir: str | None = None,
-    ) -> None:
-        self.document_mask = document_mask
-        self.held_out = held_out
-        self.shuffle = shuffle
-        self.cache_dir = cache_dir
+    max_skipped = 1.0
+    """Share of the documents, and of the files, that may be skipped."""
+
+    def __init__(self, **common: Any) -> None:
+        self.options = RowOptions(**common)
 
     def corpus(self) -> Corpus:
-        """Return the documents."""
+        """Return the files."""
         raise NotImplementedError
+
+    @cached_property
+    def _scanned(self) -> _ScannedCorpus:
+        """Return the corpus as it is now; texts are read where the cache has no scan of these very files."""
+        corpus, root = self.corpus(), cache_root(self.options.cache_dir)
+
+        def entry(stamp: Stamp) -> Path:
+            told = f"{SCAN_FORMAT} {corpus.place} {corpus.options!r} {self.options.held_out!r} {stamp.digest}"
+            return root / f"corpus-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+        stamp = corpus.stamp()
+        try:
+            scan = read_entry(entry(stamp), CorpusScan.read)
+        except CacheEntryError:
+            stamp = corpus.settled_stamp()
+            scan = load_or_build(
+                entry(stamp),
+                CorpusScan.read,
+                lambda folder: scan_corpus(corpus, stamp, self.options.held_out, folder),
+                f"a scan of {corpus.title}",
+            )
+        require_few_skipped(scan.skipped, sum(scan.files.values()), self.max_skipped, corpus.title)
+        return _ScannedCorpus(corpus, stamp, scan)
+
+    def training_texts(self) -> tuple[Iterator[str], str, int]:
+        """Return the texts of the training side, a fingerprint of it, and its characters.
+
+        Long texts come in several parts, as the training of a tokenizer would cut them.
+        """
+        corpus, _, scan = self._scanned
+
+        def texts() -> Iterator[str]:
+            documents = scan.documents(corpus.options)
+            for unit in self._scanned.units():
+                for side, pieces in documents.documents(unit, Skipped(), no_report):
+                    if side is not None:
+                        yield from (chunk for chunk, _ in split_pieces(pieces, TRAINING_CHUNK))
+
+        return texts(), f"{scan.fingerprint} {self.options.held_out!r}", scan.split.characters_train
 
     def prepare(
         self,
@@ -108,7 +174,7 @@ class CorpusData:
         seed: int,
         evaluate: bool = False,
     ) -> PreparedData:
-        """Read, split, tokenize and pack the corpus; tokenizer and tokens come from the cache where they can.
+        """Scan, split, tokenize and pack the corpus; what was done before comes from the cache.
 
         Args:
             tokenizer_source: a choice of `tokenizer`, or an existing tokenizer.
@@ -117,43 +183,60 @@ class CorpusData:
             evaluate: prepare only the held-out side.
 
         Raises:
-            UserError: there is no text or too little of it, or the cache cannot be written.
+            UserError: there is no text or too little of it, too much is skipped, or the cache cannot be
+                written.
         """
-        split = HeldOutSplit(self.corpus(), self.held_out)
-        root = cache_root(self.cache_dir)
-        fingerprint = split.corpus.fingerprint()
-        key = hashlib.sha256(f"{fingerprint} {self.held_out!r} {FORMAT}".encode()).hexdigest()[:16]
+        corpus, _, scan = self._scanned
+        root = cache_root(self.options.cache_dir)
+        key = f"{scan.fingerprint} {self.options.held_out!r} {FORMAT}"
+        key = hashlib.sha256(key.encode()).hexdigest()[:16]
         name = f"tokenizer-{key}"
         if isinstance(tokenizer_source, Tokenizer):
             tokenizer = tokenizer_source
         else:
-            texts = (document.text for document in split.training())  # held-out text must not shape it
-            title = f"training the tokenizer on {amount(split.training_size, 'characters')}"
+            texts, _, characters = self.training_texts()  # held-out text must not shape it
+            title = f"training the tokenizer on {amount(characters, 'characters')}"
             if isinstance(tokenizer_source, LocalTokenizer):
                 title = "loading the tokenizer"
-            patience = _SLOWEST_START + split.training_size / _SLOWEST_TRAINING
-            with phase(title, each_node=True, patience=patience):
+            with phase(title, each_node=True, patience=training_patience(characters)):
                 tokenizer = tokenizer_source.prepare(texts, root / name)
         prefix = f"tokens-{key}-{tokenizer.fingerprint()}"
+        held_out = self._tokenize(root / f"{prefix}-{HELD_OUT}", tokenizer, HELD_OUT)
+        train = None if evaluate else self._tokenize(root / f"{prefix}-{TRAIN}", tokenizer, TRAIN)
+        summary = scan.summary() | {"vocabulary": tokenizer.size}
+        recipe = CorpusRecipe(name, prefix, scan.fingerprint, summary, scan.told(corpus.options))
+        prepared = self._pack(recipe, tokenizer, held_out, train, sequence_length, seed)
+        record = scan.record
+        if record is not None and train is not None:
+            shards = ShardIndex.read(root / f"{prefix}-{TRAIN}").splits[TRAIN]
+            layout = (value for shard in shards for value in (shard.num_tokens, shard.digests.get("offsets")))
+            record = replace(record, layout=layout_digest(layout))
+        return replace(prepared, record=record)
 
-        def tokenize(read: Callable[[Callable[[int], None]], Iterator[Document]], side: str) -> TokenFile:
-            title = {"train": "training", "held_out": "held-out"}[side]
-            with phase(f"tokenizing the {title} text", split.size, "characters", each_node=True) as work:
-                texts = (document.text for document in read(work.advance))
-                return load_or_tokenize(root / f"{prefix}-{side}", tokenizer, texts)
+    def _tokenize(self, target: Path, tokenizer: Tokenizer, side: str) -> TokenStore:
+        """Return a side of the corpus from the cache, and encode it first where the cache does not have it."""
+        corpus, stamp, scan = self._scanned
+        named = {TRAIN: "training", HELD_OUT: "held-out"}[side]
 
-        summary = {
-            "documents_read": len(split.corpus.infos()),
-            "duplicates_dropped": split.duplicates,
-            "files_skipped": split.corpus.skipped,
-            "files_empty": split.corpus.empty,
-            "characters_train": split.training_size,
-            "vocabulary": tokenizer.size,
-        }
-        recipe = CorpusRecipe(name, prefix, fingerprint, summary)
-        held_out = tokenize(split.evaluation, "held_out")
-        train = None if evaluate else tokenize(split.training, "train")
-        return self._pack(recipe, tokenizer, held_out, train, sequence_length, seed)
+        def build(folder: Path) -> None:
+            documents = replace(scan.documents(corpus.options), only=side)
+            with phase(f"tokenizing the {named} text", unit="bytes", each_node=True) as work:
+                prepared = prepare_shards(
+                    folder,
+                    self._scanned.units(),
+                    documents,
+                    tokenizer,
+                    {"files": stamp.digest},
+                    progress=work,
+                    told={"path": str(corpus.place)},
+                    splits=(side,),
+                    key="data.cache_dir",
+                )
+            if not prepared.index.num_tokens(side):
+                raise UserError("data: the tokenizer makes no token of these documents; give more text")
+
+        made_from = f"{named} side of {corpus.title}, by a tokenizer of {tokenizer.size:,} ids"
+        return load_or_build(target, lambda folder: _open_side(folder, side), build, made_from, stamp.digest)
 
     def reopen(
         self,
@@ -168,38 +251,44 @@ class CorpusData:
         Raises:
             CacheEntryError: this machine's cache does not have it.
         """
-        root = cache_root(self.cache_dir)
+        root = cache_root(self.options.cache_dir)
         tokenizer = tokenizer_source
         if not isinstance(tokenizer, Tokenizer):
             tokenizer = tokenizer.prepare(_NoTexts(), root / recipe.tokenizer)
-        held_out = read_token_file(root / f"{recipe.tokens}-held_out")
-        train = None if evaluate else read_token_file(root / f"{recipe.tokens}-train")
+
+        def read(side: str) -> TokenStore:
+            return read_entry(root / f"{recipe.tokens}-{side}", lambda folder: _open_side(folder, side))
+
+        held_out, train = read(HELD_OUT), None if evaluate else read(TRAIN)
         return self._pack(recipe, tokenizer, held_out, train, sequence_length, seed)
 
     def _pack(
         self,
         recipe: CorpusRecipe,
         tokenizer: Tokenizer,
-        held_out: TokenFile,
-        train: TokenFile | None,
+        held_out: TokenStore,
+        train: TokenStore | None,
         sequence_length: int,
         seed: int,
     ) -> PreparedData:
         """Return the rows of both sides; without `train` of the held-out side alone."""
-        summary = {
-            **recipe.summary,
-            "documents_held_out": held_out.num_documents,
-            "tokens_held_out": len(held_out.tokens),
-        }
-        rows = None
+        scored, counts = held_out_rows(held_out, sequence_length)
+        rows, summary = None, {**recipe.summary, **counts}
         if train is not None:
-            rows = PackedDataset(train.tokens, train.offsets, sequence_length, seed, self.shuffle)
-            summary["documents_train"] = train.num_documents
-            summary["tokens_train"] = len(train.tokens)
-            summary["rows_per_epoch"] = len(rows)
-            summary["tokens_left_out"] = len(train.tokens) - 1 - len(rows) * sequence_length
-        scored = PackedEvaluationDataset(held_out.tokens, held_out.offsets, sequence_length)
-        return PreparedData(rows, scored, tokenizer, recipe.fingerprint, summary, recipe=recipe)
+            rows, counts = training_rows(train, self.options, sequence_length, seed, tokenizer, recipe.tokens)
+            summary |= counts
+        return PreparedData(
+            rows, scored, tokenizer, recipe.fingerprint, summary, recipe=recipe, told=recipe.told
+        )
+
+
+def _open_side(folder: Path, side: str) -> TokenStore:
+    """Return the documents of an entry of the cache; CacheEntryError where it is damaged or missing."""
+    try:
+        index = ShardIndex.read(folder)
+        return TokenStore(open_shard(folder, index, shard) for shard in index.splits[side])
+    except (UserError, KeyError) as error:
+        raise CacheEntryError(str(error)) from error
 
 
 class _NoTexts:
@@ -220,23 +309,32 @@ class StdlibData(CorpusData):
 class TextData(CorpusData):
     """`data=text`: the user's own file or folder.
 
+    Args:
+        path: a file, a folder, or a pattern of names.
+        field: the field of JSON lines and Parquet that holds a document's text.
+        separator: the text between the documents of a text file; None: a file is a document.
+        max_skipped: share of the documents, and of the files, that may be skipped.
+        common: the fields of RowOptions.
+
     Raises:
         UserError: `path` is not given.
     """
 
     def __init__(
         self,
-        document_mask: bool = False,
-        held_out: float = 0.03,
-        shuffle: bool = True,
-        cache_dir: str | None = None,
         path: str | None = None,
+        field: str = "text",
+        separator: str | None = None,
+        max_skipped: float = 0.01,
+        **common: Any,
     ) -> None:
-        super().__init__(document_mask, held_out, shuffle, cache_dir)
+        super().__init__(**common)
         if not path:
             raise UserError("data.path is not set: give a text file or a folder, data.path=FILE_OR_FOLDER")
         self.path = path
+        self.max_skipped = max_skipped
+        self.read_options = ReadOptions(field, separator)
 
     def corpus(self) -> Corpus:
         """Return the text files at `path`."""
-        return TextCorpus(self.path)
+        return TextCorpus(self.path, self.read_options)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.data.packing import PackedRow
+from dsv3.data.rows import RowOptions
 from dsv3.data.shuffle import Permutation, SplitRows
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer, TokenizerSource
@@ -79,19 +80,10 @@ class TokensData:
         UserError: `path` is not given, or is not such a file.
     """
 
-    def __init__(
-        self,
-        document_mask: bool = False,
-        held_out: float = 0.03,
-        shuffle: bool = True,
-        cache_dir: str | None = None,
-        path: str | None = None,
-    ) -> None:
+    def __init__(self, path: str | None = None, **common: Any) -> None:
         if not path:
             raise UserError("data.path is not set: give a file of ids [rows, width], data.path=FILE.npy")
-        self.document_mask = document_mask
-        self.held_out = held_out
-        self.shuffle = shuffle
+        self.options = RowOptions(**common)
         self._table = _open_table(path)
 
     @property
@@ -138,9 +130,9 @@ class TokensData:
         elif count == 1:  # better to score the row that was trained on than not to train
             train, held_out = range(1), range(1)
         else:
-            num_held_out = max(1, round(count * self.held_out))
+            num_held_out = max(1, round(count * self.options.held_out))
             train, held_out = (SplitRows(count, num_held_out, side, 0) for side in (False, True))
-        rows = None if train is None else TableDataset(table, train, seed if self.shuffle else None)
+        rows = None if train is None else TableDataset(table, train, seed if self.options.shuffle else None)
         summary = {"documents_held_out": len(held_out), "tokens_held_out": len(held_out) * table.shape[1]}
         if train is not None:
             summary |= {"documents_train": len(train), "tokens_train": len(train) * table.shape[1]}

@@ -41,6 +41,14 @@ EOS_NAMES = (
     "<|endoftext|>",
 )
 
+FIM_NAMES = (
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+"""The tokens before prefix, suffix and middle of a fill-in-the-middle document: ours, DeepSeek, Qwen, StarCoder."""
+
 _FILES = 3
 """Part of the cache key of a trained tokenizer: raise it when its files are to be written differently."""
 
@@ -125,6 +133,15 @@ class Tokenizer:
         tokenizer = cls(backend, config, file)
         tokenizer.stop_also_at(read_stop_ids(file.parent))
         return tokenizer
+
+    @property
+    def fim(self) -> tuple[int, int, int] | None:
+        """Return the ids before prefix, suffix and middle of fill-in-the-middle; None where there are none."""
+        for names in FIM_NAMES:
+            begin, hole, end = (self._backend.token_to_id(name) for name in names)
+            if begin is not None and hole is not None and end is not None:
+                return begin, hole, end
+        return None
 
     @property
     def document(self) -> str:
@@ -323,10 +340,22 @@ def split_text(text: str, size: int) -> Iterator[tuple[str, bool]]:
 
     The second value of each pair is True for the last chunk of the text.
     """
-    start = 0
-    while len(text) - start > 2 * size:  # leaves room to look for a safe break
-        found = SAFE_BREAK.search(text, start + size, start + 2 * size)
-        stop = found.start() if found else start + size
-        yield text[start:stop], False
-        start = stop
-    yield text[start:], True
+    return split_pieces([text], size)
+
+
+def split_pieces(pieces: Iterable[str], size: int) -> Iterator[tuple[str, bool]]:
+    """Yield the chunks that `split_text` yields of the joined pieces, without joining them."""
+    waiting, length = [""], 0
+    for piece in pieces:
+        waiting.append(piece)
+        length += len(piece)
+        if length <= 2 * size:
+            continue
+        text, start = "".join(waiting), 0
+        while length - start > 2 * size:  # leaves room to look for a safe break
+            found = SAFE_BREAK.search(text, start + size, start + 2 * size)
+            stop = found.start() if found else start + size
+            yield text[start:stop], False
+            start = stop
+        waiting, length = [text[start:]], length - start
+    yield "".join(waiting), True

@@ -5,6 +5,7 @@ of C++ (a collective, a compilation, a read) hears them too.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ from types import FrameType
 from typing import Protocol
 
 from dsv3.errors import KILLED, STOPPED
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Stopped(SystemExit):
@@ -53,6 +56,11 @@ def kill_children(others: Collection[int] = ()) -> None:
             own = any("resource_tracker" in argument for argument in child.cmdline())
             if not own and child.pid not in others:
                 child.kill()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Leave:

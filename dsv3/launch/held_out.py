@@ -40,7 +40,7 @@ def held_out_data(
         rows = "all" if count == held_out_rows else f"{count} rows"
     is_older = "sequence_length" in train and "evaluate_tokens" not in train
     of_older_code = "some of the first rows" if is_older else None
-    place = data.get("path")
+    place = data.get("path") or data.get("dataset")
     source = data and f"{choice_name('data', data.get('_target_'))}{f' {place}' if place else ''}"
     trained = {key: value for key, value in flatten(tokenizer).items() if not key.startswith("_")}
     kind = choice_name("tokenizer", tokenizer.get("_target_"))

@@ -21,6 +21,7 @@ from dsv3.config.strict import build
 from dsv3.config.training import BIAS_SPEED, GENERATE_EVERY, GENERATE_SHARE
 from dsv3.errors import UserError
 from dsv3.hf.config_writer import config_json
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.checks import check_expert_backend, check_fp8
 from dsv3.planning.hardware import detect_hardware, visible_gpus
 from dsv3.planning.layout import (
@@ -187,6 +188,12 @@ class Job:
         """Return True where hardware=cpu keeps the job from the GPUs, if there are any."""
         return self.config.hardware.name == CPU
 
+    @property
+    def host_ranks(self) -> int | None:
+        """Return the ranks that share the memory of a node, the more the less for each; None on GPUs."""
+        shared = self.plan.hardware.name == CPU and self.config.hardware.memory_bytes is None
+        return ranks_per_node(self.config, self.plan.world_size) if shared else None
+
 
 def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None) -> Job:
     """Plan the job of a checked config: world, degrees, batch, memory; UserError where they cannot be."""
@@ -201,15 +208,18 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
             config_json(config.model, "bfloat16")  # or the first export would end the run
         check_moments(config.optimizer, config.precision.moments)
         check_groups(config.optimizer, config.model)
-        check_batch(degrees, train.length, train.batch, train.microbatch)
-    elif config.task.reads_rows:
         check_sequence(degrees, train.length)
-    check_schedule(config.parallel, degrees, train.batch, train.microbatch)
+        check_batch(config.parallel, degrees, BatchSchedule.of(train), train.microbatch)
+    else:
+        if config.task.reads_rows:
+            check_sequence(degrees, train.length)
+        check_schedule(config.parallel, degrees, train.batch, train.microbatch)
     plan = make_plan(config, degrees, hardware, reasons.get("precision.compute", "as configured"))
     if config.task.trains and config.train.generate_every is None:
         config, plan, reasons["train.generate_every"] = _with_samples(config, plan)
     check_expert_backend(config, plan)
     notes = check_fp8(config, plan)
+    notes += config.data.notes(degrees.data_parallel) if config.task.trains else []
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     named_run_dir = bool(sweep_dir or config.run.dir)
     return Job(config, overrides, hardware, plan, run_dir, named_run_dir, reasons=reasons, notes=notes)
@@ -237,6 +247,10 @@ def complete_config(
     if micro is None:
         micro = _microbatch(config, degrees, whole // ranks, length)
         reasons["train.microbatch_size"] = f"at most about {MICROBATCH_TOKENS:,} tokens"
+    ramp = train.batch_ramp
+    if ramp.start is not None and ramp.increment is None:
+        ramp = replace(ramp, increment=ramp.start)
+        reasons["train.batch_ramp.increment"] = "train.batch_ramp.start"
     if config.precision.compute is ComputeType.auto:
         found = config.hardware.name == "auto"
         named = "no GPU was found" if hardware.name == CPU else f"{hardware.name} was found"
@@ -248,11 +262,19 @@ def complete_config(
     if config.schedule.total_steps is None:
         reasons["schedule.total_steps"] = "train.steps"
     train = replace(
-        train, sequence_length=length, global_batch_size=whole, microbatch_size=micro, balance=balance
+        train,
+        sequence_length=length,
+        global_batch_size=whole,
+        batch_ramp=ramp,
+        microbatch_size=micro,
+        balance=balance,
     )
     schedule = replace(config.schedule, total_steps=config.schedule.total_steps or train.steps)
     precision = config.precision.on(hardware.name)
-    return replace(config, train=train, schedule=schedule, precision=precision), reasons
+    data = config.data.completed(whole, is_ramped=ramp.start is not None)
+    if data != config.data:
+        reasons |= dict.fromkeys(("data.lanes", "data.lane_rows"), "train.global_batch_size")
+    return replace(config, data=data, train=train, schedule=schedule, precision=precision), reasons
 
 
 def _with_samples(config: Config, plan: Plan) -> tuple[Config, Plan, str]:
@@ -273,6 +295,7 @@ def _with_samples(config: Config, plan: Plan) -> tuple[Config, Plan, str]:
         plan = replace(plan, upkeep=replace(plan.upkeep, generate_every=every))
         limit = f"train.generate_seconds={most:g}" if sample.seconds > most else f"{GENERATE_SHARE:.0%}"
         reason += f", more than {limit}"
+    plan = replace(plan, upkeep=replace(plan.upkeep, generate_reason=reason))
     return replace(config, train=replace(config.train, generate_every=every)), plan, reason
 
 

@@ -24,6 +24,7 @@ from dsv3.launch.job import Job, SweepJob, plan_job
 from dsv3.launch.resume import ResumedRun, resume_notes
 from dsv3.launch.run_dir import read_stored_values
 from dsv3.launch.schedule_outlook import fit_warmup, schedule_notes
+from dsv3.launch.search import why_no_objective
 from dsv3.launch.trained_on import (
     reads_own_data,
     require_tokenizer,
@@ -95,13 +96,11 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
 
 
 def _require_objective(config: Config, hydra: Any) -> None:
-    """Raise UserError for a run of a search that would measure no held-out loss, which it minimizes."""
-    searches = hydra.mode is RunMode.MULTIRUN and not hydra.sweeper["_target_"].endswith("BasicSweeper")
-    if searches and config.task.trains and config.task.writes_run and config.train.evaluate_every == 0:
-        raise UserError(
-            "train.evaluate_every=0 measures no held-out loss, which the sweeper compares: "
-            f"give it the steps between two, as train.evaluate_every={config.train.steps} for one at the end"
-        )
+    """Raise UserError for a job of a search that would have no result, which the search minimizes."""
+    if hydra.mode is RunMode.MULTIRUN and not hydra.sweeper["_target_"].endswith("BasicSweeper"):
+        why = why_no_objective(config)
+        if why is not None:
+            raise UserError(why)
 
 
 def _refuse_tables(typed: Mapping[str, tuple[str, str]]) -> None:

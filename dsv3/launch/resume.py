@@ -8,7 +8,7 @@ of today: what these would have changed is told as taken from the run.
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dsv3.checkpoint.directory import CONFIG_FILE, is_hf_checkpoint
-from dsv3.config.checkpoint import HF_PREFIX
+from dsv3.config.checkpoint import HF_PREFIX, absolute_path
 from dsv3.config.convergence import (
     ABSENT,
     EXTENT,
@@ -37,7 +37,7 @@ from dsv3.config.overrides import compose, override_key, split_override
 from dsv3.config.registry import SCHEMAS, Stored, config_groups
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, escape_interpolation, to_absolute_yaml
-from dsv3.config.upgrade import upgrade_node, upgrade_override
+from dsv3.config.upgrade import RECOUNTED, recounted_values, upgrade_node, upgrade_override
 from dsv3.errors import UserError
 from dsv3.launch.checkpoint_defaults import filled
 from dsv3.launch.run_dir import OVERRIDES_FILE, git_commit, read_environment
@@ -45,8 +45,8 @@ from dsv3.launch.run_dir import OVERRIDES_FILE, git_commit, read_environment
 _PLAIN = ("train", "checkpoint")
 """Nodes of the root that a run keeps and that are no group; `run` and `task` are those of the command."""
 
-_ONCE = ("train.stop_after",)
-"""Keys that count for the command in which they are typed."""
+_ONCE = {"train.stop_after": None, "data.allow_change": False}
+"""Keys that count for the command in which they are typed, by their value where they are not."""
 
 _RUN_DIR = "give the directory of a run, as outputs/TIME"
 
@@ -63,6 +63,8 @@ class ResumedRun:
     overrides: list[str]
     """As the run was started, by today's names, without what counts only when it is typed."""
     environment: dict[str, Any]
+    recounted: dict[str, Any] = field(default_factory=dict)
+    """Numbers that the run has by older names, in units that are not those of today."""
 
     @classmethod
     def read(cls, directory: Path) -> "ResumedRun":
@@ -71,7 +73,8 @@ class ResumedRun:
         if not file.is_file():
             raise UserError(f"resume={directory} {_no_run(directory)}")
         try:
-            config = upgrade_node(yaml.safe_load(file.read_text()))
+            stored = yaml.safe_load(file.read_text())
+            config, recounted = upgrade_node(stored), recounted_values(stored)
             int(config["schedule"]["total_steps"])
             if not isinstance(config["model"], dict):
                 raise TypeError
@@ -80,7 +83,8 @@ class ResumedRun:
                 f"resume={directory}: {CONFIG_FILE} has no model and no schedule.total_steps; "
                 "is it a run directory?"
             ) from None
-        return cls(directory, config, _stored_overrides(directory), read_environment(directory))
+        overrides = _stored_overrides(directory)
+        return cls(directory, config, overrides, read_environment(directory), recounted)
 
     @property
     def config_dirs(self) -> list[str]:
@@ -147,11 +151,12 @@ class ResumedRun:
                 values[name] = kept
             else:
                 nodes[name] = self._typed(name, schema, kept)
-        for key in [*_ONCE, *(key for key in flatten(self.config) if self.is_automatic(key))]:
+        automatic = dict.fromkeys(key for key in flatten(self.config) if self.is_automatic(key))
+        for key, value in (automatic | _ONCE).items():
             node, _, name = key.rpartition(".")
             target = values.get(node, nodes.get(node))
             if target is not None and name in target:
-                target[name] = None
+                target[name] = value
         # Also where another schedule is typed: its end belongs to the run.
         values["schedule"] = {"total_steps": self.config["schedule"]["total_steps"]}
         model: Any = OmegaConf.to_object(self._typed("model", ModelConfig, self.config["model"]))
@@ -207,6 +212,13 @@ def resume_notes(run: ResumedRun, config: Config, typed: Sequence[str], folders:
     typed_changes = [each for each in changes if each not in new]
     by_files, notes = _composed_from_files(run, typed, folders)
     keys = set(map(override_key, typed))
+    for key, value in run.recounted.items():
+        today = RECOUNTED[key]
+        if today not in keys:
+            default = f"the default of today, {today}={shown(now[today])}, takes its place"
+            notes.append(
+                f"counted otherwise in the run, {kind(today).value}: {key}={shown(value)}; {default}"
+            )
     unknown = run.unknown(typed, config.run.allow_targets)
     if unknown:
         names = ", ".join(f"{key}={shown(value)}" for key, value in unknown.items())
@@ -323,8 +335,7 @@ def _absolute(value: Any, type_: KeyType | None) -> Any:
     """Return a path as a run stores it; any other value as it is."""
     if type_ is None or KeyType.path not in type_ or not isinstance(value, str):
         return value
-    prefix = HF_PREFIX if value.startswith(HF_PREFIX) else ""
-    return f"{prefix}{Path(value.removeprefix(prefix)).absolute()}"
+    return absolute_path(value, KeyType.hub_name in type_)
 
 
 def _code_note(run: ResumedRun) -> Iterator[str]:
@@ -378,8 +389,9 @@ def _stored_overrides(directory: Path) -> list[str]:
                 f"resume={directory}: {OVERRIDES_FILE} holds {argument!r}, which a run never stores"
             )
     # Nothing of `run` is kept, however it was written: the user types where to resume and what to trust.
-    return [
+    upgraded = [
         upgrade_override(argument)
         for pair, argument in pairs
         if pair and pair[0] not in _ONCE and pair[0].split(".")[0] != "run"
     ]
+    return [argument for argument in upgraded if argument is not None]

@@ -31,16 +31,21 @@ from dsv3.config.overrides import absolute_paths
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, to_yaml
 from dsv3.config.upgrade import upgrade_node
+from dsv3.data.data_record import DataChange, DataRecord
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
-from dsv3.launch.trained_on import training_record
+from dsv3.launch.trained_on import run_record, training_record
 from dsv3.metrics.progress import phase
 from dsv3.planning.report import format_plan
 
 OVERRIDES_FILE = "overrides.yaml"
 
+DATA_DIR = "data"
+"""What each of the data of a run consisted of, by its fingerprint: data/FINGERPRINT.json."""
+
 _FIXED = (
     *("model", "tokenizer", "data._target_", "data.held_out", "data.shuffle"),
+    *("data.lanes", "data.lane_rows", "data.shuffled_documents"),
     *("train.seed", "train.sequence_length"),
 )
 """What a run keeps: its weights belong to one model and tokenizer, its place to one order of the rows."""
@@ -129,10 +134,16 @@ def _set_aside_checkpoints(directory: Path) -> None:
         checkpoints.rename(aside)
 
 
-def record_run(job: Job, data_fingerprint: str, tokenizer_fingerprint: str | None) -> TrainingRecord:
+def record_run(
+    job: Job,
+    data_fingerprint: str,
+    tokenizer_fingerprint: str | None,
+    data_change: Mapping[str, Any] | None = None,
+) -> TrainingRecord:
     """Return what the run is going to be trained on; a resumed run keeps the history of what it was.
 
-    UserError where the newest checkpoint's training.yaml is damaged.
+    `data_change` is what `check_same_data` has returned. UserError where the newest checkpoint's
+    training.yaml is damaged.
     """
     load, fingerprints = job.config.checkpoint.load, (data_fingerprint, tokenizer_fingerprint)
     if not job.config.run.resume:
@@ -143,14 +154,16 @@ def record_run(job: Job, data_fingerprint: str, tokenizer_fingerprint: str | Non
     weights = read_environment(job.run_dir).get("weights") or (before.weights if before else None)
     if load and weights is None:
         weights = _identity_if_there(load)
-    found = TrainingRecord.of_run(job.config, *fingerprints, weights, before.history if before else [])
+    changes = [*(before.data_changes if before else []), *([dict(data_change)] if data_change else [])]
+    past_stretches = before.history if before else []
+    found = TrainingRecord.of_run(job.config, *fingerprints, weights, past_stretches, changes)
     if before is None or before.step == 0:
         return found
     past = before.convergence or convergence_hash(before.config, *fingerprints, weights)
     if found.convergence == past:
         return found
     history = [*before.history, {"step": before.step, "convergence": past}]
-    return TrainingRecord.of_run(job.config, *fingerprints, weights, history)
+    return TrainingRecord.of_run(job.config, *fingerprints, weights, history, changes)
 
 
 def _identity_if_there(load: str) -> str:
@@ -161,12 +174,18 @@ def _identity_if_there(load: str) -> str:
         return "unknown"
 
 
-def write_run_files(job: Job, data: Mapping[str, Any], record: TrainingRecord) -> None:
+def write_run_files(
+    job: Job, data: Mapping[str, Any], record: TrainingRecord, data_record: DataRecord | None = None
+) -> None:
     """Write the files that describe this run; config.yaml comes last and makes the directory a run.
 
-    `data` are the counts of the data.
+    `data` are the counts of the data, `data_record` is what it consists of.
     """
     directory = job.run_dir
+    if data_record is not None and record.data_fingerprint is not None:
+        file = _data_file(directory, record.data_fingerprint)
+        file.parent.mkdir(exist_ok=True)
+        data_record.write(file)
     overrides = yaml.safe_dump(absolute_paths(job.overrides), sort_keys=False, allow_unicode=True)
     write_text(directory / OVERRIDES_FILE, overrides)
     write_text(directory / ENVIRONMENT_FILE, json.dumps(environment(job, data, record), indent=1) + "\n")
@@ -212,18 +231,44 @@ def check_same_run(config: Config, directory: Path) -> None:
         )
 
 
-def check_same_data(fingerprint: str, directory: Path) -> None:
-    """Raise UserError where the data is not the data that the run in `directory` was trained on."""
-    path = directory / ENVIRONMENT_FILE
-    try:
-        stored = json.loads(path.read_text())["data"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} has no fingerprint of the data; is it a run directory?") from None
-    if stored != fingerprint:
+def check_same_data(
+    fingerprint: str, record: DataRecord | None, directory: Path, allow_change: bool = False
+) -> dict[str, Any] | None:
+    """Compare the data with the data that the run in `directory` was trained on.
+
+    Args:
+        record: what the data consists of now.
+        allow_change: data.allow_change.
+
+    Returns:
+        None for the same data; else an entry of TrainingRecord.data_changes, where the change is allowed.
+
+    Raises:
+        UserError: it is other data; with what changed and what that means.
+    """
+    newest = newest_checkpoint(directory)
+    before = training_record(newest) if newest else run_record(directory)
+    step, stored = (before.step if before else 0), (before.data_fingerprint if before else None)
+    if stored is None:
+        path = directory / ENVIRONMENT_FILE
+        raise UserError(f"{path} has no fingerprint of the data; is it a run directory?")
+    if stored == fingerprint:
+        return None
+    change = DataChange.between(DataRecord.read(_data_file(directory, stored)), record)
+    if not allow_change:
+        done = f"was trained on other data up to step {step:,}" if step else "was begun on other data"
         raise UserError(
-            f"resume={directory} was trained on data with the fingerprint {stored}, it is {fingerprint} now: "
-            "give that data (data.path=...), or start a new run from the weights with checkpoint.load="
+            f"resume={directory} {done} (fingerprint {stored}, now {fingerprint}): {change.told}; "
+            f"{change.effect(step)}\n"
+            "give the data as it was, or go on knowingly, which the run records: data.allow_change=true"
         )
+    entry = {"step": step, "from": stored, "to": fingerprint}
+    return entry | {"what": change.told, "effect": change.effect(step)}
+
+
+def _data_file(directory: Path, fingerprint: str) -> Path:
+    """Return the file of a run that says what the data of a fingerprint consisted of."""
+    return directory / DATA_DIR / f"{fingerprint}.json"
 
 
 def environment(job: Job, data: Mapping[str, Any], record: TrainingRecord) -> dict[str, Any]:
@@ -241,6 +286,7 @@ def environment(job: Job, data: Mapping[str, Any], record: TrainingRecord) -> di
             "fingerprint": record.data_fingerprint,
             "tokenizer_fingerprint": record.tokenizer_fingerprint,
             "row_order": record.row_order,
+            "changes": record.data_changes,
             **data,
         },
         "choices": job.choices,

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from dsv3.checkpoint.directory import CONFIG_FILE
+from dsv3.checkpoint.training_record import sound_changes
 from dsv3.config.convergence import ABSENT, Kind, differences, flatten, shown
 from dsv3.config.overrides import split_override
 from dsv3.config.upgrade import upgrade_node
@@ -101,6 +102,12 @@ class RunSummary:
     def convergence(self) -> str | None:
         """Return the hash that runs share which learn the same; None for a run of older code."""
         return self.environment.get("convergence")
+
+    @property
+    def data_changes(self) -> list[dict[str, Any]]:
+        """Return the changes of its data that the run was told to go on with."""
+        data = self.environment.get("data")
+        return sound_changes(data.get("changes")) if isinstance(data, dict) else []
 
     @property
     def held_out_data(self) -> HeldOutData:

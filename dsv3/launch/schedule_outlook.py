@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dsv3.config.convergence import flatten
 from dsv3.config.overrides import split_override
 from dsv3.config.root import Config
-from dsv3.config.strict import build
+from dsv3.config.strict import build, to_yaml
 from dsv3.errors import UserError
 from dsv3.training.schedule import Schedule, StepHyperparameters
 
@@ -121,13 +122,24 @@ def _changes(config: Config, first: int, stored: Mapping[str, Any]) -> list[str]
         verb = "stretches" if total is not None and total > before else "shortens"
         effect = f": step {first} has {', '.join(told)}" if told else ""
         notes.append(f"{verb} the schedule from {before} to {total} steps{effect}")
-    batch = stored.get("train.global_batch_size")
-    if type(batch) is int and batch != config.train.batch:
+    before, now = stored.get("train.global_batch_size"), config.train.batch
+    ramps = [_told_ramp(stored), _told_ramp(flatten(to_yaml(config)))]
+    if type(before) is int and (before, ramps[0]) != (now, ramps[1]):
+        batch = f"{now} sequences instead of {before}"
+        if ramps[0] != ramps[1]:
+            batch = f"{now} sequences{ramps[1]} instead of {before}{ramps[0]}"
         notes.append(
-            f"from step {first} on a step has {config.train.batch} sequences instead of {batch}; "
-            "the learning rate per step stays as it is"
+            f"from step {first} on a step has {batch}; the learning rate per step stays as it is"
         )
     return notes
+
+
+def _told_ramp(values: Mapping[str, Any]) -> str:
+    """Return what the ramp of a config's values does to the batch; runs of older code have none."""
+    start, increment, tokens = (values.get(f"train.batch_ramp.{key}") for key in ("start", "increment", "tokens"))
+    if start is None:
+        return " without a ramp"
+    return f" ramped up from {start} by {increment} over the run's first {tokens} tokens"
 
 
 def _schedule(config: Config) -> Schedule:

@@ -2,21 +2,25 @@
 
 The plugin asks for all of its trials anew whenever it is started, keeps the study in memory, and ends with
 the first trial that fails. Before it starts, it is given a file for the study, the trials that are left, and
-the number of the first job: the directory of a job has the number of its trial.
+the number of the first job: the directory of a job has the number of its trial. A search none of whose jobs
+can have a result to compare is refused as a whole.
 """
 
 import contextlib
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from dsv3.config.overrides import compose as compose_root
 from dsv3.config.overrides import override_key, quote
 from dsv3.config.registry import CONF, register
 from dsv3.errors import UserError
@@ -33,6 +37,7 @@ def continue_search(arguments: Sequence[str], sweep: Sweep, own: Path | None = N
     if not {"hydra/sweeper", "experiments"} & set(map(override_key, arguments)):
         return []
     settings, run_dir = _settings(arguments, own)
+    _require_objective(arguments, settings, own)
     if not str(settings["_target_"]).endswith(".OptunaSweeper"):
         return []
     _quieten()
@@ -71,6 +76,69 @@ def continue_search(arguments: Sequence[str], sweep: Sweep, own: Path | None = N
     return [f"hydra.sweeper.{key}={value}" for key, value in added.items()]
 
 
+def why_no_objective(config: Any, swept: Collection[str] = ()) -> str | None:
+    """Return why a run has no result that a search could compare; None where it has, or may have.
+
+    `config` is complete, or as composed. `swept` are the keys of which it says nothing.
+    """
+
+    def settled(*keys: str) -> bool:
+        return not {*keys, "experiments", "task", "train"} & set(swept)
+
+    train, task = config.train, _schema(config, "task")
+    if settled() and not task.has_result:
+        return (
+            "this task returns no number for the sweeper to compare: search with task=train or task=evaluate"
+        )
+    if settled("launch") and task.uses_model and _schema(config, "launch").submits:
+        way = "hydra/launcher=submitit_slurm, which waits for its jobs"
+        return f"launch=slurm returns before a job has a result for the sweeper to compare: take {way}"
+    if not task.writes_run:
+        return None
+    every, last = train.evaluate_every, train.stop_after or train.steps
+    if settled("train.evaluate_every") and every == 0:
+        once = f", as train.evaluate_every={train.steps} for one at the end" if settled("train.steps") else ""
+        return (
+            "train.evaluate_every=0 measures no held-out loss, which the sweeper compares: "
+            f"give it the steps between two{once}"
+        )
+    cut = last < train.steps and bool(every) and last % every != 0
+    if cut and settled("train.evaluate_every", "train.steps", "train.stop_after"):
+        return (
+            f"train.stop_after={last} ends a run without a held-out loss, which the sweeper compares: "
+            f"make it a multiple of train.evaluate_every={every}, or lower train.steps instead"
+        )
+    return None
+
+
+def _schema(config: Any, node: str) -> Any:
+    """Return the schema of a node of a config, complete or as composed."""
+    return OmegaConf.get_type(config, node) if OmegaConf.is_config(config) else type(getattr(config, node))
+
+
+def _require_objective(arguments: Sequence[str], settings: Mapping[str, Any], own: Path | None) -> None:
+    """Raise UserError for a search whose jobs all lack a result, whatever is swept."""
+    if str(settings["_target_"]).endswith("BasicSweeper"):
+        return
+    typed = [argument for argument in arguments if not argument.startswith(("-", "hydra", "+hydra", "run."))]
+    swept, constant = split_arguments([*typed, *_searched(settings)])
+    try:
+        config = compose_root(
+            [argument for argument in typed if override_key(argument).lstrip("+~") in constant],
+            [] if own is None else [f"file://{own}"],
+        )
+        why = why_no_objective(config, swept)
+    except (HydraException, OmegaConfBaseException, AttributeError, ValueError):
+        return  # the jobs say what is wrong
+    if why is not None:
+        raise UserError(why)
+
+
+def _searched(settings: Mapping[str, Any]) -> list[str]:
+    """Return the overrides of a sweeper's own `params`."""
+    return [f"{key}={value}" for key, value in (settings.get("params") or {}).items()]
+
+
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -103,8 +171,7 @@ def _trials(settings: Mapping[str, Any], arguments: Sequence[str]) -> int:
     wanted = int(settings["n_trials"])
     if not str(settings["sampler"]["_target_"]).endswith("GridSampler"):
         return wanted
-    params = [f"{key}={value}" for key, value in (settings["params"] or {}).items()]
-    swept, _ = split_arguments([*params, *arguments])
+    swept, _ = split_arguments([*_searched(settings), *arguments])
     return min(wanted, math.prod(number_of_choices(override) or 1 for override in swept.values()))
 
 

@@ -5,7 +5,7 @@ environment.json serve. A checkpoint from elsewhere says nothing but its tokeniz
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dsv3.checkpoint.directory import (
     step_number,
 )
 from dsv3.checkpoint.manifest import verify
-from dsv3.checkpoint.training_record import TRAINING_FILE, TrainingRecord
+from dsv3.checkpoint.training_record import TRAINING_FILE, TrainingRecord, sound_changes
 from dsv3.config.data import ROW_ORDER, LocalTokenizerConfig, TrainedTokenizerConfig
 from dsv3.config.registry import SCHEMAS, Stored
 from dsv3.config.root import Config
@@ -58,7 +58,8 @@ def run_record(run: Path, step: int = 0) -> TrainingRecord:
     if not isinstance(config, dict):
         raise UserError(f"{file} cannot be read: it does not say what the run was trained on")
     data = run_data(run)
-    return TrainingRecord("", data.get("fingerprint"), data.get("tokenizer_fingerprint"), step, config)
+    prints, changes = (data.get("fingerprint"), data.get("tokenizer_fingerprint")), data.get("changes")
+    return TrainingRecord("", prints[0], prints[1], step, config, data_changes=sound_changes(changes))
 
 
 def run_data(run: Path) -> dict[str, Any]:
@@ -241,6 +242,15 @@ def other_data_notes(run: TrainingRecord) -> list[str]:
     if "tokenizer" in differ:
         notes.append("the checkpoint knows the ids of another tokenizer: the run has its own, as chosen")
     return notes
+
+
+def changed_data_notes(changes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each of the `data_changes` that a run was told to go on with."""
+    return [
+        f"its data changed after step {each['step']:,} (fingerprint {each['from']}, then {each['to']}), "
+        f"allowed by data.allow_change=true: {each['what']}; {each['effect']}"
+        for each in changes
+    ]
 
 
 def other_order_notes(run_dir: Path) -> list[str]:

@@ -5,7 +5,6 @@ killed then.
 """
 
 import contextlib
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -21,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 from dsv3.config.launch import WEEK
 from dsv3.config.strict import build
 from dsv3.distributed.garbage import collect_rarely
-from dsv3.distributed.signals import NOTHING_SAVED, Stopped, kill_children, leave_on_signal
+from dsv3.distributed.signals import (
+    NOTHING_SAVED,
+    Stopped,
+    die_with_parent,
+    kill_children,
+    leave_on_signal,
+)
 from dsv3.distributed.streams import outlive_readers
 from dsv3.errors import KILLED, STOPPED, RunFailed, UserError
 from dsv3.launch.job import Job, is_first_on_node
@@ -29,8 +34,6 @@ from dsv3.metrics.progress import phase
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-_PR_SET_PDEATHSIG = 1
 
 # Seconds that a worker may take to save after a stop signal before it is killed: as many as it needs, for the
 # watchdog ends one that hangs.
@@ -214,11 +217,6 @@ def _work(job: Job, launcher: int, started: Event, trained: Event) -> float | No
         if os.environ["RANK"] == "0":
             print(stopped.message, file=sys.stderr, flush=True)
         raise
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

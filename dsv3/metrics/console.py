@@ -22,6 +22,9 @@ from dsv3.metrics.terminal import Terminal
 # The time left follows the pace over this many steps, so that a slow first step is soon forgotten.
 PACE_WINDOW = 50
 
+NOTABLE_WAIT = 0.05
+"""Share of a step's time from which the wait for its data is shown."""
+
 # Seconds between two drawings of the bar.
 DRAW_EVERY = 0.1
 
@@ -82,13 +85,20 @@ class Console:
         self._started = clock()
         self._drawn = 0.0
         self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_WINDOW)
+        self._total_tokens: int | None = None
+        self._tokens = 0
 
-    def start(self, total: int, done: int = 0) -> None:
-        """Start the progress towards step `total`, with `done` steps already behind (on resume)."""
+    def start(self, total: int, done: int = 0, tokens: tuple[int, int] | None = None) -> None:
+        """Start the progress towards step `total`, with `done` steps already behind (on resume).
+
+        `tokens` are those that are done and those at the end: the time left is then reckoned in tokens, for
+        steps may grow (train.batch_ramp).
+        """
         self._total_steps, self._first_step = total, done + 1
         self._started = self._clock()
+        self._tokens, self._total_tokens = tokens or (0, None)
         self._pace.clear()
-        self._pace.append((self._started, done))
+        self._pace.append((self._started, self._tokens if tokens else done))
         progress.interrupt()
         self._bar = self._terminal.start_bar(total, done)
         if self._bar is not None:
@@ -105,7 +115,7 @@ class Console:
         # Rows read from a GPU come many at once: the window must span several such bursts.
         if len(self._pace) > 1 and now - self._pace[-2][0] < DRAW_EVERY:
             self._pace.pop()
-        self._pace.append((now, row.step))
+        self._pace.append((now, row.step if self._total_tokens is None else row.tokens))
         eta = f"eta {_duration(self._seconds_left())}"
         throughput = ("{:,.0f} tok/s", row.tokens_per_second)
         has_evaluation = row.evaluation_loss is not None
@@ -117,12 +127,17 @@ class Console:
                 ("lr {:.1e}", row.lr),
                 ("grad {:.2f}", row.grad_norm),
                 throughput,
+                ("waited {:.2g} s for data", self._notable_wait(row)),
             ]
             line = "  ".join([f"step {row.step}/{self._total_steps}", *_format_known(metrics), eta])
-            self._log.write(line)
+            lines = [line, *_source_lines(row)] if has_evaluation else [line]
+            for line in lines:
+                self._log.write(line)
             if has_evaluation or self._bar is None:
                 progress.interrupt()
-                self._terminal.print(line)
+                for line in lines:
+                    self._terminal.print(line)
+        self._tokens = row.tokens
         if self._bar is not None and (now - self._drawn >= DRAW_EVERY or row.step >= self._total_steps):
             self._drawn = now
             metrics = [("loss {:.4f}", row.loss), throughput]
@@ -175,7 +190,15 @@ class Console:
         (then, first), (now, last) = self._pace[0], self._pace[-1]
         if last <= first:
             return None
-        return (now - then) / (last - first) * max(self._total_steps - last, 0)
+        end = self._total_steps if self._total_tokens is None else self._total_tokens
+        return (now - then) / (last - first) * max(end - last, 0)
+
+    def _notable_wait(self, row: MetricsRow) -> float | None:
+        """Return the seconds that a step waited for its data where they are a notable share of it."""
+        if row.data_wait is None or not row.tokens_per_second:
+            return None
+        seconds = (row.tokens - self._tokens) / row.tokens_per_second
+        return row.data_wait if row.data_wait >= NOTABLE_WAIT * seconds > 0 else None
 
 
 def replace_control_characters(text: str) -> str:
@@ -203,6 +226,20 @@ def format_table(rows: Sequence[Sequence[str]], titles: Sequence[str], left_alig
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+
+
+def _source_lines(row: MetricsRow) -> list[str]:
+    """Return a line per source of a mixture: its held-out loss, and what of it has been trained on."""
+    width = max(map(len, row.sources or ()), default=0)
+    lines = []
+    for name, own in (row.sources or {}).items():
+        metrics = [
+            ("held-out {:.4f}", own.get("evaluation_loss")),
+            ("{:,.0f} tokens", own.get("tokens")),
+            ("{:.3g} epochs", own.get("epochs")),
+        ]
+        lines.append("  ".join([f"  {name:<{width}}", *_format_known(metrics)]))
+    return lines
 
 
 def _format_known(metrics: Sequence[tuple[str, float | None]]) -> list[str]:

@@ -162,6 +162,18 @@ class _Speaker:
             self._clear()
             self._silent_since = time.monotonic()
 
+    def tell(self, line: str) -> None:
+        """Print one line for the user, above what is shown of the phases."""
+        with self._changed:
+            self.interrupt()
+            (self._training_bar or self._choose_terminal()).print(line)
+
+    def current_line(self) -> str:
+        """Return the line about the innermost phase, nothing where there is none."""
+        with self._changed:
+            phase = next((phase for phase in reversed(self._phases) if not phase.is_over()), None)
+            return "" if phase is None else phase.line(time.monotonic())
+
     def print_above(self, terminal: "Terminal | None") -> None:
         """Print lines on `terminal`, above its training bar; None once there is no such bar."""
         with self._changed:
@@ -224,6 +236,8 @@ _SPEAKER = _Speaker()
 atexit.register(_SPEAKER.close)
 
 interrupt = _SPEAKER.interrupt
+tell = _SPEAKER.tell
+current_line = _SPEAKER.current_line
 print_above = _SPEAKER.print_above
 
 

@@ -2,6 +2,7 @@
 
 import math
 import resource
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed
-from dsv3.metrics.console import Console
+from dsv3.metrics.console import NOTABLE_WAIT, Console
 from dsv3.metrics.jsonl import JsonlWriter
 from dsv3.metrics.loggers import Logger
 from dsv3.metrics.row import MetricsRow
@@ -57,13 +58,15 @@ class Recorder:
         self.logger = logger
         self.pending: list[Pending] = []
         self.latest: MetricsRow | None = None
-        self.memory = peak_memory_gib(ranks)
+        self.memory, _ = largest_over_ranks(ranks, 0.0)
+        self.waited, self.flushed_at = 0.0, time.monotonic()
         self.writer = JsonlWriter(path) if ranks.is_main else None
 
     def add(
         self, row: MetricsRow, figures: dict[str, Tensor], fill_throughput: Callable[[], None] = lambda: None
     ) -> None:
         """Add the row of a step; `figures` are its other metrics by name, scalar tensors on the device."""
+        self.waited += row.data_wait or 0.0
         self.pending.append(Pending(row, figures, fill_throughput))
         if len(self.pending) >= self.every:
             self.read()
@@ -105,7 +108,12 @@ class Recorder:
 
     def flush(self) -> None:
         """Complete and write all rows so far; call it before a checkpoint, so that a resume leaves no gap."""
-        self.memory = peak_memory_gib(self.ranks)
+        now = time.monotonic()
+        share = self.waited / max(now - self.flushed_at, 1e-9)
+        self.memory, largest = largest_over_ranks(self.ranks, share)
+        self.waited, self.flushed_at = 0.0, now
+        if self.console is not None and largest >= NOTABLE_WAIT and largest > 2 * share:
+            self.console.message(f"a rank waits for its data {largest:.0%} of the time, rank 0 {share:.0%}")
         self.read()
         if self.writer is not None:
             self.writer.flush()
@@ -117,10 +125,14 @@ class Recorder:
             self.writer = None
 
 
-def peak_memory_gib(ranks: RankContext) -> float:
-    """Return the peak memory of the busiest rank in GiB: allocated on its GPU, or resident in RAM."""
+def largest_over_ranks(ranks: RankContext, waited: float) -> tuple[float, float]:
+    """Return the largest peak memory and the largest `waited` of any rank, by one collective.
+
+    The memory is in GiB: allocated on a GPU, or resident in RAM.
+    """
     if ranks.device.type == "cuda":
         peak = float(torch.cuda.max_memory_allocated())
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    return ranks.max(torch.tensor(peak, device=ranks.device)).item() / 2**30
+    memory, longest = ranks.max(torch.tensor([peak, waited], device=ranks.device)).tolist()
+    return memory / 2**30, longest

@@ -3,6 +3,10 @@
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SourceMetrics = dict[str, float | None]
+"""`tokens` and `epochs` since step 0, and `evaluation_loss`, None but on evaluation steps."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,6 +35,10 @@ class MetricsRow:
         fp8_broken_tiles: tiles with values that are not finite among the operands of the step's backward
             matmuls, over all ranks. None except under precision=fp8, and None where compiled layers meet a
             schedule that splits the backward pass.
+        data_wait: seconds that rank 0's host waited in this step for its batch; they are part of the step's
+            time. Where another rank waits longer the console says so.
+        sources: by source of a mixture its tokens and epochs since step 0, and its held-out loss; None without
+            a mixture, and at steps that are neither an evaluation nor a multiple of train.log_every.
     """
 
     step: int
@@ -48,14 +56,22 @@ class MetricsRow:
     moe_entropy: float | None = None
     moe_bias_range: float | None = None
     fp8_broken_tiles: float | None = None
+    data_wait: float | None = None
+    sources: dict[str, SourceMetrics] | None = None
 
     def scalars(self) -> dict[str, int | float]:
-        """Return the known, finite values by name, without the step: the values that a logger can draw."""
-        return {
-            name: value
-            for name, value in _finite_values(self).items()
-            if value is not None and name != "step"
-        }
+        """Return the known, finite values by name, without the step: the values that a logger can draw.
+
+        Those of a source are named sources/NAME/tokens and so on.
+        """
+        values: dict[str, int | float | None] = {}
+        for name, value in _finite_values(self).items():
+            if isinstance(value, dict):
+                of_sources = ((f"{name}/{source}", own) for source, own in value.items())
+                values |= {f"{place}/{key}": each for place, own in of_sources for key, each in own.items()}
+            elif name != "step":
+                values[name] = value
+        return {name: value for name, value in values.items() if value is not None}
 
     def to_json(self) -> str:
         """Return the row as one line without its line feed; values that are not finite become null."""
@@ -74,15 +90,20 @@ class MetricsRow:
         return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
 
 
-def _finite_values(row: MetricsRow) -> dict[str, int | float | None]:
-    """Return all fields by name in their order, None for a value that is not finite."""
-    values: dict[str, int | float | None] = {}
-    for name, value in asdict(row).items():
-        if name in ("step", "tokens"):
-            values[name] = int(value)
-        else:
-            values[name] = float(value) if value is not None and math.isfinite(value) else None
-    return values
+def _finite_values(row: MetricsRow) -> dict[str, Any]:
+    """Return all fields by name in their order, None for a value that is not finite; of sources the same."""
+    values = {name: _finite(name, value) for name, value in asdict(row).items() if name != "sources"}
+    sources = {
+        source: {name: _finite(name, value) for name, value in own.items()}
+        for source, own in (row.sources or {}).items()
+    }
+    return {**values, "sources": sources or None}
+
+
+def _finite(name: str, value: Any) -> int | float | None:
+    if name in ("step", "tokens"):
+        return int(value)
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _is_count(value: object) -> bool:

@@ -2,7 +2,8 @@
 
 Report section 2.1.2, equation 12. A layer's forward pass is: route, dispatch tokens to their experts, compute
 the experts' SwiGLU on rows sorted by expert, combine the weighted results. The token dispatch is an object
-that expert parallelism replaces by one with all-to-all exchanges (parallel/expert_parallel.py).
+that expert parallelism replaces by one with all-to-all exchanges (parallel/expert_parallel.py). Padding goes to
+no expert, and gets zeros from this sum (padding.py).
 
 Shapes: B batch, T sequence, D dim, N tokens or rows, E experts, K = top_k.
 """
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dsv3.config.model import MoEConfig
 from dsv3.model.layers import FeedForward
+from dsv3.model.padding import PaddingMask, put_tokens, take_tokens
 from dsv3.model.router import Router, RouterStats, Routing
 
 
@@ -59,7 +61,10 @@ class TokenDispatcher(Protocol):
         """Start to send `x` [N, D] to its experts; the result is only for `combine`."""
 
     def combine(self, dispatched: Any, experts: ExpertsFunction) -> Tensor:
-        """Run `experts` on the dispatched rows and return the weighted sums [N, D] of their results."""
+        """Run `experts` on the dispatched rows and return the weighted sums [N, D] of their results.
+
+        The sums of `routing.padding` are zeros.
+        """
 
 
 class Experts(nn.Module):
@@ -97,6 +102,8 @@ class GroupedLinear:
 
     def __call__(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """See GroupedMatmul."""
+        if not len(rows):  # padding alone; grouped_mm refuses some forms of no rows (pytorch/pull/192497)
+            return F.linear(rows, weight[0].to(rows.dtype))
         return F.grouped_mm(rows, weight.to(rows.dtype).transpose(-2, -1), offs=ends)
 
 
@@ -141,14 +148,17 @@ class LocalTokenDispatcher:
 
     def combine(self, dispatched: tuple[Tensor, Routing], experts: ExpertsFunction) -> Tensor:
         """Run the experts on K rows per token, sorted by expert; return the weighted sums [N, D]."""
-        x, routing = dispatched
-        top_k = routing.experts.shape[-1]
-        order = routing.experts.flatten().argsort(stable=True)
+        x, (chosen, weights, stats, padding) = dispatched
+        top_k = chosen.shape[-1]
+        if padding is not None:
+            x, weights, chosen = take_tokens(x, padding), take_tokens(weights, padding), chosen[padding.places]
+        order = chosen.flatten().argsort(stable=True)
         place = order.argsort()
-        rows = experts(permute_rows(x, order, place, top_k), RowCounts(routing.stats.load))
+        rows = experts(permute_rows(x, order, place, top_k), RowCounts(stats.load))
         # Unpermute to token order: summing a token's top_k rows is then a matmul, without scattered adds.
         rows = permute_rows(rows, place, order, 1).unflatten(0, (-1, top_k))
-        return torch.bmm(routing.weights.to(x.dtype).unsqueeze(1), rows).squeeze(1)
+        out = torch.bmm(weights.to(x.dtype).unsqueeze(1), rows).squeeze(1)
+        return out if padding is None else put_tokens(out, padding)
 
 
 class MoE(nn.Module):
@@ -162,9 +172,9 @@ class MoE(nn.Module):
         self.shared_experts = FeedForward(dim, shared_dim) if shared_dim else None
         self.dispatcher: TokenDispatcher = LocalTokenDispatcher()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+    def forward(self, x: Tensor, padding: PaddingMask | None = None) -> tuple[Tensor, RouterStats]:
         """Map `x` [B, T, D] to the same shape; also return the router's statistics."""
-        routing: Routing = self.router(x)
+        routing: Routing = self.router(x, padding)
         dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing)
         # The shared experts run between dispatch and combine, so that they compute while rows are sent.
         shared = None if self.shared_experts is None else self.shared_experts(x)

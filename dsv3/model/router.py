@@ -5,6 +5,8 @@ Load balance has two parts. The first is the expert bias of auxiliary-loss-free 
 no gradient; training/expert_bias.py moves it after each optimizer step by the load counted here. The second
 is a small sequence-wise balance loss. Group-limited routing bounds the nodes that a token is sent to.
 
+Positions without a token (padding.py) count nowhere: statistics are those of the rows cut to their tokens.
+
 Shapes: B batch, T sequence, D dim, N = B x T tokens, E experts, K = top_k.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from dsv3.config.model import MoEConfig, ScoreFunction
 from dsv3.model.exact_linear import exact_linear
+from dsv3.model.padding import PaddingMask
 
 
 class RouterStats(NamedTuple):
@@ -51,6 +54,8 @@ class Routing(NamedTuple):
     weights: Tensor
     """[N, K] fp32 weights of the experts' outputs."""
     stats: RouterStats
+    padding: PaddingMask | None = None
+    """The positions that are not routed, whose experts and weights mean nothing; None: there are none."""
 
 
 class Router(nn.Module):
@@ -74,8 +79,8 @@ class Router(nn.Module):
         # so that a forward pass repeated by activation checkpointing is not counted twice.
         self.register_buffer("load", torch.zeros(config.num_experts), persistent=False)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route `x` [B, T, D]."""
+    def forward(self, x: Tensor, padding: PaddingMask | None = None) -> Routing:
+        """Route `x` [B, T, D], all of it but its `padding`."""
         logits: Tensor = exact_linear(x.float(), self.weight.float())
         sigmoid = self.config.score_function is ScoreFunction.sigmoid
         scores = logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
@@ -88,12 +93,21 @@ class Router(nn.Module):
         # Not torch.bincount, which asks the device for the largest number and waits. Sums of integers are
         # exact in any order.
         chosen = experts.flatten()
-        load = chosen.new_zeros(flat.shape[-1]).scatter_add(0, chosen, torch.ones_like(chosen))
+        counted = torch.ones_like(chosen)
+        if padding is not None:
+            counted = padding.is_token.flatten().unsqueeze(1).expand_as(experts).flatten().to(chosen.dtype)
+        load = chosen.new_zeros(flat.shape[-1]).scatter_add(0, chosen, counted)
         z_loss = logits.new_zeros(())
         if self.z_loss:
-            z_loss = logits.logsumexp(dim=-1).square().mean() / self.reduction.shards
-        stats = RouterStats(load, self.balance_loss(scores), z_loss, logits.detach().isfinite().all())
-        return Routing(experts, self.expert_weights(flat, experts), stats)
+            squares = logits.logsumexp(dim=-1).square()
+            if padding is None:
+                z_loss = squares.mean() / self.reduction.shards
+            else:
+                z_loss = squares.where(padding.is_token, 0).sum() / padding.lengths.sum().clamp(min=1)
+        stats = RouterStats(
+            load, self.balance_loss(scores, padding), z_loss, logits.detach().isfinite().all()
+        )
+        return Routing(experts, self.expert_weights(flat, experts), stats, padding)
 
     def select_experts(self, scores: Tensor) -> Tensor:
         """Return expert numbers [..., K] from `scores` [..., E], with expert bias and group limit.
@@ -114,7 +128,10 @@ class Router(nn.Module):
         return choice.topk(c.top_k, dim=-1, sorted=False).indices
 
     def force_load_balance(self, scores: Tensor) -> Tensor:
-        """Deal experts round-robin for benchmarks (`forced_balance`): scores [N, E] -> numbers [N, K]."""
+        """Deal experts round-robin for benchmarks (`forced_balance`): scores [N, E] -> numbers [N, K].
+
+        Padding has its turn too: a padded row loads the experts evenly to one token, on every layout alike.
+        """
         tokens, experts = scores.shape
         slots = torch.arange(tokens * self.config.top_k, device=scores.device)
         return (slots % experts).view(tokens, self.config.top_k)
@@ -126,19 +143,28 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.config.route_scale
 
-    def balance_loss(self, scores: Tensor) -> Tensor:
+    def balance_loss(self, scores: Tensor, padding: PaddingMask | None = None) -> Tensor:
         """Return the mean over sequences of sum_i f_i P_i (eq. 17 to 20), a scalar; `scores` is [B, T, E].
 
         f counts the top-k of the raw scores (eq. 18 has neither bias nor group limit) and carries no
         gradient. P averages the scores normalized over experts. With sequences sharded over ranks, f is
-        that of the whole sequence and P a partial sum, so the ranks' results add up to the loss.
+        that of the whole sequence and P a partial sum, so the ranks' results add up to the loss. A sequence
+        with `padding` is as long as its tokens are many, and one of padding alone is none.
         """
         top_k, num_experts = self.config.top_k, self.config.num_experts
         raw = scores.detach().topk(top_k, dim=-1, sorted=False).indices
-        counts = torch.zeros_like(scores[:, 0]).scatter_add(
-            -1, raw.flatten(1), torch.ones_like(raw.flatten(1), dtype=scores.dtype)
-        )
+        counted = torch.ones_like(raw, dtype=scores.dtype)
+        if padding is not None:
+            counted = counted * padding.is_token.unsqueeze(-1)
+        counts = torch.zeros_like(scores[:, 0]).scatter_add(-1, raw.flatten(1), counted.flatten(1))
+        counts = self.reduction.sum(counts)
+        normalized = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        if padding is not None:
+            length = padding.lengths.clamp(min=1).unsqueeze(-1)
+            frequency = counts * num_experts / (top_k * length)
+            share = normalized.where(padding.is_token.unsqueeze(-1), 0).sum(dim=1) / length
+            return (frequency * share).sum() / padding.num_sequences
         shards = self.reduction.shards
-        frequency = self.reduction.sum(counts) * num_experts / (top_k * scores.shape[1] * shards)
-        share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(dim=1) / shards
+        frequency = counts * num_experts / (top_k * scores.shape[1] * shards)
+        share = normalized.mean(dim=1) / shards
         return (frequency * share).sum(-1).mean()

@@ -19,13 +19,14 @@ The rest is common: RMSNorm before each sub-layer, SwiGLU (layers.py), no biases
 logits, or the loss without them), normal initial weights (initialization.py). generation.py samples text.
 
 The model knows nothing of ranks. Parallel wrappers (dsv3/parallel) replace these attributes, each of which
-has a local form here: `Transformer.sequence_shard` and `select_last_token`, `Head.vocabulary_shard`,
-`LatentAttention.gather_latents`, `gather_row` and `attend`, `MoE.dispatcher`, `Router.reduction`.
+has a local form here: `Transformer.sequence_shard`, `take_hidden` and `select_last_token`,
+`Head.vocabulary_shard`, `LatentAttention.gather_latents`, `gather_row` and `attend`, `MoE.dispatcher`,
+`Router.reduction`.
 
 Shapes: B batch, T sequence, D dim, E experts, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,6 +39,7 @@ from dsv3.model.head import Head, HeadLoss, HeadTargets
 from dsv3.model.kv_cache import CacheStep, LayerCache, select_last_token
 from dsv3.model.layers import FeedForward, Linear, RMSNorm
 from dsv3.model.moe import MoE
+from dsv3.model.padding import PaddingMask, padding_mask
 from dsv3.model.rope import rotary_table, softmax_scale
 from dsv3.model.router import Router, RouterStats
 
@@ -55,12 +57,17 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.dim, config.dense_hidden_dim) if dense else MoE(config.dim, config.moe)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, segments: Segments | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        segments: Segments | None = None,
+        cache: LayerCache | None = None,
+        padding: PaddingMask | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
         """Map `x` [B, T, D] to the same shape; also return the router's statistics (None if dense)."""
         x = x + self.attention(self.attention_norm(x), rotary, segments, cache)
         if isinstance(self.ffn, MoE):
-            out, stats = self.ffn(self.ffn_norm(x))
+            out, stats = self.ffn(self.ffn_norm(x), padding)
             return x + out, stats
         return x + self.ffn(self.ffn_norm(x)), None
 
@@ -82,7 +89,12 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
-        self, hidden: Tensor, embedded: Tensor, rotary: Tensor, segments: Segments | None = None
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        rotary: Tensor,
+        segments: Segments | None = None,
+        padding: PaddingMask | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
         """Return this depth's hidden state [B, T, D] and router statistics.
 
@@ -91,16 +103,21 @@ class MTPModule(nn.Module):
         embedded: [B, T, D], embeddings of the tokens `k` places ahead.
         """
         joined = torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
-        x, stats = self.block(self.projection(joined), rotary, segments)
+        x, stats = self.block(self.projection(joined), rotary, segments, None, padding)
         return self.norm(x), stats
 
 
-def shift_tokens(tokens: Tensor, depth: int) -> Tensor:
+def shift_tokens(tokens: Tensor, depth: int, lengths: Tensor | None = None) -> Tensor:
     """Return `tokens` [B, T] shifted so that position i holds token i + depth.
 
-    The last `depth` positions wrap around; their targets lie beyond the row, so the loss ignores them.
+    The last `depth` positions wrap around; their targets lie beyond the row, so the loss ignores them. Rows
+    with padding have `lengths` [B] tokens, and wrap around behind the last of these: their experts are chosen
+    as if the rows had been cut.
     """
-    return tokens.roll(-depth, dims=-1)
+    if lengths is None:
+        return tokens.roll(-depth, dims=-1)
+    ahead = torch.arange(tokens.shape[-1], device=tokens.device) + depth
+    return tokens.gather(-1, ahead % lengths.clamp(min=1).unsqueeze(-1))
 
 
 @dataclass
@@ -129,6 +146,8 @@ class LayerInputs:
     """Cosines and sines of the positions, from rope.rotary_table: [.., T, rope_dim / 2, 2] fp32."""
     segments: Segments | None
     """The documents that attention stays within; None if each row is one."""
+    padding: PaddingMask | None = None
+    """The positions that are not routed; None if all hold tokens."""
 
 
 class LocalSequenceShard:
@@ -181,6 +200,9 @@ class Transformer(nn.Module):
         self.head = Head(dim, vocab_size)
         self.mtp = nn.ModuleList(MTPModule(self.config) for _ in range(mtp_depths))
         self.sequence_shard = LocalSequenceShard()
+        self.take_hidden: Callable[[Tensor], Tensor] = self.sequence_shard.take_local
+        """Takes of `x` [.., T] the positions whose hidden states this rank has: of those that it embeds, a
+        part under tensor parallelism (parallel/context_parallel.py)."""
         self.select_last_token: SelectLastToken = select_last_token
 
     def forward(
@@ -189,15 +211,17 @@ class Transformer(nn.Module):
         documents: Tensor | Segments | None = None,
         cache: CacheStep | None = None,
         targets: HeadTargets | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> ModelOutput:
         """Compute logits for `tokens` [B, T]; `documents` [B, T] keeps attention within equal numbers.
 
-        Documents that come as Segments have been read already: the host need not wait for the device.
+        Documents that come as Segments have been read already: the host need not wait for the device. Rows
+        of fewer tokens than T come with the `lengths` [B] of all rows; padding fills them up (padding.py).
         With `targets` compute only their loss, in which no logits outlive a chunk of tokens (head.py). With a
         `cache` (generation, where each row is one document) the tokens follow those in the cache, and only
         each row's last token gets logits.
         """
-        layer_inputs = self.layer_inputs(tokens, documents, cache)
+        layer_inputs = self.layer_inputs(tokens, documents, cache, lengths)
         x = self.embed(self.shard_of_pass(cache).take_local(tokens))
         x, stats = self.run_layers(x, layer_inputs, cache)
         if cache is not None:
@@ -205,14 +229,21 @@ class Transformer(nn.Module):
         return self.predict(x, stats, tokens, layer_inputs, targets)
 
     def layer_inputs(
-        self, tokens: Tensor, documents: Tensor | Segments | None, cache: CacheStep | None = None
+        self,
+        tokens: Tensor,
+        documents: Tensor | Segments | None,
+        cache: CacheStep | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> LayerInputs:
-        """Compute the rotary table and the document segments of `tokens` and `documents`, both [B, T]."""
+        """Compute what all layers need of `tokens` and `documents`, both [B, T]; see `forward`."""
         own = torch.arange(tokens.shape[-1], device=tokens.device) if cache is None else cache.positions
         positions = self.shard_of_pass(cache).take_local(own)
         rotary = rotary_table(self.config.rope, self.config.attention.qk_rope_head_dim, positions)
         segments = documents if isinstance(documents, Segments) else document_segments(documents)
-        return LayerInputs(rotary, segments)
+        if lengths is None:
+            return LayerInputs(rotary, segments)
+        in_row = self.take_hidden(torch.arange(tokens.shape[-1], device="cpu"))
+        return LayerInputs(rotary, segments, padding_mask(lengths, in_row, tokens.device))
 
     def shard_of_pass(self, cache: CacheStep | None) -> LocalSequenceShard:
         """Return the part of each row that this rank computes: all of it where it decodes, token by token."""
@@ -225,7 +256,9 @@ class Transformer(nn.Module):
         stats_of_layers: list[RouterStats] = []
         for name, block in self.layers.items():
             layer_cache = None if cache is None else cache.layer(name)
-            x, stats = block(x, layer_inputs.rotary, layer_inputs.segments, layer_cache)
+            x, stats = block(
+                x, layer_inputs.rotary, layer_inputs.segments, layer_cache, layer_inputs.padding
+            )
             stats_of_layers += self.record_load(block, stats)
         return x, stats_of_layers
 
@@ -243,12 +276,13 @@ class Transformer(nn.Module):
         stats: statistics of the layers' routers.
         tokens: [B, T], the whole rows, since depth k joins each position with the token k places ahead.
         """
-        hidden = [self.norm(x)]
+        hidden, padding = [self.norm(x)], layer_inputs.padding
+        lengths = None if padding is None else padding.lengths
         # Evaluation and generation need only the next token.
         for depth, module in enumerate(self.mtp if self.training else (), start=1):
             assert isinstance(module, MTPModule)
-            ahead = self.embed(self.sequence_shard.take_local(shift_tokens(tokens, depth)))
-            x, of_router = module(hidden[-1], ahead, layer_inputs.rotary, layer_inputs.segments)
+            ahead = self.embed(self.sequence_shard.take_local(shift_tokens(tokens, depth, lengths)))
+            x, of_router = module(hidden[-1], ahead, layer_inputs.rotary, layer_inputs.segments, padding)
             stats = stats + self.record_load(module.block, of_router)
             hidden.append(x)
         hidden = [self.head.vocabulary_shard.gather_tokens(x) for x in hidden]

@@ -8,7 +8,7 @@ Generation splits the prompts in the same way. What prefill has gathered is the 
 that every context rank has it all and decodes alike, without communication over `cp`.
 
 `join_sequence_shards` serves tensor parallelism as well: it lets the ranks that hold shards of a sequence sum
-the router's counts, and find its last token.
+the router's counts, and find its last token and its padding.
 """
 
 from functools import partial
@@ -40,14 +40,24 @@ class RouterReduction(LocalRouterReduction):
 
 
 def join_sequence_shards(model: Transformer, mesh: ParallelMesh) -> None:
-    """Let the ranks that share a sequence (axes cp and tp) sum router counts and find its last token."""
+    """Let the ranks that share a sequence (axes cp and tp) sum router counts, and know their positions in it."""
     if mesh.sequence is None:
         return
     reduction = RouterReduction(mesh.sequence.get_group("sequence"))
     for module in model.modules():
         if isinstance(module, Router):
             module.reduction = reduction
+    model.take_hidden = partial(_take_hidden, model.sequence_shard, mesh)
     model.select_last_token = partial(_select_last_token, model, mesh)
+
+
+def _take_hidden(shard: LocalSequenceShard, mesh: ParallelMesh, x: Tensor) -> Tensor:
+    """Return the positions of `x` [.., T] that this rank has between attention and feed-forward.
+
+    They are the rank's run of those that its tensor ranks embed together: `shard` takes these.
+    """
+    x, tp = shard.take_local(x), mesh.degrees.tp
+    return x if tp == 1 else x.chunk(tp, dim=-1)[mesh.dense.get_local_rank("tp")]
 
 
 def _select_last_token(model: Transformer, mesh: ParallelMesh, x: Tensor, step: CacheStep) -> Tensor:
@@ -62,9 +72,7 @@ def _select_last_token(model: Transformer, mesh: ParallelMesh, x: Tensor, step: 
     else:
         group = mesh.sequence.get_group("sequence")
     positions = torch.arange(step.positions.shape[1], device=x.device)
-    own = model.shard_of_pass(step).take_local(positions)
-    if tp > 1:
-        own = own.chunk(tp)[mesh.dense.get_local_rank("tp")]
+    own = _take_hidden(model.shard_of_pass(step), mesh, positions)
     is_last = (own == step.last.unsqueeze(1)).unsqueeze(-1)
     selected = torch.where(is_last, x, x.new_zeros(())).sum(1, keepdim=True)
     return selected if group is None else all_reduce(selected, group)

@@ -106,6 +106,8 @@ class DeepEPTokenDispatcher:
         """Start to send `x` [tokens, dim] bf16; what runs before `combine` overlaps with it."""
         num_experts: int = routing.stats.load.shape[0]
         chosen = routing.experts.to(self.index_dtype).contiguous()
+        if routing.padding is not None:  # DeepEP's -1 is no expert
+            chosen = chosen.masked_fill(~routing.padding.is_token.view(-1, 1), -1)
         per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(chosen, num_experts)
         rows, experts, weights, counts, handle, event = self.buffer.dispatch(
             self.wire_format.encode(x.detach()),

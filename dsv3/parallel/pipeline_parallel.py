@@ -4,6 +4,7 @@
 `PipelineForwardBackward` runs the schedule.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ class Stage(nn.Module):
         model = self.model
         batch = self._microbatch(tokens) if model.training else batch
         segments = batch.segments if batch is not None and self.document_mask else None
-        layer_inputs = model.layer_inputs(tokens, segments, cache)
+        lengths = None if batch is None else batch.lengths
+        layer_inputs = model.layer_inputs(tokens, segments, cache, lengths)
         x = model.embed(model.shard_of_pass(cache).take_local(tokens)) if self.first else x
         x, stats = model.run_layers(x, layer_inputs, cache)
         if model.training:
@@ -208,11 +210,10 @@ class PipelineForwardBackward:
         train, degrees = config.train, mesh.degrees
         self.tp = degrees.tp
         self.sequence_shards = degrees.cp * degrees.tp
-        microbatches = train.batch // (train.microbatch * degrees.data_parallel)
+        self.num_microbatches = train.batch // (train.microbatch * degrees.data_parallel)
         row = torch.empty(train.microbatch, train.length, dtype=torch.int64, device="meta")
-        self.schedule, self.rank_of_stage = self._build_schedule(
-            config.parallel.schedule.name, row, device, microbatches
-        )
+        self._schedule_of = partial(self._build_schedule, config.parallel.schedule.name, row, device)
+        self.schedule, self.rank_of_stage = self._schedule_of(self.num_microbatches)
         self.pending_sends: list[tuple[Any, Tensor]] = []
 
     def _build_schedule(
@@ -242,6 +243,9 @@ class PipelineForwardBackward:
         self, microbatches: list[Batch], denominators: LossDenominators, step: StepHyperparameters
     ) -> LossSums:
         """See ForwardBackward; all gradients are this rank's sums, reduced over its replicas at the end."""
+        if len(microbatches) != self.num_microbatches:  # on every rank alike: the batch ramps up
+            self.num_microbatches = len(microbatches)
+            self.schedule, _ = self._schedule_of(self.num_microbatches)
         tokens = torch.cat([batch.tokens for batch in microbatches])
         for stage in self.stages.values():
             stage.begin(microbatches, tokens, denominators, step)

@@ -266,6 +266,8 @@ class AllToAllTokenDispatcher:
         num_experts, top_k = routing.stats.load.shape[0], routing.experts.shape[1]
         weights = x.new_zeros(x.shape[0], num_experts, dtype=torch.float32)
         routing_map = torch.zeros_like(weights, dtype=torch.bool).scatter(1, routing.experts, True)
+        if routing.padding is not None:
+            routing_map = routing_map & routing.padding.is_token.view(-1, 1)  # rows without a destination
         weights = weights.scatter(1, routing.experts, routing.weights)
         plan = exchange_counts(routing_map, self.groups)
         return self._dispatch_level(x, weights, routing_map, top_k, plan, level=0)

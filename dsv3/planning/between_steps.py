@@ -69,6 +69,17 @@ class Upkeep:
     evaluate_every: int = TrainConfig.evaluate_every
     generate_every: int | None = None
     generate_seconds: float = TrainConfig.generate_seconds
+    generate_reason: str = ""
+    """Why generate_every is what it is, where it was filled in."""
+
+    def never(self) -> dict[str, str]:
+        """Return why a run has no evaluations or no samples, by `evaluation` and `sample`."""
+        found = {}
+        if self.evaluate_every == 0:
+            found["evaluation"] = "train.evaluate_every=0"
+        if self.generate_every == 0:
+            found["sample"] = self.generate_reason or "train.generate_every=0"
+        return found
 
 
 @dataclass(frozen=True)

@@ -122,11 +122,12 @@ PARAMETER_BYTES = 4
 GIB = 2**30
 
 
-def require_room(plan: Plan, tokens: int = 0) -> None:
+def require_room(plan: Plan, tokens: int = 0, host_ranks: int | None = None) -> None:
     """Raise UserError if a rank's share of the weights, and the KV cache of `tokens`, exceed its memory.
 
     It is a lower bound for evaluation and generation: an even share over all ranks but replicas, without
-    activations. The cache of a row is on every rank, in part under pipeline parallelism.
+    activations. The cache of a row is on every rank, in part under pipeline parallelism. `host_ranks`
+    share the memory of a node; None where each rank has its own.
     """
     model, degrees, hardware = plan.model, plan.degrees, plan.hardware
     ranks = degrees.world_size // degrees.dp_replicate
@@ -134,17 +135,23 @@ def require_room(plan: Plan, tokens: int = 0) -> None:
     cache = plan.between_steps.cache(tokens)
     if room is None or size + ranks * cache <= ranks * room:
         return
-    if size <= ranks * room:
-        fitting = int((room - size / ranks) // (cache / tokens))
+    fitting = int((room - size / ranks) // (cache / tokens)) if tokens else 0
+    if fitting > 0:
         raise UserError(
             f"the KV cache of {tokens:,} tokens does not fit on hardware={hardware.name}: it takes "
             f"{cache / GIB:,.2f} GiB of a rank and the weights {size / ranks / GIB:,.2f}, of "
             f"{room / GIB:,.2f}\n"
             f"prompt and task.max_tokens together may have {fitting:,} tokens"
         )
+    sharing = f"parallel=fsdp with {-(-size // room):,} or more ranks shares them out"
+    if host_ranks is not None:
+        host = room * host_ranks
+        sharing = (
+            f"more ranks here share the same {host / GIB:,.2f} GiB: parallel=fsdp on {-(-size // host):,} or "
+            "more such nodes shares them out, one rank on each"
+        )
     raise UserError(
         f"{parameters.total(model):,} parameters on {degrees.world_size:,} ranks of hardware={hardware.name} "
         f"do not fit: the weights alone take {size / ranks / GIB:,.2f} GiB of a rank, which has "
-        f"{room / GIB:,.2f}\n"
-        f"parallel=fsdp with {-(-size // room):,} or more ranks shares them out; is it the right model=?"
+        f"{room / GIB:,.2f}\n{sharing}; is it the right model=?"
     )

@@ -117,17 +117,26 @@ def _detect_gpu(machine: Machine) -> HardwareConfig | None:
         return None
     sizes = [int(mib) * 2**20 for _, mib in rows if mib.strip().isdigit()]
     named = NAMED.search(rows[0][0])
-    if named:
-        import yaml  # 15 ms that only a machine with a known GPU spends
-
-        preset: dict[str, Any] = yaml.safe_load((CONF / "hardware" / f"{named[1].lower()}.yaml").read_text())
-        del preset["defaults"]
-        found = HardwareConfig(**preset)
-    else:
-        found = HardwareConfig(name=rows[0][0].strip())
+    preset = CONF / "hardware" / f"{named[1].lower()}.yaml" if named else None
+    found = HardwareConfig(name=rows[0][0].strip()) if preset is None else _read_preset(preset)
     # The smaller of preset and report: an A100 may have 40 GB, and the smallest GPU limits a run.
     known = [*sizes, *([found.memory_bytes] if found.memory_bytes else [])]
     return replace(found, memory_bytes=min(known, default=None))
+
+
+def named_hardware() -> list[HardwareConfig]:
+    """Return the GPUs of conf/hardware, those with least memory first, of equal ones the fastest."""
+    presets = [path for path in (CONF / "hardware").glob("*.yaml") if path.stem not in (AUTO, CPU)]
+    known = map(_read_preset, sorted(presets))
+    return sorted(known, key=lambda gpu: (gpu.memory_bytes or 0, -(gpu.peak_flops_bf16 or 0)))
+
+
+def _read_preset(path: Path) -> HardwareConfig:
+    import yaml  # 15 ms that only a machine with a known GPU spends, or a plan that does not fit
+
+    preset: dict[str, Any] = yaml.safe_load(path.read_text())
+    del preset["defaults"]
+    return HardwareConfig(**preset)
 
 
 def _limits(mount: Path, own: str, name: str) -> list[int]:

@@ -19,7 +19,14 @@ from itertools import islice
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import KEY, WORLD_AXES, ParallelConfig, PipelineConfig
 from dsv3.errors import UserError, closest_multiples, closest_values, comma_separated
-from dsv3.planning.pipeline_stages import check_microbatches, reshard_after_forward, split_layers, stage_count
+from dsv3.planning.batch_schedule import BatchSchedule, check_ramp
+from dsv3.planning.pipeline_stages import (
+    check_microbatches,
+    reshard_after_forward,
+    split_layers,
+    stage_count,
+    supports_microbatches,
+)
 
 
 @dataclass(frozen=True)
@@ -281,16 +288,26 @@ def check_sequence(degrees: ParallelDims, sequence_length: int) -> None:
 
 
 def check_batch(
-    degrees: ParallelDims, sequence_length: int, global_batch_size: int, microbatch_size: int
+    parallel: ParallelConfig, degrees: ParallelDims, batch: BatchSchedule, microbatch_size: int
 ) -> None:
-    """Raise UserError if `degrees` do not divide a sequence or the global batch; sizes in sequences."""
-    check_sequence(degrees, sequence_length)
+    """Raise UserError if a batch size of the run does not split over `degrees`, microbatches and pipeline."""
     unit = microbatch_size * degrees.data_parallel
     factors = (
         f"train.microbatch_size={microbatch_size} x dp_replicate={degrees.dp_replicate} "
         f"x dp_shard={degrees.dp_shard}"
     )
-    _require_multiple("train.global_batch_size", global_batch_size, unit, factors, unit)
+    _require_multiple("train.global_batch_size", batch.final, unit, factors, unit)
+    check_schedule(parallel, degrees, batch.final, microbatch_size)
+    if degrees.pp == 1:
+        check_ramp(batch, unit, factors)
+        return
+    schedule, per_rank = parallel.schedule, stage_count(parallel, degrees.pp) // degrees.pp
+
+    def supports(count: int) -> bool:
+        return supports_microbatches(schedule, degrees.pp, per_rank, count)
+
+    needs = f"which parallel.schedule={schedule.name} on {degrees.pp} x {per_rank} stages cannot run"
+    check_ramp(batch, unit, factors, supports, needs)
 
 
 def check_schedule(

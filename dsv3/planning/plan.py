@@ -9,6 +9,7 @@ from dsv3.config.parallel import DispatchBackend, ParallelConfig, PipelineConfig
 from dsv3.config.precision import MomentType
 from dsv3.config.root import Config
 from dsv3.planning import parameters
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.between_steps import BetweenSteps, Upkeep
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import MemoryBytes, rank_memory
@@ -42,6 +43,10 @@ class Plan:
     precision_reason: str = ""
     upkeep: Upkeep = field(default_factory=Upkeep)
     """What happens between two steps."""
+    batch: BatchSchedule | None = None
+    """The batch sizes of a run, of which `shape` has the last; None where no run is planned."""
+    steps: int = 0
+    """Steps of the run."""
 
     @property
     def between_steps(self) -> BetweenSteps:
@@ -64,6 +69,17 @@ class Plan:
         """Share of a step, from 0 to 1, in which a pipeline rank waits for others."""
         p = self.shape.pipelining
         return bubble(p.schedule, self.degrees.pp, p.per_rank, self.shape.microbatches)
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the run."""
+        return self.batch.samples_after(0, self.steps) * self.shape.sequence_length if self.batch else 0
+
+    def first_step(self) -> tuple[int, float]:
+        """Return the microbatches and the bubble of the first step, where the batch ramps up to `shape`."""
+        assert self.batch is not None
+        count, p = self.batch.first * self.shape.microbatches // self.batch.final, self.shape.pipelining
+        return count, bubble(p.schedule, self.degrees.pp, p.per_rank, count)
 
     def flops_per_token(self, convention: FlopsConvention) -> int:
         """Return training FLOPs per token, with the MTP depths."""
@@ -89,7 +105,32 @@ class Plan:
             "between_steps": {
                 "evaluation": evaluation and evaluation.to_json(),
                 "sample": self.between_steps.sample().to_json(),
+                "never": self.upkeep.never(),
             },
+            "run": self._run_to_json(),
+        }
+
+
+    def _run_to_json(self) -> dict[str, object] | None:
+        """Return the batch of the last step, the ramp that leads to it, and how far the run goes."""
+        batch, length = self.batch, self.shape.sequence_length
+        if batch is None:
+            return None
+        count, idle = self.first_step()
+        ramp = {
+            "start_sequences": batch.first,
+            "increment_sequences": batch.increment,
+            "tokens": batch.tokens,
+            "steps": batch.ramp_steps,
+            "first_microbatches": count,
+            "first_bubble": idle,
+        }
+        return {
+            "batch_sequences": batch.final,
+            "batch_tokens": batch.final * length,
+            "batch_ramp": None if batch.start is None else ramp,
+            "steps": self.steps,
+            "tokens": self.tokens,
         }
 
 
@@ -125,7 +166,14 @@ def make_plan(
     )
     plan = plan_from_shape(config.model, degrees, hardware, shape)
     upkeep = Upkeep(train.evaluate_tokens, train.evaluate_every, train.generate_every, train.generate_seconds)
-    return replace(plan, precision=precision.label, precision_reason=precision_reason, upkeep=upkeep)
+    return replace(
+        plan,
+        precision=precision.label,
+        precision_reason=precision_reason,
+        upkeep=upkeep,
+        batch=BatchSchedule.of(train) if config.task.trains else None,
+        steps=train.steps,
+    )
 
 
 def plan_from_shape(

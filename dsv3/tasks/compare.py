@@ -21,6 +21,7 @@ from dsv3.launch.run_results import (
     format_runs,
     held_out_differences,
 )
+from dsv3.launch.trained_on import changed_data_notes
 from dsv3.metrics.console import replace_control_characters
 from dsv3.metrics.plots import plot_comparison
 from dsv3.metrics.progress import phase
@@ -84,6 +85,9 @@ class CompareTask:
             if found_keys := [key for key, found_kind, _ in differing if found_kind is kind]:
                 print(f"differences in {what}: {', '.join(found_keys)}")
         for run in runs:
+            for note in changed_data_notes(run.data_changes):
+                print(f"{run.name}: {note}")
+        for run in runs:
             if run.failure:
                 print(f"{run.name} failed: {replace_control_characters(run.failure)}")
         print(f"curves: {plot}" if plot else "no curves: no run has made a step")
@@ -127,4 +131,5 @@ def _to_json(run: RunSummary, keys: Sequence[str], farthest: float | None) -> di
         "reason": run.failure or None,
         "largest_difference": farthest,
         "convergence": run.convergence,
+        "data_changes": run.data_changes,
     }

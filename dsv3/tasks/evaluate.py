@@ -21,7 +21,7 @@ from dsv3.launch.held_out import (
 )
 from dsv3.launch.job import Job
 from dsv3.launch.sweep import record_result
-from dsv3.launch.trained_on import training_record
+from dsv3.launch.trained_on import changed_data_notes, training_record
 from dsv3.metrics.console import Console
 from dsv3.tasks.setup import join_ranks, load_model, load_own_tokenizer, prepare_data, require_checkpoint
 from dsv3.training.evaluation import evaluate
@@ -47,7 +47,7 @@ class EvaluateTask:
             held_out_only = every_row or not config.data.sets_sequence_length
             data = prepare_data(config, ranks, load_own_tokenizer(config, checkpoint), evaluate=held_out_only)
             model, ranks = load_model(job, ranks)
-            loss, tokens = evaluate(
+            loss, tokens, sources = evaluate(
                 model.forward_backward,
                 data.held_out,
                 config.train.microbatch,
@@ -59,6 +59,11 @@ class EvaluateTask:
             if ranks.is_main:
                 perplexity = math.exp(min(loss, 700.0))  # exp overflows a float above 709
                 measured = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
+                if sources:
+                    measured["sources"] = {
+                        name: {"loss": source.loss if source.tokens else None, "tokens": source.tokens}
+                        for name, source in sources.items()
+                    }
                 record = training_record(checkpoint)
                 here = _held_out_data(job, data, every_row)
                 run = None if record is None else _run_data(record, len(data.held_out))
@@ -70,7 +75,9 @@ class EvaluateTask:
                 told["run_precision"] = None if record is None else precision_choice(record.config)
                 if job.sweep is not None:
                     record_result(job.run_dir, {"held_out_data": here})
-                _report(told, data, differs)
+                _report(
+                    told, data, differs, [] if record is None else changed_data_notes(record.data_changes)
+                )
                 print(json.dumps(told), flush=True)
             return loss
 
@@ -108,7 +115,9 @@ def _describe(job: Job, data: PreparedData, every_row: bool) -> dict[str, Any]:
     }
 
 
-def _report(told: dict[str, Any], data: PreparedData, differs: dict[str, dict[str, Any]]) -> None:
+def _report(
+    told: dict[str, Any], data: PreparedData, differs: dict[str, dict[str, Any]], changes: list[str]
+) -> None:
     """Print the table to stderr, and a line where the loss is not comparable with those of the run."""
     console = Console(stderr=True)
     place = f" {told['data_path']}" if told["data_path"] else ""
@@ -132,6 +141,9 @@ def _report(told: dict[str, Any], data: PreparedData, differs: dict[str, dict[st
         ("loss", f"{told['loss']:,.4f}"),
         ("perplexity", f"{told['perplexity']:,.4f}"),
     ]
+    for name, source in told.get("sources", {}).items():
+        shown_loss = "unknown" if source["loss"] is None else f"{source['loss']:,.4f}"
+        rows.append((f"  {name}", f"{shown_loss} on {source['tokens']:,} tokens"))
     console.table("Held-out", rows)
     if differs:
         pairs = (f"{key} {shown(at['here'])} (the run: {shown(at['run'])})" for key, at in differs.items())
@@ -139,6 +151,8 @@ def _report(told: dict[str, Any], data: PreparedData, differs: dict[str, dict[st
     own = told["run_precision"]
     if own not in (None, told["precision"]):
         console.message(f"the run computed in {own}: precision={own} gives its losses")
+    for change in changes:
+        console.message(f"the run: {change}")
     for note in data.tokenizer.notes() if data.tokenizer is not None else []:
         console.message(note)
     console.close()

@@ -25,7 +25,7 @@ class GenerateTask:
         with join_ranks(job) as ranks:
             tokenizer = _load_tokenizer(job, require_checkpoint(job))
             prompt = len(_prompt_ids(tokenizer, self.prompt))
-            require_room(job.plan, prompt + self.sampling.max_tokens)
+            require_room(job.plan, prompt + self.sampling.max_tokens, job.host_ranks)
             model, ranks = load_model(job, ranks)
             text = sample_text(model, tokenizer, self.sampling, self.prompt, job.config.train.seed)
             if ranks.is_main:

@@ -8,8 +8,8 @@ layout fits the device, and if not, the nearest change that fits. The numbers co
 - planning/memory.py, activations.py and traffic.py count bytes,
 - planning/report.py formats the text, which a run also stores as plan.txt.
 
-launch/job.py makes the plan for every task that uses a model; dsv3/programs.py refuses a run that does not
-fit, and names the same fix.
+launch/job.py makes the plan for every task that uses a model. launch/nearest_fix.py finds the change that
+fits, which dsv3/programs.py names as well where it refuses a run.
 """
 
 import json
@@ -17,6 +17,7 @@ import os
 
 from dsv3.config.task import OutputFormat
 from dsv3.launch.job import Job
+from dsv3.launch.nearest_fix import nearest_fix
 from dsv3.launch.sweep_report import record_plan
 from dsv3.metrics.progress import phase
 from dsv3.planning.report import format_plan
@@ -42,5 +43,5 @@ class PlanTask:
             print(json.dumps(job.plan.to_json(), indent=1))
         else:
             with phase("looking for a better layout"):
-                text = format_plan(job.plan)
+                text = format_plan(job.plan, nearest_fix(job) if job.plan.fits is False else "")
             print(text)

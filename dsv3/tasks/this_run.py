@@ -6,7 +6,7 @@ filled in, and the implementations that were chosen. Each fact is read from wher
 
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from dsv3.config.optimizer import MuonConfig
 from dsv3.config.parallel import WORLD_AXES, RecomputeMode
 from dsv3.config.precision import FP8Engine
 from dsv3.config.strict import build
-from dsv3.config.training import BIAS_SPEED, scored_rows
-from dsv3.data.corpus import looks_like_json_lines
+from dsv3.config.training import BIAS_SPEED
+from dsv3.data.mixture import PreparedMixture
 from dsv3.data.sources import PreparedData
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.checkpoint_defaults import described_model
@@ -31,8 +31,10 @@ from dsv3.model.moe import MoE
 from dsv3.parallel.deepep import DeepEPTokenDispatcher
 from dsv3.parallel.token_dispatch import AllToAllTokenDispatcher
 from dsv3.planning import parameters
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.parameter_groups import parameter_groups
 from dsv3.training.callbacks import TrainingRun
+from dsv3.training.evaluation import rows_to_score
 
 THIS_RUN_FILE = "this_run.txt"
 
@@ -109,32 +111,56 @@ class RunFacts:
 
     def _data(self) -> Iterator[Fact]:
         config, counts = self.job.config, self.data.summary
-        path = getattr(config.data, "path", None)
+        path = getattr(config.data, "path", None) or getattr(config.data, "dataset", None)
         told = choice_name("data", config.data._target_) + (f" {path}" if path else "")
-        if "documents_read" in counts:
-            told += f": {amount(counts['documents_read'], 'texts')} read"
-            left = [
-                (amount(counts["files_skipped"], "files"), "skipped because not UTF-8"),
-                (amount(counts["files_empty"], "files"), "empty"),
-                (amount(counts["duplicates_dropped"], "duplicates"), "dropped"),
-            ]
-            told += "".join(f", {number} {why}" for number, why in left if not number.startswith("0 "))
+        first, *others = self.data.told or [""]
+        if first:
+            tokens = sum(counts.get(f"tokens_{side}", 0) for side in ("train", "held_out"))
+            told += f": {tokens:,} tokens in {first}"
         yield "data", told
-        if path and "documents_read" in counts and looks_like_json_lines(Path(path)):
-            yield "", "looks like JSON Lines; read as raw text, braces and all"
+        yield from (("", line) for line in others)
+        if "lanes" in counts:
+            yield from self._stream()
+            return
         sides = {"train": "training", "held_out": "held out"}
         documents = {side: amount(counts[f"documents_{side}"], "documents") for side in sides}
         yield "", "; ".join(f"{sides[s]} {documents[s]}, {counts[f'tokens_{s}']:,} tokens" for s in sides)
         train, length = config.train, self.data.sequence_length
-        rows, asked = counts["rows_per_epoch"], train.steps * train.batch
+        rows, asked = counts["rows_per_epoch"], BatchSchedule.of(train).samples_after(0, train.steps)
         left_out = counts.get("tokens_left_out")
         rest = f", {left_out:,} tokens too few for a row left out" if left_out else ""
         told = f"{rows:,} rows of {length:,} tokens per epoch{rest}"
-        epochs = f"{asked / rows:.2f}" if asked / rows >= 0.01 else "less than 0.01"
-        yield "", f"{told}; {train.steps:,} steps take {asked:,} rows, {epochs} epochs"
+        if isinstance(self.data, PreparedMixture):
+            yield "", f"{train.steps:,} steps take {asked:,} rows"
+            yield from self._mixture(self.data, asked)
+        else:
+            yield "", f"{told}; {train.steps:,} steps take {asked:,} rows, {_epochs(asked / rows)} epochs"
+            yield from _packing(counts, rows * (length + 1))
         if self.data.tokenizer is not None:
             yield "tokenizer", self._tokenizer(self.data.tokenizer.size)
             yield "", f"a document is {self.data.tokenizer.document}"
+
+    def _mixture(self, mixture: PreparedMixture, samples: int) -> Iterator[Fact]:
+        """Yield a line per source: what the run takes of it, and how its rows are packed."""
+        taken = mixture.order.counts(samples)
+        for (name, source), rows in zip(mixture.sources.items(), taken, strict=True):
+            own = source.summary["rows_per_epoch"]
+            told = f"{name}: {rows:,} rows ({rows / max(1, samples):.1%}) of {own:,} per epoch"
+            yield "", f"{told}, {_epochs(rows / own)} epochs"
+            for _, packing in _packing(source.summary, own * (source.sequence_length + 1)):
+                yield "", f"{name}: {packing}"
+
+    def _stream(self) -> Iterator[Fact]:
+        """Yield what is known of a dataset that streams: how much it is, nobody knows before it is read."""
+        counts, config = self.data.summary, self.job.config
+        pieces, lanes = amount(counts["pieces"], "pieces"), amount(counts["lanes"], "lanes")
+        held_out = amount(counts["documents_held_out"], "documents")
+        rows = amount(config.data.lane_rows, "rows")  # type: ignore[attr-defined]
+        yield "", f"{pieces} in {lanes}, {rows} of every batch from each, tokenized as they are read"
+        yield "", f"held out {held_out}, {counts['tokens_held_out']:,} tokens"
+        assert self.data.tokenizer is not None
+        yield "tokenizer", self._tokenizer(self.data.tokenizer.size)
+        yield "", f"a document is {self.data.tokenizer.document}"
 
     def _tokenizer(self, size: int) -> str:
         config = self.job.config
@@ -144,14 +170,20 @@ class RunFacts:
             return f"{'that of the run' if config.run.resume else load}: {vocabulary}"
         if path := getattr(config.tokenizer, "path", None):
             return f"from tokenizer.path={path}: {vocabulary}"
-        trained = amount(self.data.summary["characters_train"], "characters")
-        return f"trained on the training side, {trained}: {vocabulary}"
+        count = self.data.summary.get("characters_train")
+        trained = f"the training side, {amount(count, 'characters')}" if count else "the begin of the stream"
+        return f"trained on {trained}: {vocabulary}"
 
     def _batch(self) -> Iterator[Fact]:
         train, shape = self.job.config.train, self.job.plan.shape
         told = f"{train.batch:,} sequences{self._reason('train.global_batch_size')}"
         told += f" x {train.length:,} tokens{self._reason('train.sequence_length')}"
         yield "batch", f"{told} = {train.batch * train.length:,} tokens per step"
+        batch = BatchSchedule.of(train)
+        if batch.start is not None:
+            ends = f"step {batch.ramp_steps + 1:,} is the first of the whole batch"
+            yield "", f"ramp from {batch.told()}{self._reason('train.batch_ramp.increment')}; {ends}"
+            yield "", "learning rate, MTP weight and bias speed go by steps, not by tokens"
         micro = f"{train.microbatch:,} sequences per rank{self._reason('train.microbatch_size')}"
         accumulated = " (gradient accumulation)" if shape.microbatches > 1 else ""
         yield "microbatch", f"{micro}, {shape.microbatches:,} per step{accumulated}"
@@ -251,7 +283,7 @@ class RunFacts:
         config, rows = self.job.config, self.data.held_out
         train, kept = config.train, config.checkpoint
         share = amount(len(rows), "held-out rows")
-        scored = scored_rows(len(rows), rows.sequence_length, train.evaluate_tokens)
+        scored = len(rows_to_score(rows, train.evaluate_tokens))
         if scored < len(rows):
             every_row = "train.evaluate_tokens=null scores all"
             share = f"{scored:,} of {share}, spread evenly ({every_row})"
@@ -271,3 +303,18 @@ class RunFacts:
         else:
             yield "logger", choice_name("logger", logger._target_)
         yield "convergence", f"{self.record.convergence}, equal for runs that learn the same"
+
+
+def _epochs(epochs: float) -> str:
+    return f"{epochs:.2f}" if epochs >= 0.01 else "less than 0.01"
+
+
+def _packing(counts: Mapping[str, int], positions: int) -> Iterator[Fact]:
+    """Yield how the documents lie in rows, and how many are rearranged; rows that are given have no such."""
+    if "documents_cut" in counts:
+        documents = counts["documents_train"]
+        cut, padding = counts["documents_cut"] / documents, counts["tokens_padding"] / positions
+        about = "" if counts["tokens_padding"] else "about "
+        yield "", f"{about}{cut:.2%} of the documents are cut, {padding:.2%} of the rows is padding"
+    if counts.get("documents_fim"):
+        yield "", f"{counts['documents_fim']:,} documents in the form of fill-in-the-middle in every epoch"

@@ -26,10 +26,13 @@ from dsv3.config.registry import command
 from dsv3.config.root import Config
 from dsv3.config.strict import build, to_yaml
 from dsv3.config.task import SamplingConfig
-from dsv3.config.training import scored_rows
+from dsv3.config.training import TrainConfig
 from dsv3.convert.hf_assets import keep_assets
 from dsv3.convert.live_export import LiveExporter
+from dsv3.data.lanes import LaneRows
 from dsv3.data.loader import DataLoader
+from dsv3.data.mixture import PreparedMixture
+from dsv3.data.prefetch import Prefetcher
 from dsv3.data.sources import PreparedData
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import RankContext, make_deterministic
@@ -38,7 +41,7 @@ from dsv3.errors import UserError
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.job import Job, under_launcher
 from dsv3.launch.run_dir import check_same_data, make_run_dir, read_origin, record_run, write_run_files
-from dsv3.launch.trained_on import other_data_notes, other_order_notes
+from dsv3.launch.trained_on import changed_data_notes, other_data_notes, other_order_notes
 from dsv3.metrics import jsonl
 from dsv3.metrics.console import Console
 from dsv3.metrics.loggers import Logger
@@ -49,12 +52,14 @@ from dsv3.metrics.row import MetricsRow
 from dsv3.model.generation import TimeLimit
 from dsv3.parallel.mesh import assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.parameters import training_flops_per_token
 from dsv3.tasks.generate import sample_text
 from dsv3.tasks.setup import build_mesh, join_ranks, load_own_tokenizer, prepare_data, stop_at_assets
 from dsv3.tasks.this_run import THIS_RUN_FILE, RunFacts
 from dsv3.training import callbacks
 from dsv3.training.callbacks import Callback, TrainingRun
+from dsv3.training.evaluation import rows_to_score
 from dsv3.training.loop import Loop
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.step import TrainStep
@@ -89,8 +94,10 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
     """Train on this rank of `world`, which reads the data share that the layout gives it."""
     config, own_tokenizer = job.config, _own_tokenizer(job)
     data = prepare_data(config, world, own_tokenizer)
+    change = None
     if config.run.resume:
-        check_same_data(data.fingerprint, job.run_dir)
+        stored = (data.fingerprint, data.record, job.run_dir, config.data.allow_change)
+        change = on_main(world, lambda: check_same_data(*stored))
     mesh = build_mesh(job, world)
     start = _starting_checkpoint(job, world)
     model = build_parallel_model(config, mesh, world.device, initial=start is None)
@@ -99,9 +106,12 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
     with phase("making the run directory"):  # ranks wait for one another here
         job.run_dir = directory = world.broadcast_object(make_run_dir(job) if world.is_main else job.run_dir)
     world.watch(directory)
-    record = record_run(job, data.fingerprint, data.tokenizer_fingerprint) if world.is_main else None
+    fingerprints = data.fingerprint, data.tokenizer_fingerprint
+    record = record_run(job, *fingerprints, change) if world.is_main else None
     manager = CheckpointManager(directory, config.checkpoint, world, record)
     progress = _restore(config, start, world, manager, model, optimizer)
+    if isinstance(data.train, LaneRows):
+        data.train.go_on(progress.bookmarks)
     job.notes += manager.notes
     log_path = directory / "log.txt"
     console = Console(config.train.log_every, log_path=log_path, quiet=not ranks.is_main)
@@ -116,7 +126,7 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
         metrics = directory / "metrics.jsonl"
         recorder = Recorder(metrics, ranks, config.train.log_every, console, run.logger, layers)
         listed = _build_callbacks(run, model, data, manager, recorder)
-        console.start(config.train.steps, progress.step)
+        console.start(config.train.steps, progress.step, _tokens_to_come(config.train, progress))
         if not _build_loop(job, run, data, listed, stop).train():
             resume = shlex.join([*command("train"), f"resume={directory}", *job.resume_flags])
             raise Stopped(f"stopped after step {progress.step} and saved; go on: {resume}")
@@ -137,8 +147,9 @@ def _build_callbacks(
 
     listed: list[Callback] = [
         callbacks.Evaluate(data.held_out, train.evaluate_every),
+        *([callbacks.CountSources(data, train.log_every)] if isinstance(data, PreparedMixture) else []),
         callbacks.RecordMetrics(recorder, train.log_every),
-        callbacks.SaveCheckpoint(manager, recorder, train.checkpoint_every),
+        callbacks.SaveCheckpoint(manager, recorder, train.checkpoint_every, data.train),
     ]
     if tokenizer is not None:  # data that is token ids already has no text to show
 
@@ -170,15 +181,22 @@ def _build_loop(
     kind = config.precision.matmul_type(fp8_engine_name(run.forward_backward.model_parts))
     peak = getattr(job.hardware, f"peak_flops_{kind}")
     throughput = Throughput(
-        sequences_per_step=train.batch,
-        tokens_per_step=train.batch * length,
         flops_per_token=training_flops_per_token(config.model, length),
         peak_flops=peak and peak * ranks.world,
         device=ranks.device,
     )
     step = TrainStep(run.forward_backward, run.optimizer, ranks, train.clip_norm)
-    loader = DataLoader(data.train, train.batch, train.microbatch, ranks.data_rank, ranks.data_world)
-    return Loop(run, step, loader, build(config.schedule), throughput, listed, stop)
+    batch, pinned = BatchSchedule.of(train), ranks.device.type == "cuda"
+    loader = DataLoader(data.train, batch, train.microbatch, ranks.data_rank, ranks.data_world, pinned)
+    batches = Prefetcher(loader, train.prefetch, ranks.device)
+    return Loop(run, step, batches, build(config.schedule), throughput, listed, stop)
+
+
+def _tokens_to_come(train: TrainConfig, progress: Progress) -> tuple[int, int]:
+    """Return the tokens that are done and those at the end of the run."""
+    steps = train.steps - progress.step
+    samples = BatchSchedule.of(train).samples_after(progress.samples, steps) - progress.samples
+    return progress.tokens, progress.tokens + samples * train.length
 
 
 def _own_tokenizer(job: Job) -> Tokenizer | None:
@@ -235,10 +253,10 @@ def _describe(facts: RunFacts) -> None:
         load, keeps_ids = run.config.checkpoint.load, data.tokenizer is None or facts.owns_tokenizer
         keep_assets(run.directory, find_checkpoint(load) if load else None, keeps_ids)
     held_out = len(data.held_out)
-    scored = scored_rows(held_out, data.sequence_length, run.config.train.evaluate_tokens)
+    scored = len(rows_to_score(data.held_out, run.config.train.evaluate_tokens))
     counted = {**data.summary, "rows_held_out": held_out, "rows_evaluated": scored}
-    write_run_files(facts.job, counted, facts.record)
-    facts.job.notes += other_data_notes(facts.record)
+    write_run_files(facts.job, counted, facts.record, data.record)
+    facts.job.notes += other_data_notes(facts.record) + changed_data_notes(facts.record.data_changes)
     facts.job.notes += other_order_notes(run.directory) if run.config.run.resume else []
     facts.job.notes += data.tokenizer.notes() if data.tokenizer is not None else []
     lines = facts.lines()
@@ -300,6 +318,10 @@ def _results(rows: list[MetricsRow], directory: Path, steps: int) -> list[tuple[
         first = f" (first {shown(evaluations[0])})" if len(evaluations) > 1 else ""
         results.append(("held-out loss", f"{shown(evaluations[-1])}{first}"))
         results.append(("held-out perplexity", f"{math.exp(min(evaluations[-1], 700.0)):.2f}"))
+    last = next((row for row in reversed(rows) if row.sources and row.evaluation_loss is not None), None)
+    for name, own in (last.sources or {}).items() if last is not None else ():
+        trained = f"{own.get('tokens') or 0:,.0f} tokens, {own.get('epochs') or 0:.3g} epochs"
+        results.append((f"  {name}", f"{shown(own.get('evaluation_loss'))}, {trained}"))
     if rates:
         results.append(("tokens/s", f"{median(rates):,.0f}"))
     results.append(("peak memory", f"{max(row.memory_gib or 0.0 for row in rows):.2f} GiB"))

@@ -17,6 +17,8 @@ from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.config.launch import ProfileConfig
 from dsv3.config.root import Config
+from dsv3.data.lanes import LaneRows, newest
+from dsv3.data.mixture import PreparedMixture
 from dsv3.data.packing import RowDataset
 from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.torch_private import record_memory_history, write_memory_snapshot
@@ -103,7 +105,33 @@ class Evaluate(Callback):
                 run.forward_backward, self.rows, train.microbatch, run.ranks, train.evaluate_tokens
             )
             run.row.evaluation_loss = found.loss
+            run.row.sources = {
+                name: {"evaluation_loss": source.loss if source.tokens else None}
+                for name, source in found.sources.items()
+            }
         run.progress.evaluation_loss = run.row.evaluation_loss
+
+
+class CountSources(Callback):
+    """Fills the row with what has been trained on of each source of a mixture.
+
+    Every `log_every` steps and at steps with a held-out loss: the counts follow from the samples alone, and
+    rows of many sources are long.
+    """
+
+    def __init__(self, mixture: PreparedMixture, log_every: int) -> None:
+        self.mixture = mixture
+        self.log_every = log_every
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Fill the row's sources; what Evaluate has put there stays."""
+        if is_due(run.step, self.log_every) or run.is_last_step or run.row.sources:
+            counted = self.mixture.progress(run.progress.samples)
+            losses = run.row.sources or {}
+            run.row.sources = {
+                name: {**own, "evaluation_loss": losses.get(name, {}).get("evaluation_loss")}
+                for name, own in counted.items()
+            }
 
 
 class RecordMetrics(Callback):
@@ -126,12 +154,18 @@ class RecordMetrics(Callback):
 
 
 class SaveCheckpoint(Callback):
-    """Saves every `every` steps, and at the end of the run in any case."""
+    """Saves every `every` steps, and at the end of the run in any case.
 
-    def __init__(self, manager: CheckpointManager, recorder: Recorder, every: int) -> None:
+    Of `rows` that stream, a checkpoint carries the bookmarks of all ranks.
+    """
+
+    def __init__(
+        self, manager: CheckpointManager, recorder: Recorder, every: int, rows: RowDataset | None = None
+    ) -> None:
         self.manager = manager
         self.recorder = recorder
         self.every = every
+        self.rows = rows
 
     def on_step_end(self, run: TrainingRun) -> None:
         """Save where it is due; the last step's checkpoint is `on_train_end`'s."""
@@ -156,6 +190,9 @@ class SaveCheckpoint(Callback):
     def _save(self, run: TrainingRun, wait: bool = False) -> None:
         # Rows first: a checkpoint must never be ahead of metrics.jsonl.
         self.recorder.flush()
+        if isinstance(self.rows, LaneRows):
+            known = run.ranks.all_gather_object(self.rows.bookmarks(run.progress.samples))
+            run.progress.bookmarks = {lane: list(place) for lane, place in newest(known).items()}
         self.manager.save(run.forward_backward.model_parts, run.optimizer, run.progress, wait)
 
 

@@ -3,13 +3,16 @@
 An evaluation may score a part of the held-out rows. They are the same ones each time and on every layout.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dsv3.config.training import scored_rows
 from dsv3.data.loader import evaluation_batches
+from dsv3.data.mixture import HeldOutSources
 from dsv3.data.packing import PackedRow, RowDataset
 from dsv3.distributed.process_group import RankContext
 from dsv3.metrics.progress import phase
@@ -25,6 +28,8 @@ class Evaluation(NamedTuple):
     """Next-token cross-entropy in nats, the mean over `tokens`."""
     tokens: int
     """Valid targets that were scored."""
+    sources: Mapping[str, "Evaluation"] = {}
+    """The same by source of a mixture."""
 
 
 class SpreadRows:
@@ -45,9 +50,20 @@ class SpreadRows:
 
 
 def rows_to_score(rows: RowDataset, tokens: int | None) -> RowDataset:
-    """Return the rows of an evaluation of about so many `tokens`, at least one; all of them for None."""
+    """Return the rows of an evaluation of about so many `tokens`, at least one; all of them for None.
+
+    Of a mixture each source has the share of them that it has of all held-out rows, and at least one row.
+    """
     count = scored_rows(len(rows), rows.sequence_length, tokens)
-    return rows if count == len(rows) else SpreadRows(rows, count)
+    if count == len(rows):
+        return rows
+    if not isinstance(rows, HeldOutSources):
+        return SpreadRows(rows, count)
+    bounds = [start * count // len(rows) for start in rows.starts]  # so that the shares add up to count
+    shares = {
+        name: max(1, end - first) for name, first, end in zip(rows.sources, bounds, bounds[1:], strict=False)
+    }
+    return HeldOutSources({name: SpreadRows(rows.sources[name], share) for name, share in shares.items()})
 
 
 def evaluate(
@@ -60,22 +76,34 @@ def evaluate(
     """Score every row once over all ranks, or rows of about so many `tokens` (`rows_to_score`).
 
     Sums are fp64, so that the precision of the mean does not depend on the number of rows. The model's mode
-    and gradients stay as they are. All ranks call it together.
+    and gradients stay as they are. All ranks call it together. The sources of a mixture are scored one after
+    the other, each in batches of its own.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss sum, valid tokens
     rows = rows_to_score(rows, tokens)
-    own = evaluation_batches(rows, microbatch_size, ranks.data_rank, ranks.data_world)
-    count = -(-len(rows) // (microbatch_size * ranks.data_world))
+    sources = rows.sources if isinstance(rows, HeldOutSources) else {"": rows}
+    # By source loss sum and valid tokens.
+    total = torch.zeros(len(sources), 2, dtype=torch.float64, device=ranks.device)
+    count = sum(-(-len(source) // (microbatch_size * ranks.data_world)) for source in sources.values())
     with ExitStack() as stack:
         work = stack.enter_context(phase("computing the held-out loss", count, "batches", together=True))
         for part in forward_backward.model_parts:
             stack.enter_context(inference(part))
-        for batch in own:
-            batch = batch.to(ranks.device)
-            total[0] += forward_backward.evaluate(batch)
-            total[1] += valid_tokens(batch)
-            work.advance()
-        loss, valid = ranks.sum(total).tolist()
+        for own, source in zip(total, sources.values(), strict=True):
+            for batch in evaluation_batches(source, microbatch_size, ranks.data_rank, ranks.data_world):
+                batch = batch.to(ranks.device)
+                own[0] += forward_backward.evaluate(batch)
+                own[1] += valid_tokens(batch)
+                work.advance()
+        total = ranks.sum(total)
+    found = _mean(total.sum(0), ranks)
+    if not isinstance(rows, HeldOutSources):
+        return found
+    return found._replace(sources={name: _mean(own, ranks) for name, own in zip(sources, total, strict=True)})
+
+
+def _mean(total: Tensor, ranks: RankContext) -> Evaluation:
+    """Return the mean loss of a sum of losses and a count of valid tokens, both over all ranks."""
+    loss, valid = total.tolist()
     # Ranks that compute the same loss, or read the same rows, have each added it to the sums.
     valid = round(valid) // ranks.row_replicas
     return Evaluation(loss / ranks.loss_replicas / max(valid, 1), valid)

@@ -1,10 +1,11 @@
 """The training loop: take optimizer steps, and call the callbacks between them."""
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 
-from dsv3.data.loader import DataLoader
+from dsv3.data.prefetch import Prefetcher
 from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
 from dsv3.distributed.signals import StopEarly, StopSignal, obey
 from dsv3.metrics.progress import phase
@@ -25,7 +26,7 @@ class Loop:
 
     run: TrainingRun
     step: TrainStep
-    loader: DataLoader
+    batches: Prefetcher
     schedule: Schedule
     throughput: Throughput
     callbacks: Sequence[Callback]
@@ -39,6 +40,8 @@ class Loop:
             for callback in self.callbacks:
                 stack.push(lambda kind, *_, close=callback.close: close(kind is not None))
                 callback.on_train_start(self.run)
+            stack.callback(self.batches.close)
+            self.batches.start(progress.samples, max(0, last - progress.step))
             with phase("waiting for the other ranks to be ready"):  # rank 0 has started the logger meanwhile
                 ranks.meet()
             compiles = self.run.config.compile.enabled
@@ -67,17 +70,23 @@ class Loop:
     def _take_step(self) -> None:
         """Take one step, and begin its row of metrics."""
         run, progress = self.run, self.run.progress
+        size, length = self.batches.batch.size(progress.samples), run.config.train.length
         self.throughput.start()
+        asked = time.perf_counter()
+        microbatches = self.batches.microbatches(progress.samples)
+        waited = time.perf_counter() - asked
         step = progress.step + 1
         lr = run.config.optimizer.lr * self.schedule(step)
         now = StepHyperparameters.at(step, self.schedule.total_steps, lr, run.config.train)
-        run.metrics = self.step(self.loader.microbatches(progress.samples), now)
+        run.metrics = self.step(microbatches, now)
         progress.step = step
-        progress.samples += self.throughput.sequences_per_step
-        progress.tokens += self.throughput.tokens_per_step
-        run.row = MetricsRow(step=step, tokens=progress.tokens, lr=now.lr)
-        run.fill_throughput = self.throughput.stop(run.row)
+        progress.samples += size
+        progress.tokens += size * length
+        run.row = MetricsRow(step=step, tokens=progress.tokens, lr=now.lr, data_wait=waited)
+        run.fill_throughput = self.throughput.stop(run.row, size * length)
         HEARTBEAT.beat()
+        if (following := self.batches.batch.size(progress.samples)) != size:
+            run.console.message(f"from step {step + 1} on the batch has {following:,} sequences")
 
     def _begin_to_save(self) -> None:
         """Save at a stop from now on: every rank has taken a step. What compiles has compiled."""

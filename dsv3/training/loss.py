@@ -24,8 +24,10 @@ class LossDenominators:
 
     tokens: Tensor
     """Valid targets; a scalar, at least 1."""
-    sequences: int
-    """Sequences of the global batch."""
+    sequences: Tensor | int
+    """Sequences of the global batch, without those of padding alone; a scalar, at least 1."""
+    routed: Tensor | int | None = None
+    """Positions of the global batch with a token; a scalar, at least 1. None: no sequence has padding."""
 
 
 class LossTerms(NamedTuple):
@@ -108,6 +110,15 @@ def loss_terms(output: ModelOutput, batch: Batch, denominators: LossDenominators
         head, (main, *of_depths) = output.head_loss
         main = main / denominators.tokens
         mtp = sum(of_depths, mtp) / denominators.tokens / max(1, len(of_depths))
-    share_of_sequences = batch.tokens.shape[0] / denominators.sequences
-    balance, z = output.balance_loss * share_of_sequences, output.z_loss * share_of_sequences
+    # The router's losses are means over this microbatch's sequences and positions.
+    share_of_sequences = _share(batch.num_sequences, denominators.sequences)
+    share_of_positions = share_of_sequences
+    if denominators.routed is not None:
+        share_of_positions = _share(batch.num_tokens, denominators.routed)
+    balance, z = output.balance_loss * share_of_sequences, output.z_loss * share_of_positions
     return LossTerms(head, main, mtp, balance, z)
+
+
+def _share(part: int, whole: Tensor | int) -> Tensor | float:
+    """Return part / whole rounded once: fp32 on the device of `whole`, where that is a tensor."""
+    return part / whole if isinstance(whole, int) else (part / whole.double()).float()

@@ -17,6 +17,7 @@ from dsv3.model.generation import last_logits
 from dsv3.model.head import HeadTargets
 from dsv3.model.kv_cache import CacheStep
 from dsv3.model.router import Router
+from dsv3.model.transfers import upload
 from dsv3.model.transformer import ModelOutput, Transformer
 from dsv3.training.expert_bias import stack_expert_bias, take_expert_load, update_expert_bias
 from dsv3.training.loss import LossDenominators, LossSums, head_targets, loss_terms, valid_tokens
@@ -63,7 +64,9 @@ class LocalForwardBackward:
         sums = []
         for batch in microbatches:
             targets = head_targets(batch, denominators, step, self.model.config.mtp_depths)
-            output = self.model(batch.tokens, self._documents(batch), targets=targets)
+            output = self.model(
+                batch.tokens, self._documents(batch), targets=targets, lengths=batch.lengths
+            )
             terms = loss_terms(output, batch, denominators)
             terms.total(step).backward()  # gradients accumulate over the microbatches
             nonfinite = output.nonfinite_routers.float()
@@ -73,7 +76,9 @@ class LocalForwardBackward:
     def evaluate(self, batch: Batch) -> Tensor:
         """See ForwardBackward."""
         targets = HeadTargets([batch.targets], [1.0])
-        output: ModelOutput = self.model(batch.tokens, self._documents(batch), targets=targets)
+        output: ModelOutput = self.model(
+            batch.tokens, self._documents(batch), targets=targets, lengths=batch.lengths
+        )
         assert output.head_loss is not None
         return output.head_loss.loss
 
@@ -159,11 +164,15 @@ class TrainStep:
         return metrics
 
     def _count(self, microbatches: list[Batch]) -> LossDenominators:
-        """Count the valid tokens and sequences of the global batch, over all ranks."""
-        local = torch.stack([valid_tokens(batch) for batch in microbatches]).sum()
-        sequences = sum(batch.tokens.shape[0] for batch in microbatches) * self.ranks.data_world
-        tokens = self.ranks.sum(local) // self.ranks.row_replicas
-        return LossDenominators(tokens.clamp(min=1), sequences)
+        """Count what divides the losses of the global batch, over all ranks.
+
+        Padding may differ between ranks, so they exchange all three counts wherever it stands.
+        """
+        valid = torch.stack([valid_tokens(batch) for batch in microbatches]).sum()
+        of_rows = [(batch.num_sequences, batch.num_tokens) for batch in microbatches]
+        counts = upload(torch.tensor(of_rows).sum(0), self.ranks.device)
+        total = self.ranks.sum(torch.cat([valid.view(1), counts])) // self.ranks.row_replicas
+        return LossDenominators(*total.clamp(min=1).unbind())
 
     def _balance_experts(self, bias_speed: float) -> dict[str, Tensor]:
         """Move the expert bias by the global batch's load; return the metrics of the load."""

@@ -55,8 +55,6 @@ class DeviceTimer:
 class Throughput:
     """Turns a step's seconds into tokens per second and MFU."""
 
-    sequences_per_step: int
-    tokens_per_step: int
     flops_per_token: float
     peak_flops: float | None
     """FLOP/s of all devices together; None where it is unknown (CPU)."""
@@ -70,12 +68,15 @@ class Throughput:
         """Begin to time a step."""
         self.timer.start()
 
-    def stop(self, row: MetricsRow) -> Callable[[], None]:
-        """End the step of `row`; the result fills its tokens_per_second and mfu, and has done so on CPU."""
+    def stop(self, row: MetricsRow, tokens: int) -> Callable[[], None]:
+        """End the step of `row`, which took so many `tokens` over all ranks.
+
+        The result fills the row's tokens_per_second and mfu, and has done so on CPU.
+        """
         seconds = self.timer.stop()
 
         def fill() -> None:
-            row.tokens_per_second = self.tokens_per_step / seconds()
+            row.tokens_per_second = tokens / seconds()
             if self.peak_flops:
                 row.mfu = row.tokens_per_second * self.flops_per_token / self.peak_flops
 

@@ -8,7 +8,7 @@ import pytest
 
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.checkpoint.manifest import FileEntry, check_newest, shares, verify_together, with_way_out
-from dsv3.errors import UserError
+from dsv3.errors import RunFailed, UserError
 from tests.checkpoint import hostile
 from tests.harness.checkpoints import seal, unseal
 from tests.harness.commands import TrainCommand
@@ -68,6 +68,23 @@ def test_every_rank_reads_its_share_alone(step: Path, monkeypatch: pytest.Monkey
         except UserError:
             found.append(rank)
     assert found == [0]  # the largest goes to the first
+
+
+def test_what_one_rank_cannot_read_is_every_ranks_error(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises: a rank that raised alone would leave the others waiting for it."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room for a buffer")
+
+    monkeypatch.setattr("dsv3.checkpoint.manifest.check_digests", fail)
+    told = []
+    monkeypatch.setattr(
+        "dsv3.distributed.process_group.RankContext.all_gather_object",
+        lambda self, value: told.append(value) or [([None], None), value],
+    )
+    with pytest.raises(RunFailed, match="^rank 1 failed: MemoryError: no room for a buffer$"):
+        verify_together(step, replace(ALONE, rank=1, world=2))
+    assert len(told) == 1
 
 
 def test_a_flipped_bit_of_a_tensor_stops_restoring_with_a_way_out(run_dir: Path, trained: Trained) -> None:

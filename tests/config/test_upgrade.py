@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from dsv3.config.overrides import split_override
 from dsv3.config.strict import check_target
+from dsv3.config.training import EVALUATE_TOKENS
 from dsv3.config.upgrade import KEYS, TARGETS, upgrade_node, upgrade_override, upgrade_target
 from dsv3.launch.checkpoint_defaults import read_model
 from tests.harness.commands import PlannedCommand
@@ -84,11 +85,20 @@ def test_nothing_else_is_touched() -> None:
             "recompute={_target_:dsv3.parallel.activation_checkpoint.ActivationCheckpointing}",
         ),
         ("data._target_=dsv3.data.table.TokensDataX", "data._target_=dsv3.data.table.TokensDataX"),
+        ("++train.evaluate_batches=null", "++train.evaluate_tokens=null"),
+        ("train={evaluate_batches: null}", "train={evaluate_tokens: null}"),
+        ("train={evaluate_batches:12,steps:3}", "train={steps:3}"),
+        ("train={steps:3, evaluate_batches: 12}", "train={steps:3}"),
     ],
 )
 def test_an_override_is_translated_and_still_one(stored: str, today: str) -> None:
     assert upgrade_override(stored) == today
     assert split_override(today)
+
+
+@pytest.mark.parametrize("stored", ["train.evaluate_batches=4", "train={evaluate_batches: 4}"])
+def test_a_number_in_another_unit_is_no_longer_typed(stored: str) -> None:
+    assert upgrade_override(stored) is None
 
 
 def as_older_code_stored(node: Any) -> Any:
@@ -132,6 +142,31 @@ def test_a_run_that_older_code_stored_is_resumed(
     job = planned.run(f"resume={directory}").job
     assert job.plan.world_size == job.config.parallel.min_world_size == 4
     assert "parallel.min_world_size=4" in job.overrides
+
+
+def test_a_resume_says_that_a_number_in_another_unit_became_todays_default(
+    planned: PlannedCommand, stored: StoredRun
+) -> None:
+    directory = stored.store("logger=none")
+    (directory / "overrides.yaml").write_text(
+        yaml.safe_dump(["logger=none", "train.steps=300", "train.evaluate_batches=4"])
+    )
+    stored.change(train__evaluate_tokens=None, train__evaluate_batches=4)
+    job = planned.run(f"resume={directory}").job
+    assert job.config.train.evaluate_tokens == EVALUATE_TOKENS
+    assert job.notes == [
+        "counted otherwise in the run, only how it is computed: train.evaluate_batches=4; the default of "
+        f"today, train.evaluate_tokens={EVALUATE_TOKENS}, takes its place"
+    ]
+    assert [each for each in job.overrides if "run." not in each] == ["logger=none", "train.steps=300"]
+    job = planned.run(f"resume={directory}", "train.evaluate_tokens=5000").job
+    assert job.notes == ["changes only how it is computed: train.evaluate_tokens absent -> 5000"]
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    config["train"]["evaluate_batches"] = None
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    job = planned.run(f"resume={directory}").job
+    assert job.config.train.evaluate_tokens is None
+    assert not [note for note in job.notes if note.startswith("counted otherwise")]
 
 
 def test_the_tokens_of_a_run_that_older_code_stored_are_the_same_data(

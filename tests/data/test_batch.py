@@ -1,6 +1,7 @@
 """Targets by hand: the next token, and the tokens after it."""
 
 import numpy as np
+import pytest
 import torch
 
 from dsv3.data.batch import collate, mtp_targets
@@ -28,6 +29,20 @@ def test_targets_stay_in_their_document_and_out_of_the_padding() -> None:
     assert (batch.tokens.dtype, batch.targets.dtype) == (torch.int64, torch.int64)
     assert batch.documents.dtype == torch.int32
     assert all(x.is_contiguous() for x in (batch.tokens, batch.targets, batch.documents))
+
+
+def test_lengths_are_told_where_a_row_has_padding_and_only_there() -> None:
+    batch = collate(ROWS)
+    assert (batch.lengths, batch.num_sequences, batch.num_tokens) == ([7, 5], 2, 12)
+    full = collate(ROWS[:1])
+    assert (full.lengths, full.num_sequences, full.num_tokens) == (None, 1, 7)
+    # Only the token behind the inputs is missing: it is a target that does not count.
+    last = collate([row([1, 2, 3], [0, 0, PADDING])])
+    assert (last.lengths, last.targets.tolist()) == (None, [[2, I]])
+    empty = collate([ROWS[0], row([0] * 8, [PADDING] * 8)])
+    assert (empty.lengths, empty.num_sequences, empty.num_tokens) == ([7, 0], 1, 7)
+    with pytest.raises(ValueError, match="padding before a token"):
+        collate([row([1, 0, 2, 3], [0, PADDING, 1, 1])]).lengths  # noqa: B018
 
 
 def test_targets_of_multi_token_prediction_by_hand() -> None:

@@ -1,10 +1,14 @@
 """Cache entries appear complete or not at all, however many processes want them."""
 
+import contextlib
 import errno
 import fcntl
+import json
 import multiprocessing
 import os
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,9 @@ from filelock import FileLock, Timeout
 
 from dsv3.data import cache
 from dsv3.data.cache import CacheEntryError, cache_root, load_or_build
+from dsv3.distributed.heartbeat import HEARTBEAT
 from dsv3.errors import UserError
+from dsv3.metrics.progress import Phase, phase
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -50,12 +56,18 @@ def test_an_entry_is_built_once_and_nothing_else_is_left(tmp_path: Path) -> None
     assert sorted(p.name for p in target.parent.iterdir()) == [".entry.lock", "entry"]
 
 
-def test_a_damaged_entry_is_built_anew(tmp_path: Path) -> None:
+def test_a_damaged_entry_is_told_of_and_built_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "entry"
     target.mkdir()
-    (target / "content").write_text("damaged")
     assert load_or_build(target, read, build) == "sound"
+    (target / "content").write_text("damaged")
+    assert load_or_build(target, read, build, "some text") == "sound"
+    assert load_or_build(target, read, lambda _: pytest.fail("built again")) == "sound"
+    assert capsys.readouterr().err.count("the cache's entry is damaged and is made anew") == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [".entry.lock", "entry"]
+    assert json.loads((target / "entry.json").read_text())["made_from"] == "some text"
 
 
 def test_a_build_that_fails_leaves_no_entry(tmp_path: Path) -> None:
@@ -66,6 +78,27 @@ def test_a_build_that_fails_leaves_no_entry(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="corpus"):
         load_or_build(tmp_path / "entry", read, fails)
     assert [p.name for p in tmp_path.iterdir()] == [".entry.lock"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_leaves_what_is_done_for_the_next_try(tmp_path: Path, wrapped: bool) -> None:
+    def fills(directory: Path) -> None:
+        (directory / "half").touch()
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if wrapped:
+                raise UserError("shard 3 cannot be written: No space left on device") from error
+            raise
+
+    def goes_on(directory: Path) -> None:
+        (directory / "half").unlink()
+        build(directory)
+
+    told = "shard 3" if wrapped else r"data\.cache_dir=.*cannot be written \(No space left.*task=cache"
+    with pytest.raises(UserError, match=told):
+        load_or_build(tmp_path / "entry", read, fills)
+    assert load_or_build(tmp_path / "entry", read, goes_on) == "sound"
 
 
 def test_whoever_finishes_second_takes_what_is_there(tmp_path: Path) -> None:
@@ -127,13 +160,14 @@ def test_two_processes_at_once_both_succeed(tmp_path: Path, code: int | None) ->
 
 def _hold(target: Path, building: "multiprocessing.synchronize.Event") -> None:
     def forever(directory: Path) -> None:
+        (directory / "half").touch()
         building.set()
         time.sleep(600)
 
     load_or_build(target, read, forever)
 
 
-def test_a_process_that_is_killed_while_it_builds_leaves_no_lock(tmp_path: Path) -> None:
+def test_after_a_kill_the_next_process_goes_on(tmp_path: Path) -> None:
     building = SPAWN.Event()
     holder = SPAWN.Process(target=_hold, args=(tmp_path / "entry", building))
     holder.start()
@@ -143,12 +177,72 @@ def test_a_process_that_is_killed_while_it_builds_leaves_no_lock(tmp_path: Path)
         lock.acquire(timeout=0)
     holder.kill()
     holder.join(30)
-    assert load_or_build(tmp_path / "entry", read, build) == "sound"
+
+    def goes_on(directory: Path) -> None:
+        (directory / "half").unlink()
+        build(directory)
+
+    assert load_or_build(tmp_path / "entry", read, goes_on) == "sound"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".entry.lock", "entry"]
 
 
-def test_a_lock_that_is_held_too_long_does_not_stop_the_build(
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_others_wait_as_long_as_it_takes_and_show_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "LOCK_TIMEOUT", 0.0)
+    for name, seconds in {"TELL": 0.01, "LOOK": 0.02, "SILENCE": 0.2}.items():
+        monkeypatch.setattr(cache, name, seconds)
+    phases: list[Phase] = []
+
+    @contextlib.contextmanager
+    def watched(title: str, **options: bool) -> Iterator[Phase]:
+        with phase(title, **options) as current:  # type: ignore[arg-type]
+            phases.append(current)
+            yield current
+
+    monkeypatch.setattr(cache, "phase", watched)
+    note = tmp_path / ".entry.progress"
+    waiter = threading.Thread(target=load_or_build, args=(tmp_path / "entry", read, build))
     with FileLock(tmp_path / ".entry.lock", is_singleton=False):
-        assert load_or_build(tmp_path / "entry", read, build) == "sound"
+        note.write_text("{ half a note")
+        waiter.start()
+        wait_until(lambda: phases)
+        for beats in (1, 2):  # while the other one moves, so does this one; when it is silent, that is said
+            note.write_text(json.dumps({"process": "7 on host", "doing": "reading: 50 %", "beats": beats}))
+            before = HEARTBEAT.count
+            wait_until(lambda seen=before: HEARTBEAT.count > seen)
+            wait_until(lambda: "which has not moved for" in phases[0].title)
+            assert phases[0].title.startswith(
+                "waiting for process 7 on host, which makes entry (reading: 50 %), which has not moved for "
+            )
+        silent = HEARTBEAT.count
+        wait_until(lambda: "for 1 s" in phases[0].title)
+        assert HEARTBEAT.count == silent
+        note.write_text(json.dumps({"beats": 2, "patience": 1e9}))  # one call that may take long
+        wait_until(lambda: HEARTBEAT.count > silent)
+    waiter.join()
+    assert read(tmp_path / "entry") == "sound"
+
+
+def test_a_builder_notes_its_progress_for_those_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "TELL", 0.01)
+    monkeypatch.setenv("DSV3_PROGRESS", "lines")
+    note = tmp_path / ".entry.progress"
+
+    def slow(directory: Path) -> None:
+        with phase("reading", 4) as work:
+            work.advance(2)
+            wait_until(lambda: note.exists() and "reading: 50 %" in note.read_text())
+            assert json.loads(note.read_text())["process"].startswith(f"{os.getpid()} on ")
+        build(directory)
+
+    assert load_or_build(tmp_path / "entry", read, slow) == "sound"
+    assert not note.exists()

@@ -6,17 +6,19 @@ import torch
 
 from dsv3.data.batch import Batch
 from dsv3.data.loader import DataLoader, evaluation_batches
-from dsv3.data.packing import PackedDataset, PackedEvaluationDataset
+from dsv3.data.packing import PackedDataset, PackedEvaluationDataset, PackedRow
 from dsv3.data.shuffle import Ids
+from dsv3.data.token_store import TokenStore
 from dsv3.errors import UserError
 from dsv3.model.head import IGNORE_INDEX
+from dsv3.planning.batch_schedule import BatchSchedule
 
 Documents = tuple[Ids, Ids]
 
 
 @pytest.fixture
 def dataset(documents: Documents) -> PackedDataset:
-    return PackedDataset(*documents, 15, seed=7)
+    return PackedDataset(TokenStore.of(*documents), 15, seed=7)
 
 
 def joined(batches: list[Batch]) -> list[torch.Tensor]:
@@ -27,7 +29,7 @@ def joined(batches: list[Batch]) -> list[torch.Tensor]:
 def step(
     dataset: PackedDataset, first: int, world: int, microbatch: int, size: int = 8
 ) -> list[torch.Tensor]:
-    loaders = [DataLoader(dataset, size, microbatch, rank, world) for rank in range(world)]
+    loaders = [DataLoader(dataset, BatchSchedule(size), microbatch, rank, world) for rank in range(world)]
     return joined([batch for loader in loaders for batch in loader.microbatches(first)])
 
 
@@ -35,7 +37,8 @@ def step(
 def test_the_global_batch_is_the_same_on_every_layout(
     dataset: PackedDataset, world: int, microbatch: int
 ) -> None:
-    assert len(DataLoader(dataset, 8, microbatch, 0, world).microbatches(0)) == 8 // world // microbatch
+    loader = DataLoader(dataset, BatchSchedule(8), microbatch, 0, world)
+    assert len(loader.microbatches(0)) == 8 // world // microbatch
     for first in (0, 8, 24, 800):
         expected = step(dataset, first, 1, 4)
         for one, other in zip(expected, step(dataset, first, world, microbatch), strict=True):
@@ -45,7 +48,7 @@ def test_the_global_batch_is_the_same_on_every_layout(
 def test_going_on_equals_going_straight_through(documents: Documents, dataset: PackedDataset) -> None:
     straight = [step(dataset, first, 1, 4) for first in range(0, 80, 8)]
     assert 2 * len(dataset) < 80  # epochs end within
-    resumed = PackedDataset(*documents, 15, seed=7)
+    resumed = PackedDataset(TokenStore.of(*documents), 15, seed=7)
     for first in range(40, 80, 8):
         for one, other in zip(straight[first // 8], step(resumed, first, 2, 2), strict=True):
             assert torch.equal(one, other)
@@ -72,10 +75,47 @@ def test_a_batch_that_cannot_be_split_is_told_with_what_can(
     dataset: PackedDataset, size: int, microbatch: int, world: int, works: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        DataLoader(dataset, size, microbatch, 0, world)
+        DataLoader(dataset, BatchSchedule(size), microbatch, 0, world)
     assert f"train.global_batch_size={size} " in str(caught.value)
     assert f"train.microbatch_size={microbatch} x {world} " in str(caught.value)
     assert str(caught.value).endswith(f"use train.global_batch_size={works}")
+
+
+class NumberedRows:
+    """Rows whose tokens are their number."""
+
+    sequence_length = 3
+
+    def __len__(self) -> int:
+        return 40
+
+    def row(self, index: int) -> PackedRow:
+        """Return four times the number."""
+        return PackedRow(np.full(4, index), np.zeros(4, np.int32))
+
+
+RAMP = BatchSchedule(48, 16, 16, 500, 3)
+"""Over 167 rows: 6 steps of 16, 3 of 32, then 48."""
+
+
+@pytest.mark.parametrize("microbatch", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_across_a_ramp_every_layout_takes_the_rows_one_after_another(world: int, microbatch: int) -> None:
+    """On layouts that change at every step, as after a resume at each: the count of samples is all it needs."""
+    ranks = [DataLoader(NumberedRows(), RAMP, microbatch, rank, world) for rank in range(world)]
+    whole, samples, seen, sizes = DataLoader(NumberedRows(), RAMP, 16), 0, [], []
+    for number in range(15):
+        loaders = ranks if number % 2 == 0 else [whole]
+        batches = [batch for loader in loaders for batch in loader.microbatches(samples)]
+        rows = [int(row[0]) for batch in batches for row in batch.tokens]
+        seen, samples, sizes = seen + rows, samples + len(rows), [*sizes, len(rows)]
+    assert seen == list(range(samples))
+    assert sizes == [16] * 6 + [32] * 3 + [48] * 6
+
+
+def test_a_ramp_that_cannot_be_split_is_refused() -> None:
+    with pytest.raises(UserError, match=r"batch of 16 sequences, no multiple of 12 .*4 x 3 data-parallel"):
+        DataLoader(NumberedRows(), RAMP, 4, 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +124,7 @@ def test_a_batch_that_cannot_be_split_is_told_with_what_can(
 def test_evaluation_scores_each_target_once_on_every_layout(
     documents: Documents, world: int, microbatch: int, multiple: int
 ) -> None:
-    rows = PackedEvaluationDataset(*documents, 13)
+    rows = PackedEvaluationDataset(TokenStore.of(*documents), 13)
     ranks = [list(evaluation_batches(rows, microbatch, rank, world, multiple)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     assert len(ranks[0]) % multiple == 0

@@ -9,6 +9,7 @@ import pytest
 from dsv3.data import packing
 from dsv3.data.packing import PADDING, PackedDataset, PackedEvaluationDataset
 from dsv3.data.shuffle import Ids
+from dsv3.data.token_store import TokenStore
 from dsv3.errors import UserError
 
 Documents = tuple[Ids, Ids]
@@ -23,7 +24,9 @@ def document_of(documents: Documents, token: int) -> int:
 
 
 def test_a_hand_written_example_in_file_order() -> None:
-    dataset = PackedDataset(np.arange(10, 20, dtype=np.uint16), np.array([0, 2, 3, 8, 10]), 4, 0, False)
+    dataset = PackedDataset(
+        TokenStore.of(np.arange(10, 20, dtype=np.uint16), np.array([0, 2, 3, 8, 10])), 4, 0, False
+    )
     assert len(dataset) == 2
     rows = [dataset.row(index) for index in range(3)]
     assert [row.tokens.tolist() for row in rows[:2]] == [[10, 11, 12, 13, 14], [14, 15, 16, 17, 18]]
@@ -38,7 +41,7 @@ def test_every_token_is_a_target_once_but_the_first_and_the_remainder(
     documents: Documents, monkeypatch: pytest.MonkeyPatch, shuffle: bool, block: int
 ) -> None:
     monkeypatch.setattr(packing, "BLOCK_DOCUMENTS", block)
-    dataset = PackedDataset(*documents, 7, 3, shuffle)
+    dataset = PackedDataset(TokenStore.of(*documents), 7, 3, shuffle)
     for number in range(3):
         targets = np.concatenate([tokens[1:] for tokens in epoch(dataset, number)])
         assert len(set(targets)) == len(targets) == len(dataset) * 7
@@ -50,7 +53,7 @@ def test_document_numbers_change_where_the_documents_do(
     documents: Documents, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(packing, "BLOCK_DOCUMENTS", block)
-    dataset = PackedDataset(*documents, 31, 3)
+    dataset = PackedDataset(TokenStore.of(*documents), 31, 3)
     for index in range(2 * len(dataset)):
         row = dataset.row(index)
         true = np.array([document_of(documents, token) for token in row.tokens])
@@ -61,12 +64,12 @@ def test_document_numbers_change_where_the_documents_do(
 
 
 def test_the_order_changes_with_the_epoch_and_the_seed_in_both_ways(documents: Documents) -> None:
-    dataset = PackedDataset(*documents, 7, 3)
+    dataset = PackedDataset(TokenStore.of(*documents), 7, 3)
     first, second = epoch(dataset, 0), epoch(dataset, 1)
     assert [row.tolist() for row in first] != [row.tolist() for row in second]
     # other rows, not only the same rows in another order: the documents are permuted too
     assert {tuple(row) for row in first} != {tuple(row) for row in second}
-    other = PackedDataset(*documents, 7, 4)
+    other = PackedDataset(TokenStore.of(*documents), 7, 4)
     assert [row.tolist() for row in epoch(other, 0)] != [row.tolist() for row in first]
     # a row is followed by its neighbour in the stream only by chance
     neighbours = sum(a[-1] == b[0] for a, b in pairwise(first))
@@ -77,7 +80,7 @@ def test_both_permutations_follow_the_seed_and_the_epoch(documents: Documents) -
     # one document: only the rows can be permuted
     one = (documents[0], np.array([0, len(documents[0])]))
     orders = [
-        [int(row[0]) for row in epoch(PackedDataset(*one, 7, seed), number)]
+        [int(row[0]) for row in epoch(PackedDataset(TokenStore.of(*one), 7, seed), number)]
         for seed, number in [(1, 0), (1, 1), (2, 0), (2, 1)]
     ]
     assert len({tuple(order) for order in orders}) == 4
@@ -85,16 +88,16 @@ def test_both_permutations_follow_the_seed_and_the_epoch(documents: Documents) -
     # one row: only the documents can be
     length = len(documents[0]) - 1
     orders = [
-        epoch(PackedDataset(*documents, length, seed), number)[0].tolist()
+        epoch(PackedDataset(TokenStore.of(*documents), length, seed), number)[0].tolist()
         for seed, number in [(1, 0), (1, 1), (2, 0), (2, 1)]
     ]
     assert len({tuple(order) for order in orders}) == 4
 
 
 def test_a_row_depends_on_its_index_alone(documents: Documents) -> None:
-    straight = PackedDataset(*documents, 7, 3)
+    straight = PackedDataset(TokenStore.of(*documents), 7, 3)
     rows = [straight.row(index).tokens.tolist() for index in range(5 * len(straight))]
-    jumping = PackedDataset(*documents, 7, 3)
+    jumping = PackedDataset(TokenStore.of(*documents), 7, 3)
     for index in np.random.default_rng(1).permutation(len(rows)):
         assert jumping.row(int(index)).tokens.tolist() == rows[index]
 
@@ -104,7 +107,7 @@ def test_documents_are_shuffled_in_their_block_and_another_block_begins_every_ep
 ) -> None:
     monkeypatch.setattr(packing, "BLOCK_DOCUMENTS", 8)
     tokens, offsets = documents
-    stream = packing.DocumentStream(tokens, offsets, seed=3)
+    stream = packing.DocumentStream(TokenStore.of(tokens, offsets), seed=3)
     begins = set()
     for epoch in range(20):
         row = stream.read(0, len(tokens), epoch)
@@ -124,7 +127,7 @@ def test_rows_of_any_number_of_documents_take_constant_memory() -> None:
     tokens = np.broadcast_to(np.uint16(1), offsets[-1:])
     tracemalloc.start()
     try:
-        dataset = PackedDataset(tokens, offsets, 64, 3)
+        dataset = PackedDataset(TokenStore.of(tokens, offsets), 64, 3)
         for index in range(0, 10 * len(dataset), len(dataset) // 20):
             dataset.row(index)
         assert tracemalloc.get_traced_memory()[1] < 2**21  # a permutation of the documents is 8 MB
@@ -134,15 +137,15 @@ def test_rows_of_any_number_of_documents_take_constant_memory() -> None:
 
 def test_too_few_tokens_are_told_with_the_numbers() -> None:
     with pytest.raises(UserError) as caught:
-        PackedDataset(np.arange(10), np.array([0, 10]), 10, 0)
+        PackedDataset(TokenStore.of(np.arange(10), np.array([0, 10])), 10, 0)
     for words in ("train.sequence_length=10", "11 tokens", "has 10", "at most train.sequence_length=9"):
         assert words in str(caught.value)
-    assert len(PackedDataset(np.arange(10), np.array([0, 10]), 9, 0)) == 1
+    assert len(PackedDataset(TokenStore.of(np.arange(10), np.array([0, 10])), 9, 0)) == 1
 
 
 @pytest.mark.parametrize("length", [1, 5, 7, 9, 1000])
 def test_evaluation_scores_every_target_once(documents: Documents, length: int) -> None:
-    rows = PackedEvaluationDataset(*documents, length)
+    rows = PackedEvaluationDataset(TokenStore.of(*documents), length)
     targets: list[int] = []
     for index in range(len(rows)):
         tokens, numbers = rows.row(index)

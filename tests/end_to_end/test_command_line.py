@@ -80,7 +80,7 @@ def test_a_plan_is_one_json_object_and_needs_no_torch(command_line: CommandLine)
     assert set(plan) == {
         *("degrees", "world_size", "parameters", "parameters_active", "memory_bytes", "device_memory_bytes"),
         *("fits", "traffic_bytes", "bubble", "tokens_per_second_per_gpu", "mfu"),
-        *("precision", "precision_reason", "between_steps"),
+        *("precision", "precision_reason", "between_steps", "run"),
     }
     assert plan["precision"] == "bf16"
     assert set(plan["memory_bytes"]) == {"parameters", "gradients", "optimizer", "activations", "total"}

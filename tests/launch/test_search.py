@@ -33,13 +33,42 @@ def study(finished: int, running: int = 0) -> None:
             made.tell(trial, state=optuna.trial.TrialState.FAIL)
 
 
-def test_a_search_without_a_held_out_loss_is_refused_before_it_trains(planned: PlannedCommand) -> None:
-    search = ["-m", *GRID, "hydra.sweeper.n_trials=1", "run.dir=sweep", "train.evaluate_every=0"]
-    refused = planned.run(*search)
-    assert refused.code == 1
-    assert not refused.jobs
-    assert "train.evaluate_every=0 measures no held-out loss, which the sweeper compares" in refused.err
-    assert re.search("train.evaluate_every=[2345] for one at the end", refused.err)  # the steps of the grid
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["train.evaluate_every=0"],
+            "error: train.evaluate_every=0 measures no held-out loss, .* between two$",
+        ),
+        (["train.steps=9", "train.evaluate_every=0"], "as train.evaluate_every=9 for one at the end"),
+        (["task=plan"], "error: this task returns no number .* task=train or task=evaluate"),
+        (["launch=slurm"], "error: launch=slurm returns before .* take hydra/launcher=submitit_slurm"),
+        (["train.steps=9", "train.stop_after=7", "train.evaluate_every=3"], "error: train.stop_after=7 ends"),
+    ],
+)
+def test_a_search_none_of_whose_jobs_has_a_result_is_refused_as_a_whole(
+    planned: PlannedCommand, arguments: list[str], words: str
+) -> None:
+    kept = [each for each in GRID if not arguments[0].startswith("train.steps") or "train.steps" not in each]
+    refused = planned.run("-m", *kept, "optimizer.lr=1e-3,2e-3", "run.dir=sweep", *arguments)
+    assert (refused.code, refused.jobs) == (2, [])
+    assert re.search(words, refused.err.strip())
+    assert not Path("sweep").exists()
+
+
+def test_a_job_of_a_search_that_alone_has_no_result_is_refused_before_it_trains(
+    planned: PlannedCommand,
+) -> None:
+    grid = [*GRID[:2], "train.evaluate_every=0,1,100", "train.stop_after=3,6", "train.steps=6"]
+    searched = planned.run("-m", *grid, "hydra.sweeper.n_trials=6", "run.dir=sweep")
+    assert searched.code == 1
+    assert {(job.config.train.evaluate_every, job.config.train.stop_after) for job in searched.jobs} == {
+        (1, 3),
+        (1, 6),
+        (100, 6),
+    }
+    assert "train.evaluate_every=0 measures no held-out loss" in searched.err
+    assert "train.stop_after=3 ends a run without a held-out loss" in searched.err
 
 
 def added(arguments: list[str], sweep: Sweep | None = None) -> dict[str, str] | None:
@@ -136,7 +165,7 @@ def test_a_failed_job_is_told_to_a_study_of_the_users_own(commands: TrainCommand
     assert "Traceback" not in swept.err
 
 
-OPTUNA = ("-m", "task=plan", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "run.dir=sweep")
+OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "run.dir=sweep")
 
 
 def test_a_job_without_a_loss_fails_for_a_sweeper_that_searches(planned: PlannedCommand) -> None:

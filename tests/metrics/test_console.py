@@ -65,6 +65,25 @@ def test_rows_that_come_in_bursts_do_not_upset_the_time_left() -> None:
     assert stream.getvalue().endswith("eta 33:20\n")
 
 
+def test_where_steps_grow_the_time_left_is_that_of_the_tokens_left() -> None:
+    """Two seconds per tick: a step of 100 tokens, then 300; 600 are left of 1,000, in two steps of 300."""
+    console, stream = _plain(log_every=1)
+    console.start(4, tokens=(0, 1000))
+    console.step(MetricsRow(step=1, tokens=100))
+    console.step(MetricsRow(step=2, tokens=400))
+    assert [line.split()[-1] for line in stream.getvalue().splitlines()] == ["0:18", "0:06"]
+
+
+@pytest.mark.parametrize(
+    ("waited", "told"), [(0.0, ""), (0.04, ""), (0.05, "  waited 0.05 s for data"), (2.0, "  waited 2 s for data")]
+)
+def test_a_wait_for_data_is_shown_where_it_is_a_notable_share_of_its_step(waited: float, told: str) -> None:
+    console, stream = _plain(log_every=1)
+    console.start(50, tokens=(1000, 9000))
+    console.step(MetricsRow(step=1, tokens=1100, tokens_per_second=100.0, data_wait=waited))
+    assert stream.getvalue() == f"step 1/50  100 tok/s{told}  eta 2:38\n"
+
+
 def test_a_held_out_loss_always_has_its_line_and_unknown_figures_are_left_out() -> None:
     console, stream = _plain(log_every=100)
     console.start(50)

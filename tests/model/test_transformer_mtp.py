@@ -35,3 +35,12 @@ def test_tokens_move_ahead_by_the_depth() -> None:
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     assert shift_tokens(ids, 1)[:, :3].tolist() == [[2, 3, 4], [6, 7, 8]]
     assert shift_tokens(ids, 3)[:, :1].tolist() == [[4], [8]]
+
+
+def test_padded_rows_wrap_around_behind_their_last_token() -> None:
+    ids, lengths = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0], [8, 0, 0, 0], [0, 0, 0, 0]]), [4, 3, 1, 0]
+    for depth in (1, 2, 3, 5):
+        found = shift_tokens(ids, depth, torch.tensor(lengths))
+        for row, expected, length in zip(found, ids, lengths, strict=True):
+            assert torch.equal(row[:length], expected[:length].roll(-depth))
+    assert torch.equal(shift_tokens(ids, 1, torch.tensor([4] * 4)), shift_tokens(ids, 1))

@@ -68,7 +68,11 @@ class Buffer:
     def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[Any, ...]:
         assert topk_idx.dtype == topk_idx_t
         assert topk_idx.is_contiguous()
-        chosen = torch.zeros(len(topk_idx), num_experts, dtype=torch.bool).scatter(1, topk_idx, True)
+        assert bool((topk_idx >= -1).all())
+        # -1 is no expert: its column is cut off.
+        column = topk_idx.masked_fill(topk_idx < 0, num_experts)
+        chosen = torch.zeros(len(topk_idx), num_experts + 1, dtype=torch.bool).scatter(1, column, True)
+        chosen = chosen[:, :num_experts]
         in_rank = chosen.unflatten(1, (self.group_size, -1)).any(-1)
         return in_rank.sum(0).int(), None, chosen.sum(0).int(), in_rank, EventOverlap()
 

@@ -11,7 +11,7 @@ import torch
 from dsv3.planning.layout import ParallelDims
 from tests.harness.pool import Pool
 from tests.parallel.parity_layouts import PAIRS, SCHEDULES, SINGLES, TRIPLES
-from tests.parallel.tiny_training import GLOBAL_BATCH, Shard, Trace, configured, train
+from tests.parallel.tiny_training import GLOBAL_BATCH, SEQUENCE, Shard, Trace, configured, train
 from tests.parallel.trace_comparison import (
     TOLERANCE,
     assert_close,
@@ -23,6 +23,12 @@ from tests.parallel.trace_comparison import (
 
 STEPS = 2
 LAYOUTS = {**SINGLES, **PAIRS, **TRIPLES}
+RAMP = [
+    f"train.global_batch_size={2 * GLOBAL_BATCH}",
+    f"train.batch_ramp.start={GLOBAL_BATCH}",
+    f"train.batch_ramp.increment={GLOBAL_BATCH}",
+    f"train.batch_ramp.tokens={GLOBAL_BATCH * SEQUENCE}",
+]
 FULL = TRIPLES["dp_shard x cp x tp, ep 4"]
 
 
@@ -70,13 +76,22 @@ def test_neither_adamw_nor_recomputation_changes_that(
     compare(pool, singles["adamw"], LAYOUTS[layout], *chosen, optimizer="adamw")
 
 
+@pytest.fixture(scope="module")
+def ramped() -> Trace:
+    """The trace of one process whose second step has twice as many rows as the first."""
+    trace = train(RAMP, None, STEPS, 2)
+    assert trace is not None
+    return trace
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_gives_the_gradients_of_one_process(
-    pool: Pool, singles: dict[str, Trace], schedule: str
+def test_every_schedule_gives_the_gradients_of_one_process_also_where_the_batch_grows(
+    pool: Pool, singles: dict[str, Trace], ramped: Trace, schedule: str
 ) -> None:
-    compare(
-        pool, singles["sgd"], ParallelDims(pp=2, dp_shard=2), f"parallel.schedule={schedule}", microbatch=1
-    )
+    assert ramped.metrics[0] == singles["sgd"].metrics[0]
+    assert ramped.metrics[1] != singles["sgd"].metrics[1]
+    chosen = [f"parallel.schedule={schedule}", *RAMP]
+    compare(pool, ramped, ParallelDims(pp=2, dp_shard=2), *chosen, microbatch=1)
 
 
 @pytest.mark.parametrize("schedule", ["InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"])

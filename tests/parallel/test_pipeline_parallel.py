@@ -23,6 +23,7 @@ def test_what_went_wrong_in_a_stage_is_told_not_the_shapes_of_its_inputs(cause: 
         2,
         SimpleNamespace(step=step),
     )
+    forward_backward.num_microbatches = 1
     batch = Batch(*(torch.zeros(1, 4, dtype=torch.int64) for _ in range(3)))
     expected = ValueError if cause else RuntimeError
     with pytest.raises(expected, match="what went wrong" if cause else "failed to run forward"):

@@ -17,12 +17,13 @@ from dsv3.checkpoint.load import load_weights
 from dsv3.config.root import Config
 from dsv3.config.strict import strict
 from dsv3.data.loader import DataLoader
-from dsv3.data.packing import PackedRow
+from dsv3.data.packing import PADDING, PackedRow
 from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.torch_private import local_shape_and_offset
 from dsv3.model import head
 from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.layout import ParallelDims
 from dsv3.training.evaluation import evaluate
 from dsv3.training.optimizer import BF16MomentAdamW, build_optimizer
@@ -32,6 +33,9 @@ from tests.harness.composing import compose
 from tests.harness.tiny import MODEL
 
 VOCAB, SEQUENCE, GLOBAL_BATCH = 96, 16, 8
+LENGTHS = (13, 16, 16, 16, 0, 3, 16, 16)
+"""Tokens of the rows of the first step, and of the evaluation; the second step's rows have no padding."""
+BATCH = BatchSchedule(GLOBAL_BATCH)
 TINY = [
     *MODEL,
     f"model.vocab_size={VOCAB}",
@@ -73,7 +77,10 @@ class Trace:
 
 
 class StepRows:
-    """An endless source of rows: step n reads GLOBAL_BATCH rows from number (n - 1) x GLOBAL_BATCH on."""
+    """An endless source of rows: step n reads GLOBAL_BATCH rows from number (n - 1) x GLOBAL_BATCH on.
+
+    The first step's rows have padding: some ranks have none, and others have nothing else.
+    """
 
     sequence_length = SEQUENCE
 
@@ -85,7 +92,10 @@ class StepRows:
         generator = torch.Generator().manual_seed(index)
         tokens = torch.randint(0, VOCAB, (SEQUENCE + 1,), generator=generator)
         starts = torch.rand(SEQUENCE + 1, generator=generator) < 0.1
-        return PackedRow(tokens.numpy(), starts.cumsum(-1).to(torch.int32).numpy())
+        documents = starts.cumsum(-1).to(torch.int32).numpy()
+        if index < GLOBAL_BATCH and LENGTHS[index] < SEQUENCE:
+            documents[LENGTHS[index] :] = PADDING
+        return PackedRow(tokens.numpy(), documents)
 
 
 @functools.cache
@@ -121,7 +131,7 @@ def train_config(
     # Several chunks in every microbatch, the last one shorter.
     with mock.patch.object(head, "CHUNK_BYTES", 4 * VOCAB * 5):
         for number in range(steps):
-            metrics = take_step(step, number, microbatch, optimizer)
+            metrics = take_step(step, number, microbatch, optimizer, BatchSchedule.of(config.train))
             trace.metrics.append({name: value.item() for name, value in metrics.known().items()})
         keep.remove()
         # Five of the eight rows, which most layouts cannot split evenly.
@@ -155,11 +165,13 @@ def prepared(
     return model, _optimizer(optimizer, parameters), ranks
 
 
-def take_step(step: TrainStep, number: int, microbatch: int, optimizer: str) -> StepMetrics:
+def take_step(
+    step: TrainStep, number: int, microbatch: int, optimizer: str, batch: BatchSchedule = BATCH
+) -> StepMetrics:
     """Take the optimizer step of this number, from 0."""
-    loader = DataLoader(StepRows(), GLOBAL_BATCH, microbatch, step.ranks.data_rank, step.ranks.data_world)
+    loader = DataLoader(StepRows(), batch, microbatch, step.ranks.data_rank, step.ranks.data_world)
     hyperparameters = replace(HYPERPARAMETERS, lr=RATES[optimizer])
-    return step(loader.microbatches(number * GLOBAL_BATCH), hyperparameters)
+    return step(loader.microbatches(batch.samples_after(0, number)), hyperparameters)
 
 
 def _optimizer(name: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsv3.config.parallel import DispatchBackend
 from dsv3.model.moe import RowCounts, TokenDispatcher
+from dsv3.model.padding import padding_mask
 from dsv3.model.router import RouterStats, Routing
 from dsv3.parallel.deepep import DeepEPTokenDispatcher
 from dsv3.parallel.mesh import ParallelMesh
@@ -24,6 +25,7 @@ KINDS = [
     "one rank has no tokens",
     "own rank only",
     "no tokens",
+    "padding",
 ]
 
 
@@ -71,6 +73,7 @@ def _round_trip(kind: str, ep: int, mesh: ParallelMesh, backend: DispatchBackend
     return {
         "x": x.detach().float(),
         "experts": routing.experts,
+        "is_token": None if routing.padding is None else routing.padding.is_token.flatten(),
         "weights": routing.weights.detach(),
         "out": out.detach().float(),
         "x_grad": None if x.grad is None else x.grad.float(),
@@ -104,6 +107,10 @@ def _tokens(kind: str, rank: int, ep: int, backend: DispatchBackend) -> tuple[Te
     if narrow:
         scale = 2 ** torch.randint(0, 6, (count, 1), generator=generator)
         x = (x.sign() * scale).bfloat16()
-    load = torch.bincount(experts.flatten(), minlength=EXPERTS)
+    padding = None
+    if kind == "padding" and rank > 0:  # rank 1 has nothing else, and rank 0 none
+        padding = padding_mask([0 if rank == 1 else count // 2], torch.arange(count), x.device)
+    routed = experts if padding is None else experts[padding.places]
+    load = torch.bincount(routed.flatten(), minlength=EXPERTS)
     zero = torch.zeros(())
-    return x, Routing(experts, weights, RouterStats(load, zero, zero, torch.tensor(True)))
+    return x, Routing(experts, weights, RouterStats(load, zero, zero, torch.tensor(True)), padding)

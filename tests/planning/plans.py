@@ -32,6 +32,7 @@ def config_of(
     optimizer: OptimizerConfig | None = None,
 ) -> "Config":
     nodes = SimpleNamespace(
+        task=SimpleNamespace(trains=True),
         model=preset("debug"),
         train=TrainConfig(microbatch_size=2, sequence_length=512, global_batch_size=24),
         recompute=RecomputeConfig(mode=RecomputeMode.full),

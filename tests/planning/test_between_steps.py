@@ -13,6 +13,7 @@ from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Component, Weight
 from dsv3.planning.pipeline_stages import PipelineShape
 from dsv3.planning.plan import plan_from_shape
+from dsv3.planning.report import format_plan
 from dsv3.planning.step_shape import StateBytes, StepShape
 from tests.harness.commands import PlannedCommand
 from tests.planning.presets import preset
@@ -121,6 +122,15 @@ def test_a_run_samples_by_default_where_that_is_cheap(planned: PlannedCommand) -
     assert reason.endswith("more than train.generate_seconds=30")
     patient = planned.run(*at_size, "train.generate_seconds=1000").job
     assert patient.config.train.generate_every == 100
+    assert "no sample" not in format_plan(cheap.plan)
+    assert f"  no sample          {reason}\n" in format_plan(costly.plan)
+    assert costly.plan.to_json()["between_steps"]["never"] == {"sample": reason}  # type: ignore[index]
+    typed = planned.run(*at_size, "train.generate_every=0", "train.evaluate_every=0").job.plan
+    assert typed.upkeep.never() == {
+        "evaluation": "train.evaluate_every=0",
+        "sample": "train.generate_every=0",
+    }
+    assert "  no evaluation      train.evaluate_every=0\n" in format_plan(typed)
     asked = planned.run(*at_size, "train.generate_every=7").job
     assert asked.config.train.generate_every == 7
     assert "train.generate_every" not in asked.reasons

@@ -1,5 +1,7 @@
 """What evaluation and generation need at least: every rank's share of the weights, and the KV cache."""
 
+import contextlib
+import re
 from dataclasses import replace
 
 import pytest
@@ -34,6 +36,20 @@ def test_weights_that_just_fit_are_held_and_one_byte_less_is_told_with_the_numbe
     for words in (f"{total(MODEL):,}", f"{NEEDED / 2**30:.2f} GiB", "with 2 or more ranks"):
         assert words in str(error.value)
     assert len(str(error.value).splitlines()) == 2
+
+
+def test_ranks_that_share_a_node_are_not_told_to_be_more() -> None:
+    """Each of four ranks has a quarter of the node, which more of them would cut again."""
+    with pytest.raises(UserError) as error:
+        require_room(plan(NEEDED // 20, ParallelDims(dp_shard=4)), host_ranks=4)
+    told = str(error.value).splitlines()[1]
+    assert told.startswith(f"more ranks here share the same {NEEDED / 5 / 2**30:,.2f} GiB: ")
+    nodes = re.search("on ([0-9]+) or more such nodes", told)
+    assert nodes
+    for count, fits in ((int(nodes[1]), True), (int(nodes[1]) - 1, False)):
+        refusal = contextlib.nullcontext() if fits else pytest.raises(UserError)
+        with refusal:
+            require_room(plan(NEEDED // 20 * 4, ParallelDims(dp_shard=count)), host_ranks=1)
 
 
 def test_every_axis_but_replicas_shares_the_weights_out() -> None:

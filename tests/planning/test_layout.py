@@ -6,11 +6,13 @@ import pytest
 
 from dsv3.config.parallel import DegreesConfig, ParallelConfig, PipelineConfig, Schedule
 from dsv3.errors import InvalidValue, UserError
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.layout import (
     ParallelDims,
     check_batch,
     check_model,
     check_schedule,
+    check_sequence,
     check_stages,
     check_wrappers,
     resolve_degrees,
@@ -26,7 +28,8 @@ def refusal(degrees: ParallelDims, sequence: int = 4096, batch: int = 3072, micr
     def check() -> None:
         check_model(degrees, MODEL)
         check_stages(ANY, degrees, MODEL)
-        check_batch(degrees, sequence, batch, microbatch)
+        check_sequence(degrees, sequence)
+        check_batch(ANY, degrees, BatchSchedule(batch), microbatch)
 
     with pytest.raises(UserError) as refused:
         check()
@@ -136,7 +139,7 @@ def test_sequences_split_over_cp_in_zigzag_and_over_tp() -> None:
     )
     # 1,005 breaks both laws; the values told satisfy both.
     assert "nearest that work: 992, 1008" in refusal(ParallelDims(cp=2, tp=8), sequence=1005)
-    check_batch(ParallelDims(), 1001, 1, 1)
+    check_sequence(ParallelDims(), 1001)
 
 
 def test_the_global_batch_is_whole_microbatches_a_rank() -> None:

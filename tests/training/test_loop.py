@@ -1,27 +1,49 @@
 """The loop: when it stops and what is done by then; how steps are timed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from dsv3.checkpoint.directory import Progress
 from dsv3.config.training import BalanceConfig, TrainConfig
+from dsv3.data.batch import Batch
+from dsv3.data.loader import DataLoader
+from dsv3.data.packing import PackedRow
+from dsv3.data.prefetch import Prefetcher
 from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
 from dsv3.distributed.signals import StopRequest, StopSignal
 from dsv3.metrics.progress import phase
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.loop import Loop
 from dsv3.training.schedule import WarmupCosine
 from dsv3.training.throughput import Throughput
 from tests.harness.trained import ALONE
 
-STEPS = 5
+STEPS, LENGTH = 5, 3
+BATCH = BatchSchedule(2)
+
+
+class NumberedRows:
+    """Rows whose tokens are their number."""
+
+    sequence_length = LENGTH
+
+    def __len__(self) -> int:
+        return 100
+
+    def row(self, index: int) -> PackedRow:
+        """Return the number once for each token."""
+        return PackedRow(np.full(LENGTH + 1, index), np.zeros(LENGTH + 1, np.int32))
+
 
 Act = Callable[[str, int], None]
 
@@ -65,8 +87,16 @@ class Record(Callback):
 class Run:
     """A run of five steps over nothing; `act` is told of all that it does, and may ask it to stop."""
 
-    def __init__(self, act: Callable[["Run", str, int], None] = lambda run, what, step: None) -> None:
+    def __init__(
+        self,
+        act: Callable[["Run", str, int], None] = lambda run, what, step: None,
+        batch: BatchSchedule = BATCH,
+        progress: Progress | None = None,
+        **train: Any,
+    ) -> None:
         self.events: list[tuple[str, int]] = []
+        self.seen: list[int] = []
+        self.told: list[str] = []
         self.request = StopRequest(leaves=True)
 
         def note(what: str, step: int) -> None:
@@ -75,22 +105,60 @@ class Run:
 
         self.record = Record(note)
         config: Any = SimpleNamespace(
-            train=TrainConfig(steps=STEPS, balance=BalanceConfig(bias_speed=0.0)),
+            train=TrainConfig(
+                steps=STEPS, balance=BalanceConfig(bias_speed=0.0), sequence_length=LENGTH, **train
+            ),
             optimizer=SimpleNamespace(lr=1.0),
             compile=SimpleNamespace(enabled=True),
         )
-        shown: Any = SimpleNamespace(has_shown_steps=True)
+        shown: Any = SimpleNamespace(has_shown_steps=True, message=self.told.append)
         nothing: Any = None
-        self.run = TrainingRun(config, Path(), ALONE, nothing, nothing, Progress(), shown)
+        self.run = TrainingRun(config, Path(), ALONE, nothing, nothing, progress or Progress(), shown)
+
+        def take(batches: list[Batch], now: object) -> None:
+            self.seen += [int(row[0]) for batch in batches for row in batch.tokens]
+            note("step", self.run.step + 1)
+
         self.loop = Loop(
             self.run,
-            cast(Any, lambda batches, now: note("step", self.run.step + 1)),
-            cast(Any, SimpleNamespace(microbatches=lambda samples: [])),
+            cast(Any, take),
+            Prefetcher(DataLoader(NumberedRows(), batch, 1), 2, ALONE.device),
             WarmupCosine(1, STEPS, 0.1),
-            Throughput(1, 8, 1.0, None, torch.device("cpu")),
+            Throughput(1.0, None, torch.device("cpu")),
             [Work(note), self.record],
             StopSignal(self.request),
         )
+
+
+@pytest.mark.parametrize("stopped_after", range(1, STEPS))
+def test_across_a_ramp_and_a_resume_at_any_step_each_row_is_taken_once(stopped_after: int) -> None:
+    ramp = BatchSchedule(5, 1, 2, 4 * LENGTH, LENGTH)  # steps of 1, 1, 3, 5, 5 rows
+    first = Run(batch=ramp, stop_after=stopped_after)
+    assert first.loop.train()
+    progress = first.run.progress
+    assert progress.samples == ramp.samples_after(0, stopped_after) == len(first.seen)
+    resumed = Run(batch=ramp, progress=replace(progress))
+    assert resumed.loop.train()
+    assert first.seen + resumed.seen == list(range(15))
+    assert (resumed.run.progress.samples, resumed.run.progress.tokens) == (15, 15 * LENGTH)
+    told = [f"from step {step} on the batch has {size} sequences" for step, size in ((3, 3), (4, 5))]
+    assert first.told + resumed.told == told
+
+
+def test_a_row_has_the_seconds_that_its_step_waited_for_data_and_the_tokens_of_its_own_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 1.5, 2.0, 2.25])
+    monkeypatch.setattr("dsv3.training.loop.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    rows: list[MetricsRow] = []
+
+    def act(run: Run, what: str, step: int) -> None:
+        if what == "recorded":
+            rows.append(run.run.row)
+
+    run = Run(act, batch=BatchSchedule(3, 1, 2, LENGTH, LENGTH), stop_after=2)
+    assert run.loop.train()
+    assert [(row.data_wait, row.tokens) for row in rows] == [(1.5, LENGTH), (0.25, 4 * LENGTH)]
 
 
 def whole_step(step: int) -> list[tuple[str, int]]:
@@ -179,12 +247,12 @@ def test_on_a_gpu_the_host_waits_for_no_step_before_its_row_is_read_and_the_time
     monkeypatch.setattr(torch.cuda, "Event", Event)
     recorder = Recorder(tmp_path / "metrics.jsonl", ALONE, 3, None, None)
     recorder.every = 3  # as on a GPU
-    throughput = Throughput(1, 8, 2.0, 1000.0, torch.device("cuda"))
+    throughput = Throughput(2.0, 1000.0, torch.device("cuda"))
     rows = [MetricsRow(step=step, tokens=8 * step) for step in (1, 2, 3)]
     for row in rows:
         assert Event.waits == 0
         throughput.start()
-        recorder.add(row, {}, throughput.stop(row))
+        recorder.add(row, {}, throughput.stop(row, 8))
     assert Event.waits == 3
     assert [(row.tokens_per_second, row.mfu) for row in rows] == [(8 / 0.25, 8 / 0.25 * 2 / 1000)] * 3
     recorder.close()
@@ -193,7 +261,7 @@ def test_on_a_gpu_the_host_waits_for_no_step_before_its_row_is_read_and_the_time
 def test_on_cpu_the_row_has_its_throughput_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([10.0, 12.0])
     monkeypatch.setattr("dsv3.training.throughput.time.perf_counter", lambda: next(seconds))
-    row, throughput = MetricsRow(step=1, tokens=8), Throughput(1, 8, 2.0, None, torch.device("cpu"))
+    row, throughput = MetricsRow(step=1, tokens=8), Throughput(2.0, None, torch.device("cpu"))
     throughput.start()
-    throughput.stop(row)
+    throughput.stop(row, 8)
     assert (row.tokens_per_second, row.mfu) == (4.0, None)

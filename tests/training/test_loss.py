@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3.data.batch import Batch
+from dsv3.data.batch import Batch, collate
 from dsv3.model.head import IGNORE_INDEX, LocalVocabularyShard, cross_entropy_sum, head_loss
 from dsv3.model.transformer import ModelOutput
 from dsv3.training.loss import (
@@ -20,7 +20,7 @@ from dsv3.training.loss import (
 )
 from dsv3.training.schedule import StepHyperparameters
 from tests.reference import normal
-from tests.training.batches import ROWS, batch
+from tests.training.batches import ROWS, batch, row
 
 VOCAB = 48
 EYE = torch.eye(VOCAB)
@@ -125,6 +125,27 @@ def test_balance_is_a_mean_over_the_sequences_of_the_whole_batch() -> None:
     found = terms(logits_of(2, 0), data, LossDenominators(torch.tensor(99), 12), balance=6.0)
     assert found.balance.item() == pytest.approx(1.0)
     assert found.z.item() == pytest.approx(2.0)
+
+
+def test_padding_counts_in_no_denominator() -> None:
+    # Rows with 10 tokens, 2 and none (of 10): the balance loss is a mean over two sequences, z over 12 tokens.
+    data = collate([ROWS[0], ROWS[3], row(padding=11)])
+    of_all = LossDenominators(torch.tensor(99), torch.tensor(8), torch.tensor(48))
+    found = terms(logits_of(3, 0), data, of_all, balance=6.0)
+    assert found.balance.item() == pytest.approx(6.0 * 2 / 8)
+    assert found.z.item() == pytest.approx(12.0 * 12 / 48)
+
+
+@pytest.mark.parametrize("sequences", [3, 7, 12, 15360, 10**6 + 3])
+def test_counts_on_the_device_divide_full_rows_like_counts_of_the_host(sequences: int) -> None:
+    data, logits, tokens = batch(0, 1), logits_of(2, 0), torch.tensor(99)
+    on_host = LossDenominators(tokens, sequences)
+    on_device = LossDenominators(tokens, torch.tensor(sequences), torch.tensor(10 * sequences))
+    for balance in (6.0, 1.1, 3e-5):
+        found, plain = (terms(logits, data, each, balance) for each in (on_device, on_host))
+        assert torch.equal(found.balance, plain.balance)
+        assert torch.equal(found.z, plain.z)
+        assert found.balance.dtype == torch.float32
 
 
 def test_main_loss_is_what_torch_calls_the_mean() -> None:

@@ -10,22 +10,26 @@ from torch import Tensor
 
 from dsv3.config.model import ModelConfig
 from dsv3.config.optimizer import AdamWConfig
+from dsv3.config.parallel import RecomputeMode
 from dsv3.config.precision import FP8Engine, Granularity
 from dsv3.config.training import BIAS_SPEED, BalanceConfig, TrainConfig
-from dsv3.data.batch import Batch
+from dsv3.data.batch import Batch, collate
+from dsv3.data.packing import PADDING
 from dsv3.fp8.convert_model import BlockFP8
 from dsv3.metrics.recorder import FIRST_NONFINITE_ROUTER
 from dsv3.metrics.row import MetricsRow
+from dsv3.model import transformer
 from dsv3.model.generation import inference
 from dsv3.model.head import IGNORE_INDEX
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.activation_checkpoint import ActivationCheckpointing
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.schedule import StepHyperparameters
 from dsv3.training.step import LocalForwardBackward, TrainStep
 from tests import reference
 from tests.harness.trained import ALONE
 from tests.reference import MODEL, SOFTMAX_MOE, tiny_model
-from tests.training.batches import batch
+from tests.training.batches import batch, row
 
 # So large that a move is the gradient and not the rounding of the parameter it is added to.
 LR = 100.0
@@ -167,6 +171,80 @@ def test_a_step_trains_a_model_that_was_evaluating() -> None:
     model = tiny_model().eval()
     assert step_of(model)([batch(0)], WEIGHTS).mtp_loss is not None
     assert model.training
+
+
+def cut(data: Batch) -> list[Batch]:
+    """The rows of a batch one by one, at the lengths of their tokens."""
+    lengths = (data.documents != PADDING).sum(1).tolist()
+    fields = (data.tokens, data.targets, data.documents)
+    return [Batch(*(x[b : b + 1, :n].clone() for x in fields)) for b, n in enumerate(lengths) if n]
+
+
+PADDED = [
+    collate([row(3, 8, seed=2), row(padding=11)]),
+    collate([row(2, padding=9, seed=4), row(1, 5, padding=5, seed=5), row(10, padding=1, seed=3)]),
+    collate([row(1, padding=10, seed=7)]),
+    collate([row(padding=11)]),
+    collate([row(11, seed=6)]),
+]
+"""Microbatches with 21 positions of padding in rows of every kind, one of full rows, and one of nothing else."""
+
+
+@pytest.mark.parametrize(
+    ("document_mask", "mode"),
+    [(True, RecomputeMode.none), (False, RecomputeMode.none), (True, RecomputeMode.full)],
+)
+def test_padded_rows_train_as_the_rows_cut_to_their_tokens_do(
+    document_mask: bool, mode: RecomputeMode
+) -> None:
+    config, weights = replace(MODEL, mtp_depths=2), replace(WEIGHTS, balance_weight=3.0, z_loss_weight=0.5)
+    found = []
+    for microbatches in (PADDED, [one for data in PADDED for one in cut(data)]):
+        model, loads = tiny_model(config), []
+        ActivationCheckpointing(mode)(model)
+        step = step_of(model, document_mask=document_mask)
+        step.optimizer.register_step_pre_hook(
+            lambda *_, model=model, loads=loads: loads.extend(router.load.clone() for router in model.routers())
+        )
+        metrics = step(microbatches, weights).known()
+        found.append((metrics, loads, dict(model.named_parameters()), model.routers()))
+    (mine, my_loads, moved, routers), (right, loads, expected, others) = found
+    # Padding would add 40 of 120 positions to the load of every layer.
+    assert {int(load.sum()) for load in loads} == {(11 - 1 + 2 + 6 + 10 + 1 + 11 - 1) * MODEL.moe.top_k}
+    assert all(map(torch.equal, my_loads, loads))
+    assert {name: pytest.approx(value.item(), rel=1e-5) for name, value in mine.items()} == {
+        name: value.item() for name, value in right.items()
+    }
+    start = dict(tiny_model(config).named_parameters())
+    for name, parameter in expected.items():
+        reference.assert_close(moved[name] - start[name], parameter - start[name], 2e-5)
+    for router, other in zip(routers, others, strict=True):
+        assert router.selection_bias is not None
+        assert other.selection_bias is not None
+        assert torch.equal(router.selection_bias, other.selection_bias)
+
+
+def test_in_fp8_padding_changes_no_forward_pass_and_gradients_by_the_scales_that_it_shares() -> None:
+    results = []
+    for microbatches in (PADDED[1:2], cut(PADDED[1])):
+        model = tiny_model()
+        BlockFP8(Granularity.tile, False, FP8Engine.emulated)(model, torch.device("cpu"))
+        results.append((step_of(model)(microbatches, WEIGHTS), moves(model)))
+    (mine, found), (right, expected) = results
+    assert mine.loss.item() == pytest.approx(right.loss.item(), rel=1e-5)
+    assert mine.moe_max_violation == right.moe_max_violation
+    for name, move in expected.items():
+        assert (found[name] - move).norm() < 0.06 * move.norm(), name
+
+
+def test_full_rows_bring_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(transformer, "padding_mask", refuse)
+    trained([batch(0, 1), batch(2, 5)])
+    with pytest.raises(AssertionError):
+        trained([batch(0, 1), batch(2, 3)])
 
 
 def test_a_batch_without_targets_leaves_finite_weights() -> None:

@@ -1,0 +1,86 @@
+"""Arrays in files, read a slice at a time: any number of files, few of them open.
+
+Ten terabytes of shards are 40,000 files, and a process may hold 1,024 open ones on many machines: a file is
+opened when it is read, and closed when OPEN_FILES others have been read since. Slices are read rather than
+memory-mapped. A row is then one request to the disk, where a map reads 128 KiB around each page, and a file
+that became shorter is an error, where a map kills the process.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv3.errors import UserError
+
+OPEN_FILES = 256
+
+
+class ArrayLike(Protocol):
+    """A one-dimensional array that is read a slice at a time: an ndarray, a file, an object of a store."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> npt.NDArray[Any]:
+        """Return the values of a slice `first:end` without a step, 0 <= first <= end <= len."""
+
+
+@dataclass(frozen=True)
+class FileArray:
+    """An array [length] of `dtype` that begins `begin` bytes into the file at `path`.
+
+    It holds no open file, so that it can be pickled and there can be many.
+    """
+
+    path: str
+    dtype: np.dtype[Any]
+    begin: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> npt.NDArray[Any]:
+        """Return the values of a slice; UserError where the file cannot be read or has become shorter."""
+        first, end, _ = part.indices(self.length)
+        width = self.dtype.itemsize
+        wanted = max(end - first, 0) * width
+        content = _read(self.path, self.begin + first * width, wanted)
+        if len(content) != wanted:
+            raise UserError(
+                f"{self.path} has become shorter than at the start of the run: {len(content):,} of the "
+                f"{wanted:,} bytes from byte {self.begin + first * width:,} on are there"
+            )
+        return np.frombuffer(content, self.dtype)
+
+
+class _OpenFile:
+    """A file descriptor that is closed when nobody holds the object: also not while another thread reads."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+_open = lru_cache(OPEN_FILES)(_OpenFile)
+
+
+def _read(path: str, begin: int, count: int) -> bytes:
+    """Return `count` bytes of a file from byte `begin` on, fewer at its end."""
+    try:
+        file = _open(path)
+        content = os.pread(file.descriptor, count, begin)
+        while 0 < len(content) < count:  # Linux reads 2 GiB at once at most
+            more = os.pread(file.descriptor, count - len(content), begin + len(content))
+            if not more:
+                break
+            content += more
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    return content

@@ -1,0 +1,433 @@
+"""Make token shards of documents: tokenise units in parallel, and go on after a kill where it was.
+
+task=prepare and the cache of data=text and data=stdlib use it. While the work goes on, everything lies in the
+folder `unfinished` of the output: a journal of the units that are done, their shards, and how far a unit is.
+At the end the shards move one level up and index.json is written: until then nothing there is read.
+"""
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from dsv3.data.byte_blocks import Report
+from dsv3.data.document_encoder import DocumentEncoder, Window, document_ends
+from dsv3.data.document_files import FIRST_PIECE, BadDocument, Document, ReadOptions, Skipped, read_documents
+from dsv3.data.input_files import Unit
+from dsv3.data.shard_index import (
+    DTYPES,
+    HELD_OUT,
+    INDEX_FILE,
+    TRAIN,
+    Shard,
+    ShardIndex,
+    TokenizerReference,
+    dtype_for,
+    sync_folder,
+)
+from dsv3.data.shard_writer import SHARD_TOKENS, ShardWriter
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.unit_pool import IN_PROCESS_BELOW, WorkPlace, run_units
+from dsv3.errors import UserError
+from dsv3.metrics.progress import Phase
+
+UNFINISHED = "unfinished"
+"""Folder of the output that holds the work until it is done."""
+
+TOKENIZER_FOLDER = "tokenizer"
+
+BATCH_CHARACTERS = 1 << 20
+"""Characters that are encoded at once per core."""
+
+MOST_BATCHES = 4
+"""Times BATCH_CHARACTERS at most, however many cores one process has."""
+
+NOTE_EVERY = 30.0
+"""Seconds of work on a unit that a kill loses at most, about."""
+
+
+class DocumentSource(Protocol):
+    """The documents of units, and the side of each; it can be pickled."""
+
+    def documents(
+        self, unit: Unit, skipped: Skipped, report: Report
+    ) -> Iterator[tuple[str | None, Iterable[str]]]:
+        """Yield side and pieces of each document, always the same ones in the same order.
+
+        The side is a split of the index, None for a document that is left out. Iterating over the pieces
+        raises BadDocument where those given belong to no document.
+        """
+
+
+@dataclass(frozen=True)
+class HashedSides:
+    """The documents of files, of which a share is held out by the hash of their first characters.
+
+    Equal texts are on the same side, whatever their files, and so are texts whose first FIRST_PIECE
+    characters are equal.
+    """
+
+    options: ReadOptions
+    held_out: float
+
+    def documents(
+        self, unit: Unit, skipped: Skipped, report: Report
+    ) -> Iterator[tuple[str | None, Iterable[str]]]:
+        """Yield side and pieces of each document of a unit."""
+        for document in read_documents(unit, self.options, skipped, report):
+            yield self.side(document), document.pieces()
+
+    def side(self, document: Document) -> str:
+        """Return the split of a document."""
+        if not self.held_out:
+            return TRAIN
+        digest = sha256(document.text[:FIRST_PIECE].encode()).digest()
+        return HELD_OUT if digest < self._bound else TRAIN
+
+    @cached_property
+    def _bound(self) -> bytes:
+        return int(self.held_out * 2**64).to_bytes(8)
+
+
+@dataclass
+class Counts:
+    """Counts of a unit besides those of Skipped."""
+
+    characters: int = 0
+    left_out: int = 0
+    """Documents that the source leaves out, or of which the tokenizer makes no token."""
+    blind_cuts: int = 0
+    largest: int = 0
+    """Tokens of the largest document."""
+
+    def merge(self, other: Mapping[str, int]) -> None:
+        """Add the counts of another unit."""
+        for name, count in other.items():
+            mine = getattr(self, name)
+            setattr(self, name, max(mine, count) if name == "largest" else mine + count)
+
+
+@dataclass(frozen=True)
+class TokenizeUnit:
+    """The work on a unit: read, encode, write shards; goes on at its last note after a kill.
+
+    Attributes:
+        tokenizer_folder: where the tokenizer lies, for a process that has none yet.
+        cores: that one process may use.
+    """
+
+    source: DocumentSource
+    tokenizer_folder: Path
+    dtype_name: str
+    cores: int = 1
+    note_every: float = NOTE_EVERY
+    shard_tokens: int = SHARD_TOKENS
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, loaded once per process."""
+        return Tokenizer.from_file(self.tokenizer_folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
+
+    def __call__(self, unit: Unit, place: WorkPlace) -> dict[str, Any]:
+        """Return counts and shards of a unit, whose files are on the disk then."""
+        return _UnitRun(self, unit, place).run()
+
+
+class _UnitRun:
+    """The run over one unit."""
+
+    def __init__(self, work: TokenizeUnit, unit: Unit, place: WorkPlace) -> None:
+        self.work, self.unit, self.place = work, unit, place
+        self.dtype = DTYPES[work.dtype_name]
+        self.encoder = DocumentEncoder(work.tokenizer)
+        self.before, self.behind = document_ends(work.tokenizer)
+        self.skipped = Skipped()
+        self.counts = Counts()
+        self.writers: dict[str, ShardWriter] = {}
+        self.windows_done = 0
+        self.open_characters = 0
+        self.notes = place.directory / f"unit-{unit.number:05d}.json"
+
+    def run(self) -> dict[str, Any]:
+        """Read, encode and write everything; return the result for the journal."""
+        done = self._resume()
+        noted = time.monotonic()
+        try:
+            for batch in self._batches(done):
+                self._write(batch)
+                if time.monotonic() - noted >= self.work.note_every:
+                    self._note()
+                    noted = time.monotonic()
+            shards = {side: writer.close() for side, writer in sorted(self.writers.items())}
+            sync_folder(self.place.directory)
+        except BaseException:
+            for writer in self.writers.values():
+                writer.abandon()
+            raise
+        self.notes.unlink(missing_ok=True)
+        self.counts.blind_cuts += self.encoder.blind_cuts
+        return {
+            "shards": {side: [shard.to_json() for shard in found] for side, found in shards.items() if found},
+            "skipped": self.skipped.to_json(),
+            "counts": vars(self.counts),
+        }
+
+    def _events(self) -> Iterator[tuple[str, Window | None]]:
+        """Yield (side, window) of all documents, and (side, None) where the windows so far are to be dropped.
+
+        The side is empty for a document that is left out.
+        """
+        for side, pieces in self.work.source.documents(self.unit, self.skipped, self.place.report):
+            if side is None:
+                yield "", None
+                continue
+            try:
+                for window in self.encoder.windows(pieces):
+                    yield side, window
+            except BadDocument:
+                yield side, None
+
+    def _batches(self, done: int) -> Iterator[list[tuple[str, Window | None]]]:
+        """Yield the events behind the first `done` ones, in batches that fill the tokenizer's cores."""
+        limit = BATCH_CHARACTERS * min(self.work.cores, MOST_BATCHES)
+        batch: list[tuple[str, Window | None]] = []
+        size = 0
+        for number, event in enumerate(self._events()):
+            if number < done:
+                self.encoder.blind_cuts = 0  # the note has these
+                continue
+            batch.append(event)
+            size += len(event[1].text) if event[1] is not None else 1
+            if size >= limit:
+                yield batch
+                batch, size = [], 0
+        yield batch
+
+    def _write(self, batch: list[tuple[str, Window | None]]) -> None:
+        windows = [window for _, window in batch if window is not None]
+        encoded = iter(self.encoder.encode(windows) if windows else ())
+        for side, window in batch:
+            self.windows_done += 1
+            if not side:
+                self.counts.left_out += 1
+                continue
+            writer = self._writer(side)
+            if window is None:
+                writer.drop_document()
+                self.open_characters = 0
+                continue
+            ids = next(encoded)
+            if not writer.open_tokens and not window.context and self.before:
+                writer.write(self.before)
+            writer.write(ids)
+            self.open_characters += len(window.text)
+            if window.last:
+                self.counts.characters += self.open_characters
+                self.open_characters = 0
+                if self.behind:
+                    writer.write(self.behind)
+                self.counts.largest = max(self.counts.largest, writer.open_tokens)
+                if writer.open_tokens:
+                    writer.end_document()
+                else:
+                    self.counts.left_out += 1
+
+    def _writer(self, side: str, noted: dict[str, Any] | None = None) -> ShardWriter:
+        if side not in self.writers:
+            name = f"{side}-{self.unit.number:05d}"
+            self.writers[side] = ShardWriter(
+                self.place.directory, name, self.dtype, noted, self.work.shard_tokens
+            )
+        return self.writers[side]
+
+    def _note(self) -> None:
+        """Note how far the unit is, once everything up to there is on the disk."""
+        self.counts.blind_cuts += self.encoder.blind_cuts
+        self.encoder.blind_cuts = 0
+        found = {
+            "windows": self.windows_done,
+            "open_characters": self.open_characters,
+            "counts": vars(self.counts),
+            "writers": {side: writer.note() for side, writer in self.writers.items()},
+        }
+        new = self.notes.with_suffix(".new")
+        new.write_text(json.dumps(found))
+        new.replace(self.notes)
+
+    def _resume(self) -> int:
+        """Set up the writers as they were noted; return the windows that they have, 0 at the beginning."""
+        try:
+            found = json.loads(self.notes.read_text())
+            for side, noted in found["writers"].items():
+                self._writer(side, noted)
+        except (OSError, ValueError, KeyError):
+            for writer in self.writers.values():
+                writer.abandon()
+            self.writers = {}
+            return 0
+        self.counts, self.open_characters = Counts(**found["counts"]), int(found["open_characters"])
+        self.windows_done = int(found["windows"])
+        return self.windows_done
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare_shards` made, and what it counted on the way."""
+
+    index: ShardIndex
+    skipped: Skipped
+    counts: Counts
+
+
+def prepare_shards(
+    output: Path,
+    units: Sequence[Unit],
+    source: DocumentSource,
+    tokenizer: Tokenizer,
+    identity: Mapping[str, str],
+    *,
+    workers: int | None = None,
+    progress: Phase | None = None,
+    in_process_below: int = IN_PROCESS_BELOW,
+    note_every: float = NOTE_EVERY,
+    shard_tokens: int = SHARD_TOKENS,
+    told: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    check: Callable[[Skipped, bool], None] = lambda skipped, at_end: None,
+    splits: Sequence[str] = (TRAIN, HELD_OUT),
+    key: str = "task.output",
+) -> Prepared:
+    """Make token shards in the folder `output` of all documents of `source`, in the order of the units.
+
+    Args:
+        identity: what decides the shards besides the tokenizer, by aspect: a folder with unfinished work of
+            another identity is refused.
+        workers: cores to use; None: all that this process may use.
+        progress: is advanced by the bytes of the units.
+        in_process_below: bytes of input that are worked on in this process.
+        note_every: seconds between two notes on how far a unit is.
+        shard_tokens: tokens at which a shard ends.
+        told: what the index says of the source, besides the counts.
+        settings: what the index says of how the source was read.
+        check: gets the counts so far after each unit, and True with those of all; may raise UserError.
+        splits: the splits that the index has, also where they are empty.
+        key: the config key of `output`, for messages.
+
+    Raises:
+        UserError: of `check`; the folder holds other work, is in use, or cannot be written.
+        RunFailed: a process died.
+    """
+    work_folder = output / UNFINISHED
+    skipped, counts = Skipped(), Counts()
+
+    def count(result: Mapping[str, Any]) -> None:
+        skipped.merge(Skipped.from_json(result["skipped"]))
+        counts.merge(result["counts"])
+        check(skipped, False)
+
+    try:
+        work_folder.mkdir(parents=True, exist_ok=True)
+        with _locked(work_folder, key):
+            tokenizer_folder = work_folder / TOKENIZER_FOLDER
+            if not (tokenizer_folder / "tokenizer_config.json").exists():
+                tokenizer.save(tokenizer_folder)
+            dtype_name = dtype_for(tokenizer.size)
+            cores = workers or len(os.sched_getaffinity(0))
+            work = TokenizeUnit(source, tokenizer_folder, dtype_name, cores, note_every, shard_tokens)
+            vars(work)["tokenizer"] = tokenizer  # of this process
+            results = run_units(
+                units,
+                work,
+                work_folder,
+                {"tokenizer": tokenizer.fingerprint(), **identity},
+                workers,
+                progress,
+                in_process_below,
+                lambda result: _is_intact(result, output, DTYPES[dtype_name].itemsize),
+                count,
+            )
+            check(skipped, True)
+            index = ShardIndex(
+                dtype_name=dtype_name,
+                splits={side: _shards(results, side) for side in splits},
+                vocab_size=tokenizer.size,
+                bos=tokenizer.bos if tokenizer.add_bos else None,
+                eos=tokenizer.eos,
+                tokenizer=TokenizerReference(tokenizer.fingerprint(), TOKENIZER_FOLDER),
+                source={**(told or {}), "documents": skipped.documents, "characters": counts.characters},
+                skipped={**skipped.counts, **skipped.files},
+                settings=settings or {},
+            )
+            _publish(output, index)
+    except OSError as error:
+        raise UserError(unwritable(f"{key}={output}", error)) from error
+    with suppress(OSError):  # the index is there: what is left does no harm
+        shutil.rmtree(work_folder)
+    return Prepared(index, skipped, counts)
+
+
+def unwritable(what: str, error: OSError) -> str:
+    """Return the message for a folder that cannot be written, and how to go on."""
+    way = "give a folder that can be written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        way = "make room, and repeat the command: it goes on where it was"
+    return f"{what} cannot be written ({error.strerror or error}): {way}"
+
+
+def _locked(folder: Path, key: str) -> Any:
+    """Return a lock on the work in a folder, held; UserError where another process holds it."""
+    lock = FileLock(folder / "lock", fallback_to_soft=False)
+    try:
+        return lock.acquire(timeout=5, poll_interval=0.1)
+    except Timeout:
+        raise UserError(f"{key}={folder.parent} is being prepared by another process: wait for it") from None
+
+
+def _is_intact(result: Mapping[str, Any], output: Path, itemsize: int) -> bool:
+    """Return whether the files of a result are there with their sizes, in the work folder or moved up."""
+    for shard in (Shard(**each) for shards in result["shards"].values() for each in shards):
+        for name, size in (
+            (shard.tokens, shard.num_tokens * itemsize),
+            (shard.offsets, (shard.num_documents + 1) * 8),
+        ):
+            path = output / UNFINISHED / name
+            path = path if path.exists() else output / name
+            if not path.exists() or not size < path.stat().st_size <= size + 1024:  # the header
+                return False
+    return True
+
+
+def _shards(results: Sequence[Mapping[str, Any]], side: str) -> list[Shard]:
+    return [Shard(**each) for result in results for each in result["shards"].get(side, ())]
+
+
+def _publish(output: Path, index: ShardIndex) -> None:
+    """Move the shards and the tokenizer of the finished work to their place, and write the index."""
+    work_folder = output / UNFINISHED
+    for shard in (shard for shards in index.splits.values() for shard in shards):
+        for name in (shard.tokens, shard.offsets):
+            with suppress(FileNotFoundError):  # moved before a kill
+                (work_folder / name).replace(output / name)
+    if (work_folder / TOKENIZER_FOLDER).exists():
+        shutil.rmtree(output / TOKENIZER_FOLDER, ignore_errors=True)
+        (work_folder / TOKENIZER_FOLDER).replace(output / TOKENIZER_FOLDER)
+    sync_folder(output)
+    index.write(output)
+
+
+def is_finished(output: Path) -> bool:
+    """Return whether a folder has an index."""
+    return (output / INDEX_FILE).exists()

@@ -1,0 +1,325 @@
+"""The data source `data=shards`: documents of ids in files, packed into rows of train.sequence_length."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from dsv3.config.data import IdType, Verify
+from dsv3.data.cache import CacheEntryError
+from dsv3.data.data_record import DataRecord, layout_digest
+from dsv3.data.document_index import with_documents
+from dsv3.data.file_array import FileArray
+from dsv3.data.remote_files import is_remote
+from dsv3.data.rows import RowOptions, held_out_rows, training_rows
+from dsv3.data.shard_index import TRAIN, ShardIndex
+from dsv3.data.sources import PreparedData
+from dsv3.data.token_inputs import TokenFiles, open_remote_shards, open_shard, open_token_files
+from dsv3.data.token_store import Segment, TokenStore
+from dsv3.data.tokenizer import Tokenizer, TokenizerSource, TrainedTokenizer
+from dsv3.errors import UserError
+from dsv3.metrics.progress import phase
+
+CHECKED_TOKENS = 1 << 25
+"""Tokens, and documents, that each rank looks at when a run starts; all are looked at when they are read."""
+
+LOOKED_AT = 256
+"""Files whose size a process checks that gets its segments from another one."""
+
+_DIGESTED_TOGETHER = 1 << 24
+
+
+class ShardsRecipe(NamedTuple):
+    """What a process needs to read what another one has opened: no file is opened again."""
+
+    train: Sequence[Segment]
+    held_out: Sequence[Segment]
+    fingerprint: str
+    tokenizer: Path | None
+    """The folder of the shards' own tokenizer, where it is used."""
+    vocab_size: int | None
+    digests: dict[str, str]
+    summary: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PreparedShards(PreparedData):
+    """Documents of ids, ready for the data loader.
+
+    Attributes:
+        stores: those of the rows.
+        vocab_size: the ids that the shards tell of; None where they do not.
+        digests: XXH128 by file, to verify.
+        verify: how much is read at start.
+    """
+
+    stores: Sequence[TokenStore] = field(default=(), kw_only=True)
+    vocab_size: int | None = field(default=None, kw_only=True)
+    digests: dict[str, str] = field(default_factory=dict, kw_only=True)
+    verify: Verify = field(default=Verify.sample, kw_only=True)
+
+    def check_vocabulary(self, vocab_size: int, share: tuple[int, int] = (0, 1)) -> None:
+        """Check ids and offsets: some now, or all with Verify.all, and each when it is read.
+
+        Raises:
+            UserError: an id goes beyond the vocabulary, offsets descend, or a file has not its digest.
+        """
+        super().check_vocabulary(vocab_size, share)
+        if self.vocab_size is not None and self.vocab_size > vocab_size:
+            raise UserError(
+                f"the shards are of {self.vocab_size} ids, model.vocab_size={vocab_size} is too small for them: "
+                f"use model.vocab_size={self.vocab_size}"
+            )
+        limit = None if self.verify is Verify.all else CHECKED_TOKENS
+        for store in self.stores:
+            store.vocab_size = vocab_size
+            is_local = all(isinstance(segment.tokens, FileArray) for segment in store.segments)
+            if not is_local and self.verify is Verify.sample:
+                continue  # a request per block: what is wrong is told when it is read
+            count = (store.num_tokens + store.num_documents) // share[1]
+            total = count if limit is None else min(count, 2 * limit)
+            with phase("checking the token ids", total, "tokens") as work:
+                store.check(share, limit, work.advance)
+        if self.verify is Verify.all:
+            self._verify(share)
+
+    def _verify(self, share: tuple[int, int]) -> None:
+        """Compare a share of the files with their digests."""
+        files = sorted(self.digests.items())[share[0] :: share[1]]
+        with phase("verifying digests", len(files), "files") as work:
+            for name, digest in files:
+                state = xxhash.xxh3_128()
+                try:
+                    with Path(name).open("rb") as file:
+                        while content := file.read(_DIGESTED_TOGETHER):
+                            state.update(content)
+                except OSError as error:
+                    raise UserError(f"{name} cannot be read: {error.strerror}") from error
+                if state.hexdigest() != digest.lower():
+                    raise UserError(
+                        f"{name} has the digest {state.hexdigest()}, its index.json tells of {digest}: it is "
+                        "damaged or of other shards; copy it anew"
+                    )
+                work.advance()
+
+
+class ShardsData:
+    """`data=shards`: token shards of task=prepare, or the files of other tools (token_inputs.py).
+
+    Documents go on as they are: no id is added. What is held out is what the files say: the held-out side of
+    a directory of shards, `held_out_path`, or files with a word such as `val` in their names. Where nothing
+    says it, stretches of documents from all over are set aside; equal documents are then not looked for.
+
+    Args:
+        path: a file, a directory, a folder of them, a pattern, or the URL of a directory of shards.
+        held_out_path: what to score, in place of a share of `path`.
+        dtype: of flat files without a header.
+        eos_id: the id that ends each document of flat files; None: a file is one document.
+        verify: how much is read at start.
+        cache_bytes: of blocks of remote files that are kept.
+        common: the fields of RowOptions.
+
+    Raises:
+        UserError: `path` is not given.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        held_out_path: str | None = None,
+        dtype: IdType | None = None,
+        eos_id: int | None = None,
+        verify: Verify = Verify.sample,
+        cache_bytes: int = 64 << 30,
+        **common: Any,
+    ) -> None:
+        if not path:
+            raise UserError("data.path is not set: give a directory of token shards, data.path=DIR")
+        self.options = RowOptions(**common)
+        self.path, self.held_out_path = path, held_out_path
+        self.dtype, self.eos_id, self.verify, self.cache_bytes = dtype, eos_id, verify, cache_bytes
+
+    def prepare(
+        self,
+        tokenizer_source: TokenizerSource | Tokenizer | None,
+        sequence_length: int,
+        seed: int,
+        evaluate: bool = False,
+    ) -> PreparedShards:
+        """Open the files, choose the held-out side and pack the documents.
+
+        Args:
+            tokenizer_source: a tokenizer other than the trained one must be that of the shards; of the
+                trained one nothing is used: the shards' own is taken where they have one.
+            sequence_length: tokens per row.
+            seed: seed of the shuffling; what is held out does not depend on it.
+            evaluate: prepare only the held-out side.
+
+        Raises:
+            UserError: a file is damaged or missing, or the tokenizer is another one.
+        """
+        found = self._open(evaluate)
+        fingerprint = _fingerprint(found, self.eos_id)
+        own = _own_tokenizer(found)
+        segments = [found.train, found.held_out]
+        if self.eos_id is not None:
+            flat = with_documents([*found.train, *found.held_out], self.eos_id, self.options.cache_dir)
+            segments = [flat[: len(found.train)], flat[len(found.train) :]]
+        if not segments[1]:
+            segments = [store.segments for store in TokenStore(segments[0]).split(self.options.held_out)]
+            found.layout.append(self.options.held_out)
+        if not evaluate and not segments[0]:
+            raise UserError(f"data.path={self.path} has a held-out side alone: there is nothing to train on")
+        summary = {"files_read": len(found.pieces)}
+        tokenizer = None if own is None or not _uses_own(tokenizer_source) else own[1]
+        recipe = ShardsRecipe(
+            train=segments[0] if not evaluate else (),
+            held_out=segments[1],
+            fingerprint=fingerprint,
+            tokenizer=tokenizer,
+            vocab_size=found.vocab_size,
+            digests=found.digests if self.verify is Verify.all else {},
+            summary=summary,
+        )
+        chosen = _choose_tokenizer(tokenizer_source, own)
+        layout = layout_digest(found.layout) if self.eos_id is None else None
+        record = DataRecord.of(found.pieces, layout, "files")
+        return self._pack(recipe, chosen, sequence_length, seed, record)
+
+    def reopen(
+        self,
+        recipe: ShardsRecipe,
+        tokenizer_source: TokenizerSource | Tokenizer | None,
+        sequence_length: int,
+        seed: int,
+        evaluate: bool = False,
+    ) -> PreparedShards:
+        """Return what `prepare` has returned in another process.
+
+        The sizes of up to LOOKED_AT files are compared: a file that is cut off on this node alone is told
+        when it is read.
+
+        Raises:
+            CacheEntryError: a file is not there, or shorter.
+        """
+        arrays = [a for s in (*recipe.train, *recipe.held_out) for a in (s.tokens, s.offsets)]
+        files = [array for array in arrays if isinstance(array, FileArray)]
+        for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT)).astype(int)):
+            file = files[place]
+            needed = file.begin + file.length * file.dtype.itemsize
+            try:
+                is_whole = Path(file.path).stat().st_size >= needed
+            except OSError as error:
+                raise CacheEntryError(str(error)) from error
+            if not is_whole:
+                raise CacheEntryError(f"{file.path} is cut off")
+        if recipe.tokenizer is not None and not recipe.tokenizer.is_dir():
+            raise CacheEntryError(f"{recipe.tokenizer} is not here")
+        own = None if recipe.tokenizer is None else ("", recipe.tokenizer)
+        return self._pack(recipe, _choose_tokenizer(tokenizer_source, own), sequence_length, seed, None)
+
+    def _open(self, evaluate: bool) -> TokenFiles:
+        """Return the files of `path`, and as their held-out side those of `held_out_path`."""
+        dtype = None if self.dtype is None else self.dtype.value
+        if is_remote(self.path):
+            found = open_remote_shards(self.path, self.options.cache_dir, self.cache_bytes)
+        else:
+            found = open_token_files(self.path, "data.path", dtype, only_held_out=evaluate)
+        if self.held_out_path is not None:
+            scored = open_token_files(self.held_out_path, "data.held_out_path", dtype)
+            found.held_out = [*scored.train, *scored.held_out]
+            found.pieces += [p._replace(name=f"held out: {p.name}") for p in scored.pieces]
+            found.tokenizers = scored.tokenizers | found.tokenizers
+            found.digests |= scored.digests
+        return found
+
+    def _pack(
+        self,
+        recipe: ShardsRecipe,
+        tokenizer: Tokenizer | None,
+        sequence_length: int,
+        seed: int,
+        record: DataRecord | None,
+    ) -> PreparedShards:
+        """Return the rows of both sides."""
+        held_out = TokenStore(recipe.held_out)
+        scored, counts = held_out_rows(held_out, sequence_length)
+        summary, stores, rows = recipe.summary | counts, [held_out], None
+        if recipe.train:
+            store = TokenStore(recipe.train)
+            how = (self.options, sequence_length, seed, tokenizer, recipe.fingerprint)
+            rows, counts = training_rows(store, *how)
+            summary |= counts
+            stores.append(store)
+        return PreparedShards(
+            rows,
+            scored,
+            tokenizer,
+            recipe.fingerprint,
+            summary,
+            recipe=recipe,
+            record=record,
+            stores=stores,
+            vocab_size=recipe.vocab_size,
+            digests=recipe.digests,
+            verify=self.verify,
+        )
+
+
+def open_side(folder: Path, split: str = TRAIN) -> TokenStore:
+    """Return a side of a directory of token shards; UserError where a file is not what the index says."""
+    index = ShardIndex.read(folder)
+    return TokenStore(open_shard(folder, index, shard) for shard in index.splits.get(split, ()))
+
+
+def _fingerprint(found: TokenFiles, eos_id: int | None) -> str:
+    """Return 16 hex characters over the contents: of shards their digests, of other files what is sampled."""
+    total = hashlib.sha256(f"eos {eos_id}".encode() if eos_id is not None else b"")
+    for piece in found.pieces:
+        total.update(f"{piece.size} {piece.digest} {piece.documents}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def _own_tokenizer(found: TokenFiles) -> tuple[str, Path] | None:
+    """Return fingerprint and folder of the tokenizer that the shards were made with; None where none is told."""
+    if len(found.tokenizers) > 1:
+        (first, here), (second, there) = list(found.tokenizers.items())[:2]
+        raise UserError(
+            f"{here} holds ids of the tokenizer {first}, {there} of {second}: the same id means other texts in "
+            "them; prepare both with one tokenizer"
+        )
+    return next(iter(found.tokenizers.items()), None)
+
+
+def _uses_own(source: TokenizerSource | Tokenizer | None) -> bool:
+    return source is None or isinstance(source, TrainedTokenizer)
+
+
+def _choose_tokenizer(
+    source: TokenizerSource | Tokenizer | None, own: tuple[str, Path] | None
+) -> Tokenizer | None:
+    """Return the tokenizer of the run; UserError where it is not that of the shards.
+
+    Args:
+        own: fingerprint and folder of the shards' tokenizer; the fingerprint is empty where it is known to fit.
+    """
+    told, folder = own or ("", None)
+    if isinstance(source, Tokenizer):
+        tokenizer, whose = source, "the tokenizer of the weights"
+    elif source is not None and not isinstance(source, TrainedTokenizer):
+        tokenizer, whose = source.prepare(()), "tokenizer=local"
+    elif folder is None or not folder.is_dir():
+        return None
+    else:
+        tokenizer, whose = Tokenizer.from_file(folder), f"that in {folder}"
+    if told and tokenizer.fingerprint() != told:
+        raise UserError(
+            f"the shards hold ids of the tokenizer {told}, and {whose} is {tokenizer.fingerprint()}: its ids "
+            f"mean other texts; leave tokenizer= out to take the shards' own, or prepare the text anew with it"
+        )
+    return tokenizer
+
