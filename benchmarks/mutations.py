@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).resolve().parent / "results" / "mutations.json"
 MODEL, HF, TRAINING = "tests/model", "tests/hf", "tests/training"
 SHARDED, DEEPEP = "tests/parallel/test_parity.py", "tests/parallel/test_deepep.py"
+PADDED, DISPATCH = "tests/model/test_padding.py", "tests/parallel/test_token_dispatch.py"
 PRECISION = "tests/fp8 tests/planning/test_checks_fp8.py"
 BLOCK_WEIGHT = "tests/fp8/test_operands_block_weight.py"
 
@@ -195,6 +196,139 @@ self.$router.load.add_($routing.stats.load, alpha=0.5)
         "$stats = $stats + self.$record($block, $router)",
         "self.$record($block, $router)",
         MODEL,
+    ),
+    Mutation(
+        "padding: counted in no load",
+        "dsv3.model.router:Router.forward",
+        "$zeros.scatter_add(0, $chosen, $counted)",
+        "$zeros.scatter_add(0, $chosen, torch.ones_like($chosen))",
+        PADDED,
+    ),
+    Mutation(
+        "padding: not in the balance loss's f",
+        "dsv3.model.router:Router.balance_loss",
+        "$counted = $counted * $padding.is_token.unsqueeze(-1)",
+        "",
+        PADDED,
+    ),
+    Mutation(
+        "padding: nor in its P",
+        "dsv3.model.router:Router.balance_loss",
+        "$normalized.where($padding.is_token.unsqueeze(-1), 0)",
+        "$normalized",
+        PADDED,
+    ),
+    Mutation(
+        "padding: a sequence is as long as its tokens are many",
+        "dsv3.model.router:Router.balance_loss",
+        "$padding.lengths.clamp(min=1).unsqueeze(-1)",
+        "$padding.lengths.clamp(min=1).unsqueeze(-1).amax()",
+        PADDED,
+    ),
+    Mutation(
+        "padding: a row of it alone is no sequence",
+        "dsv3.model.padding:PaddingMask.num_sequences",
+        "($lengths > 0)",
+        "($lengths >= 0)",
+        PADDED,
+    ),
+    Mutation(
+        "padding: not in the z-loss",
+        "dsv3.model.router:Router.forward",
+        "$squares.where($padding.is_token, 0)",
+        "$squares",
+        PADDED,
+    ),
+    Mutation(
+        "padding: nor in its denominator",
+        "dsv3.model.router:Router.forward",
+        "$padding.lengths.sum().clamp(min=1)",
+        "$padding.is_token.numel()",
+        PADDED,
+    ),
+    Mutation(
+        "padding: no expert computes it",
+        "dsv3.model.moe:LocalTokenDispatcher.combine",
+        "return $out if $padding is None else put_tokens($out, $padding)",
+        "return $out",
+        PADDED,
+    ),
+    Mutation(
+        "padding: gradients of what is taken go back to their tokens",
+        "dsv3.model.padding:_TakeTokens.backward",
+        "$put($gradient, $places, $positions)",
+        "$put($gradient, $places.flip(0), $positions)",
+        PADDED,
+    ),
+    Mutation(
+        "padding: not sent to a rank",
+        "dsv3.parallel.token_dispatch:AllToAllTokenDispatcher.dispatch",
+        "$routes & $padding.is_token.view(-1, 1)",
+        "$routes",
+        DISPATCH,
+    ),
+    Mutation(
+        "padding: DeepEP's too",
+        "dsv3.parallel.deepep:DeepEPTokenDispatcher.dispatch",
+        "$chosen.masked_fill($elsewhere, -1)",
+        "$chosen",
+        DISPATCH,
+    ),
+    Mutation(
+        "padding: MTP wraps around behind the last token",
+        "dsv3.model.transformer:shift_tokens",
+        "$ahead % $lengths.clamp(min=1).unsqueeze(-1)",
+        "$ahead % tokens.shape[-1]",
+        f"{MODEL} {TRAINING}",
+    ),
+    Mutation(
+        "padding: MTP does not route it",
+        "dsv3.model.transformer:MTPModule.forward",
+        "self.block($x, $rotary, $segments, None, $padding)",
+        "self.block($x, $rotary, $segments, None, None)",
+        TRAINING,
+    ),
+    Mutation(
+        "padding: sequences counted over microbatches without it",
+        "dsv3.training.step:TrainStep",
+        "($batch.num_sequences, $batch.num_tokens)",
+        "(len($batch.tokens), $batch.num_tokens)",
+        TRAINING,
+    ),
+    Mutation(
+        "padding: and tokens",
+        "dsv3.training.step:TrainStep",
+        "($batch.num_sequences, $batch.num_tokens)",
+        "($batch.num_sequences, $batch.tokens.numel())",
+        TRAINING,
+    ),
+    Mutation(
+        "padding: a microbatch's share of the z-loss is that of its tokens",
+        "dsv3.training.loss:loss_terms",
+        "$share($batch.num_tokens, $whole)",
+        "$share($batch.num_sequences, $whole)",
+        TRAINING,
+    ),
+    Mutation(
+        "padding: evaluation does not route it",
+        "dsv3.training.step:LocalForwardBackward.evaluate",
+        "self.$model($tokens, $documents, targets=$targets, lengths=$lengths)",
+        "self.$model($tokens, $documents, targets=$targets, lengths=None)",
+        TRAINING,
+    ),
+    Mutation(
+        "padding: under cp and tp a rank knows its own",
+        "dsv3.parallel.context_parallel:join_sequence_shards",
+        "partial($take, $model.sequence_shard, $mesh)",
+        "partial($take, LocalSequenceShard(), $mesh)",
+        SHARDED,
+    ),
+    Mutation(
+        "padding: pipeline stages do not route it",
+        "dsv3.parallel.pipeline_parallel:Stage.forward",
+        "$model.layer_inputs($tokens, $segments, $cache, $lengths)",
+        "$model.layer_inputs($tokens, $segments, $cache, None)",
+        SHARDED,
     ),
     Mutation(
         "MTP loss: mean over depths",

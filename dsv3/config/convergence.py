@@ -42,6 +42,8 @@ CONTRACT: dict[str, tuple[Kind, str]] = {
     "data.split": (Kind.computed, "which data; its fingerprint counts"),
     "data.held_out_split": (Kind.computed, "which data; its fingerprint counts"),
     "data.field": (Kind.computed, "which data; its fingerprint counts"),
+    "data.separator": (Kind.computed, "which data; its fingerprint counts"),
+    "data.max_skipped": (Kind.computed, "whether to go on; the fingerprint of what is read counts"),
     "data.lanes": (Kind.learnt, "the order of the rows"),
     "data.lane_rows": (Kind.learnt, "the order of the rows"),
     "data.shuffled_documents": (Kind.learnt, "the order of the rows"),

@@ -81,6 +81,11 @@ class DataConfig(Buildable):
         """Return lines on what the number of data-parallel ranks does to reading the data."""
         return []
 
+    @property
+    def caches(self) -> bool:
+        """Return True where something is kept in cache_dir."""
+        return True
+
     def validate(self) -> None:
         """Raise InvalidValue for a held-out share that leaves too little on either side, and for no share."""
         require(0 < self.held_out < 0.5, "held_out", self.held_out, "must be above 0 and below 0.5")
@@ -107,8 +112,12 @@ class DocumentFilesConfig(DataConfig):
     """Share of the documents, and of the files, that may be skipped as unreadable; beyond it they are refused."""
 
     def validate(self) -> None:
-        """Raise InvalidValue for an empty field or separator and for a share that is none."""
+        """Raise InvalidValue as above, and for what makes no documents of files."""
         super().validate()
+        self.validate_reading()
+
+    def validate_reading(self) -> None:
+        """Raise InvalidValue for an empty field or separator and for a share that is none."""
         require(bool(self.field), "field", self.field, "name the field that holds the text")
         require(self.separator != "", "separator", "''", "give the text between documents, or null")
         allowed = "must be at least 0 (refuse all) and at most 1"
@@ -127,7 +136,7 @@ class InputDataConfig(DocumentFilesConfig):
     def validate(self) -> None:
         """Raise InvalidValue as above, but allow no held-out side."""
         require(0 <= self.held_out < 0.5, "held_out", self.held_out, "must be at least 0 and below 0.5")
-        super().validate()
+        self.validate_reading()
 
 
 @schema("data/text")
@@ -155,6 +164,11 @@ class IdsDataConfig(DataConfig):
     """File or folder of token ids."""
     verify: Verify = Verify.sample
     """What is read at start to find damage: a sample, or all; each id is checked when it is read in any case."""
+
+    @property
+    def caches(self) -> bool:
+        """Return True where something is kept in cache_dir; ids that are read in place are not."""
+        return False
 
     def validate(self) -> None:
         """Raise InvalidValue for a missing path."""
@@ -201,6 +215,11 @@ class ShardsDataConfig(IdsDataConfig):
     cache_bytes: int = 64 * 2**30
     """Bytes of remote shards that a node keeps in data.cache_dir."""
 
+    @property
+    def caches(self) -> bool:
+        """Return True where something is kept in cache_dir: ends of documents, rows, or remote blocks."""
+        return self.eos_id is not None or self.packing is Packing.best_fit or "://" in (self.path or "")
+
     def validate(self) -> None:
         """Raise InvalidValue for an id or a size that is none."""
         super().validate()
@@ -212,6 +231,8 @@ class ShardsDataConfig(IdsDataConfig):
 @dataclass
 class HubDataConfig(DataConfig):
     """A dataset of the HuggingFace hub, or a directory of one, tokenized while it streams."""
+
+    in_mixture: ClassVar[bool] = False
 
     _target_: str = "dsv3.data.hub_stream.HubData"
     dataset: str | None = field(default=None, metadata=PATH_OR_NAME)

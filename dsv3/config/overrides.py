@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 
 from hydra import compose as hydra_compose
@@ -138,13 +138,16 @@ def _types(argv: Sequence[str]) -> dict[str, KeyType]:
 
 def _absolute(override: str, types: Mapping[str, KeyType]) -> str:
     found = _OVERRIDE.fullmatch(override)
-    if not found or found["value"] in ("", "null"):
+    if not found:
         return override
-    kind = types.get(described_key(found["key"]), KeyType(0))
-    if KeyType.path not in kind:
-        return override
-    path = absolute_path(_read_text(override), KeyType.hub_name in kind)
-    return f"{found['prefix']}{found['key']}={quote(path)}"
+    return f"{found['prefix']}{found['key']}={_absolute_value(found['key'], found['value'], types)}"
+
+
+def _absolute_value(key: str, value: str, types: Mapping[str, KeyType]) -> str:
+    kind = types.get(described_key(key), KeyType(0))
+    if KeyType.path in kind and value not in ("", "null"):
+        return quote(absolute_path(_read_text(f"{key}={value}"), KeyType.hub_name in kind))
+    return _read_node(key, value, lambda name, item: _absolute_value(name, item, types))
 
 
 def _read_text(override: str) -> str:
@@ -185,13 +188,19 @@ def _quote_value(key: str, value: str, types: Mapping[str, KeyType]) -> str:
         return _NUMBER.sub(lambda number: _whole(number[0]), drawn)
     if kind:
         return quote(_filled_in(key, value) if KeyType.path in kind else value)
-    if node := re.fullmatch(r"\{(.*)\}", value, re.DOTALL):
-        read = []
-        for pair in split_commas(node[1]):
-            name, colon, item = pair.strip().partition(":")
-            read.append(name + colon + _quote_value(f"{key}.{name.strip()}", item.strip(), types))
-        return f"{{{','.join(read)}}}"
-    return value
+    return _read_node(key, value, lambda name, item: _quote_value(name, item, types))
+
+
+def _read_node(key: str, value: str, read: Callable[[str, str], str]) -> str:
+    """Return the value of a whole node with each of its values, of a dotted key, as `read` returns it."""
+    node = re.fullmatch(r"\{(.*)\}", value, re.DOTALL)
+    if not node:
+        return value
+    pairs = []
+    for pair in split_commas(node[1]):
+        name, colon, item = pair.strip().partition(":")
+        pairs.append(name + colon + read(f"{key}.{name.strip()}", item.strip()))
+    return f"{{{','.join(pairs)}}}"
 
 
 def _unpadded(part: str) -> str:

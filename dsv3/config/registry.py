@@ -140,10 +140,16 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 
 def register_resolvers() -> None:
-    """Register `recipe_schedule`: the schedule of a model's recipe, or the default one without a recipe."""
+    """Register `recipe_schedule`, the schedule of a model's recipe, and `data_of_task`, the data of a task."""
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver(RECIPE_SCHEDULE, recipe_schedule, replace=True)
+    OmegaConf.register_new_resolver("data_of_task", data_of_task, replace=True)
+
+
+def data_of_task(task: str) -> str:
+    """Return the choice of `data` for a choice of `task`, unless another is typed or an experiment's."""
+    return "input" if task == "prepare" else "stdlib"
 
 
 def recipe_schedule(model: str) -> str:

@@ -173,6 +173,41 @@ class VerifyTaskConfig(TaskConfig):
         require(self.tokens >= 2, "tokens", self.tokens, "must be at least 2")
 
 
+@schema("task/prepare")
+@dataclass
+class PrepareTaskConfig(TaskConfig):
+    """Token shards of text, JSON lines, Parquet or a dataset, to train on with data=shards."""
+
+    uses_model: ClassVar[bool] = False
+    has_result: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = (
+        *_OF_EVERY_TASK,
+        "data=",
+        "data.field",
+        "data.separator",
+        "data.max_skipped",
+        "data.held_out",
+        "tokenizer",
+    )
+    _target_: str = "dsv3.tasks.prepare.PrepareTask"
+    input: list[str] = field(default_factory=list)
+    """Files, folders or patterns of names; a folder of save_to_disk, or hf:OWNER/NAME, is a dataset."""
+    output: str | None = field(default=None, metadata=PATH)
+    """Folder for the shards and their index."""
+    workers: int | None = None
+    """Cores to use; null is all that the process may use."""
+    subset: str | None = None
+    """Subset (config) of a dataset of the hub; null is its default."""
+    split: str | None = None
+    """Split of a dataset to read; null is `train`, or the only one."""
+
+    def validate(self) -> None:
+        allowed = "give files, folders or a pattern of names: task.input=PATHS"
+        require(bool(self.input) and all(self.input), "input", self.input, allowed)
+        require(bool(self.output), "output", self.output, "give a folder for the shards: task.output=DIR")
+        require_positive(self, "workers")
+
+
 @schema("task/compare")
 @dataclass
 class CompareTaskConfig(TaskConfig):

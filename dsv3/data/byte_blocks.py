@@ -81,7 +81,7 @@ def file_form(path: Path) -> str:
 
 
 def read_blocks(path: Path, report: Report, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """Yield the content of a file as UTF-8, without a byte order mark; of a plain file the bytes [start, end).
+    """Yield the content of a file as UTF-8 without a byte order mark; of a plain file bytes [start, end).
 
     Raises:
         DamagedFile: it is truncated or damaged, or its encoding is not the one that its mark names.
@@ -165,19 +165,18 @@ def _import_zstandard() -> Any:
 
 
 def _transcode(blocks: Iterator[bytes], encoding: str) -> Iterator[bytes]:
-    """Yield text as UTF-8, without the mark at its beginning; UTF-8 itself is passed on unread."""
+    """Yield text as UTF-8 in blocks that are not empty, without the mark; UTF-8 is passed on unread."""
     mark = next(mark for mark, name in _MARKS if name == encoding)
     skip = len(mark)
     decoder = codecs.getincrementaldecoder(encoding)()
     for block in blocks:
         content, skip = block[skip:], max(0, skip - len(block))
-        if encoding == "utf-8":
-            yield content
-            continue
         try:
-            yield decoder.decode(content).encode()
+            content = content if encoding == "utf-8" else decoder.decode(content).encode()
         except UnicodeError as error:
             raise DamagedFile(f"it is not the {encoding} that its first bytes name: {error}") from error
+        if content:
+            yield content
     if encoding != "utf-8":
         try:
             decoder.decode(b"", final=True)
@@ -192,7 +191,7 @@ def split_records(blocks: Iterator[bytes], separator: bytes | None) -> Iterator[
     may be left where it is. What follows the last separator is a record unless it is empty.
     """
     left = following = b""
-    while block := following or next(blocks, b""):
+    while (block := following or next(blocks, None)) is not None:
         following = b""
         *whole, left = (left + block).split(separator) if separator else (left + block,)
         for record in whole:

@@ -69,6 +69,7 @@ class CorpusScan:
         largest: name and characters of the largest document.
         skipped: the counts of what is no document.
         left_out: files left out because of their names, and the first of them.
+        json_lines: files of text that look like JSON lines, and the first of them.
         first_documents: the number of each unit's first document.
     """
 
@@ -81,6 +82,7 @@ class CorpusScan:
     largest: tuple[str, int]
     skipped: Skipped
     left_out: tuple[int, list[str]]
+    json_lines: tuple[int, list[str]]
     first_documents: list[int]
 
     @classmethod
@@ -92,8 +94,8 @@ class CorpusScan:
             if (folder / SIDES_FILE).stat().st_size < number:
                 raise CacheEntryError(f"{folder / SIDES_FILE} is cut off")
             split, skipped = HeldOutSplit(**found.pop("split")), Skipped.from_json(found.pop("skipped"))
-            largest, left_out = tuple(found.pop("largest")), tuple(found.pop("left_out"))
-            return cls(folder, split=split, skipped=skipped, largest=largest, left_out=left_out, **found)
+            found |= {name: tuple(found[name]) for name in ("largest", "left_out", "json_lines")}
+            return cls(folder, split=split, skipped=skipped, **found)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise CacheEntryError(f"{type(error).__name__}: {error}") from error
 
@@ -135,6 +137,11 @@ class CorpusScan:
             (split.documents - 1, f"the largest, {name}, has {characters / split.characters:.1%} of the text"),
         ]
         lines = [", ".join([line, *(text for count, text in counts if count)]), *skipped_lines(self.skipped)]
+        count, names = self.json_lines
+        if count:
+            look = "looks like JSON lines and is" if count == 1 else "look like JSON lines and are"
+            way = f"read as text, first {names[0]}: name {'it' if count == 1 else 'them'} .jsonl to read the field"
+            lines.append(f"{amount(count, 'files')} {look} {way} {options.field}")
         count, names = self.left_out
         if count:
             what = "hidden, or left behind by an editor or a download"
@@ -209,6 +216,7 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
         skipped = Skipped()
         for result in results:
             skipped.merge(Skipped.from_json(result["skipped"]))
+        json_lines = [name for result in results for name in result["json_lines"]]
         for name in found.unreadable:
             skipped.add(Reason.UNREADABLE, name)
         if not skipped.documents:
@@ -239,6 +247,7 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
         largest=largest,
         skipped=skipped,
         left_out=(len(found.left_out), found.left_out[:_NAMED]),
+        json_lines=(len(json_lines), json_lines[:_NAMED]),
         first_documents=firsts,
     ).write()
     del table
@@ -254,7 +263,7 @@ class ScanUnit:
 
     def __call__(self, unit: Unit, place: WorkPlace) -> dict[str, Any]:
         """Return the documents of each part, the largest one and what was skipped."""
-        skipped, counts = Skipped(), []
+        skipped, counts, json_lines = Skipped(), [], []
         largest = ("", -1)
         file = _rows_of(unit, place.directory)
         with file.open("wb") as rows:
@@ -262,6 +271,8 @@ class ScanUnit:
                 count = 0
                 for document in read_documents(Unit(unit.number, (part,)), self.options, skipped, place.report):
                     state, characters = hashlib.sha256(), 0
+                    if part.file.kind is FileKind.text and looks_like_json_lines(document.text):
+                        json_lines.append(part.file.name)
                     try:
                         for piece in document.pieces():
                             state.update(piece.encode())
@@ -272,7 +283,19 @@ class ScanUnit:
                     largest = max(largest, (document.name, characters), key=lambda each: each[1])
                     count += 1
                 counts.append(count)
-        return {"documents": counts, "largest": largest, "skipped": skipped.to_json(), "rows": file.name}
+        found = {"documents": counts, "largest": largest, "skipped": skipped.to_json()}
+        return found | {"json_lines": json_lines, "rows": file.name}
+
+
+def looks_like_json_lines(text: str) -> bool:
+    """Return True for a text whose first line is a JSON object and whose second one begins as one does."""
+    if not text.startswith("{"):
+        return False
+    first, _, rest = text.partition("\n")
+    try:
+        return rest.startswith("{") and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _rows_of(unit: Unit, folder: Path) -> Path:

@@ -102,7 +102,7 @@ class DataRecord:
         content = {"format": FORMAT, "version": VERSION, "noun": self.noun, "layout": self.layout}
         content |= {"level": self.level, "entries": self.entries}
         partial = file.with_name(f".partial-{file.name}")
-        partial.write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False), "utf-8")
+        partial.write_text(json.dumps(content, separators=(",", ":")), "utf-8")  # names may be no UTF-8
         partial.replace(file)
 
     @classmethod

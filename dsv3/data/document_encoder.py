@@ -25,6 +25,7 @@ TRIES = 8
 _WORD_BREAK = re.compile(r"(?<=\S)(?=[ ]\S)")
 """Between a word and the space before the next one, which byte-level tokenizers take as its beginning."""
 
+
 class Window(NamedTuple):
     """A stretch of a document.
 

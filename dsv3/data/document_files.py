@@ -204,6 +204,9 @@ class _Watched:
 
 def _read_text(part: Part, options: ReadOptions, skipped: Skipped, report: Report) -> Iterator[Document]:
     separator = None if options.separator is None else options.separator.encode()
+    if separator is None and part.file.size == 0:
+        skipped.empty += 1
+        return
     for name, record in _records(part, separator, report):
         if record[1] is not None:
             document = _long_document(name, _decode_long(*record, name, skipped), skipped)

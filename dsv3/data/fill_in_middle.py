@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.data.shuffle import Ids, mix, permutation
+from dsv3.data.shuffle import Ids, permutation
 from dsv3.data.token_store import TokenStore
 
 ADDED_TOKENS = 3
@@ -77,8 +77,8 @@ class FillInMiddle:
         The document has `length` ids from position `begin` of the store on, its form ADDED_TOKENS more.
         """
         tokens, end = self._tokens, begin + length
-        has_bos = length > 0 and tokens.bos is not None and store.read(begin, 1)[0] == tokens.bos
-        has_eos = length > has_bos and tokens.eos is not None and store.read(end - 1, 1)[0] == tokens.eos
+        has_bos = length > 0 and int(store.read(begin, 1)[0]) == tokens.bos
+        has_eos = length > has_bos and int(store.read(end - 1, 1)[0]) == tokens.eos
         inner, inner_end = begin + has_bos, end - has_eos
         hole, hole_end = self._cuts(inner, inner_end, epoch)
         # A part is an id, or bounds of positions in the store.

@@ -371,15 +371,15 @@ def _digest(text: str) -> bytes:
 
 def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[npt.NDArray[np.uint32], Ids]:
     """Return the tokens of all texts, and the offset at which each begins, and the end."""
-    encoder, parts, ends = DocumentEncoder(tokenizer), list[npt.NDArray[np.uint32]](), [0]
-    before, after = (np.frombuffer(end, np.uint32) for end in document_ends(tokenizer, np.dtype(np.uint32)))
+    encoder, tokens, ends = DocumentEncoder(tokenizer), list[int](), [0]
+    before, after = document_ends(tokenizer)
     with phase("tokenizing the held-out text", unit="documents") as work:
         for text in texts:
-            ids = encoder.encode(list(encoder.windows([text])))
-            parts.append(np.concatenate([before, *ids, after]))
-            ends.append(ends[-1] + len(parts[-1]))
+            windows = encoder.encode(list(encoder.windows([text])))
+            tokens += [*before, *chain.from_iterable(windows), *after]
+            ends.append(len(tokens))
             work.advance()
-    return np.concatenate(parts), np.array(ends, np.int64)
+    return np.array(tokens, np.uint32), np.array(ends, np.int64)
 
 
 def _pieces(files: dict[str, list[str]], known: Any) -> Iterator[Piece]:

@@ -5,6 +5,7 @@ sizes alone, so that neither the number of processes nor a kill changes what is 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from dsv3.data.byte_blocks import UnreadFile, file_form
 from dsv3.data.document_files import ReadOptions
@@ -73,4 +74,4 @@ def _parts(file: InputFile, options: ReadOptions, unit_bytes: int) -> list[Part]
         return whole
     count = -(-file.size // unit_bytes)
     bounds = [file.size * number // count for number in range(count + 1)]
-    return [Part(file, start, end, end - start) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [Part(file, start, end, end - start) for start, end in pairwise(bounds)]

@@ -106,8 +106,7 @@ class Lane:
         self._pieces, self._number, self._options = pieces, number, options
         self._encoder, self._takes = encoder, takes
         self._parts = lane_parts(pieces.num_pieces, number, options.lanes)
-        bos, eos = document_ends(encoder.tokenizer, np.dtype(np.int64))
-        self._bos, self._eos = (np.frombuffer(ids, np.int64) for ids in (bos, eos))
+        self._ends = document_ends(encoder.tokenizer)
         self._token = start.token
         self._waiting: deque[tuple[Bookmark, Ids]] = deque()
         self._documents = self._read(start)
@@ -192,12 +191,13 @@ class Lane:
 
     def _encode_group(self, texts: Iterable[str]) -> Iterator[Ids]:
         windows = [window for text in texts for window in self._encoder.windows([text])]
-        document = [self._bos]
+        before, after = self._ends
+        document = list(before)
         for window, ids in zip(windows, self._encoder.encode(windows), strict=True):
-            document.append(ids.astype(np.int64))
+            document += ids
             if window.last:
-                yield np.concatenate([*document, self._eos])
-                document = [self._bos]
+                yield np.array(document + after, np.int64)
+                document = list(before)
 
 
 class LaneRows:
@@ -237,7 +237,11 @@ class LaneRows:
                 lane = Lane(self._pieces, number, self._options, self._encoder, self._takes, start)
                 self._lanes[number] = lane
             while True:
-                place, row = lane.read()
+                try:
+                    place, row = lane.read()
+                except BaseException:
+                    del self._lanes[number]  # it has lost its place
+                    raise
                 kept = self._recent.setdefault(number, deque(maxlen=KEPT_BATCHES * self._options.lane_rows))
                 if not kept or kept[-1].row < place.row:
                     kept.append(place)

@@ -87,6 +87,7 @@ class DocumentStream:
         self._num_documents = store.num_documents
         self._num_blocks = -(-self._num_documents // BLOCK_DOCUMENTS)
         self._block = lru_cache(_KNOWN_BLOCKS)(self._arrange)
+        self._first_position = lru_cache(2)(self._find_first_position)
         self.num_tokens = store.num_tokens + self._added_before(self._num_documents)
         """Tokens of an epoch, those of fill-in-the-middle included."""
 
@@ -123,7 +124,7 @@ class DocumentStream:
             number = (number + 1) % self._num_blocks
             position %= self.num_tokens
 
-    def _first_position(self, epoch: int) -> int:
+    def _find_first_position(self, epoch: int) -> int:
         """Return where the block that the stream begins with begins.
 
         What is left out behind the last whole row lies elsewhere in every epoch.

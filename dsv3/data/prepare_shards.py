@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -37,7 +37,7 @@ from dsv3.data.shard_index import (
 )
 from dsv3.data.shard_writer import SHARD_TOKENS, ShardWriter
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.data.unit_pool import IN_PROCESS_BELOW, WorkPlace, run_units
+from dsv3.data.unit_pool import IN_PROCESS_BELOW, JOURNAL_FILE, WorkPlace, run_units
 from dsv3.errors import UserError
 from dsv3.metrics.progress import Phase
 
@@ -332,8 +332,10 @@ def prepare_shards(
     """
     work_folder = output / UNFINISHED
     skipped, counts = Skipped(), Counts()
+    seen: list[Mapping[str, Any]] = []
 
     def count(result: Mapping[str, Any]) -> None:
+        seen[:] = [result]
         skipped.merge(Skipped.from_json(result["skipped"]))
         counts.merge(result["counts"])
         check(skipped, False)
@@ -342,8 +344,9 @@ def prepare_shards(
         work_folder.mkdir(parents=True, exist_ok=True)
         with _locked(work_folder, key):
             tokenizer_folder = work_folder / TOKENIZER_FOLDER
-            if not (tokenizer_folder / "tokenizer_config.json").exists():
-                tokenizer.save(tokenizer_folder)
+            journal = work_folder / JOURNAL_FILE
+            if not (journal.exists() and tokenizer_folder.exists()):
+                keep_tokenizer(tokenizer, tokenizer_folder)
             dtype_name = dtype_for(tokenizer.size)
             cores = workers or len(os.sched_getaffinity(0))
             work = TokenizeUnit(source, tokenizer_folder, dtype_name, cores, note_every, shard_tokens)
@@ -352,7 +355,7 @@ def prepare_shards(
                 units,
                 work,
                 work_folder,
-                {"tokenizer": tokenizer.fingerprint(), **identity},
+                {"ids": tokenizer.fingerprint(), **identity},
                 workers,
                 progress,
                 in_process_below,
@@ -374,9 +377,22 @@ def prepare_shards(
             _publish(output, index)
     except OSError as error:
         raise UserError(unwritable(f"{key}={output}", error)) from error
+    except UserError:
+        if seen and not skipped.documents:  # nothing is lost, and a command with another field may follow
+            shutil.rmtree(work_folder, ignore_errors=True)
+        raise
     with suppress(OSError):  # the index is there: what is left does no harm
         shutil.rmtree(work_folder)
     return Prepared(index, skipped, counts)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save a tokenizer into a folder that appears whole or not at all."""
+    new = folder.with_name(f".{folder.name}.new")
+    for old in (new, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    tokenizer.save(new)
+    new.replace(folder)
 
 
 def unwritable(what: str, error: OSError) -> str:
@@ -394,6 +410,10 @@ def _locked(folder: Path, key: str) -> Any:
         return lock.acquire(timeout=5, poll_interval=0.1)
     except Timeout:
         raise UserError(f"{key}={folder.parent} is being prepared by another process: wait for it") from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", None) in (None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return nullcontext()  # a file system without locks
+        raise
 
 
 def _is_intact(result: Mapping[str, Any], output: Path, itemsize: int) -> bool:
@@ -431,3 +451,12 @@ def _publish(output: Path, index: ShardIndex) -> None:
 def is_finished(output: Path) -> bool:
     """Return whether a folder has an index."""
     return (output / INDEX_FILE).exists()
+
+
+class InputData:
+    """`data=input`: what task=prepare reads. It is no data to train on."""
+
+    def __init__(self, **common: Any) -> None:
+        raise UserError(
+            "data=input is what task=prepare reads: train on its shards, data=shards data.path=DIR"
+        )

@@ -7,6 +7,7 @@ that it has noted, after a kill.
 import os
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -170,17 +171,17 @@ class ShardWriter:
     def abandon(self) -> None:
         """Leave the files as they are, such as after an error."""
         for file in self._files or ():
-            try:
+            with suppress(OSError):  # what is buffered does not fit on the disk either
                 file.abandon()
-            except OSError:  # what is buffered does not fit on the disk either
-                pass
         self._files = None
 
     def _open(self) -> None:
         stem = f"{self._name}-{len(self.done):03d}"
         resumed = self._written > 0
         tokens = NpyFile(self._folder / f"{stem}.tokens.npy", self._dtype, self._written)
-        offsets = NpyFile(self._folder / f"{stem}.offsets.npy", _OFFSETS, self._documents + 1 if resumed else 0)
+        offsets = NpyFile(
+            self._folder / f"{stem}.offsets.npy", _OFFSETS, self._documents + 1 if resumed else 0
+        )
         if not resumed:
             offsets.write(np.zeros(1, _OFFSETS).tobytes())
         self._files = tokens, offsets
@@ -202,8 +203,6 @@ class ShardWriter:
         assert self._files is not None
         tokens, offsets = self._files
         digests = {"tokens": tokens.close(self._tokens), "offsets": offsets.close(self._documents + 1)}
-        self.done.append(
-            Shard(tokens.path.name, offsets.path.name, self._tokens, self._documents, digests)
-        )
+        self.done.append(Shard(tokens.path.name, offsets.path.name, self._tokens, self._documents, digests))
         self._files = None
         self._tokens = self._documents = self._begin = self._written = 0

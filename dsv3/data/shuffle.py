@@ -29,7 +29,10 @@ def permutation(count: int, *seeds: int) -> Ids:
     every version only for its bit generators (NEP 19), and a run may outlive a version.
     """
     draws = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
-    return np.argsort(draws, kind="stable")
+    order = np.argsort(draws)  # a quarter of a stable sort's time
+    in_order = draws[order]
+    has_ties = bool((in_order[1:] == in_order[:-1]).any())
+    return np.argsort(draws, kind="stable") if has_ties else order
 
 
 class Permutation(Sequence[int]):

@@ -2,7 +2,7 @@
 
 import math
 
-from dsv3.data.document_files import Skipped
+from dsv3.data.document_files import Reason, Skipped
 from dsv3.errors import UserError
 from dsv3.metrics.progress import amount
 
@@ -16,13 +16,21 @@ def skipped_lines(skipped: Skipped) -> list[str]:
     ]
 
 
-def require_few_skipped(skipped: Skipped, files: int, limit: float, title: str) -> None:
+EARLY = 10_000
+"""Documents after which too many are refused before everything was read."""
+
+
+def require_few_skipped(
+    skipped: Skipped, files: int, limit: float, title: str, at_end: bool = True, field: str | None = None
+) -> None:
     """Raise UserError where more than a share of the documents, or of the files, was skipped.
 
     Args:
         files: all files, of which `skipped.files` cannot be read.
         limit: data.max_skipped, the largest share.
         title: what was read, as in `data.path=FOLDER`.
+        at_end: everything was read; else a few documents say nothing of the rest.
+        field: data.field, to be named where it is missing.
     """
     bad, unread = skipped.num_skipped, sum(skipped.files.values())
     shares = [
@@ -30,11 +38,15 @@ def require_few_skipped(skipped: Skipped, files: int, limit: float, title: str) 
         (unread / max(1, files), f"{unread:,} of {amount(files, 'files')}"),
     ]
     share, told = max(shares)
-    if share <= limit:
+    if share <= limit or not (at_end or bad + skipped.documents >= EARLY or unread > limit * files):
         return
     reasons = ", ".join(line.removeprefix("skipped ") for line in skipped_lines(skipped))
     enough = math.ceil(100 * share) / 100
+    mend = "Mend or remove them"
+    if field is not None and Reason.NO_FIELD in skipped.counts:
+        mend = f"Name the field that holds the text (data.field={field} now)"
+    others = f", or read the others alone: data.max_skipped={enough:g}" if share < 1 else ""
     raise UserError(
         f"{title}: {told} cannot be read, more than data.max_skipped={limit:g} allows ({reasons})\n"
-        f"Mend or remove them, or read the others alone: data.max_skipped={enough:g}"
+        f"{mend}{others}"
     )

@@ -5,12 +5,13 @@ pyarrow and datasets are imported where they are needed alone; the extra `data` 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dsv3.data.byte_blocks import NEEDS_DATA_EXTRA, DamagedFile, Report
-from dsv3.data.input_files import HUB, FileKind, InputFile, Part, is_saved
-from dsv3.errors import UserError, comma_separated, quoted
+from dsv3.data.input_files import HUB, FileKind, InputFile, Part
+from dsv3.errors import UserError
 
 ROWS_AT_ONCE = 64
 
@@ -115,7 +116,7 @@ def plan_table(file: InputFile, part_bytes: int) -> list[Part]:
     count = max(1, min(rows, -(-file.size // part_bytes)))
     bounds = [rows * number // count for number in range(count + 1)]
     return [
-        Part(file, start, end, file.size // count) for start, end in zip(bounds, bounds[1:], strict=False)
+        Part(file, start, end, file.size // count) for start, end in pairwise(bounds)
     ]
 
 

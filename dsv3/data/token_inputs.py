@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -49,6 +49,13 @@ Out = TypeVar("Out")
 In = TypeVar("In")
 
 
+class TokenizerPlace(NamedTuple):
+    """The directory of shards that a tokenizer made, and the folder of the tokenizer where it is there."""
+
+    shards: str
+    folder: Path | None
+
+
 @dataclass
 class TokenFiles:
     """Files of ids, opened.
@@ -58,8 +65,9 @@ class TokenFiles:
         held_out: segments to score, none where the files do not say.
         pieces: what the files are, for the record of a run's data.
         layout: what decides how rows are cut.
-        tokenizers: by fingerprint the directory of shards that was made with it.
+        tokenizers: by fingerprint where it is, for each that shards were made with.
         vocab_size: the largest that a directory of shards tells; None where none does.
+        kinds: what each file is, for people.
         digests: by file the XXH128 of its content, where an index tells it.
     """
 
@@ -67,9 +75,27 @@ class TokenFiles:
     held_out: list[Segment] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     layout: list[object] = field(default_factory=list)
-    tokenizers: dict[str, Path] = field(default_factory=dict)
+    tokenizers: dict[str, TokenizerPlace] = field(default_factory=dict)
     vocab_size: int | None = None
+    kinds: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: "TokenFiles") -> None:
+        """Add other files behind these."""
+        for name in ("train", "held_out", "pieces", "layout", "kinds"):
+            getattr(self, name).extend(getattr(other, name))
+        self.tokenizers = other.tokenizers | self.tokenizers
+        self.digests |= other.digests
+        if other.vocab_size is not None:
+            self.vocab_size = max(self.vocab_size or 0, other.vocab_size)
+
+    def describe(self, shard: Shard, index: ShardIndex, name: str, digest: str, split: str) -> None:
+        """Note what a shard is."""
+        size = shard.num_tokens * index.dtype.itemsize
+        self.pieces.append(Piece(name, size, digest, shard.num_documents, shard.num_tokens))
+        self.kinds.append("of token shards")
+        if split == TRAIN:
+            self.layout.append((shard.num_tokens, shard.digests.get("offsets", digest)))
 
 
 def open_token_files(path: str, key: str, dtype: str | None, only_held_out: bool = False) -> TokenFiles:
@@ -88,27 +114,27 @@ def open_token_files(path: str, key: str, dtype: str | None, only_held_out: bool
     marked = [bool(HELD_OUT_WORDS & set(_words(place.relative_to(root)))) for place in places]
     is_held_out = marked if not all(marked) else [False] * len(places)
     found = TokenFiles()
+
+    def open_one(entry: tuple[Path, bool]) -> TokenFiles:
+        place, scored = entry
+        opened = _open(place, root, dtype, only_held_out)
+        if scored:
+            opened.held_out, opened.train, opened.layout = [*opened.train, *opened.held_out], [], []
+        work.advance()
+        return opened
+
     with phase(f"opening the files of {key}", len(places), "files", each_node=True) as work:
-        for place, scored in zip(places, is_held_out, strict=True):
-            if place.name == INDEX_FILE:
-                _add_folder(found, place, root, scored, only_held_out)
-                work.advance()
-        plain = [
-            (place, scored) for place, scored in zip(places, is_held_out, strict=True) if place.name != INDEX_FILE
-        ]
-
-        def open_one(entry: tuple[Path, bool]) -> tuple[Segment, Piece]:
-            place, _ = entry
-            segment = open_megatron(place) if place.suffix == ".idx" else open_flat(place, dtype)
-            work.advance()
-            return segment, _piece(segment, root)
-
-        for (_, scored), (segment, piece) in zip(plain, _in_threads(open_one, plain), strict=True):
-            _add(found, segment, piece, scored)
+        for opened in _in_threads(open_one, list(zip(places, is_held_out, strict=True))):
+            found.add(opened)
     _require_one_dtype([*found.train, *found.held_out])
-    if not found.train and not found.held_out:
+    if not has_tokens(found.train) and not has_tokens(found.held_out):
         raise UserError(f"{key}={path} holds no ids: {WANTED}")
     return found
+
+
+def has_tokens(segments: Iterable[Segment]) -> bool:
+    """Return True where opened segments hold a token."""
+    return any(s.bounds is not None and s.bounds[0] < s.bounds[1] for s in segments)
 
 
 def open_remote_shards(url: str, cache_dir: str | None, cache_bytes: int) -> TokenFiles:
@@ -120,8 +146,9 @@ def open_remote_shards(url: str, cache_dir: str | None, cache_bytes: int) -> Tok
     folder, found = RemoteFolder(url, cache_dir, cache_bytes), TokenFiles()
     described = ShardIndex.parse(folder.fetch(INDEX_FILE).read_bytes(), f"{url}/{INDEX_FILE}")
     if (reference := described.tokenizer) is not None:
-        local = Path() if reference.folder is None else folder.fetch_folder(reference.folder, TOKENIZER_NAMES)
-        found.tokenizers[reference.fingerprint] = local
+        own = reference.folder
+        local = None if own is None else TokenizerPlace(url, folder.fetch_folder(own, TOKENIZER_NAMES))
+        found.tokenizers[reference.fingerprint] = local or TokenizerPlace(url, None)
     found.vocab_size = described.vocab_size
     for split in (TRAIN, HELD_OUT):
         for shard in described.splits.get(split, ()):
@@ -134,10 +161,7 @@ def open_remote_shards(url: str, cache_dir: str | None, cache_bytes: int) -> Tok
             name = f"{folder.url}/{shard.tokens}"
             side.append(Segment(tokens, offsets, 0, shard.num_documents, name, bounds=bounds))
             digest = version("tokens") or folder.version(shard.tokens)
-            size = shard.num_tokens * described.dtype.itemsize
-            found.pieces.append(Piece(shard.tokens, size, digest, shard.num_documents, shard.num_tokens))
-            if split == TRAIN:
-                found.layout.append((shard.num_tokens, version("offsets", digest)))
+            found.describe(shard, described, shard.tokens, digest, split)
     return found
 
 
@@ -192,6 +216,11 @@ def _below(folder: Path) -> Iterator[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
+        if entry.name.endswith((".tokens.npy", ".offsets.npy")):
+            raise UserError(
+                f"{folder} holds token shards without their {INDEX_FILE}, which is written last: they are not "
+                "whole; the same task=prepare goes on with them"
+            )
         if entry.is_dir():
             yield from _below(entry)
         elif entry.suffix in (".npy", ".idx") or (entry.suffix == ".bin" and f"{entry.stem}.idx" not in names):
@@ -204,45 +233,44 @@ def _words(name: Path) -> list[str]:
     return [word for word in re.split(r"[^a-z]+", str(text).lower()) if word]
 
 
-def _add(found: TokenFiles, segment: Segment, piece: Piece, scored: bool) -> None:
-    """Add a file to one of the sides."""
-    (found.held_out if scored else found.train).append(segment)
-    found.pieces.append(piece)
-    if not scored:
-        found.layout.append((piece.tokens, piece.documents))
+def _open(place: Path, root: Path, dtype: str | None, only_held_out: bool) -> TokenFiles:
+    """Open one file, or the directory of an index.json."""
+    if place.name == INDEX_FILE:
+        try:
+            content = place.read_bytes()
+        except OSError as error:
+            raise UserError(f"{place} cannot be read: {error.strerror}") from error
+        foreign = is_litdata(content)
+        if foreign is None:
+            return _open_shards(place, ShardIndex.parse(content, str(place)), root, only_held_out)
+        segments, kind = open_litdata(place.parent, foreign), "of litdata"
+    elif place.suffix == ".idx":
+        segments, kind = [open_megatron(place)], "of Megatron-LM"
+    else:
+        segments = [open_flat(place, dtype)]
+        kind = f"flat, {_array(segments[0]).dtype.name}"
+    pieces = [_piece(segment, root) for segment in segments]
+    layout: list[object] = [(piece.tokens, piece.documents) for piece in pieces]
+    return TokenFiles(segments, [], pieces, layout, kinds=[kind] * len(pieces))
 
 
-def _add_folder(found: TokenFiles, index: Path, root: Path, scored: bool, only_held_out: bool) -> None:
-    """Add a directory of shards, ours or litdata's."""
-    folder = index.parent
-    try:
-        content = index.read_bytes()
-    except OSError as error:
-        raise UserError(f"{index} cannot be read: {error.strerror}") from error
-    if (foreign := is_litdata(content)) is not None:
-        for segment in open_litdata(folder, foreign):
-            _add(found, segment, _piece(segment, root), scored)
-        return
-    described = ShardIndex.parse(content, str(index))
-    if described.tokenizer is not None:
-        place = folder / (described.tokenizer.folder or "")
-        found.tokenizers.setdefault(described.tokenizer.fingerprint, place)
-    if described.vocab_size is not None:
-        found.vocab_size = max(found.vocab_size or 0, described.vocab_size)
+def _open_shards(index: Path, described: ShardIndex, root: Path, only_held_out: bool) -> TokenFiles:
+    """Open a directory of token shards."""
+    folder, found = index.parent, TokenFiles(vocab_size=described.vocab_size)
+    if (reference := described.tokenizer) is not None:
+        own = None if reference.folder is None else folder / reference.folder
+        found.tokenizers[reference.fingerprint] = TokenizerPlace(str(folder), own)
     has_held_out = bool(described.num_tokens(HELD_OUT))
     for split in (TRAIN, HELD_OUT):
         shards = described.splits.get(split, [])
         if not (only_held_out and has_held_out and split == TRAIN):
             opened = list(_in_threads(lambda shard: open_shard(folder, described, shard), shards))
-            (found.held_out if scored or split == HELD_OUT else found.train).extend(opened)
+            (found.held_out if split == HELD_OUT else found.train).extend(opened)
         for shard in shards:
-            name = os.path.relpath(folder / shard.tokens, root)
-            size = shard.num_tokens * described.dtype.itemsize
             digest = shard.digests.get("tokens") or _digest(folder / shard.tokens)
-            found.pieces.append(Piece(name, size, digest, shard.num_documents, shard.num_tokens))
+            found.describe(shard, described, os.path.relpath(folder / shard.tokens, root), digest, split)
             found.digests |= {str(folder / getattr(shard, kind)): d for kind, d in shard.digests.items()}
-            if split == TRAIN:
-                found.layout.append((shard.num_tokens, shard.digests.get("offsets", digest)))
+    return found
 
 
 def open_shard(folder: Path, index: ShardIndex, shard: Shard) -> Segment:
@@ -274,6 +302,12 @@ def open_shard(folder: Path, index: ShardIndex, shard: Shard) -> Segment:
     return Segment(tokens.array, offsets.array, 0, documents, tokens.path, bounds=bounds)
 
 
+def _array(segment: Segment) -> FileArray:
+    """Return the ids of a segment of a file on this machine."""
+    assert isinstance(segment.tokens, FileArray)
+    return segment.tokens
+
+
 def _in_threads(work: Callable[[In], Out], entries: Sequence[In]) -> Iterator[Out]:
     """Yield `work` of each entry, in their order, done by THREADS threads where there are many."""
     if len(entries) < THREADS:
@@ -287,9 +321,7 @@ def _require_one_dtype(segments: Sequence[Segment]) -> None:
     """Raise UserError where files hold ids of several dtypes: they come from several tokenizers."""
     first: FileArray | None = None
     for segment in segments:
-        array = segment.tokens
-        if not isinstance(array, FileArray):
-            continue
+        array = _array(segment)
         first = first or array
         if array.dtype != first.dtype:
             raise UserError(
@@ -300,8 +332,7 @@ def _require_one_dtype(segments: Sequence[Segment]) -> None:
 
 def _piece(segment: Segment, root: Path) -> Piece:
     """Return what a file is, for the record of a run's data."""
-    array = segment.tokens
-    assert isinstance(array, FileArray)
+    array = _array(segment)
     assert segment.bounds is not None
     tokens = segment.bounds[1] - segment.bounds[0]
     index = getattr(segment.offsets, "path", array.path)

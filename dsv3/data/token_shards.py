@@ -6,29 +6,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import xxhash
 
 from dsv3.config.data import IdType, Verify
 from dsv3.data.cache import CacheEntryError
 from dsv3.data.data_record import DataRecord, layout_digest
 from dsv3.data.document_index import with_documents
-from dsv3.data.file_array import FileArray
+from dsv3.data.file_array import FileArray, find_missing
 from dsv3.data.remote_files import is_remote
 from dsv3.data.rows import RowOptions, held_out_rows, training_rows
 from dsv3.data.shard_index import TRAIN, ShardIndex
 from dsv3.data.sources import PreparedData
-from dsv3.data.token_inputs import TokenFiles, open_remote_shards, open_shard, open_token_files
+from dsv3.data.token_inputs import (
+    TokenFiles,
+    has_tokens,
+    open_remote_shards,
+    open_shard,
+    open_token_files,
+)
 from dsv3.data.token_store import Segment, TokenStore
 from dsv3.data.tokenizer import Tokenizer, TokenizerSource, TrainedTokenizer
 from dsv3.errors import UserError
-from dsv3.metrics.progress import phase
+from dsv3.metrics.progress import amount, phase
 
 CHECKED_TOKENS = 1 << 25
 """Tokens, and documents, that each rank looks at when a run starts; all are looked at when they are read."""
 
-LOOKED_AT = 256
-"""Files whose size a process checks that gets its segments from another one."""
+NAMED = 3
+"""Files of the held-out side that are named."""
 
 _DIGESTED_TOGETHER = 1 << 24
 
@@ -42,6 +47,8 @@ class ShardsRecipe(NamedTuple):
     tokenizer: Path | None
     """The folder of the shards' own tokenizer, where it is used."""
     vocab_size: int | None
+    marks_held_out: bool
+    """The files say what is held out."""
     digests: dict[str, str]
     summary: dict[str, int]
 
@@ -53,12 +60,14 @@ class PreparedShards(PreparedData):
     Attributes:
         stores: those of the rows.
         vocab_size: the ids that the shards tell of; None where they do not.
+        marks_held_out: True where the files say what is held out.
         digests: XXH128 by file, to verify.
         verify: how much is read at start.
     """
 
     stores: Sequence[TokenStore] = field(default=(), kw_only=True)
     vocab_size: int | None = field(default=None, kw_only=True)
+    marks_held_out: bool = field(default=False, kw_only=True)
     digests: dict[str, str] = field(default_factory=dict, kw_only=True)
     verify: Verify = field(default=Verify.sample, kw_only=True)
 
@@ -157,7 +166,7 @@ class ShardsData:
                 trained one nothing is used: the shards' own is taken where they have one.
             sequence_length: tokens per row.
             seed: seed of the shuffling; what is held out does not depend on it.
-            evaluate: prepare only the held-out side.
+            evaluate: prepare only what is scored: the held-out side where the files mark one, else all.
 
         Raises:
             UserError: a file is damaged or missing, or the tokenizer is another one.
@@ -169,10 +178,15 @@ class ShardsData:
         if self.eos_id is not None:
             flat = with_documents([*found.train, *found.held_out], self.eos_id, self.options.cache_dir)
             segments = [flat[: len(found.train)], flat[len(found.train) :]]
-        if not segments[1]:
-            segments = [store.segments for store in TokenStore(segments[0]).split(self.options.held_out)]
+        marked, told = has_tokens(segments[1]), _told(found, self)
+        if not marked and evaluate:
+            segments = [[], segments[0]]
+        elif not marked:
+            sides = TokenStore(segments[0]).split(self.options.held_out)
+            segments = [list(side.segments) for side in sides]
             found.layout.append(self.options.held_out)
-        if not evaluate and not segments[0]:
+            told.append("held out: the files mark nothing; stretches of whole documents from all over")
+        if not evaluate and not has_tokens(segments[0]):
             raise UserError(f"data.path={self.path} has a held-out side alone: there is nothing to train on")
         summary = {"files_read": len(found.pieces)}
         tokenizer = None if own is None or not _uses_own(tokenizer_source) else own[1]
@@ -182,13 +196,14 @@ class ShardsData:
             fingerprint=fingerprint,
             tokenizer=tokenizer,
             vocab_size=found.vocab_size,
+            marks_held_out=marked,
             digests=found.digests if self.verify is Verify.all else {},
             summary=summary,
         )
         chosen = _choose_tokenizer(tokenizer_source, own)
         layout = layout_digest(found.layout) if self.eos_id is None else None
         record = DataRecord.of(found.pieces, layout, "files")
-        return self._pack(recipe, chosen, sequence_length, seed, record)
+        return self._pack(recipe, chosen, sequence_length, seed, record, told)
 
     def reopen(
         self,
@@ -200,23 +215,11 @@ class ShardsData:
     ) -> PreparedShards:
         """Return what `prepare` has returned in another process.
 
-        The sizes of up to LOOKED_AT files are compared: a file that is cut off on this node alone is told
-        when it is read.
-
         Raises:
             CacheEntryError: a file is not there, or shorter.
         """
-        arrays = [a for s in (*recipe.train, *recipe.held_out) for a in (s.tokens, s.offsets)]
-        files = [array for array in arrays if isinstance(array, FileArray)]
-        for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT)).astype(int)):
-            file = files[place]
-            needed = file.begin + file.length * file.dtype.itemsize
-            try:
-                is_whole = Path(file.path).stat().st_size >= needed
-            except OSError as error:
-                raise CacheEntryError(str(error)) from error
-            if not is_whole:
-                raise CacheEntryError(f"{file.path} is cut off")
+        if missing := find_missing([a for s in (*recipe.train, *recipe.held_out) for a in (s.tokens, s.offsets)]):
+            raise CacheEntryError(missing)
         if recipe.tokenizer is not None and not recipe.tokenizer.is_dir():
             raise CacheEntryError(f"{recipe.tokenizer} is not here")
         own = None if recipe.tokenizer is None else ("", recipe.tokenizer)
@@ -231,10 +234,10 @@ class ShardsData:
             found = open_token_files(self.path, "data.path", dtype, only_held_out=evaluate)
         if self.held_out_path is not None:
             scored = open_token_files(self.held_out_path, "data.held_out_path", dtype)
-            found.held_out = [*scored.train, *scored.held_out]
-            found.pieces += [p._replace(name=f"held out: {p.name}") for p in scored.pieces]
-            found.tokenizers = scored.tokenizers | found.tokenizers
-            found.digests |= scored.digests
+            found.held_out = []
+            scored.held_out, scored.train, scored.layout = [*scored.train, *scored.held_out], [], []
+            scored.pieces = [p._replace(name=f"held out: {p.name}") for p in scored.pieces]
+            found.add(scored)
         return found
 
     def _pack(
@@ -244,6 +247,7 @@ class ShardsData:
         sequence_length: int,
         seed: int,
         record: DataRecord | None,
+        told: Sequence[str] = (),
     ) -> PreparedShards:
         """Return the rows of both sides."""
         held_out = TokenStore(recipe.held_out)
@@ -264,7 +268,9 @@ class ShardsData:
             recipe=recipe,
             record=record,
             stores=stores,
+            told=told,
             vocab_size=recipe.vocab_size,
+            marks_held_out=recipe.marks_held_out,
             digests=recipe.digests,
             verify=self.verify,
         )
@@ -276,6 +282,22 @@ def open_side(folder: Path, split: str = TRAIN) -> TokenStore:
     return TokenStore(open_shard(folder, index, shard) for shard in index.splits.get(split, ()))
 
 
+def _told(found: TokenFiles, data: ShardsData) -> list[str]:
+    """Return lines for the user on the files and on what is held out."""
+    kinds = {kind: found.kinds.count(kind) for kind in found.kinds}
+    lines = [" and ".join(f"{amount(count, 'files')} {kind}" for kind, count in kinds.items())]
+    if found.held_out:
+        names = [Path(segment.name).name for segment in found.held_out[:NAMED]]
+        more = f" and {len(found.held_out) - NAMED:,} more" if len(found.held_out) > NAMED else ""
+        lines.append(f"held out, as the files say: {', '.join(names)}{more}")
+    flat = any(segment.divisible for segment in (*found.train, *found.held_out))
+    if flat and data.eos_id is None:
+        lines.append("flat files: each is one document, data.eos_id=ID would find where documents end")
+    elif data.eos_id is not None and not flat:
+        lines.append("data.eos_id is not used: the files say where documents end")
+    return lines
+
+
 def _fingerprint(found: TokenFiles, eos_id: int | None) -> str:
     """Return 16 hex characters over the contents: of shards their digests, of other files what is sampled."""
     total = hashlib.sha256(f"eos {eos_id}".encode() if eos_id is not None else b"")
@@ -284,15 +306,15 @@ def _fingerprint(found: TokenFiles, eos_id: int | None) -> str:
     return total.hexdigest()[:16]
 
 
-def _own_tokenizer(found: TokenFiles) -> tuple[str, Path] | None:
+def _own_tokenizer(found: TokenFiles) -> tuple[str, Path | None] | None:
     """Return fingerprint and folder of the tokenizer that the shards were made with; None where none is told."""
     if len(found.tokenizers) > 1:
         (first, here), (second, there) = list(found.tokenizers.items())[:2]
         raise UserError(
-            f"{here} holds ids of the tokenizer {first}, {there} of {second}: the same id means other texts in "
-            "them; prepare both with one tokenizer"
+            f"{here.shards} holds ids of the tokenizer {first}, {there.shards} of {second}: the same id means "
+            "other texts in them; prepare both with one tokenizer"
         )
-    return next(iter(found.tokenizers.items()), None)
+    return next(((told, place.folder) for told, place in found.tokenizers.items()), None)
 
 
 def _uses_own(source: TokenizerSource | Tokenizer | None) -> bool:
@@ -300,7 +322,7 @@ def _uses_own(source: TokenizerSource | Tokenizer | None) -> bool:
 
 
 def _choose_tokenizer(
-    source: TokenizerSource | Tokenizer | None, own: tuple[str, Path] | None
+    source: TokenizerSource | Tokenizer | None, own: tuple[str, Path | None] | None
 ) -> Tokenizer | None:
     """Return the tokenizer of the run; UserError where it is not that of the shards.
 

@@ -154,8 +154,11 @@ def _recipe_lines(job: Job, model: str) -> list[str]:
         taken.insert(0, f"schedule={own['choice']}")
     filled = "train.global_batch_size" in job.reasons
     small = ": a small layout cannot hold the report's batch, so it is no default" if filled else ""
-    return [
+    start = config.train.batch_ramp.start
+    ramp = f" after a ramp from {start:,}" if start is not None else ""
+    lines = [
         f"{row['source']}: {' '.join(taken) or 'nothing of it was left'}",
         f"the report also has {row['report']}; this run has {config.train.batch:,} sequences of "
-        f"{config.train.length:,} tokens per step{small}",
+        f"{config.train.length:,} tokens per step{ramp}{small}",
     ]
+    return [*lines, f"the report's batch: {' '.join(row['batch'])}"] if filled else lines

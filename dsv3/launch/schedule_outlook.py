@@ -12,9 +12,9 @@ from typing import Any
 from dsv3.config.convergence import flatten
 from dsv3.config.overrides import split_override
 from dsv3.config.root import Config
-from dsv3.config.strict import build, to_yaml
+from dsv3.config.strict import to_yaml
 from dsv3.errors import UserError
-from dsv3.training.schedule import Schedule, StepHyperparameters
+from dsv3.training.schedule import Schedule, StepHyperparameters, build_schedule
 
 _SAMPLES = 1000
 """Steps that are looked at, of all that come."""
@@ -143,8 +143,7 @@ def _told_ramp(values: Mapping[str, Any]) -> str:
 
 
 def _schedule(config: Config) -> Schedule:
-    schedule: Schedule = build(config.schedule)
-    return schedule
+    return build_schedule(config)
 
 
 def _rate(config: Config, step: int) -> float:
@@ -154,7 +153,7 @@ def _rate(config: Config, step: int) -> float:
 def _values(config: Config, step: int) -> dict[str, float]:
     """Return what the schedule decides in `step`, as far as the model has it, by its name in a sentence."""
     schedule = _schedule(config)
-    at = StepHyperparameters.at(step, schedule.total_steps, _rate(config, step), config.train)
+    at = StepHyperparameters.at(schedule.share(step), _rate(config, step), config.train)
     values = {"a learning rate of": at.lr}
     if config.model.moe.selection_bias:
         values["an expert bias speed of"] = at.bias_speed

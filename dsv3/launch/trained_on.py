@@ -92,7 +92,7 @@ def require_tokenizer(config: Config, typed: set[str]) -> None:
     samples = task.reads_checkpoint and not task.reads_rows
     if not task.uses_model or not (task.trains or task.reads_checkpoint) or config.run.resume:
         return
-    if not samples and config.data.sets_sequence_length:
+    if not samples and config.data.holds_ids:
         return
     checkpoint = find_checkpoint(load) if load else None
     folder = tokenizer_folder(checkpoint) if checkpoint else None
@@ -199,12 +199,21 @@ def reads_own_data(config: Config, record: TrainingRecord | None, typed: set[str
     if not isinstance(stored, dict) or "data" in typed or stored.get("_target_") != config.data._target_:
         return False
     path = stored.get("path")
-    if path is not None and path == getattr(config.data, "path", None) and not Path(path).exists():
+    if path is not None and path == getattr(config.data, "path", None) and not _is_there(config, path):
         raise UserError(
             f"checkpoint.load={config.checkpoint.load} was trained on data.path={path}, which is not there: "
             "name the place where it is now, data.path=PATH"
         )
     return True
+
+
+def _is_there(config: Config, path: str) -> bool:
+    """Return True where a run's data.path leads to something."""
+    if not config.data.holds_ids:
+        return Path(path).exists()
+    from dsv3.data.token_inputs import is_there  # with numpy, which other data does not need here
+
+    return is_there(path)
 
 
 def with_own_microbatch(job: Job, record: TrainingRecord, chosen: int | None) -> Config:
@@ -275,11 +284,11 @@ def untold_note(config: Config, checkpoint: Path) -> str:
         path = getattr(data, "path", None)
         used.append(f"data={choice_name('data', data._target_)}{f' {path}' if path else ''}")
         share = f"{data.held_out:.4g} of the documents held out"
-        used.append(EVERY_ROW if data.sets_sequence_length else share)
+        used.append(EVERY_ROW if data.holds_ids else share)
         if not data.sets_sequence_length:
             used.append(f"rows of {config.train.length:,} tokens")
         used.append("a document mask" if data.document_mask else "no document mask")
-    if not (config.task.reads_rows and data.sets_sequence_length):
+    if not (config.task.reads_rows and data.holds_ids):
         folder, node = tokenizer_folder(checkpoint), checkpoint_tokenizer(checkpoint, None, ())
         own = folder is not None and config.tokenizer == node
         choice = choice_name("tokenizer", config.tokenizer._target_)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from dsv3.config.data import TrainedTokenizerConfig
 from dsv3.config.model import RopeScaling
 from dsv3.config.model_difference import YARN_KEYS
 from dsv3.config.overrides import as_typed
@@ -19,6 +20,7 @@ from dsv3.config.root import Config
 from dsv3.config.task import TaskConfig
 from dsv3.errors import UserError
 from dsv3.launch.job import Job, under_launcher
+from dsv3.training.schedule import build_schedule
 
 OFF = {
     "logger": ("none", "console"),
@@ -87,8 +89,10 @@ def _moves_bias(job: Job) -> bool:
     return _has_moe(job) and job.config.model.moe.selection_bias
 
 
-def _total_steps(job: Job) -> int:
-    return job.config.schedule.total_steps or job.config.train.steps
+def _takes_tokenizer(job: Job) -> bool:
+    """Return whether ids that are given may come with a tokenizer that is typed."""
+    trained = job.config.tokenizer._target_ == TrainedTokenizerConfig._target_
+    return not job.config.data.sets_sequence_length and not trained
 
 
 def _peak_counts(dtype: str) -> Callable[[Job], bool]:
@@ -139,7 +143,7 @@ CONDITIONS = [
     Condition(("train.mtp_loss",), lambda job: job.config.model.mtp_depths, "model.mtp_depths is 0"),
     Condition(
         ("train.mtp_loss.weight",),
-        lambda job: job.config.train.mtp_loss.switch_at * _total_steps(job) >= 1,
+        lambda job: job.config.train.mtp_loss.switch_at >= build_schedule(job.config).share(1),
         "train.mtp_loss.switch_at comes before the first step",
     ),
     Condition(
@@ -153,8 +157,13 @@ CONDITIONS = [
         "the run ends before",
     ),
     Condition(
-        ("train.generate_every", "train.generate_seconds", "tokenizer", "tokenizer="),
+        ("train.generate_every", "train.generate_seconds"),
         lambda job: not job.config.data.sets_sequence_length,
+        "the data is token ids already",
+    ),
+    Condition(
+        ("tokenizer", "tokenizer="),
+        lambda job: not job.config.data.holds_ids or _takes_tokenizer(job),
         "the data is token ids already",
     ),
     Condition(
@@ -169,8 +178,18 @@ CONDITIONS = [
     ),
     Condition(
         ("data.cache_dir",),
-        lambda job: not job.config.data.sets_sequence_length,
+        lambda job: not job.config.data.holds_ids or job.config.data.caches,
         "the data is token ids already, and nothing is cached",
+    ),
+    Condition(
+        ("data.held_out",),
+        lambda job: getattr(job.config.data, "held_out_path", None) is None,
+        "data.held_out_path names what is held out",
+    ),
+    Condition(
+        ("data.cache_bytes",),
+        lambda job: "://" in (getattr(job.config.data, "path", None) or ""),
+        "data.path is on this machine",
     ),
     Condition(("data.shuffle",), lambda job: job.config.task.trains, "held-out rows have one order"),
     Condition(

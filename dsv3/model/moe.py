@@ -2,8 +2,8 @@
 
 Report section 2.1.2, equation 12. A layer's forward pass is: route, dispatch tokens to their experts, compute
 the experts' SwiGLU on rows sorted by expert, combine the weighted results. The token dispatch is an object
-that expert parallelism replaces by one with all-to-all exchanges (parallel/expert_parallel.py). Padding goes to
-no expert, and gets zeros from this sum (padding.py).
+that expert parallelism replaces by one with all-to-all exchanges (parallel/expert_parallel.py). Padding goes
+to no expert, and gets zeros from this sum (padding.py).
 
 Shapes: B batch, T sequence, D dim, N tokens or rows, E experts, K = top_k.
 """
@@ -151,7 +151,11 @@ class LocalTokenDispatcher:
         x, (chosen, weights, stats, padding) = dispatched
         top_k = chosen.shape[-1]
         if padding is not None:
-            x, weights, chosen = take_tokens(x, padding), take_tokens(weights, padding), chosen[padding.places]
+            x, weights, chosen = (
+                take_tokens(x, padding),
+                take_tokens(weights, padding),
+                chosen[padding.places],
+            )
         order = chosen.flatten().argsort(stable=True)
         place = order.argsort()
         rows = experts(permute_rows(x, order, place, top_k), RowCounts(stats.load))

@@ -6,11 +6,12 @@ A padded batch has the loss, the gradients and the expert load of the same rows 
 - The router leaves it out of load, balance loss and z-loss, and token dispatch sends it to no expert
   (router.py, moe.py).
 - MTP wraps a row around behind its last token, not behind its padding (`transformer.shift_tokens`).
-What computes each position by itself (projections, norms, dense feed-forward, shared experts) computes padding
-as well, and nobody reads it. Only FP8 sees it there, where one scale covers several tokens (docs/precision.md).
+What computes each position by itself (projections, norms, dense feed-forward, shared experts) computes
+padding as well, and nobody reads it. Only FP8 notices it, where one scale covers several tokens
+(docs/precision.md).
 
-A batch without padding has no mask, and costs nothing more. The mask changes no shape and no collective, so
-one rank may have one and another none; the ranks that share a row have the same one.
+A batch without padding has no mask, and costs nothing more. Every collective is called with a mask as it is
+without one, so one rank may have one and another none; the ranks that share a row have the same rows.
 
 Shapes: B batch, T sequence, N = B x T positions, D dim.
 """

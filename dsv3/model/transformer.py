@@ -256,9 +256,7 @@ class Transformer(nn.Module):
         stats_of_layers: list[RouterStats] = []
         for name, block in self.layers.items():
             layer_cache = None if cache is None else cache.layer(name)
-            x, stats = block(
-                x, layer_inputs.rotary, layer_inputs.segments, layer_cache, layer_inputs.padding
-            )
+            x, stats = block(x, layer_inputs.rotary, layer_inputs.segments, layer_cache, layer_inputs.padding)
             stats_of_layers += self.record_load(block, stats)
         return x, stats_of_layers
 

@@ -40,7 +40,7 @@ class RouterReduction(LocalRouterReduction):
 
 
 def join_sequence_shards(model: Transformer, mesh: ParallelMesh) -> None:
-    """Let the ranks that share a sequence (axes cp and tp) sum router counts, and know their positions in it."""
+    """Let ranks that share a sequence (axes cp and tp) sum router counts, and know their positions in it."""
     if mesh.sequence is None:
         return
     reduction = RouterReduction(mesh.sequence.get_group("sequence"))

@@ -92,6 +92,12 @@ class BatchSchedule:
             steps -= stretch.steps
         raise AssertionError("the last stretch does not end")
 
+    def share(self, step: int, steps: int) -> float:
+        """Return the share of a run of `steps` steps that is done after `step`, by the data it has taken."""
+        if self.start is None:
+            return step / steps
+        return self.samples_after(0, step) / self.samples_after(0, steps)
+
     @property
     def ramp_steps(self) -> int:
         """Return the steps that a run takes before it has the final size."""

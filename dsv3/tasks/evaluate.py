@@ -42,10 +42,12 @@ class EvaluateTask:
         checkpoint = require_checkpoint(job)
         make_deterministic(config.train.deterministic, config.train.seed)
         with join_ranks(job) as ranks:
-            # Of a table of ids that is given every row is scored; of a run's own table those it held out.
-            every_row = config.data.sets_sequence_length and not job.own_data
-            held_out_only = every_row or not config.data.sets_sequence_length
+            # Of ids that are given every row is scored, unless the files mark what is held out; of a run's
+            # own ids those that it held out.
+            given = config.data.holds_ids and not job.own_data
+            held_out_only = given or not config.data.holds_ids
             data = prepare_data(config, ranks, load_own_tokenizer(config, checkpoint), evaluate=held_out_only)
+            every_row = given and not getattr(data, "marks_held_out", False)
             model, ranks = load_model(job, ranks)
             loss, tokens, sources = evaluate(
                 model.forward_backward,

@@ -36,9 +36,9 @@ def prepare_data(
 ) -> PreparedData:
     """Return the configured data, tokenized by `tokenizer` or else by the configured one.
 
-    Rank 0 reads the corpus and fills the data cache, where the others find the result. On a node whose cache
-    does not have it, the first rank does the same. Token ids that are given are read once, a share by each
-    rank. With `evaluate` only the held-out rows are needed. UserError, on all ranks alike, for token ids that
+    Rank 0 reads the corpus and fills the data cache, where the others find the result: they wait as long as
+    that moves. On a node whose cache does not have it, the first rank does the same. Token ids that are given
+    are read once, a share by each rank. With `evaluate` only the held-out rows are needed. UserError, on all ranks alike, for token ids that
     the model's vocabulary lacks, and where nodes have different data.
     """
     source = build(config.data)
@@ -46,9 +46,9 @@ def prepare_data(
     how = (tokenizer, config.train.length, config.train.seed, evaluate)
     done: list[PreparedData] = []
 
-    def prepare() -> tuple[str, object]:
+    def prepare() -> str:
         done.append(source.prepare(*how))
-        return done[0].fingerprint, done[0].recipe
+        return done[0].fingerprint
 
     def find(may_prepare: bool) -> None:
         if not done and recipe is not None:
@@ -63,7 +63,9 @@ def prepare_data(
             )
 
     with phase("preparing the data"):
-        fingerprint, recipe = on_main(ranks, prepare)
+        fingerprint = on_main(ranks, prepare)
+        # A recipe may name thousands of files: it goes to every rank once, not from every rank to all.
+        recipe = ranks.broadcast_object(done[0].recipe if done else None)
         together(ranks, lambda: find(may_prepare=ranks.local_rank == 0))
         together(ranks, lambda: find(may_prepare=True))
     share = (ranks.rank, ranks.world)

@@ -8,7 +8,6 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.checkpoint.training_record import TrainingRecord
@@ -16,7 +15,6 @@ from dsv3.config.logger import WandbLoggerConfig
 from dsv3.config.optimizer import MuonConfig
 from dsv3.config.parallel import WORLD_AXES, RecomputeMode
 from dsv3.config.precision import FP8Engine
-from dsv3.config.strict import build
 from dsv3.config.training import BIAS_SPEED
 from dsv3.data.mixture import PreparedMixture
 from dsv3.data.sources import PreparedData
@@ -35,6 +33,7 @@ from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.parameter_groups import parameter_groups
 from dsv3.training.callbacks import TrainingRun
 from dsv3.training.evaluation import rows_to_score
+from dsv3.training.schedule import build_schedule
 
 THIS_RUN_FILE = "this_run.txt"
 
@@ -147,6 +146,7 @@ class RunFacts:
             own = source.summary["rows_per_epoch"]
             told = f"{name}: {rows:,} rows ({rows / max(1, samples):.1%}) of {own:,} per epoch"
             yield "", f"{told}, {_epochs(rows / own)} epochs"
+            yield from (("", f"{name}: {line}") for line in source.told)
             for _, packing in _packing(source.summary, own * (source.sequence_length + 1)):
                 yield "", f"{name}: {packing}"
 
@@ -170,6 +170,8 @@ class RunFacts:
             return f"{'that of the run' if config.run.resume else load}: {vocabulary}"
         if path := getattr(config.tokenizer, "path", None):
             return f"from tokenizer.path={path}: {vocabulary}"
+        if config.data.holds_ids:
+            return f"that of the shards: {vocabulary}"
         count = self.data.summary.get("characters_train")
         trained = f"the training side, {amount(count, 'characters')}" if count else "the begin of the stream"
         return f"trained on {trained}: {vocabulary}"
@@ -183,7 +185,6 @@ class RunFacts:
         if batch.start is not None:
             ends = f"step {batch.ramp_steps + 1:,} is the first of the whole batch"
             yield "", f"ramp from {batch.told()}{self._reason('train.batch_ramp.increment')}; {ends}"
-            yield "", "learning rate, MTP weight and bias speed go by steps, not by tokens"
         micro = f"{train.microbatch:,} sequences per rank{self._reason('train.microbatch_size')}"
         accumulated = " (gradient accumulation)" if shape.microbatches > 1 else ""
         yield "microbatch", f"{micro}, {shape.microbatches:,} per step{accumulated}"
@@ -245,7 +246,7 @@ class RunFacts:
             frozen = " ".join(optimizer.frozen)
             yield "", f"frozen {frozen}: {trained:,} of {total:,} parameters are trained"
         assert end is not None
-        factor, warmup = build(config.schedule), config.schedule.warmup_steps
+        factor, warmup = build_schedule(config), config.schedule.warmup_steps
         told = f"{choice_name('schedule', config.schedule._target_)}, {amount(warmup, 'steps')} of warm-up"
         told += self._reason("schedule.warmup_steps")
         yield "schedule", f"{told}, {optimizer.lr * factor(end):g} at its end, step {end:,}"
@@ -255,10 +256,10 @@ class RunFacts:
                 stay = f"expert biases stay as they are{self._reason('train.balance.bias_speed')}"
                 yield "biases", f"{stay}: train.balance.bias_speed={BIAS_SPEED:g} moves them"
             else:
-                until = f"until step {int(balance.bias_until * end):,}"
+                until = f"until step {factor.last_step(balance.bias_until):,}"
                 yield "biases", f"expert biases move by {balance.speed:g} per step {until}"
         if config.model.mtp_depths:
-            switch = f"until step {int(mtp.switch_at * end):,}, then {mtp.final_weight:g}"
+            switch = f"until step {factor.last_step(mtp.switch_at):,}, then {mtp.final_weight:g}"
             depths = amount(config.model.mtp_depths, "depths")
             yield "MTP loss", f"{depths}, weight {mtp.weight:g} {switch}"
         elif left_out := self._mtp_left_out():

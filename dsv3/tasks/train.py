@@ -62,6 +62,7 @@ from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.evaluation import rows_to_score
 from dsv3.training.loop import Loop
 from dsv3.training.optimizer import build_optimizer
+from dsv3.training.schedule import build_schedule
 from dsv3.training.step import TrainStep
 from dsv3.training.throughput import Throughput
 
@@ -189,7 +190,7 @@ def _build_loop(
     batch, pinned = BatchSchedule.of(train), ranks.device.type == "cuda"
     loader = DataLoader(data.train, batch, train.microbatch, ranks.data_rank, ranks.data_world, pinned)
     batches = Prefetcher(loader, train.prefetch, ranks.device)
-    return Loop(run, step, batches, build(config.schedule), throughput, listed, stop)
+    return Loop(run, step, batches, build_schedule(config), throughput, listed, stop)
 
 
 def _tokens_to_come(train: TrainConfig, progress: Progress) -> tuple[int, int]:
@@ -293,8 +294,9 @@ def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str]) -> 
     if run.step < run.config.train.steps:  # train.stop_after
         following = [f"resume={run.directory}", *resume_flags]
     elif data.tokenizer is None:
-        path = getattr(run.config.data, "path", "")
-        following = ["task=evaluate", load, "data=tokens", f"data.path={path}"]
+        following = ["task=evaluate", load]
+        if run.config.data.sets_sequence_length:
+            following += ["data=tokens", f"data.path={getattr(run.config.data, 'path', '')}"]
     else:
         following = ["task=generate", load, "task.prompt=import "]
     run.console.next_command(shlex.join([*command("train"), *following]))

@@ -77,7 +77,7 @@ class Loop:
         waited = time.perf_counter() - asked
         step = progress.step + 1
         lr = run.config.optimizer.lr * self.schedule(step)
-        now = StepHyperparameters.at(step, self.schedule.total_steps, lr, run.config.train)
+        now = StepHyperparameters.at(self.schedule.share(step), lr, run.config.train)
         run.metrics = self.step(microbatches, now)
         progress.step = step
         progress.samples += size

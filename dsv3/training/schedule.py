@@ -1,12 +1,18 @@
 """Learning-rate schedules, and the other hyperparameters that change from step to step.
 
 A schedule maps an optimizer step, from 1, to a factor of the optimizer's peak learning rate (optimizer.lr).
+The warm-up counts steps. All else goes by the share of the run that is done: that of its tokens, which is
+that of its steps unless the batch size ramps up (train.batch_ramp).
 """
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
+from dsv3.config.root import Config
+from dsv3.config.strict import build
 from dsv3.config.training import TrainConfig
+from dsv3.planning.batch_schedule import BatchSchedule
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,8 @@ class StepHyperparameters:
     z_loss_weight: float = 0.0
 
     @classmethod
-    def at(cls, step: int, total_steps: int, lr: float, config: TrainConfig) -> "StepHyperparameters":
-        """Return the hyperparameters of `step` (from 1) in a run of `total_steps`."""
-        share = step / total_steps
+    def at(cls, share: float, lr: float, config: TrainConfig) -> "StepHyperparameters":
+        """Return the hyperparameters of the step after which `share` of the run is done."""
         mtp, balance = config.mtp_loss, config.balance
         mtp_weight = mtp.weight if share <= mtp.switch_at else mtp.final_weight
         bias_speed = balance.speed if share <= balance.bias_until else 0.0
@@ -34,9 +39,12 @@ class StepHyperparameters:
 class Schedule:
     """Base class: linear warm-up from 0 over `warmup_steps`, then the factor of the subclass.
 
-    The factor is 1 at the last warm-up step. `after_warmup` depends on the share of the run that is done:
-    step / total_steps. Past `total_steps` the factor stays as it was there.
+    The factor is 1 at the last warm-up step. `after_warmup` depends on the share of the run that is done.
+    Past `total_steps` the factor stays as it was there.
     """
+
+    batch = BatchSchedule(1)
+    """Sizes of the run's steps, for their share of its tokens; constant unless build_schedule sets them."""
 
     def __init__(self, warmup_steps: int, total_steps: int) -> None:
         self.warmup_steps = warmup_steps
@@ -46,7 +54,15 @@ class Schedule:
         """Return the factor of the peak learning rate for optimizer step `step` (from 1)."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
-        return self.after_warmup(min(step / self.total_steps, 1.0))
+        return self.after_warmup(min(self.share(step), 1.0))
+
+    def share(self, step: int) -> float:
+        """Return the share of the run that is done after `step`; more than 1 past its end."""
+        return self.batch.share(step, self.total_steps)
+
+    def last_step(self, share: float) -> int:
+        """Return the last step after which no more than `share` of the run is done."""
+        return bisect_right(range(1, self.total_steps + 1), share, key=self.share)
 
     def after_warmup(self, share: float) -> float:
         """Return the factor at `share` of the run, 0 to 1."""
@@ -62,7 +78,7 @@ class WarmupCosine(Schedule):
 
     def after_warmup(self, share: float) -> float:
         """Return the factor at `share` of the run, 0 to 1."""
-        start = min(self.warmup_steps / self.total_steps, 1.0)
+        start = min(self.share(self.warmup_steps), 1.0)
         return _cosine((share - start) / (1.0 - start) if start < 1.0 else 1.0, 1.0, self.final)
 
 
@@ -117,6 +133,13 @@ class DeepSeekV3(Schedule):
             progress = (share - self.constant_until) / (self.decayed_at - self.constant_until)
             return _cosine(progress, 1.0, self.low)
         return self.low if share <= self.low_until else self.last
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Return the schedule of a completed config over the batch sizes of its run."""
+    schedule: Schedule = build(config.schedule)
+    schedule.batch = BatchSchedule.of(config.train)
+    return schedule
 
 
 def _cosine(progress: float, start: float, end: float) -> float:

@@ -64,9 +64,7 @@ class LocalForwardBackward:
         sums = []
         for batch in microbatches:
             targets = head_targets(batch, denominators, step, self.model.config.mtp_depths)
-            output = self.model(
-                batch.tokens, self._documents(batch), targets=targets, lengths=batch.lengths
-            )
+            output = self.model(batch.tokens, self._documents(batch), targets=targets, lengths=batch.lengths)
             terms = loss_terms(output, batch, denominators)
             terms.total(step).backward()  # gradients accumulate over the microbatches
             nonfinite = output.nonfinite_routers.float()

@@ -77,12 +77,14 @@ def test_what_one_rank_cannot_read_is_every_ranks_error(step: Path, monkeypatch:
         raise MemoryError("no room for a buffer")
 
     monkeypatch.setattr("dsv3.checkpoint.manifest.check_digests", fail)
-    told = []
-    monkeypatch.setattr(
-        "dsv3.distributed.process_group.RankContext.all_gather_object",
-        lambda self, value: told.append(value) or [([None], None), value],
-    )
-    with pytest.raises(RunFailed, match="^rank 1 failed: MemoryError: no room for a buffer$"):
+    told: list[object] = []
+
+    def exchanged(ranks: object, value: object) -> list[object]:
+        told.append(value)
+        return [([None], None), value]
+
+    monkeypatch.setattr("dsv3.distributed.process_group.RankContext.all_gather_object", exchanged)
+    with pytest.raises(RunFailed, match=r"^rank 1 failed: MemoryError: no room for a buffer$"):
         verify_together(step, replace(ALONE, rank=1, world=2))
     assert len(told) == 1
 

@@ -8,8 +8,10 @@ observation serves all its keys; the longest entry that a key begins with counts
 import hashlib
 import json
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -20,17 +22,21 @@ from dsv3.checkpoint.retention import kept
 from dsv3.config.logger import RunOrigin
 from dsv3.config.strict import build
 from dsv3.data.batch import collate
+from dsv3.data.loader import DataLoader
+from dsv3.data.packing import PackedRow
+from dsv3.data.prefetch import Prefetcher
 from dsv3.distributed.process_group import make_deterministic
 from dsv3.launch.job import Job
 from dsv3.launch.slurm import batch_script
 from dsv3.launch.workers import _rendezvous
 from dsv3.parallel.parallel_model import build_parallel_model
 from dsv3.parallel.parallelize import build_on_meta
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.tasks.setup import load_parts, prepare_data
 from dsv3.training.callbacks import Profile
 from dsv3.training.evaluation import evaluate
 from dsv3.training.optimizer import build_optimizer
-from dsv3.training.schedule import StepHyperparameters
+from dsv3.training.schedule import StepHyperparameters, build_schedule
 from dsv3.training.step import TrainStep
 from tests.harness.checkpoints import as_bytes
 from tests.harness.trained import ALONE
@@ -38,7 +44,9 @@ from tests.training.batches import row
 
 STEPS = 3
 
-BATCHES = [collate([row(11, 12, 10, seed=1), row(16, 17, seed=4)])]
+BATCH_ROW = row(11, 12, 10, seed=1)
+
+BATCHES = [collate([BATCH_ROW, row(16, 17, seed=4)])]
 """Rows of 32 tokens, with several documents in each."""
 
 
@@ -66,10 +74,10 @@ def training(job: Job) -> object:
     model = build_parallel_model(config, None, torch.device("cpu"))
     optimizer = build_optimizer(config.optimizer, model.model_parts, config.precision.moments)
     step = TrainStep(model.forward_backward, optimizer, ALONE, config.train.clip_norm)
-    schedule, metrics = build(config.schedule), []
+    schedule, metrics = build_schedule(config), []
     for number in range(1, STEPS + 1):
         lr = config.optimizer.lr * schedule(number)
-        now = StepHyperparameters.at(number, schedule.total_steps, lr, config.train)
+        now = StepHyperparameters.at(schedule.share(number), lr, config.train)
         known = step(BATCHES, now).known()
         metrics.append({name: value.item() for name, value in known.items()})
     digest = hashlib.sha256()
@@ -81,7 +89,7 @@ def training(job: Job) -> object:
 
 def learning_rates(job: Job) -> object:
     """Return the factors of the learning rate over the run."""
-    schedule = build(job.config.schedule)
+    schedule = build_schedule(job.config)
     return [schedule(number) for number in range(1, job.config.train.steps + 1)]
 
 
@@ -114,6 +122,26 @@ def held_out_tokens(job: Job) -> object:
     rows = prepare_data(job.config, ALONE).held_out
     train = job.config.train
     return evaluate(model.forward_backward, rows, train.microbatch, ALONE, train.evaluate_tokens)
+
+
+def made_ahead(job: Job) -> object:
+    """Return the rows that are read before a step asks for one."""
+    came, read = threading.Condition(), []
+    depth = job.config.train.prefetch
+
+    def note(index: int) -> PackedRow:
+        with came:
+            read.append(index)
+            came.notify_all()
+        return BATCH_ROW
+
+    rows: Any = SimpleNamespace(row=note)
+    prefetcher = Prefetcher(DataLoader(rows, BatchSchedule(1), 1), depth, torch.device("cpu"))
+    prefetcher.start(0, 10)
+    with came:
+        came.wait_for(lambda: len(read) >= depth, 20)
+    prefetcher.close()
+    return len(read)
 
 
 def agent(job: Job) -> object:
@@ -205,6 +233,8 @@ EP = ("task=plan", "parallel=tp_ep", "launch.world_size=16", "train.global_batch
 
 SMALL = "train.microbatch_size=1"
 
+RAMP = ("train.global_batch_size=8", "train.batch_ramp.tokens=1000")
+
 YARN = ("model.rope.scaling=yarn",)
 
 EFFECTS: dict[str, Effect] = {
@@ -238,6 +268,16 @@ EFFECTS: dict[str, Effect] = {
     "train.steps": Effect("rows of metrics.jsonl", "train.steps"),
     "train.stop_after": Effect("rows of metrics.jsonl", "train.stop_after"),
     "train.global_batch_size": Effect("plan.txt, tokens in metrics.jsonl", plan, values=("4", "8")),
+    "train.batch_ramp.start": Effect(
+        "plan.txt, tokens in metrics.jsonl", plan, (*RAMP, "train.batch_ramp.increment=2"), ("2", "4")
+    ),
+    "train.batch_ramp.tokens": Effect(
+        "plan.txt, tokens in metrics.jsonl", plan, (*RAMP, "train.batch_ramp.start=4"), ("1000", "2000")
+    ),
+    "train.batch_ramp.increment": Effect(
+        "plan.txt, tokens in metrics.jsonl", plan, (*RAMP, "train.batch_ramp.start=4"), ("2", "4")
+    ),
+    "train.prefetch": Effect("data_wait in metrics.jsonl", made_ahead),
     "train.microbatch_size": Effect("plan.txt, tokens_per_second", plan, values=("1", "2")),
     "train.sequence_length": Effect("plan.txt, tokens in metrics.jsonl", plan, values=("32", "64")),
     "train.seed": Effect("weights and loss", training),
@@ -274,6 +314,11 @@ EFFECTS: dict[str, Effect] = {
     "data.shuffle": Effect("loss", data),
     "data.cache_dir": Effect("the directory of prepared tokens", data, values=("null", "{empty}")),
     "data.path": Effect("environment.json", data, (), ("{path}", "{other}")),
+    "data=text.field": Effect("environment.json", data, ("data.path={lines}",), ("text", "body")),
+    "data=text.separator": Effect("environment.json", data, (), ("null", "def")),
+    "data=text.max_skipped": Effect(
+        "refused, or told in this_run.txt", data, ("data.path={mixed}",), ("0.5", "0.01")
+    ),
     "data=tokens.path": Effect("environment.json", data, (), ("{tokens}", "{tokens2}")),
     "data=tokens.cache_dir": Effect("nowhere: nothing is cached, and the run says so", "inert"),
     "tokenizer.vocab_size": Effect("tokenizer/ in the run directory", data, values=("300", "280")),

@@ -145,6 +145,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, text: Path, cache: Path) -> 
     (folder / "empty").mkdir()
     for number, path in enumerate(sorted(text.iterdir())[:100]):
         (other / f"{number}.txt").write_text(path.read_text().upper())
+    (folder / "mixed").mkdir()
+    for number, path in enumerate(sorted(text.iterdir())[:20]):
+        (folder / "mixed" / path.name).write_bytes(path.read_bytes() + b"\xff" * (number % 5 == 0))
+    with (folder / "lines.jsonl").open("w") as lines:
+        for path in sorted(text.iterdir())[:60]:
+            line = {"text": path.read_text(), "body": path.read_text().upper()}
+            lines.write(json.dumps(line) + "\n")
     for suffix, size in (("", 300), ("2", 280)):
         texts = (path.read_text() for path in text.iterdir())
         TrainedTokenizer(size).prepare(texts, folder / f"prepared{suffix}").save(
@@ -156,6 +163,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, text: Path, cache: Path) -> 
         "tokens": str(folder / "tokens.npy"),
         "tokens2": str(folder / "tokens2.npy"),
         "empty": str(folder / "empty"),
+        "mixed": str(folder / "mixed"),
+        "lines": str(folder / "lines.jsonl"),
         "tokenizer": str(folder / "tokenizer"),
         "tokenizer2": str(folder / "tokenizer2"),
     }
@@ -246,6 +255,7 @@ def observations(key: SchemaKey, files: dict[str, str]) -> tuple[object, object]
 MAY_BE_REFUSED = {
     ("model", "model.attention.kernel"),
     ("precision", "precision.fp8.engine"),
+    ("data/text", "data.max_skipped"),
     ("optimizer/rprop", "optimizer.no_decay"),
 }
 """Keys whose other value this machine or the schema refuses, which is seen as well."""

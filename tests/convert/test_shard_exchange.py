@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from dsv3.checkpoint.state import local_tensor
 from dsv3.convert import shard_exchange
 from dsv3.convert.live_export import LiveExporter
 from dsv3.convert.shard_exchange import AHEAD, RowTransfer, ShardExchange
@@ -90,15 +91,15 @@ def test_rows_that_cannot_be_read_travel_as_zeros(monkeypatch: pytest.MonkeyPatc
     """The slices behind a failed one still have their rows, of which the writer makes no file."""
     state = {"weight": torch.arange(24.0).view(8, 3)}
     exchange = ShardExchange(state, {"weight": (8, 3)}, replace(ALONE))
-    tensor = HFTensor("weight", "weight", (0, 0), (8, 3), (8, 3))
+    tensor = HFTensor("weight", (8, 3), "weight", (0, 0), (8, 3))
     transfers = [RowTransfer((n, 0), 0, tensor, n, 1, torch.float32) for n in range(2 * AHEAD + 2)]
-    read, local = list[int](), shard_exchange.local_tensor
+    read = list[int]()
 
     def fail_later(parameter: torch.Tensor) -> torch.Tensor:
         read.append(0)
         if len(read) > 2:
             raise RuntimeError("CUDA out of memory")
-        return local(parameter)
+        return local_tensor(parameter)
 
     monkeypatch.setattr(shard_exchange, "local_tensor", fail_later)
     arrived = [rows for _, rows in exchange.run(transfers, state)]
@@ -106,7 +107,7 @@ def test_rows_that_cannot_be_read_travel_as_zeros(monkeypatch: pytest.MonkeyPatc
     assert [bool(rows.any()) for rows in arrived if rows is not None] == [True] * 2 + [False] * (2 * AHEAD)
     assert isinstance(exchange.error, RuntimeError)
     assert len(read) == 3
-    monkeypatch.setattr(shard_exchange, "local_tensor", local)
+    monkeypatch.setattr(shard_exchange, "local_tensor", local_tensor)
     whole = torch.cat([rows for _, rows in exchange.run(transfers, state) if rows is not None])
     assert torch.equal(whole, state["weight"][: 2 * AHEAD + 2])
     assert exchange.error is None

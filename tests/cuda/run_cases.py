@@ -38,7 +38,7 @@ def take_steps(config: Any, ranks: int, rank: int, device: Any) -> list[float]:
     import numpy as np
 
     from dsv3.data.batch import collate
-    from dsv3.data.packing import PackedRow
+    from dsv3.data.packing import PADDING, PackedRow
     from dsv3.distributed.process_group import RankContext, make_deterministic
     from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
     from dsv3.parallel.parallel_model import build_parallel_model
@@ -62,7 +62,10 @@ def take_steps(config: Any, ranks: int, rank: int, device: Any) -> list[float]:
     )
     draw = np.random.default_rng(0)
     documents = np.repeat(np.arange(3), [SEQUENCE // 2, SEQUENCE // 4, SEQUENCE // 4 + 1]).astype(np.int32)
-    rows = [PackedRow(draw.integers(0, VOCAB, SEQUENCE + 1), documents) for _ in range(ROWS)]
+    # The host waits no more for a row with padding than for a full one.
+    padded = np.where(documents == documents[-1], PADDING, documents)
+    kinds = [documents, padded]
+    rows = [PackedRow(draw.integers(0, VOCAB, SEQUENCE + 1), kinds[n % 2]) for n in range(ROWS)]
     own = rows[context.data_rank :: context.data_world]
     metrics = []
     for _ in range(STEPS):

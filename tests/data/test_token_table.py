@@ -9,10 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dsv3.config.data import TokensDataConfig, Verify
+from dsv3.data import token_table
 from dsv3.data.batch import collate
+from dsv3.data.cache import CacheEntryError
 from dsv3.data.loader import evaluation_batches
-from dsv3.data.token_table import CHUNK_IDS, TableDataset, TokensData
-from dsv3.errors import UserError
+from dsv3.data.npy_file import NpyFile
+from dsv3.data.packing import PADDING
+from dsv3.data.token_table import CHUNK_IDS, TableDataset, TokensData, TokenTable
+from dsv3.errors import InvalidValue, UserError
 from dsv3.model.head import IGNORE_INDEX
 
 
@@ -21,8 +26,8 @@ def written(folder: Path, table: object) -> str:
     return str(folder / "ids.npy")
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_evaluation_scores_all_but_the_first_id_of_every_row(tmp_path: Path, dtype: type) -> None:
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"])
+def test_evaluation_scores_all_but_the_first_id_of_every_row(tmp_path: Path, dtype: str) -> None:
     table: npt.NDArray[Any] = np.arange(70).reshape(10, 7).astype(dtype)
     data = TokensData(path=written(tmp_path, table))
     prepared = data.prepare(evaluate=True)
@@ -33,9 +38,31 @@ def test_evaluation_scores_all_but_the_first_id_of_every_row(tmp_path: Path, dty
     assert collate([prepared.held_out.row(3)]).documents.tolist() == [[0] * 6]
 
 
-def test_the_file_is_read_in_place(tmp_path: Path) -> None:
-    prepared = TokensData(path=written(tmp_path, np.zeros((4, 5), np.int32))).prepare()
-    assert isinstance(prepared.table, np.memmap)
+def test_a_folder_is_one_table_and_another_process_opens_nothing(tmp_path: Path) -> None:
+    table = np.arange(66, dtype=np.uint16).reshape(22, 3)
+    written(tmp_path, table)
+    one = TokensData(path=str(tmp_path / "ids.npy")).prepare(seed=1)
+    (tmp_path / "ids.npy").unlink()
+    for number, part in enumerate((table[:5], table[5:6], table[6:])):
+        np.save(tmp_path / f"{number}.npy", part)
+    several = TokensData(path=str(tmp_path)).prepare(seed=1)
+    recipe = pickle.loads(pickle.dumps(several.recipe))
+    again = TokensData(path=str(tmp_path)).reopen(recipe, None, None, 1)
+    assert several.fingerprint == again.fingerprint
+    for prepared in (several, again):
+        assert (prepared.train is None) == (one.train is None)
+        for rows, others in ((one.train, prepared.train), (one.held_out, prepared.held_out)):
+            assert rows is not None
+            assert others is not None
+            assert [rows.row(i).tokens.tolist() for i in range(len(rows))] == [
+                others.row(i).tokens.tolist() for i in range(len(others))
+            ]
+    (tmp_path / "1.npy").write_bytes(b"")
+    with pytest.raises(CacheEntryError, match=r"1\.npy is cut off"):
+        TokensData(path=str(tmp_path)).reopen(recipe, None, None, 1)
+    np.save(tmp_path / "1.npy", np.zeros((2, 4), np.uint16))
+    with pytest.raises(UserError, match=r"1\.npy holds uint16 of width 4, .*0\.npy uint16 of width 3"):
+        TokensData(path=str(tmp_path)).prepare()
 
 
 def test_training_sets_rows_aside_whatever_the_seed(tmp_path: Path) -> None:
@@ -60,11 +87,12 @@ def test_training_sets_rows_aside_whatever_the_seed(tmp_path: Path) -> None:
 
 def test_epochs_differ_and_a_row_depends_on_its_index_alone(tmp_path: Path) -> None:
     table = np.arange(60).reshape(20, 3)
-    rows = TableDataset(table, range(20), seed=1)
+    written(tmp_path, table)
+    rows = TableDataset(TokenTable([NpyFile.read(tmp_path / "ids.npy", "")]), range(20), seed=1)
     order = [int(rows.row(index).tokens[0]) for index in range(60)]
     assert sorted(order[:20]) == sorted(order[20:40]) == sorted(table[:, 0].tolist())
     assert order[:20] != order[20:40] != order[40:]
-    again = TableDataset(table, range(20), seed=1)
+    again = TableDataset(TokenTable([NpyFile.read(tmp_path / "ids.npy", "")]), range(20), seed=1)
     assert [int(again.row(index).tokens[0]) for index in range(59, -1, -1)] == order[::-1]
 
 
@@ -86,7 +114,7 @@ def test_a_single_row_trains_and_is_scored(tmp_path: Path) -> None:
     "table",
     [
         np.zeros((3, 4), np.float32),
-        np.zeros((3, 4), np.uint16),
+        np.zeros((3, 4), np.bool_),
         np.zeros(12, np.int32),
         np.zeros((3, 4, 5), np.int64),
         np.zeros((3, 1), np.int32),
@@ -94,7 +122,13 @@ def test_a_single_row_trains_and_is_scored(tmp_path: Path) -> None:
     ],
 )
 def test_other_types_and_shapes_are_refused(tmp_path: Path, table: object) -> None:
-    with pytest.raises(UserError, match=r"data\.path=.*needed"):
+    with pytest.raises(UserError, match=r"ids\.npy holds .*needed"):
+        TokensData(path=written(tmp_path, table))
+
+
+def test_rows_that_are_stored_column_by_column_are_refused_with_the_way_on(tmp_path: Path) -> None:
+    table = np.asfortranarray(np.arange(12, dtype=np.int32).reshape(3, 4))
+    with pytest.raises(UserError, match=r"Fortran order.*ascontiguousarray"):
         TokensData(path=written(tmp_path, table))
 
 
@@ -107,13 +141,13 @@ class Trap:
 
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     (tmp_path / "ids.npy").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(UserError, match=r"data\.path="):
+    with pytest.raises(UserError, match=r"ids\.npy is no \.npy file"):
         TokensData(path=str(tmp_path / "ids.npy"))
     (tmp_path / "lines.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match=r"lines\.jsonl is no \.npy file: an \.npy file of int32"):
+    with pytest.raises(UserError, match=r"lines\.jsonl is no \.npy file: an \.npy file of whole numbers"):
         TokensData(path=str(tmp_path / "lines.jsonl"))
     np.save(tmp_path / "objects.npy", np.array([[Trap()]], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match=r"data\.path="):
+    with pytest.raises(UserError, match=r"objects\.npy holds Python objects"):
         TokensData(path=str(tmp_path / "objects.npy"))
 
 
@@ -125,7 +159,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     whole = Path(written(tmp_path, np.zeros((9, 9), np.int32))).read_bytes()
     for content in (b"", b"text", whole[:-5]):
         (tmp_path / "bad.npy").write_bytes(content)
-        with pytest.raises(UserError, match=r"data\.path=.*bad\.npy"):
+        with pytest.raises(UserError, match=r"bad\.npy is (empty|no \.npy file|cut off)"):
             TokensData(path=str(tmp_path / "bad.npy"))
     np.savez(tmp_path / "several.npz", np.zeros((3, 3), np.int32))
     with pytest.raises(UserError, match="archive"):
@@ -141,7 +175,9 @@ def test_a_foreign_byte_order_is_named(tmp_path: Path, dtype: type) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1])
-def test_an_id_outside_the_vocabulary_is_named_with_its_row(tmp_path: Path, bad: int) -> None:
+def test_an_id_outside_the_vocabulary_is_named_with_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
     table = np.full((CHUNK_IDS // 1024 + 9, 1024), 49, np.int32)
     prepared = TokensData(path=written(tmp_path, table)).prepare()
     prepared.check_vocabulary(50)
@@ -150,8 +186,15 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_row(tmp_path: Path, bad:
     prepared = TokensData(path=written(tmp_path, table)).prepare()
     with pytest.raises(UserError) as caught:
         prepared.check_vocabulary(50)
-    for words in (f"row {row} ", f"the id {bad}", "0 to 49", "model.vocab_size=50"):
+    for words in ("ids.npy: row", f"row {row} ", f"the id {bad} in column 5", "0 to 49", "model.vocab_size=50"):
         assert words in str(caught.value)
+    # Of a large table a part is looked at when a run starts; a row of what is not says it when it is read.
+    monkeypatch.setattr(token_table, "CHECKED_IDS", CHUNK_IDS)
+    prepared.check_vocabulary(50)
+    with pytest.raises(UserError, match=f"row {row} holds the id {bad}"):
+        prepared.table.row(row)
+    with pytest.raises(UserError, match=f"row {row} holds the id {bad}"):
+        TokensData(path=str(tmp_path / "ids.npy"), verify=Verify.all).prepare().check_vocabulary(50)
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
@@ -162,3 +205,62 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     ]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+def padded(folder: Path, pad: int, rows: int = 40) -> tuple[str, list[list[int]]]:
+    """Write rows of 6 with padding before, within and behind the ids; return the place and the ids of each."""
+    random = np.random.default_rng(1)
+    table = random.integers(1, 90, (rows, 6)).astype(np.int32)
+    holes = random.random((rows, 6)) < 0.4
+    holes[3] = True
+    table[holes] = pad
+    kept = [row[~hole].tolist() for row, hole in zip(table, holes, strict=True)]
+    return written(folder, table), kept
+
+
+@pytest.mark.parametrize(("pad", "pad_id"), [(0, 0), (-100, None), (50_000, 50_000), (-1, -1), (-100, 0)])
+def test_padding_is_cut_out_and_fills_up_the_end(tmp_path: Path, pad: int, pad_id: int | None) -> None:
+    path, kept = padded(tmp_path, pad)
+    prepared = TokensData(path=path, pad_id=pad_id).prepare(evaluate=True)
+    prepared.check_vocabulary(90)
+    for index, ids in enumerate(kept):
+        tokens, documents = prepared.held_out.row(index)
+        assert tokens.tolist() == ids + [0] * (6 - len(ids))
+        assert documents.tolist() == [0] * len(ids) + [PADDING] * (6 - len(ids))
+        assert (tokens.dtype, documents.dtype) == (np.int64, np.int32)
+    targets = np.concatenate([b.targets.numpy() for b in evaluation_batches(prepared.held_out, 7)])
+    assert targets[targets != IGNORE_INDEX].tolist() == [i for ids in kept for i in ids[1:]]
+    holes = 6 * len(kept) - sum(map(len, kept))
+    assert (prepared.summary["tokens_padding"], prepared.summary["rows_of_padding"]) == (holes, 1)
+    assert f"{holes / 240:.1%} of the places are padding" in prepared.told[1]
+
+
+def test_padding_that_is_not_named_is_an_id_like_others(tmp_path: Path) -> None:
+    path, _ = padded(tmp_path, 0)
+    prepared = TokensData(path=path).prepare()
+    assert "tokens_padding" not in prepared.summary
+    assert prepared.held_out.row(0).documents.tolist() == [0] * 6
+    path, _ = padded(tmp_path, -1)
+    with pytest.raises(UserError, match=r"holds the id -1 .*padding is named, data\.pad_id=ID"):
+        TokensData(path=path).prepare().check_vocabulary(90)
+    assert TokensData(path=path, pad_id=-1).prepare().fingerprint != TokensData(path=path).prepare().fingerprint
+    np.save(path, np.full((3, 4), 7))
+    with pytest.raises(UserError, match="nothing but padding"):
+        TokensData(path=path, pad_id=7).prepare()
+
+
+def test_the_counts_of_a_large_table_are_projected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = padded(tmp_path, -100, 4000)
+    whole = TokensData(path=path).prepare().summary["tokens_padding"]
+    monkeypatch.setattr(token_table, "CHUNK_IDS", 600)
+    monkeypatch.setattr(token_table, "CHECKED_IDS", 6000)
+    assert TokensData(path=path).prepare().summary["tokens_padding"] == pytest.approx(whole, rel=0.1)
+
+
+def test_what_rearranges_documents_is_refused_for_rows_as_given() -> None:
+    for options in ({"packing": "best_fit"}, {"fim_rate": 0.1}):
+        from dsv3.config.data import Packing
+
+        values: dict[str, Any] = options if "fim_rate" in options else {"packing": Packing.best_fit}
+        with pytest.raises(InvalidValue, match="rows are taken as they are"):
+            TokensDataConfig(path="x", **values).validate()

@@ -8,6 +8,9 @@ import yaml
 from dsv3.config.convergence import flatten
 from dsv3.config.registry import CONF, SCHEMAS, recipes
 from dsv3.config.strict import to_yaml
+from dsv3.planning.batch_schedule import BatchSchedule
+from dsv3.planning.report import format_plan
+from dsv3.training.schedule import build_schedule
 from tests.config.test_choices import MODELS
 from tests.harness.commands import PlannedCommand
 from tests.harness.composing import strict_config
@@ -19,7 +22,8 @@ FITTING = ("model=16b", "parallel=fsdp", "hardware=h100", "precision=bf16", "rec
 def test_every_released_model_has_a_recipe_with_its_source() -> None:
     assert set(recipes()) == set(MODELS)
     for row in recipes().values():
-        assert set(row) - {"recipe_schedule"} == {"source", "optimizer", "schedule", "train", "report"}
+        keys = {"source", "optimizer", "schedule", "train", "report", "batch"}
+        assert set(row) - {"recipe_schedule"} == keys
         assert "arXiv" in row["source"]
 
 
@@ -51,7 +55,7 @@ def test_what_is_typed_or_studied_wins_over_the_recipe() -> None:
 
 
 def test_a_run_says_what_it_took_and_what_the_report_did_beside_it(planned: PlannedCommand) -> None:
-    took, beside = planned.run(*FITTING, "optimizer.lr=1e-3").job.recipe
+    took, beside, batch = planned.run(*FITTING, "optimizer.lr=1e-3").job.recipe
     assert took == (
         "DeepSeek-V2-Lite (arXiv 2405.04434, appendix B): schedule=steps optimizer.betas=[0.9,0.95] "
         "optimizer.weight_decay=0.1 schedule.warmup_steps=2000 train.steps=302000 train.clip_norm=1.0"
@@ -60,6 +64,8 @@ def test_a_run_says_what_it_took_and_what_the_report_did_beside_it(planned: Plan
         "the report also has 4,608 sequences of 4,096 tokens per step; this run has 8 sequences of 4,096 "
         "tokens per step: a small layout cannot hold the report's batch, so it is no default"
     )
+    assert batch == "the report's batch: train.global_batch_size=4608"
+    assert len(planned.run(*FITTING, "train.global_batch_size=4608").job.recipe) == 2
     assert "schedule=" not in planned.run(*FITTING, "schedule=wsd").job.recipe[0]
     job = planned.run("logger=none").job
     assert job.recipe == job.notes == []
@@ -73,6 +79,29 @@ def test_another_optimizer_keeps_its_own_learning_rate_and_a_long_warm_up_is_tol
     job = planned.run(*FITTING, "train.steps=3").job
     assert any("warm" in note and "2000" in note for note in job.notes)
     assert "optimizer.lr=0.00042" in job.recipe[0]
+
+
+@pytest.mark.parametrize(("model", "tokens"), [("236b", 8.1e12), ("671b", 14.8e12)])
+def test_the_reports_ramp_is_planned_and_its_schedule_goes_by_tokens(
+    planned: PlannedCommand, model: str, tokens: float
+) -> None:
+    ranks = "launch.world_size=2048"
+    outcome = planned.run("task=plan", f"model={model}", "parallel=pp", ranks, *recipes()[model]["batch"])
+    job = outcome.job
+    plan, batch = job.plan.to_json()["run"], BatchSchedule.of(job.config.train)
+    assert batch.increment == batch.start
+    step = batch.final * 4096
+    assert 0 <= plan["tokens"] - tokens < step
+    assert plan["batch_ramp"]["steps"] == batch.ramp_steps
+    lines = {line.split("  ")[0]: line for line in format_plan(job.plan).splitlines()}
+    assert f"{batch.first:,} to {batch.final:,} sequences by {batch.first:,} over" in lines["batch ramp"]
+    assert f"{plan['steps']:,} steps, {plan['tokens']:,} tokens" in lines["run"]
+    # The rate first falls behind 10T of 14.8T tokens, or 60 % of them, to a step.
+    schedule = build_schedule(job.config)
+    falls = 10e12 if model == "671b" else 0.6 * plan["tokens"]
+    first = next(n for n in range(150_000 if model == "671b" else 120_000, 10**6) if schedule(n) < 1)
+    assert abs(batch.samples_after(0, first) * 4096 - falls) < 2 * step
+    assert schedule(2000) == 1
 
 
 def test_a_recipe_cannot_be_typed(planned: PlannedCommand) -> None:

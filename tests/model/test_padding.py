@@ -1,4 +1,4 @@
-"""Padded rows through router and experts: those of the rows cut to their tokens, and nothing computed for padding."""
+"""Padded rows through router and experts: as the rows cut to their tokens, and no expert computes padding."""
 
 from dataclasses import replace
 

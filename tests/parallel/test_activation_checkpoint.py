@@ -129,3 +129,20 @@ def test_compiled_layers_run_compiled_and_what_is_kept_is_not_run_again() -> Non
         assert calls.names["blocked_attention"] == runs * once
         for mine, right in zip(results, plain, strict=True):
             assert torch.allclose(mine, right, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_compiled_once_more_for_padding_and_not_for_every_length() -> None:
+    model = tiny_model(replace(MODEL, mtp_depths=0)).eval()
+    torch._dynamo.reset()
+    Compile(True, CompileBackend.aot_eager)(model, torch.device("cpu"))
+    plain = tiny_model(replace(MODEL, mtp_depths=0)).eval()
+    with torch.no_grad():
+        model(tokens(2, 9))
+        before = torch._dynamo.utils.counters["frames"]["ok"]
+        model(tokens(2, 9), lengths=[4, 9])
+        assert torch._dynamo.utils.counters["frames"]["ok"] > before
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for lengths in ([9, 2], [0, 1], [0, 0], None):
+                found, expected = (each(tokens(2, 9), lengths=lengths).logits for each in (model, plain))
+                assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)

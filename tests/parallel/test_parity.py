@@ -1,6 +1,7 @@
 """Parity: a layout has the metrics, gradients, parameters and evaluation of one process, for every axis pair.
 
-On every rank, with documents in rows, MTP, balance and z-loss, expert bias updates and several microbatches.
+On every rank, with documents in rows, padding, MTP, balance and z-loss, expert bias updates and several
+microbatches.
 """
 
 from typing import Any
@@ -129,7 +130,7 @@ def test_experts_are_sliced_where_there_are_more_shards_than_experts(
 def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: str) -> None:
     """Sums in another order round differently, and now and then a token goes to another expert.
 
-    One such token is 0.1 % of the loss; bf16 on one process moves several.
+    One such token is 0.1 % of the loss; bf16 on one process moves several. Padding leaves 96 tokens.
     """
     exact, single = train([], None, 1, 2), train(["precision=bf16"], None, 1, 2)
     assert exact is not None
@@ -138,7 +139,7 @@ def test_bf16_is_as_far_from_fp32_as_one_process_in_bf16_is(pool: Pool, layout: 
     loss = exact.metrics[0]["loss"]
     off = abs(single.metrics[0]["loss"] - loss)
     for trace in train_on(pool, config, degrees, 1, 2)[: degrees.world_size]:
-        assert abs(trace.metrics[0]["loss"] - loss) < 1.5 * off
+        assert abs(trace.metrics[0]["loss"] - loss) < 2 * off
         assert _median_error(trace, exact) < 1.5 * _median_error(single, exact)
 
 

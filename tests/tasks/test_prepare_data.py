@@ -26,13 +26,13 @@ def test_one_rank_reads_the_corpus_for_all(pool: Pool, tmp_path: Path) -> None:
     config = text_config(tmp_path / "corpus", FILES)
     shared = [tmp_path / "shared"] * 2
     first = pool.run(prepare, config, shared)
-    # The split, the tokenizer and the tokens of both sides are a pass each.
+    # The scan, the tokenizer and the tokens of both sides are a pass each; a warm start reads no text.
     assert [rank.files for rank in first] == [4 * FILES, *[0] * 7]
     warm = pool.run(prepare, config, shared)
-    assert [rank.files for rank in warm] == [FILES, *[0] * 7]
+    assert [rank.files for rank in warm] == [0] * 8
     # A node with a cache of its own fills it, once.
     apart = pool.run(prepare, config, [tmp_path / "shared", tmp_path / "own"])
-    assert [rank.files for rank in apart] == [FILES, 0, 0, 0, 4 * FILES, 0, 0, 0]
+    assert [rank.files for rank in apart] == [0, 0, 0, 0, 4 * FILES, 0, 0, 0]
     for rank in (*first, *warm, *apart):
         assert (rank.error, rank.summary, rank.rows) == ("", first[0].summary, first[0].rows)
     # Other files on another node would train it on other data, in silence.
@@ -43,8 +43,8 @@ def test_one_rank_reads_the_corpus_for_all(pool: Pool, tmp_path: Path) -> None:
     # What one rank finds ends all of them, and none waits.
     (tmp_path / "empty").mkdir()
     empty = configured(["data=text", f"data.path={tmp_path}/empty"], 2)
-    assert {rank.error.partition(" (")[0] for rank in pool.run(prepare, empty, shared)} == {
-        f"data.path={tmp_path}/empty holds no file with text"
+    assert {rank.error.partition(":")[0] for rank in pool.run(prepare, empty, shared)} == {
+        f"data.path={tmp_path}/empty holds no file to read"
     }
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3.config.root import Config
-from dsv3.data import token_table
+from dsv3.data import byte_blocks, token_table
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import UserError
 from dsv3.metrics.progress import Phase
@@ -39,11 +39,11 @@ def prepare(config: Config, caches: list[Path], other: Config | None = None) -> 
     rank = dist.get_rank()
     node = rank // NODE
     ranks = RankContext(rank, rank % NODE, dist.get_world_size(), torch.device("cpu"))
-    done, read, advance = Prepared(), Path.read_bytes, Phase.advance
+    done, form, advance = Prepared(), byte_blocks.file_form, Phase.advance
 
-    def read_bytes(path: Path) -> bytes:
-        done.files += path.suffix == ".txt"
-        return read(path)
+    def file_form(path: Path) -> str:
+        done.files += 1
+        return form(path)
 
     def count(phase: Phase, amount: int = 1) -> None:
         done.checked += amount if phase.title == "checking the token ids" else 0
@@ -51,7 +51,7 @@ def prepare(config: Config, caches: list[Path], other: Config | None = None) -> 
 
     with (
         patch.dict(os.environ, DSV3_CACHE=str(caches[node])),
-        patch.object(Path, "read_bytes", read_bytes),
+        patch.object(byte_blocks, "file_form", file_form),
         patch.object(Phase, "advance", count),
         patch.object(token_table, "CHUNK_IDS", 64),
     ):

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from dsv3.data.packing import PackedRow
+from dsv3.data.packing import PADDING, PackedRow
+from dsv3.model.moe import MoE
 from dsv3.training.evaluation import evaluate
 from dsv3.training.step import LocalForwardBackward
 from tests.harness.trained import ALONE
-from tests.reference import tiny_model
+from tests.reference import MOE, tiny_model
 from tests.training.batches import ROWS, batch
 
 
@@ -56,6 +57,17 @@ def test_a_limit_in_tokens_takes_rows_from_all_over_whatever_the_microbatch_size
         found = evaluate(LocalForwardBackward(tiny_model(), True), Held(), microbatch, ALONE, tokens)
         assert found.tokens == scored
         assert found.loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("microbatch", [1, 4])  # 4: two rows that fill the last batch
+def test_experts_compute_the_tokens_of_the_rows_and_no_row_that_fills_a_batch(microbatch: int) -> None:
+    model, computed = tiny_model(), []
+    for block in model.layers.values():
+        if isinstance(block.ffn, MoE):
+            block.ffn.experts.register_forward_pre_hook(lambda _, inputs: computed.append(len(inputs[0])))
+    evaluate(LocalForwardBackward(model, True), Held(), microbatch, ALONE)
+    tokens = sum(int((row.documents[:-1] != PADDING).sum()) for row in ROWS)
+    assert sum(computed) == tokens * MOE.top_k < 6 * 10 * MOE.top_k
 
 
 def test_without_the_document_mask_documents_see_those_before_them() -> None:

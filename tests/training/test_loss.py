@@ -128,7 +128,7 @@ def test_balance_is_a_mean_over_the_sequences_of_the_whole_batch() -> None:
 
 
 def test_padding_counts_in_no_denominator() -> None:
-    # Rows with 10 tokens, 2 and none (of 10): the balance loss is a mean over two sequences, z over 12 tokens.
+    # Rows with 10 tokens, 2 and none: the balance loss is a mean over two sequences, z over 12 tokens.
     data = collate([ROWS[0], ROWS[3], row(padding=11)])
     of_all = LossDenominators(torch.tensor(99), torch.tensor(8), torch.tensor(48))
     found = terms(logits_of(3, 0), data, of_all, balance=6.0)

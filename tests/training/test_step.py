@@ -187,7 +187,7 @@ PADDED = [
     collate([row(padding=11)]),
     collate([row(11, seed=6)]),
 ]
-"""Microbatches with 21 positions of padding in rows of every kind, one of full rows, and one of nothing else."""
+"""Microbatches of rows with padding, one of padding alone, and one without any."""
 
 
 @pytest.mark.parametrize(
@@ -200,11 +200,14 @@ def test_padded_rows_train_as_the_rows_cut_to_their_tokens_do(
     config, weights = replace(MODEL, mtp_depths=2), replace(WEIGHTS, balance_weight=3.0, z_loss_weight=0.5)
     found = []
     for microbatches in (PADDED, [one for data in PADDED for one in cut(data)]):
-        model, loads = tiny_model(config), []
+        model = tiny_model(config)
+        loads: list[Tensor] = []
         ActivationCheckpointing(mode)(model)
         step = step_of(model, document_mask=document_mask)
         step.optimizer.register_step_pre_hook(
-            lambda *_, model=model, loads=loads: loads.extend(router.load.clone() for router in model.routers())
+            lambda *_, model=model, loads=loads: loads.extend(
+                router.load.clone() for router in model.routers()
+            )
         )
         metrics = step(microbatches, weights).known()
         found.append((metrics, loads, dict(model.named_parameters()), model.routers()))
@@ -283,7 +286,7 @@ def test_figures_are_those_of_the_metrics_row_that_the_model_has(
 def test_weights_switch_where_the_report_says() -> None:
     # A step is 0.1T tokens of 14.8T.
     train = TrainConfig(balance=BalanceConfig(bias_speed=BIAS_SPEED))
-    weights = {step: StepHyperparameters.at(step, 148, 0.5, train) for step in range(1, 149)}
+    weights = {step: StepHyperparameters.at(step / 148, 0.5, train) for step in range(1, 149)}
     assert {step for step, w in weights.items() if w.mtp_weight == 0.3} == set(range(1, 101))
     assert {step for step, w in weights.items() if w.mtp_weight == 0.1} == set(range(101, 149))
     assert {step for step, w in weights.items() if w.bias_speed == BIAS_SPEED == 0.001} == set(range(1, 144))
