@@ -73,7 +73,7 @@ def check(job: Job) -> None:
         if job.config.run.resume:
             check_same_run(job.config, job.run_dir)
     if job.config.task.writes_run:
-        check_can_make(job.run_dir)
+        check_can_make(job.run_dir, job.config.run.resume)
     if job.config.task.must_fit:
         require_fits(job)
     if job.config.task.holds_model:

@@ -10,11 +10,14 @@ HF_PREFIX = "hf:"
 """`checkpoint.load=hf:DIR` reads a HuggingFace checkpoint."""
 
 
-def absolute_path(text: str, or_name: bool = False) -> str:
-    """Return a path as a run stores it, hf: kept; a URL, or what `or_name` allows to be a name, as it is."""
+def absolute_path(text: str, or_name: bool = False, may_be_hf: bool = True) -> str:
+    """Return a path as a run stores it: a URL as it is, and so a name of a hub where `or_name` allows it.
+
+    With `may_be_hf` a leading hf: is kept and is no part of the path.
+    """
     if "://" in text or (or_name and not Path(text).exists()):
         return text
-    kind = HF_PREFIX if text.startswith(HF_PREFIX) else ""
+    kind = HF_PREFIX if may_be_hf and text.startswith(HF_PREFIX) else ""
     return f"{kind}{Path(text.removeprefix(kind)).absolute()}"
 
 

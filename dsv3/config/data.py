@@ -107,9 +107,9 @@ class DocumentFilesConfig(DataConfig):
     field: str = "text"
     """Field or column that holds a document's text, in JSON lines, Parquet and datasets."""
     separator: str | None = None
-    """Text between two documents of one file, \\n and \\t for line end and tab; null: a file is a document."""
+    """Text between documents of a file, \\n and \\t for line end and tab; null: a file is one document."""
     max_skipped: float = 0.01
-    """Share of the documents, and of the files, that may be skipped as unreadable; beyond it they are refused."""
+    """Share of the documents, and of the files, that may be skipped as unreadable; more are refused."""
 
     def validate(self) -> None:
         """Raise InvalidValue as above, and for what makes no documents of files."""
@@ -163,7 +163,7 @@ class IdsDataConfig(DataConfig):
     path: str | None = field(default=None, metadata=PATH)
     """File or folder of token ids."""
     verify: Verify = Verify.sample
-    """What is read at start to find damage: a sample, or all; each id is checked when it is read in any case."""
+    """What is read at start to find damage: a sample, or all; each id is checked again when it is read."""
 
     @property
     def caches(self) -> bool:
@@ -192,9 +192,9 @@ class TokensDataConfig(IdsDataConfig):
     def validate(self) -> None:
         """Raise InvalidValue for what changes documents: rows are taken as they are."""
         super().validate()
-        allowed = "must be concat with data=tokens, whose rows are taken as they are; data=shards packs documents"
+        allowed = "must be concat: rows are taken as they are; data=shards packs documents"
         require(self.packing is Packing.concat, "packing", self.packing.name, allowed)
-        allowed = "must be 0 with data=tokens, whose rows are taken as they are; data=shards rearranges documents"
+        allowed = "must be 0: rows are taken as they are; data=shards rearranges documents"
         require(self.fim_rate == 0, "fim_rate", self.fim_rate, allowed)
 
 
@@ -270,7 +270,7 @@ class HubDataConfig(DataConfig):
         if is_ramped:
             raise UserError(
                 "data=hf cannot follow train.batch_ramp, its streams are bound to the slots of a batch: make "
-                f"shards, task=prepare task.input={self.dataset} task.output=DIR, and read data=shards"
+                "shards, task=prepare task.input=hf:OWNER/NAME task.output=DIR, and read data=shards"
             )
         divisors = (number for number in range(min(batch, MOST_LANES), 0, -1) if batch % number == 0)
         lanes = self.lanes or next(divisors)

@@ -40,7 +40,7 @@ class MixtureDataConfig(DataConfig):
 
     _target_: str = "dsv3.data.mixture.MixtureData"
     sources: dict[str, Any] = field(default_factory=dict, metadata={"choices": "data"})
-    """By name, {source: shards, weight: 0.7, path: ..}: a choice of data, its share, and keys of that choice."""
+    """By name, {source: shards, weight: 0.7, path: ..}: a choice of data, its share, keys of that choice."""
 
     def validate(self) -> None:
         """Raise UserError for sources that cannot be read or weights that are none."""

@@ -146,7 +146,8 @@ def _absolute(override: str, types: Mapping[str, KeyType]) -> str:
 def _absolute_value(key: str, value: str, types: Mapping[str, KeyType]) -> str:
     kind = types.get(described_key(key), KeyType(0))
     if KeyType.path in kind and value not in ("", "null"):
-        return quote(absolute_path(_read_text(f"{key}={value}"), KeyType.hub_name in kind))
+        how = KeyType.hub_name in kind, key == "checkpoint.load"
+        return quote(absolute_path(_read_text(f"{key}={value}"), *how))
     return _read_node(key, value, lambda name, item: _absolute_value(name, item, types))
 
 

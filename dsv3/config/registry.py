@@ -89,7 +89,7 @@ def described_key(key: str) -> str:
     """Return the key that describes a dotted key: itself, or that of the group whose node has a name."""
     for node, group in NAMED_NODES.items():
         if key.startswith(f"{node}."):
-            name, dot, rest = key.removeprefix(f"{node}.").partition(".")
+            _, dot, rest = key.removeprefix(f"{node}.").partition(".")
             return f"{group}.{rest}" if dot else key
     return key
 
@@ -140,7 +140,7 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 
 def register_resolvers() -> None:
-    """Register `recipe_schedule`, the schedule of a model's recipe, and `data_of_task`, the data of a task."""
+    """Register `recipe_schedule`, the schedule of a model's recipe, and `data_of_task`, a task's data."""
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver(RECIPE_SCHEDULE, recipe_schedule, replace=True)

@@ -34,6 +34,9 @@ TARGETS = {
 KEYS = {"parallel.smallest_world": "parallel.min_world_size"}
 """Today's config key by the one that older code has stored."""
 
+ADDED = {"dsv3.data.sources.TextData": {"max_skipped": 1.0}}
+"""By class the keys that older code did not have, with the values at which today's does what that did."""
+
 RECOUNTED = {"train.evaluate_batches": "train.evaluate_tokens"}
 """Today's config key by one that counted in another unit. null says the same in both, a number nothing today:
 the default of today takes its place, and a resume says so."""
@@ -64,7 +67,9 @@ def upgrade_node(node: Any, path: str = "") -> Any:
             continue
         current = _name(KEYS[place]) if place in KEYS else key
         upgraded[current] = upgrade_target(value) if key == "_target_" else upgrade_node(value, place)
-    return upgraded
+    target = upgraded.get("_target_")
+    added = ADDED.get(target, {}) if isinstance(target, str) else {}
+    return upgraded | {key: value for key, value in added.items() if key not in upgraded}
 
 
 def recounted_values(config: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ FORMAT = 1
 """Part of the cache key: raise it when the same documents are to be packed differently."""
 
 BLOCK_DOCUMENTS = 1 << 17
-"""Documents that are packed together: in 20 MB, and with less than 0.1 % of padding in rows of 128 K tokens."""
+"""Documents that are packed together, in 20 MB; rows of 128 K tokens have less than 0.1 % of padding."""
 
 _WRITTEN_TOGETHER = 1 << 18
 """Pieces of long documents that are written at once."""
@@ -142,8 +142,8 @@ def write_layout(directory: Path, store: TokenStore, sequence_length: int, fim: 
                 pieces.append(block)
             work.advance(end - first)
         padding = (ends.length - 1) * capacity - filled
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    told = {"sizes": sizes, "padding": padding, "documents_cut": cut}
+    written = {name: path.stat().st_size for name, path in files.items()}
+    told = {"sizes": written, "padding": padding, "documents_cut": cut}
     (directory / "best_fit.json").write_text(json.dumps(told), "utf-8")
 
 

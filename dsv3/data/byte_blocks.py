@@ -104,7 +104,8 @@ def read_blocks(path: Path, report: Report, start: int = 0, end: int | None = No
         yield from content if mark is None else _transcode(content, mark)
 
 
-def _counted(file: IO[bytes], report: Report, limit: int | None = None, size: int = BLOCK) -> Iterator[bytes]:
+def _counted(file: IO[bytes], report: Report, limit: int | None = None, size: int = 0) -> Iterator[bytes]:
+    size = size or BLOCK
     while block := file.read(size if limit is None else min(size, limit)):
         if limit is not None:
             limit -= len(block)

@@ -35,7 +35,7 @@ from dsv3.metrics.progress import Phase, duration, phase
 ENTRY_FILE = "entry.json"
 
 LOOK, TELL = 1.0, 1.0
-"""Seconds at most between two looks at a lock that another process holds, and between two notes of progress."""
+"""Seconds at most between two looks at a lock that is held, and between two notes of progress."""
 
 SILENCE = 60.0
 """Seconds after which a waiting process says that the other one does not move."""
@@ -193,7 +193,7 @@ def _telling(target: Path, is_locked: bool) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(TELL):
-            told = {"process": process, "doing": progress.current_line()}
+            told: dict[str, Any] = {"process": process, "doing": progress.current_line()}
             told |= {"beats": HEARTBEAT.count, "patience": HEARTBEAT.patience}
             with contextlib.suppress(OSError):  # a full disk is told of by what is built
                 file.write_text(json.dumps(told), "utf-8")

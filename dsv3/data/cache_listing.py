@@ -101,7 +101,7 @@ def remove_entry(entry: CacheEntry) -> bool:
             else:
                 aside = entry.path
             shutil.rmtree(aside)
-            for suffix in ("progress", "lock"):  # who waits for a lock that is gone notices, and makes a new one
+            for suffix in ("progress", "lock"):  # who waits for the lock notices, and makes a new one
                 (root / f".{entry.name}.{suffix}").unlink(missing_ok=True)
         return True
     except OSError as error:
@@ -111,11 +111,12 @@ def remove_entry(entry: CacheEntry) -> bool:
 def _entry(path: Path) -> CacheEntry | None:
     """Return the entry at a path; None for what the cache has not made, and for what goes away meanwhile."""
     known = path / ENTRY_FILE
-    unfinished = path.name.startswith(".")
-    name = re.sub(r"(-\w+)?\.work$", "", path.name[1:]) if unfinished else path.name
-    if unfinished:
-        # Its lock stays beside it; without locks the name must do.
-        made_here = path.name.endswith(".work") and (path.parent / f".{name}.lock").exists()
+    name, unfinished = path.name, path.name.startswith(".")
+    if unfinished:  # .NAME.work, or with something random behind the name; the lock stays beside it
+        stem = name[1:].removesuffix(".work")
+        names = (each for each in (stem, stem.rpartition("-")[0]) if (path.parent / f".{each}.lock").exists())
+        name = next(names, stem) if name.endswith(".work") else stem
+        made_here = name != stem or (path.parent / f".{stem}.lock").exists()
     else:
         made_here = known.is_file()
     if not (made_here or _OLD_ENTRY.fullmatch(path.name)) or not path.is_dir():

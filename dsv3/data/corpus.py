@@ -53,13 +53,13 @@ class Corpus:
 
     Attributes:
         title: what messages call it.
-        place: the path or pattern that leads to it.
+        identity: tells it from another corpus of the same files.
         root: the file or folder; of a pattern the folder above what it matches.
         options: how documents are found in its files.
     """
 
     title: str
-    place: str
+    identity: str
     root: Path
     options: ReadOptions
 
@@ -93,8 +93,8 @@ class Corpus:
         units = plan_units(self.files().files, self.options)
         if self.stamp() != stamp:
             raise UserError(
-                f"{self.title}: files have changed since they were looked at, a moment ago: repeat the command "
-                "once they are at rest"
+                f"{self.title}: files have changed since they were looked at, a moment ago: "
+                "repeat the command once they are at rest"
             )
         return units
 
@@ -109,7 +109,7 @@ class StdlibCorpus(Corpus):
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or Path(sysconfig.get_path("stdlib"))
-        self.place = str(self.root)
+        self.identity = str(self.root)
         self.title = f"the standard library in {self.root}"
         self.options = ReadOptions()
 
@@ -141,10 +141,10 @@ class TextCorpus(Corpus):
     """
 
     def __init__(self, path: str, options: ReadOptions | None = None) -> None:
-        self.place = str(Path(path).expanduser())
+        self.path = self.identity = str(Path(path).expanduser())
         self.title = f"data.path={path}"
         self.options = options or ReadOptions()
-        self.root = Path(self.place)
+        self.root = Path(self.path)
         if not self.root.exists():
             places = [str(file.path.parent) for file in self._find().files]
             self.root = Path(os.path.commonpath(places))
@@ -159,10 +159,10 @@ class TextCorpus(Corpus):
         return found
 
     def _find(self) -> FoundFiles:
-        return find_files([self.place], self.options.field, "data.path")
+        return find_files([self.path], self.options.field, "data.path")
 
     def _stats(self) -> Iterator[tuple[str, int, int]]:
-        if not self.root.is_dir() or str(self.root) != self.place or is_saved(self.root):
+        if not self.root.is_dir() or str(self.root) != self.path or is_saved(self.root):
             yield from super()._stats()
             return
         # Without an object per file: there may be millions.

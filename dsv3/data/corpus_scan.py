@@ -1,8 +1,8 @@
 """The scan of a corpus: one reading of all texts, which tells the documents apart and chooses their sides.
 
-What it finds is kept in the cache under the stamp of the files, so that a later start reads no text at all. It
-is done in parallel and goes on after a kill; the hashes of the documents stand on the disk while it lasts, and
-a byte per document, its side, stays.
+What it finds is kept in the cache under the stamp of the files, so that a later start reads no text at all.
+It is done in parallel and goes on after a kill; the hashes of the documents stand on the disk while it lasts,
+and a byte per document, its side, stays.
 """
 
 import hashlib
@@ -12,23 +12,21 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsv3.data.byte_blocks import Report
+from dsv3.data.byte_blocks import Report, UnreadFile, file_form
 from dsv3.data.cache import CacheEntryError
 from dsv3.data.corpus import Corpus, Stamp
 from dsv3.data.data_record import DataRecord, Piece
-from dsv3.data.document_files import BadDocument, ReadOptions, Reason, Skipped, no_report, read_documents
+from dsv3.data.document_files import BadDocument, ReadOptions, Reason, Skipped, read_documents
 from dsv3.data.held_out_split import (
     DOCUMENT,
-    LEFT_OUT,
-    Table,
     HeldOutSplit,
+    Table,
     cut_pieces,
     find_tail,
     split_documents,
@@ -70,6 +68,7 @@ class CorpusScan:
         skipped: the counts of what is no document.
         left_out: files left out because of their names, and the first of them.
         json_lines: files of text that look like JSON lines, and the first of them.
+        marked: by encoding the files that a byte order mark tells to be in it, and the first of them.
         first_documents: the number of each unit's first document.
     """
 
@@ -83,6 +82,7 @@ class CorpusScan:
     skipped: Skipped
     left_out: tuple[int, list[str]]
     json_lines: tuple[int, list[str]]
+    marked: dict[str, tuple[int, str]]
     first_documents: list[int]
 
     @classmethod
@@ -134,14 +134,22 @@ class CorpusScan:
         counts = [
             (split.duplicates, f"{amount(split.duplicates, 'duplicates')} dropped"),
             (self.skipped.empty, f"{self.skipped.empty:,} empty"),
-            (split.documents - 1, f"the largest, {name}, has {characters / split.characters:.1%} of the text"),
+            (
+                split.documents - 1,
+                f"the largest, {name}, has {characters / split.characters:.1%} of it",
+            ),
         ]
         lines = [", ".join([line, *(text for count, text in counts if count)]), *skipped_lines(self.skipped)]
+        for encoding, (count, first) in self.marked.items():
+            read = "which is left out" if encoding == "utf-8" else "and are read as that"
+            read = read if count > 1 else read.replace("are", "is")
+            mark = f"{'begins' if count == 1 else 'begin'} with a byte order mark of {encoding.upper()}"
+            lines.append(f"{amount(count, 'files')} {mark}, {read}, first {first}")
         count, names = self.json_lines
         if count:
             look = "looks like JSON lines and is" if count == 1 else "look like JSON lines and are"
-            way = f"read as text, first {names[0]}: name {'it' if count == 1 else 'them'} .jsonl to read the field"
-            lines.append(f"{amount(count, 'files')} {look} {way} {options.field}")
+            way = f"give .jsonl as suffix to read data.field={options.field}"
+            lines.append(f"{amount(count, 'files')} {look} read as text, first {names[0]}: {way}")
         count, names = self.left_out
         if count:
             what = "hidden, or left behind by an editor or a download"
@@ -217,6 +225,10 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
         for result in results:
             skipped.merge(Skipped.from_json(result["skipped"]))
         json_lines = [name for result in results for name in result["json_lines"]]
+        marked: dict[str, tuple[int, str]] = {}
+        for encoding, (count, first) in (each for result in results for each in result["marked"].items()):
+            before, earlier = marked.get(encoding, (0, first))
+            marked[encoding] = before + count, earlier
         for name in found.unreadable:
             skipped.add(Reason.UNREADABLE, name)
         if not skipped.documents:
@@ -248,6 +260,7 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
         skipped=skipped,
         left_out=(len(found.left_out), found.left_out[:_NAMED]),
         json_lines=(len(json_lines), json_lines[:_NAMED]),
+        marked=marked,
         first_documents=firsts,
     ).write()
     del table
@@ -264,12 +277,20 @@ class ScanUnit:
     def __call__(self, unit: Unit, place: WorkPlace) -> dict[str, Any]:
         """Return the documents of each part, the largest one and what was skipped."""
         skipped, counts, json_lines = Skipped(), [], []
+        marked: dict[str, tuple[int, str]] = {}
         largest = ("", -1)
         file = _rows_of(unit, place.directory)
         with file.open("wb") as rows:
             for part in unit.parts:
                 count = 0
-                for document in read_documents(Unit(unit.number, (part,)), self.options, skipped, place.report):
+                with suppress(OSError, UnreadFile):  # reading it will tell
+                    form = file_form(part.file.path) if part.start == 0 else ""
+                    if form.startswith("utf"):
+                        before, first = marked.get(form, (0, part.file.name))
+                        marked[form] = before + 1, first
+                for document in read_documents(
+                    Unit(unit.number, (part,)), self.options, skipped, place.report
+                ):
                     state, characters = hashlib.sha256(), 0
                     if part.file.kind is FileKind.text and looks_like_json_lines(document.text):
                         json_lines.append(part.file.name)
@@ -284,7 +305,7 @@ class ScanUnit:
                     count += 1
                 counts.append(count)
         found = {"documents": counts, "largest": largest, "skipped": skipped.to_json()}
-        return found | {"json_lines": json_lines, "rows": file.name}
+        return found | {"json_lines": json_lines, "marked": marked, "rows": file.name}
 
 
 def looks_like_json_lines(text: str) -> bool:
@@ -305,7 +326,8 @@ def _rows_of(unit: Unit, folder: Path) -> Path:
 def _is_intact(result: dict[str, Any], folder: Path) -> bool:
     """Return whether the rows of a unit are there, which a kill before this one has left."""
     file = folder / result["rows"]
-    return file.exists() and file.stat().st_size == _ROW.size * sum(result["documents"])
+    size: int = _ROW.size * sum(result["documents"])
+    return file.exists() and file.stat().st_size == size
 
 
 def _nothing(corpus: Corpus, skipped: Skipped) -> str:

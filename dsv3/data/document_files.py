@@ -108,7 +108,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are found in files.
+    """The options by which documents are found in files.
 
     Attributes:
         field: the field or column that holds a document's text.
@@ -161,8 +161,15 @@ def read_documents(
         report: gets the bytes that are read, `unit.nbytes` in all.
     """
     for part in unit.parts:
+        left = part.nbytes
+
+        def count(nbytes: int) -> None:
+            nonlocal left
+            left -= nbytes
+            report(nbytes)
+
         try:
-            for document in _READERS[part.file.kind](part, options, skipped, report):
+            for document in _READERS[part.file.kind](part, options, skipped, count):
                 try:
                     if document.rest is not None:
                         document.rest = _Watched(document.rest)
@@ -181,6 +188,7 @@ def read_documents(
             skipped.add(Reason.DAMAGED, f"{part.file.name} ({error})")
         except OSError as error:
             skipped.add(Reason.UNREADABLE, f"{part.file.name} ({error.strerror or error})")
+        report(left)  # of a file that was given up, or of a range whose last record ends elsewhere
         part.file.check_unchanged()
 
 
@@ -204,16 +212,15 @@ class _Watched:
 
 def _read_text(part: Part, options: ReadOptions, skipped: Skipped, report: Report) -> Iterator[Document]:
     separator = None if options.separator is None else options.separator.encode()
-    if separator is None and part.file.size == 0:
+    if part.file.size == 0:
         skipped.empty += 1
         return
-    for name, record in _records(part, separator, report):
-        if record[1] is not None:
-            document = _long_document(name, _decode_long(*record, name, skipped), skipped)
+    for name, (content, rest) in _records(part, separator, report):
+        if rest is not None:
+            document = _long_document(name, _decode_long(content, rest, name, skipped), skipped)
             if document is not None:
                 yield document
             continue
-        content = record[0]
         if b"\0" in content:
             skipped.add(Reason.NUL, name)
             continue

@@ -22,7 +22,7 @@ from dsv3.data.token_store import Segment
 from dsv3.metrics.progress import Phase, phase
 
 CHUNK = 1 << 24
-"""Ids that are scanned at once; a thread needs about 200 MB for them at worst, where each id ends a document."""
+"""Ids that are scanned at once; a thread needs 200 MB for them at worst, where each id ends a document."""
 
 THREADS = 8
 
@@ -33,7 +33,7 @@ _LONG = np.dtype("<i8")
 
 
 def with_documents(segments: Sequence[Segment], eos_id: int, cache_dir: str | None) -> list[Segment]:
-    """Return the segments, and of those that do not say where documents begin the ones that end with `eos_id`.
+    """Return the segments, those that do not say where documents begin with the ones that end with `eos_id`.
 
     What follows the last end is a document too.
 
@@ -46,19 +46,23 @@ def with_documents(segments: Sequence[Segment], eos_id: int, cache_dir: str | No
     arrays = [array for _, array in unknown]
     key = hashlib.sha256(f"{FORMAT} {eos_id}".encode())
     for array in arrays:
-        told = os.stat(array.path)
+        told = Path(array.path).stat()
         # As for make, names, sizes and times decide whether the entry is current.
-        key.update(f"{array.path}\0{array.dtype.str} {array.begin} {told.st_size} {told.st_mtime_ns}\n".encode())
+        key.update(
+            f"{array.path}\0{array.dtype.str} {array.begin} {told.st_size} {told.st_mtime_ns}\n".encode()
+        )
 
     def read(folder: Path) -> list[FileArray]:
         return [_read(_place(folder, number), len(array)) for number, array in enumerate(arrays)]
 
     def build(folder: Path) -> None:
         total = sum(len(array) for array in arrays)
-        with phase("looking for the ends of documents", total, "tokens", each_node=True) as work:
-            with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
-                for number, array in enumerate(arrays):
-                    _write(_place(folder, number), array, eos_id, threads, work)
+        with (
+            phase("looking for the ends of documents", total, "tokens", each_node=True) as work,
+            ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads,
+        ):
+            for number, array in enumerate(arrays):
+                _write(_place(folder, number), array, eos_id, threads, work)
 
     target = cache_root(cache_dir) / f"documents-{key.hexdigest()[:16]}"
     made_from = f"ends of documents (id {eos_id}) in {len(arrays)} files: {arrays[0].path} .."
@@ -82,7 +86,12 @@ def _read(path: Path, total: int) -> FileArray:
     except OSError as error:
         raise CacheEntryError(str(error)) from error
     offsets = FileArray(str(path), _LONG, 0, size // _LONG.itemsize)
-    if size % _LONG.itemsize or len(offsets) < 2 or offsets[:1][0] != 0 or offsets[len(offsets) - 1 :][0] != total:
+    if (
+        size % _LONG.itemsize
+        or len(offsets) < 2
+        or offsets[:1][0] != 0
+        or offsets[len(offsets) - 1 :][0] != total
+    ):
         raise CacheEntryError(f"{path} is cut off")
     return offsets
 

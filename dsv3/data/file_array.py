@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,7 +72,7 @@ def find_missing(arrays: Sequence[ArrayLike], most: int = 256) -> str | None:
     for number in range(min(len(files), most)):
         file = files[number * len(files) // min(len(files), most)]
         try:
-            is_whole = os.stat(file.path).st_size >= file.begin + file.length * file.dtype.itemsize
+            is_whole = Path(file.path).stat().st_size >= file.begin + file.length * file.dtype.itemsize
         except OSError as error:
             return f"{file.path} cannot be read: {error.strerror}"
         if not is_whole:

@@ -5,12 +5,12 @@ they are packed:
 
     [bos] <|fim_begin|> prefix <|fim_hole|> suffix <|fim_end|> middle [eos]
 
-The cuts lie between tokens, and documents are rearranged when a row is read. So a chosen document has exactly
-ADDED_TOKENS more tokens, whatever its cuts: positions in the stream stay a closed form, nothing is stored, and
-every epoch chooses other documents and other cuts. A cut between characters would need the tokenizer in the
-loader, and the length of a document would be known only after it is tokenized anew. The price: a model that
-is trained so sees no prefix which ends inside a token, as the text before a cursor may (Bavarian et al.,
-"Efficient Training of Language Models to Fill in the Middle", 2022, compare the two).
+The cuts lie between tokens, and documents are rearranged when a row is read. So a chosen document has
+exactly ADDED_TOKENS more tokens, whatever its cuts: positions in the stream stay a closed form, nothing is
+stored, and every epoch chooses other documents and other cuts. A cut between characters would need the
+tokenizer in the loader, and the length of a document would be known only after it is tokenized anew. The
+price: a model that is trained so sees no prefix which ends inside a token, as the text before a cursor may
+(Bavarian et al., "Efficient Training of Language Models to Fill in the Middle", 2022, compare the two).
 """
 
 import hashlib

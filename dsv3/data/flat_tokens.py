@@ -3,8 +3,8 @@
     raw       ids alone; nothing says which dtype they have, `data.dtype` does
     llm.c     256 int32: a magic number, a version, the number of ids; then uint16 or uint32
     LITPKDS   7 bytes of magic, version 1 (u64), dtype code (u8) as Megatron's, ids per file (u64)
-    litdata   a folder with index.json of chunks: the number of items (u32), where each begins and the last one
-              ends in bytes (u32), then their ids; an item is a document
+    litdata   a folder with index.json of chunks: the number of items (u32), where each begins and the last
+              one ends in bytes (u32), then their ids; an item is a document
 
 All numbers are little-endian. Sources: dev/data/data_common.py of llm.c; packed_dataset.py of Lit-GPT,
 TinyLlama and their like; streaming/writer.py and TokensLoader of litdata, which litgpt writes today.
@@ -25,7 +25,7 @@ from dsv3.data.shuffle import Ids
 from dsv3.data.token_store import Segment
 from dsv3.errors import UserError, quoted
 
-LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
+LLM_C: dict[int, np.dtype[Any]] = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
 """Dtypes by magic number: of GPT-2's ids and of Llama 3's."""
 
 LLM_C_BYTES = 1024
@@ -68,7 +68,7 @@ def open_flat(path: Path, dtype: str | None) -> Segment:
         raise UserError(f"{path} is empty: it holds no ids")
     if head.startswith(LITPKDS):
         return _whole(_lit_packed(path, head, size))
-    magic = struct.unpack_from("<i", head)[0] if size >= 4 else None
+    magic = struct.unpack_from("<i", head)[0] if size >= 4 else 0
     if magic in LLM_C:
         return _whole(_llm_c(path, head, size, LLM_C[magic]))
     for begin, kind in _COMPRESSED.items():
@@ -178,7 +178,7 @@ def open_litdata(folder: Path, index: dict[str, Any]) -> list[Segment]:
         codes = {"no_header_tensor": LITDATA_DTYPES, "no_header_numpy": LITDATA_NUMPY_DTYPES}[kind]
         dtype = np.dtype(codes[int(number)])
         files = [(str(chunk["filename"]), int(chunk["chunk_size"]), chunk["dim"]) for chunk in chunks]
-        if any("/" in name or not 0 < items for name, items, _ in files):
+        if any("/" in name or items < 1 for name, items, _ in files):
             raise ValueError(f"a chunk is {quoted(files[0])}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(

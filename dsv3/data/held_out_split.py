@@ -108,10 +108,10 @@ def find_tail(read: Callable[[], Iterable[str]], share: float, name: str) -> int
     total = sum(len(piece) for piece in read())
     if total < 2:
         raise UserError(f"{name} holds a single character: data.path needs text to train on")
-    lines, end = 0, 0
-    for end in _line_ends(read()):
-        lines += 1
-    lines += end < total
+    lines = last = 0
+    for lines, last in enumerate(_line_ends(read()), 1):  # noqa: B007  # what is left of the last round
+        pass
+    lines += last < total
     if lines == 1:
         return total - max(1, round(total * share))
     head = lines - max(1, round(lines * share))
@@ -131,7 +131,7 @@ def cut_pieces(pieces: Iterable[str], cut: int, tail: bool) -> Iterator[str]:
 
 
 def _line_ends(pieces: Iterable[str]) -> Iterator[int]:
-    """Yield the places behind the lines that str.splitlines would find; not that of an unfinished last line."""
+    """Yield the places behind the lines of str.splitlines; not that of an unfinished last one."""
     position, held = 0, ""
     for piece in pieces:
         text = held + piece

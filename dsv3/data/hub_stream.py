@@ -224,8 +224,15 @@ class HubData:
             )
         summary = recipe.summary | {"documents_held_out": len(offsets) - 1, "tokens_held_out": len(tokens)}
         scored = PackedEvaluationDataset(TokenStore.of(tokens, offsets), sequence_length)
-        sides = rows, scored
-        return PreparedData(*sides, tokenizer, recipe.fingerprint, summary, recipe=recipe, record=record)
+        pieces, lanes = amount(recipe.stream.num_pieces, "pieces"), amount(self.lanes, "lanes")
+        shares = amount(self.lane_rows, "rows")
+        told = [
+            "",
+            f"{pieces} in {lanes}, {shares} of every batch from each, tokenized as they are read",
+            f"held out {amount(len(offsets) - 1, 'documents')}, {len(tokens):,} tokens",
+        ]
+        known = (rows, scored, tokenizer, recipe.fingerprint, summary)
+        return PreparedData(*known, recipe=recipe, record=record, told=told)
 
     def _open(self) -> tuple[dict[str, TextStream], DataRecord]:
         """Return the streams of the splits that are read, and the record of their files."""
@@ -271,7 +278,7 @@ class HubData:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TimeoutError"}:
-            prepare = f"{' '.join(command('train'))} task=prepare task.input={self.dataset} task.output=DIR"
+            prepare = f"{' '.join(command('train'))} task=prepare task.input={self._named()} task.output=DIR"
             return UserError(
                 f"data.dataset={self.dataset} is not here, and the hub cannot be reached: {reason}\n"
                 f"where there is a network, {prepare} makes shards for data=shards data.path=DIR"
@@ -280,6 +287,10 @@ class HubData:
             f"data.dataset={self.dataset} cannot be opened ({reason}): give OWNER/NAME of the hub or a "
             "directory of text, JSON lines or Parquet, and data.subset where it has several"
         )
+
+    def _named(self) -> str:
+        """Return the dataset as task.input names it."""
+        return self.dataset if Path(self.dataset).is_dir() else f"hf:{self.dataset}"
 
     def _fingerprint(self, record: DataRecord) -> str:
         """Return 16 hex characters over the files and over what decides which side a document is on."""

@@ -105,7 +105,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process reads at a time: parts of files, in order."""
+    """Parts of files, in order, that one process reads at a time."""
 
     number: int
     parts: tuple[Part, ...]
@@ -123,7 +123,7 @@ class Unit:
 
 @dataclass
 class FoundFiles:
-    """The files that were found; what was left out as hidden or a leftover; what cannot be read, with reasons."""
+    """Files found; those left out as hidden or leftovers; those that cannot be read, with reasons."""
 
     files: list[InputFile] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -224,7 +224,7 @@ def walk_files(
     unreadable: list[str],
     enter: Callable[[os.DirEntry[str]], bool] = lambda entry: True,
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield the files below a folder with their paths below it, forward slashes between, in the order of those.
+    """Yield the files below a folder with their paths below it, with forward slashes, in the order of those.
 
     Links are followed, but no folder is entered twice. It holds the entries of one folder of each depth, and
     takes some microseconds per file: a folder may have millions.

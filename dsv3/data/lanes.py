@@ -236,6 +236,7 @@ class LaneRows:
                 start = self._bookmark_before(number, wanted)
                 lane = Lane(self._pieces, number, self._options, self._encoder, self._takes, start)
                 self._lanes[number] = lane
+            assert lane.next_row <= wanted
             while True:
                 try:
                     place, row = lane.read()

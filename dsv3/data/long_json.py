@@ -93,14 +93,10 @@ class LongObject:
 
     def _more(self) -> bool:
         """Take the next bytes in place of those that have been read; False at the end."""
-        self._data = self._data[self._place :] + (following := next(self._blocks, b""))
+        following = next((block for block in self._blocks if block), b"")
+        self._data = self._data[self._place :] + following
         self._place = 0
-        while not following:
-            following = next(self._blocks, None)  # type: ignore[assignment]
-            if following is None:
-                return False
-            self._data += following
-        return True
+        return bool(following)
 
     def _peek(self) -> bytes:
         """Return the next byte that is no white space; none at the end."""

@@ -104,10 +104,14 @@ class DocumentOffsets:
             aligned[:-1] &= places[:-1] <= places[1:]
         if not aligned.all():
             place = int(np.argmin(aligned))
-            size = "" if self.sizes is None else f" and has {self.sizes[first + place : first + place + 1][0]} ids"
+            size = (
+                ""
+                if self.sizes is None
+                else f" and has {self.sizes[first + place : first + place + 1][0]} ids"
+            )
             raise UserError(
-                f"{self.path}: sequence {first + place} begins at {begins[place]}{size}, and the next one not "
-                "where it ends: sequences must follow one another as in the .bin file"
+                f"{self.path}: sequence {first + place} begins at {begins[place]}{size}, and the next one "
+                "not where it ends: sequences must follow one another as in the .bin file"
             )
         return places
 
@@ -136,7 +140,7 @@ def open_megatron(index: Path) -> Segment:
     told = [int(offsets.documents[at : at + 1][0]) for at in (0, known - 1)]
     if told != [0, sequences]:
         raise UserError(
-            f"{index} is damaged: its documents span the sequences {told[0]} to {told[1]}, of 0 to {sequences}"
+            f"{index} is damaged: its documents span the sequences {told[0]} to {told[1]}, of {sequences}"
         )
     end = offsets.end
     if num_bytes % dtype.itemsize or end != offsets.total:
@@ -174,8 +178,8 @@ def _old(index: Path, head: bytes, size: int, num_bytes: int) -> tuple[np.dtype[
     dtype = _dtype(index, version, code)
     if itemsize != dtype.itemsize or sizes != sequences:
         raise UserError(
-            f"{index} is damaged, or no index of ids: {itemsize} bytes per {dtype.name}, {sizes} dimensions of "
-            f"{sequences} sequences"
+            f"{index} is damaged, or no index of ids: {itemsize} bytes per {dtype.name}, {sizes} dimensions "
+            f"of {sequences} sequences"
         )
     places = _places(begin, (sequences + 1, 8), (sequences + 1, 8), (sizes, 8), (documents, 8))
     _check_size(index, size, sequences, documents, places[-1:])

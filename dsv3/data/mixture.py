@@ -1,8 +1,9 @@
-"""The data source `data=mixture`: rows from several sources by weight, and their held-out rows side by side."""
+"""The data source `data=mixture`: rows of several sources by weight, their held-out rows side by side."""
 
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -15,7 +16,7 @@ from dsv3.data.data_record import DataRecord
 from dsv3.data.mixture_order import MixtureOrder, Stage, source_seed
 from dsv3.data.packing import PackedRow, RowDataset
 from dsv3.data.rows import RowOptions
-from dsv3.data.sources import PreparedData, training_patience
+from dsv3.data.sources import NoTexts, PreparedData, training_patience
 from dsv3.data.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource
 from dsv3.errors import UserError
 from dsv3.metrics.progress import amount, phase
@@ -109,7 +110,10 @@ class MixtureData:
     def __init__(self, sources: dict[str, Any], **common: Any) -> None:
         self.options = RowOptions(**common)
         self._sources = read_sources(MixtureDataConfig(sources=sources, **common))
-        self._parts = {source.name: build(source.config) for source in self._sources}
+        self._parts = {}
+        for source in self._sources:
+            with _naming(source.name):
+                self._parts[source.name] = build(source.config)
 
     def prepare(
         self,
@@ -143,7 +147,7 @@ class MixtureData:
         seed: int,
         evaluate: bool = False,
     ) -> PreparedMixture:
-        """Return what `prepare` has returned in another process, from the cache; what has no recipe is prepared.
+        """Return what `prepare` has returned elsewhere, from the cache; what has no recipe is prepared.
 
         Raises:
             CacheEntryError: this machine's cache does not have it.
@@ -165,7 +169,7 @@ class MixtureData:
         def read_trained(source: TokenizerSource) -> tuple[Tokenizer, str]:
             if recipe.tokenizer is None:
                 raise CacheEntryError("the mixture's tokenizer is not known")
-            return source.prepare(_no_texts(), self._cache / recipe.tokenizer), recipe.tokenizer
+            return source.prepare(NoTexts(), self._cache / recipe.tokenizer), recipe.tokenizer
 
         prepared, tokenizer, trained = self._with_one_tokenizer(reopen, tokenizer_source, read_trained)
         return self._mix(prepared, tokenizer, trained, sequence_length, seed)
@@ -183,13 +187,14 @@ class MixtureData:
         evaluate: bool,
     ) -> PreparedData:
         how = (tokenizer, sequence_length, source_seed(seed, name), self._is_held_out_only(name, evaluate))
-        found: PreparedData = self._parts[name].prepare(*how)
+        with _naming(name):
+            found: PreparedData = self._parts[name].prepare(*how)
         return found
 
     def _is_held_out_only(self, name: str, evaluate: bool) -> bool:
-        """Return whether the held-out side alone is prepared; a table would then hold out all of its rows."""
+        """Return whether the held-out side alone is prepared; ids that are given would then all be scored."""
         config = next(source.config for source in self._sources if source.name == name)
-        return evaluate and not config.sets_sequence_length
+        return evaluate and not config.holds_ids
 
     def _with_one_tokenizer(
         self,
@@ -197,7 +202,7 @@ class MixtureData:
         given: TokenizerSource | Tokenizer,
         train: Callable[[TokenizerSource], tuple[Tokenizer, str]],
     ) -> tuple[dict[str, PreparedData], Tokenizer | None, str | None]:
-        """Return the prepared sources by name, their tokenizer, and the cache's prefix where it was trained."""
+        """Return the prepared sources by name, their tokenizer, and its place in the cache if trained."""
         if isinstance(given, LocalTokenizer):
             with phase("loading the tokenizer", each_node=True):
                 given = given.prepare()
@@ -215,7 +220,7 @@ class MixtureData:
         return {name: done[name] for name in self._parts}, tokenizer, trained
 
     def _train_tokenizer(self, source: TokenizerSource) -> tuple[Tokenizer, str]:
-        """Train a tokenizer on the training text of all sources of text; return it and its place in the cache."""
+        """Train a tokenizer on the text of all sources of text; return it and its place in the cache."""
         found = [part.training_texts() for part in self._parts.values() if isinstance(part, HasTexts)]
         characters = sum(size for _, _, size in found)
         content = " ".join(fingerprint for _, fingerprint, _ in found)
@@ -272,10 +277,13 @@ class MixtureData:
         ]
 
 
-def _no_texts() -> Iterator[str]:
-    """Yield nothing: a tokenizer is to come from the cache."""
-    raise CacheEntryError("the tokenizer is not in the cache")
-    yield ""
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Let an error say of which source it is: a source itself knows no name, and calls its keys data.X."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{SOURCES}.{source}: {error}") from error
 
 
 def _require_one_tokenizer(prepared: Mapping[str, PreparedData]) -> None:
@@ -285,8 +293,8 @@ def _require_one_tokenizer(prepared: Mapping[str, PreparedData]) -> None:
         first = next(iter(known))
         if fingerprint != known[first]:
             raise UserError(
-                f"{SOURCES}.{first} has ids of the tokenizer {known[first]}, {SOURCES}.{name} of {fingerprint}: "
-                "a mixture has one; prepare both with the same, tokenizer=local tokenizer.path=PATH"
+                f"{SOURCES}.{first} has ids of the tokenizer {known[first]}, {SOURCES}.{name} those of "
+                f"{fingerprint}: a mixture has one; prepare both with tokenizer=local tokenizer.path=PATH"
             )
 
 

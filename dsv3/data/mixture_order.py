@@ -1,8 +1,8 @@
 """The order of a mixture: for every sample the source that it comes from, and its number in that source.
 
 Nothing is stored but the stages, so the answer is the same on any layout and after a resume. In a stage the
-weights are constant. With shares w_i (weights over their sum, exact fractions), the first x samples of a stage
-hold
+weights are constant. With shares w_i (weights over their sum, exact fractions), the first x samples of a
+stage hold
 
     N_i(x) = floor(x w_i)  of every source but the heaviest, which takes the rest
 
@@ -10,10 +10,11 @@ so that counts are exact at the end of every block of BLOCK samples, and less th
 the heaviest less than the number of sources). A stage is cut into blocks; what is left at its end belongs to
 its last block. In a block, a keyed permutation says which slot is whose.
 
-No count of a block is negative. For all but the heaviest source floor(x w_i) does not fall. The heaviest has
-N_h(x) = x - sum floor(x w_i) = x w_h + sum frac(x w_i), the sums over the other k - 1 sources. From x to x + B
-it grows by B w_h plus a difference of k - 1 fractional parts, each above -1: by more than B w_h - (k - 1). The
-heaviest of k shares is at least 1 / k, so B >= k (k - 1) is enough: 65,536 samples for up to 256 sources.
+No count of a block is negative. For all but the heaviest source floor(x w_i) does not fall. The heaviest
+has N_h(x) = x - sum floor(x w_i) = x w_h + sum frac(x w_i), the sums over the other k - 1 sources. From x to
+x + B it grows by B w_h and k - 1 differences of fractional parts, each above -1: by more than
+B w_h - (k - 1). The heaviest of k shares is at least 1 / k, so B >= k (k - 1) is enough: 65,536 samples for
+up to 256 sources.
 """
 
 import hashlib
@@ -126,7 +127,7 @@ class MixtureOrder:
         counts = [high - low for low, high in zip(before, after, strict=True)]
         numbers: Sequence[int] | Ids = _spread(counts)
         if self._seed is not None:
-            numbers = Permutation(end - begin, self._seed, "mixture", stage, number)
+            numbers = Permutation(end - begin, self._seed, 4, stage, number)
         taken = [past + here for past, here in zip(self._taken[stage], before, strict=True)]
         return _Block(first + begin, numbers, [0, *accumulate(counts)], taken)
 

@@ -6,6 +6,7 @@ or of another kind is a UserError that names it, and no file can run code: no pi
 
 import io
 import math
+import threading
 import tokenize
 import warnings
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from dsv3.errors import UserError, quoted
 
 HEAD = 4096
 """Bytes at the start of a file that hold its header: numpy's own have 128."""
+
+_PARSING = threading.Lock()
+"""Held while warnings are off: that is one setting of the process, and headers are read in threads."""
 
 _KINDS = {b"PK": "a zip archive, as numpy.savez writes it", b"\x1f\x8b": "compressed (gzip)"}
 
@@ -93,10 +97,11 @@ def _parse(head: bytes, path: str, wanted: str) -> tuple[tuple[int, ...], bool, 
         readers = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
+            (3, 0): np.lib.format.read_array_header_2_0,  # the same but for names of fields, in UTF-8
         }
         if version not in readers:
             raise ValueError(f"its version {version[0]}.{version[1]} is not one of plain numbers")
-        with warnings.catch_warnings():
+        with _PARSING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's about headers of Python 2, Python's about odd literals
             shape, is_fortran, dtype = readers[version](file)
         if any(length < 0 for length in shape):

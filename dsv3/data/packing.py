@@ -103,7 +103,7 @@ class DocumentStream:
         return row
 
     def _documents_from(self, start: int, count: int, epoch: int) -> Iterator[Ids]:
-        """Yield the ids of each document from `start` on, `count` in all: of the first and last one a part."""
+        """Yield `count` ids from `start` on, by document: of the first and the last one a part."""
         position = (self._first_position(epoch) + start) % self.num_tokens
         number = self._block_at(position)
         while count > 0:

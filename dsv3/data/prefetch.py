@@ -20,7 +20,7 @@ from dsv3.data.loader import DataLoader
 from dsv3.planning.batch_schedule import BatchSchedule
 
 _PATIENCE = 5.0
-"""Seconds to wait for the thread's last read at the end of a run. Then it is left to the end of the process."""
+"""Seconds to wait for the thread's last read at the end of a run; then it is left to the process's end."""
 
 
 class Prefetcher:

@@ -1,4 +1,4 @@
-"""From documents to rows: what every data source is told, and the two sides that it makes of a token store."""
+"""From documents to rows: what every data source is told, and the rows that it makes of a token store."""
 
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ def expected_cuts(store: TokenStore, sequence_length: int) -> int:
 
     Rows share one token with the next. So a document of n tokens is whole in some row at all but n - 2 of the
     `sequence_length` places of its first token in a row. The lengths of up to SAMPLED_STRETCHES x
-    SAMPLED_DOCUMENTS documents from all over the store are looked at, and all of them where there are no more.
+    SAMPLED_DOCUMENTS documents from all over the store are looked at, all of them where there are no more.
     """
     documents, stretches = store.num_documents, SAMPLED_STRETCHES
     cut = looked_at = 0.0

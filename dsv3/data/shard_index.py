@@ -19,7 +19,7 @@ INDEX_FILE = "index.json"
 
 FORMAT, VERSION = "dsv3-token-shards", 1
 
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Splits: documents to train on, and those set aside for the held-out loss."""
@@ -203,7 +203,7 @@ def _shard(entry: dict[str, Any]) -> Shard:
     if any(type(count) is not int or count < 0 for count in counts):
         raise ValueError(f"{quoted(entry['tokens'])}: num_tokens and num_documents must be whole numbers")
     digests = {str(name): str(value) for name, value in (entry.get("digests") or {}).items()}
-    return Shard(_inside(entry["tokens"]), _inside(entry["offsets"]), *counts, digests)
+    return Shard(_inside(entry["tokens"]), _inside(entry["offsets"]), counts[0], counts[1], digests)
 
 
 def _inside(name: Any) -> str:

@@ -108,7 +108,8 @@ class ShardWriter:
         self._shard_tokens = shard_tokens
         noted = noted or {"done": [], "tokens": 0, "documents": 0, "begin": 0}
         self.done = [Shard(**each) for each in noted["done"]]
-        self._tokens, self._documents, self._begin = noted["tokens"], noted["documents"], noted["begin"]
+        self._tokens, self._documents = int(noted["tokens"]), int(noted["documents"])
+        self._begin = int(noted["begin"])
         self._files: tuple[NpyFile, NpyFile] | None = None
         self._waiting: list[Sequence[int]] = []  # ids that are not written yet; one conversion for many
         self._written = self._tokens

@@ -64,7 +64,7 @@ class Permutation(Sequence[int]):
         return number
 
     def block(self, first: int, end: int) -> Ids:
-        """Return the numbers at the places first .. end - 1, int64 [end - first]: the same, faster together."""
+        """Return the numbers at the places first .. end - 1 together: faster, int64 [end - first]."""
         found = self._rounds_of(np.arange(first, end, dtype=np.uint64))
         while (beyond := np.flatnonzero(found >= self._count)).size:
             found[beyond] = self._rounds_of(found[beyond])

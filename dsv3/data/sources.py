@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from dsv3.data.shard_index import HELD_OUT, TRAIN, ShardIndex
 from dsv3.data.skip_limit import require_few_skipped
 from dsv3.data.token_inputs import open_shard
 from dsv3.data.token_store import TokenStore
-from dsv3.data.tokenizer import TRAINING_CHUNK, LocalTokenizer, Tokenizer, TokenizerSource, split_pieces
+from dsv3.data.tokenizer import TRAINING_CHUNK, LocalTokenizer, Tokenizer, TokenizerSource, split_text
 from dsv3.errors import UserError
 from dsv3.metrics.progress import amount, phase
 
@@ -100,13 +99,15 @@ class CorpusRecipe(NamedTuple):
     told: Sequence[str]
 
 
-class _ScannedCorpus(NamedTuple):
+@dataclass(frozen=True)
+class _ScannedCorpus:
     """A corpus and what a scan of it has found."""
 
     corpus: Corpus
     stamp: Stamp
     scan: CorpusScan
 
+    @cached_property
     def units(self) -> list[Unit]:
         """Return the units that were scanned; UserError where a file has changed since."""
         return self.corpus.units(self.stamp)
@@ -134,7 +135,8 @@ class CorpusData:
         corpus, root = self.corpus(), cache_root(self.options.cache_dir)
 
         def entry(stamp: Stamp) -> Path:
-            told = f"{SCAN_FORMAT} {corpus.place} {corpus.options!r} {self.options.held_out!r} {stamp.digest}"
+            what = f"{SCAN_FORMAT} {type(corpus).__qualname__} {corpus.identity} {corpus.options!r}"
+            told = f"{what} {self.options.held_out!r} {stamp.digest}"
             return root / f"corpus-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
         stamp = corpus.stamp()
@@ -148,7 +150,8 @@ class CorpusData:
                 lambda folder: scan_corpus(corpus, stamp, self.options.held_out, folder),
                 f"a scan of {corpus.title}",
             )
-        require_few_skipped(scan.skipped, sum(scan.files.values()), self.max_skipped, corpus.title)
+        files, field = sum(scan.files.values()), corpus.options.field
+        require_few_skipped(scan.skipped, files, self.max_skipped, corpus.title, field=field)
         return _ScannedCorpus(corpus, stamp, scan)
 
     def training_texts(self) -> tuple[Iterator[str], str, int]:
@@ -156,14 +159,14 @@ class CorpusData:
 
         Long texts come in several parts, as the training of a tokenizer would cut them.
         """
-        corpus, _, scan = self._scanned
+        corpus, scan = self._scanned.corpus, self._scanned.scan
 
         def texts() -> Iterator[str]:
             documents = scan.documents(corpus.options)
-            for unit in self._scanned.units():
+            for unit in self._scanned.units:
                 for side, pieces in documents.documents(unit, Skipped(), no_report):
                     if side is not None:
-                        yield from (chunk for chunk, _ in split_pieces(pieces, TRAINING_CHUNK))
+                        yield from split_text(pieces, TRAINING_CHUNK)
 
         return texts(), f"{scan.fingerprint} {self.options.held_out!r}", scan.split.characters_train
 
@@ -186,7 +189,7 @@ class CorpusData:
             UserError: there is no text or too little of it, too much is skipped, or the cache cannot be
                 written.
         """
-        corpus, _, scan = self._scanned
+        corpus, scan = self._scanned.corpus, self._scanned.scan
         root = cache_root(self.options.cache_dir)
         key = f"{scan.fingerprint} {self.options.held_out!r} {FORMAT}"
         key = hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -214,8 +217,8 @@ class CorpusData:
         return replace(prepared, record=record)
 
     def _tokenize(self, target: Path, tokenizer: Tokenizer, side: str) -> TokenStore:
-        """Return a side of the corpus from the cache, and encode it first where the cache does not have it."""
-        corpus, stamp, scan = self._scanned
+        """Return a side of the corpus from the cache, encoded first where the cache does not have it."""
+        corpus, stamp, scan = self._scanned.corpus, self._scanned.stamp, self._scanned.scan
         named = {TRAIN: "training", HELD_OUT: "held-out"}[side]
 
         def build(folder: Path) -> None:
@@ -223,12 +226,12 @@ class CorpusData:
             with phase(f"tokenizing the {named} text", unit="bytes", each_node=True) as work:
                 prepared = prepare_shards(
                     folder,
-                    self._scanned.units(),
+                    self._scanned.units,
                     documents,
                     tokenizer,
                     {"files": stamp.digest},
                     progress=work,
-                    told={"path": str(corpus.place)},
+                    told={"path": str(corpus.root)},
                     splits=(side,),
                     key="data.cache_dir",
                 )
@@ -254,7 +257,7 @@ class CorpusData:
         root = cache_root(self.options.cache_dir)
         tokenizer = tokenizer_source
         if not isinstance(tokenizer, Tokenizer):
-            tokenizer = tokenizer.prepare(_NoTexts(), root / recipe.tokenizer)
+            tokenizer = tokenizer.prepare(NoTexts(), root / recipe.tokenizer)
 
         def read(side: str) -> TokenStore:
             return read_entry(root / f"{recipe.tokens}-{side}", lambda folder: _open_side(folder, side))
@@ -291,7 +294,7 @@ def _open_side(folder: Path, side: str) -> TokenStore:
         raise CacheEntryError(str(error)) from error
 
 
-class _NoTexts:
+class NoTexts:
     """Texts that must not be read: a tokenizer is to come from the cache."""
 
     def __iter__(self) -> Iterator[str]:

@@ -115,9 +115,7 @@ def plan_table(file: InputFile, part_bytes: int) -> list[Part]:
     rows = len(_saved(file.path, detail[SPLIT]))
     count = max(1, min(rows, -(-file.size // part_bytes)))
     bounds = [rows * number // count for number in range(count + 1)]
-    return [
-        Part(file, start, end, file.size // count) for start, end in pairwise(bounds)
-    ]
+    return [Part(file, start, end, file.size // count) for start, end in pairwise(bounds)]
 
 
 def _read_dataset(part: Part, field: str, report: Report) -> Table:

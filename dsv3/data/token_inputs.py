@@ -218,12 +218,14 @@ def _below(folder: Path) -> Iterator[Path]:
             continue
         if entry.name.endswith((".tokens.npy", ".offsets.npy")):
             raise UserError(
-                f"{folder} holds token shards without their {INDEX_FILE}, which is written last: they are not "
-                "whole; the same task=prepare goes on with them"
+                f"{folder} holds token shards without their {INDEX_FILE}, which is written last: they are "
+                "not whole; the same task=prepare goes on with them"
             )
         if entry.is_dir():
             yield from _below(entry)
-        elif entry.suffix in (".npy", ".idx") or (entry.suffix == ".bin" and f"{entry.stem}.idx" not in names):
+        elif entry.suffix in (".npy", ".idx") or (
+            entry.suffix == ".bin" and f"{entry.stem}.idx" not in names
+        ):
             yield entry
 
 
@@ -325,8 +327,8 @@ def _require_one_dtype(segments: Sequence[Segment]) -> None:
         first = first or array
         if array.dtype != first.dtype:
             raise UserError(
-                f"{first.path} holds {first.dtype.name} and {array.path} {array.dtype.name}: the files of one "
-                "data.path must have one dtype, else they are of several tokenizers; write one of them anew"
+                f"{first.path} holds {first.dtype.name} and {array.path} {array.dtype.name}: the files of "
+                "one data.path must have one dtype, or they are of several tokenizers; write one anew"
             )
 
 

@@ -80,7 +80,7 @@ class PreparedShards(PreparedData):
         super().check_vocabulary(vocab_size, share)
         if self.vocab_size is not None and self.vocab_size > vocab_size:
             raise UserError(
-                f"the shards are of {self.vocab_size} ids, model.vocab_size={vocab_size} is too small for them: "
+                f"the shards are of {self.vocab_size} ids, model.vocab_size={vocab_size} is too small: "
                 f"use model.vocab_size={self.vocab_size}"
             )
         limit = None if self.verify is Verify.all else CHECKED_TOKENS
@@ -218,7 +218,9 @@ class ShardsData:
         Raises:
             CacheEntryError: a file is not there, or shorter.
         """
-        if missing := find_missing([a for s in (*recipe.train, *recipe.held_out) for a in (s.tokens, s.offsets)]):
+        if missing := find_missing(
+            [a for s in (*recipe.train, *recipe.held_out) for a in (s.tokens, s.offsets)]
+        ):
             raise CacheEntryError(missing)
         if recipe.tokenizer is not None and not recipe.tokenizer.is_dir():
             raise CacheEntryError(f"{recipe.tokenizer} is not here")
@@ -307,12 +309,12 @@ def _fingerprint(found: TokenFiles, eos_id: int | None) -> str:
 
 
 def _own_tokenizer(found: TokenFiles) -> tuple[str, Path | None] | None:
-    """Return fingerprint and folder of the tokenizer that the shards were made with; None where none is told."""
+    """Return fingerprint and folder of the tokenizer that made the shards; None where none is told."""
     if len(found.tokenizers) > 1:
         (first, here), (second, there) = list(found.tokenizers.items())[:2]
         raise UserError(
-            f"{here.shards} holds ids of the tokenizer {first}, {there.shards} of {second}: the same id means "
-            "other texts in them; prepare both with one tokenizer"
+            f"{here.shards} holds ids of the tokenizer {first}, {there.shards} of {second}: the same id "
+            "means other texts in them; prepare both with one tokenizer"
         )
     return next(((told, place.folder) for told, place in found.tokenizers.items()), None)
 
@@ -327,7 +329,7 @@ def _choose_tokenizer(
     """Return the tokenizer of the run; UserError where it is not that of the shards.
 
     Args:
-        own: fingerprint and folder of the shards' tokenizer; the fingerprint is empty where it is known to fit.
+        own: fingerprint and folder of the shards' tokenizer; the fingerprint is empty where it was compared.
     """
     told, folder = own or ("", None)
     if isinstance(source, Tokenizer):
@@ -341,7 +343,6 @@ def _choose_tokenizer(
     if told and tokenizer.fingerprint() != told:
         raise UserError(
             f"the shards hold ids of the tokenizer {told}, and {whose} is {tokenizer.fingerprint()}: its ids "
-            f"mean other texts; leave tokenizer= out to take the shards' own, or prepare the text anew with it"
+            "mean other texts; leave tokenizer= out to take the shards' own, or prepare the text anew with it"
         )
     return tokenizer
-

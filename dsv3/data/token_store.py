@@ -86,8 +86,8 @@ class Segment:
             known = self.offsets[left : min(left + WINDOW, high) + 1]
             if len(known) < 2 or (known[1:] < known[:-1]).any():
                 raise UserError(
-                    f"{self.offsets_name}: offsets of documents {left} to {left + len(known) - 1} do not ascend: "
-                    "it is damaged"
+                    f"{self.offsets_name} is damaged: the offsets of documents {left} to "
+                    f"{left + len(known) - 1} do not ascend"
                 )
             if known[-1] <= place:
                 low, low_begin = left + len(known) - 1, int(known[-1])
@@ -134,7 +134,7 @@ class TokenStore:
         return self._documents[-1]
 
     def find(self, position: int) -> int:
-        """Return the number of the document that holds the token at `position`, 0 <= position < num_tokens."""
+        """Return the document that holds the token at `position`, 0 <= position < num_tokens."""
         number = bisect_right(self._starts, position) - 1
         segment = self.segments[number]
         place = self._begins[number] + position - self._starts[number]
@@ -175,7 +175,10 @@ class TokenStore:
         return np.concatenate(parts)
 
     def check(
-        self, share: tuple[int, int] = (0, 1), limit: int | None = None, report: Callable[[int], None] = _ignore
+        self,
+        share: tuple[int, int] = (0, 1),
+        limit: int | None = None,
+        report: Callable[[int], None] = _ignore,
     ) -> None:
         """Read a share of the ids and offsets: each is checked as it is read.
 
@@ -208,7 +211,7 @@ class TokenStore:
         of STRETCHES documents from all over the store that is nearest in size is held out; a single
         document is cut. Equal documents are not looked for.
         """
-        total, chosen = self.num_tokens, []
+        total, chosen = self.num_tokens, list[tuple[int, int]]()
         stretches = max(1, min(STRETCHES, round(total * share)))
         for stretch in range(stretches):
             first, end = (total * number // stretches for number in (stretch, stretch + 1))
@@ -253,7 +256,7 @@ class TokenStore:
             begin, number = stop, number + 1
 
     def _next_document(self, position: int) -> int:
-        """Return the first position from `position` on at which a document begins, or the end of the store."""
+        """Return the first position from `position` on at which a document begins, or the store's end."""
         if position in (0, self.num_tokens):
             return position
         return self._position(self.find(position - 1) + 1)
@@ -285,17 +288,22 @@ class TokenStore:
             begin, number = stop, number + 1
 
     def _ascending(self, number: int, first: int, end: int) -> Ids:
-        """Return the offsets of documents first .. end of a segment's file; UserError where they cannot be."""
+        """Return the offsets of documents first .. end of a file; UserError where they cannot be."""
         segment = self.segments[number]
         places = segment.offsets[first : end + 1].astype(np.int64)
-        low, high = self._begins[number], self._begins[number] + self._starts[number + 1] - self._starts[number]
+        low, high = (
+            self._begins[number],
+            self._begins[number] + self._starts[number + 1] - self._starts[number],
+        )
         if places[0] < low or places[-1] > high or (places[1:] < places[:-1]).any():
             wrong = (places < low) | (places > high)
             wrong[1:] |= places[1:] < places[:-1]
             place = int(np.argmax(wrong))
+            before = places[max(place - 1, 0)]
             raise UserError(
-                f"{segment.offsets_name}: document {first + place} begins at token {places[place]}, the one before "
-                f"at {places[max(place - 1, 0)]}, and the documents lie within {low} to {high}: it is damaged"
+                f"{segment.offsets_name} is damaged: document {first + place} begins at token "
+                f"{places[place]}, "
+                f"the one before at {before}, all lie in {low} to {high}"
             )
         return places
 

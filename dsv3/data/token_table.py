@@ -63,7 +63,7 @@ class TokenTable:
         return self._starts[-1]
 
     def blocks(self, first: int, end: int, size: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Yield rows first .. end - 1 as they are, in blocks of up to `size` rows [n, width] with their first."""
+        """Yield (number of the first, rows [n, width] as they are) of first .. end - 1, n up to `size`."""
         while first < end:
             number = bisect_right(self._starts, first) - 1
             stop = min(end, first + size, self._starts[number + 1])
@@ -74,8 +74,10 @@ class TokenTable:
 
     def is_padding(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Return where ids are padding."""
-        found = ids == IGNORED
-        return found if self.pad_id is None else found | (ids == self.pad_id)
+        found: npt.NDArray[np.bool_] = ids == IGNORED
+        if self.pad_id is not None:
+            found |= ids == self.pad_id
+        return found
 
     def row(self, number: int) -> PackedRow:
         """Return a row as one document: padding is cut out, wherever it stands, and fills up the end.
@@ -95,7 +97,7 @@ class TokenTable:
         return row
 
     def require_vocabulary(self, first: int, block: npt.NDArray[Any], vocab_size: int) -> None:
-        """Raise UserError at the first id of a block of rows that is neither padding nor in the vocabulary."""
+        """Raise UserError at the first id of some rows that is neither padding nor in the vocabulary."""
         invalid = (block < 0) | (block >= vocab_size)
         if not invalid.any():
             return
@@ -105,8 +107,8 @@ class TokenTable:
             number = bisect_right(self._starts, first) - 1
             raise UserError(
                 f"{self.files[number].path}: row {first + row - self._starts[number]} holds the id "
-                f"{int(block[row, column])} in column {column}, the model's vocabulary is 0 to {vocab_size - 1} "
-                f"(model.vocab_size={vocab_size}); padding is named, data.pad_id=ID"
+                f"{int(block[row, column])} in column {column}, the model's vocabulary is 0 to "
+                f"{vocab_size - 1} (model.vocab_size={vocab_size}); padding is named, data.pad_id=ID"
             )
 
 
@@ -233,7 +235,7 @@ class TokensData:
         seed: int,
         evaluate: bool = False,
     ) -> PreparedTable:
-        """Return what `prepare` has returned in another process; CacheEntryError for a file that is not here."""
+        """Return what `prepare` has returned in another process; CacheEntryError for a missing file."""
         if missing := find_missing([file.array for file in recipe.files]):
             raise CacheEntryError(missing)
         return self._split(TokenTable(recipe.files, self.pad_id), recipe, seed, evaluate, None)
@@ -319,8 +321,8 @@ def _open(path: Path, like: NpyFile | None = None) -> NpyFile:
         raise UserError(f"{path} holds {file.dtype.name} {list(file.shape)}, {least} are needed: {WANTED}")
     if like is not None and (file.shape[1], file.dtype) != (like.shape[1], like.dtype):
         raise UserError(
-            f"{path} holds {file.dtype.name} of width {file.shape[1]}, {like.path} {like.dtype.name} of width "
-            f"{like.shape[1]}: the files of one folder must have one width and one dtype"
+            f"{path} holds {file.dtype.name} of width {file.shape[1]}, {like.path} {like.dtype.name} of "
+            f"width {like.shape[1]}: the files of one folder must have one width and one dtype"
         )
     return file
 
@@ -328,7 +330,7 @@ def _open(path: Path, like: NpyFile | None = None) -> NpyFile:
 def _spread(
     table: TokenTable, first: int, end: int, limit: int | None
 ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Yield blocks of the rows first .. end - 1, of more than `limit` ids evenly spread ones of `limit` ids."""
+    """Yield blocks of the rows first .. end - 1, of more than `limit` ids some that are evenly spread."""
     size = max(1, CHUNK_IDS // table.width)
     blocks = -(-(end - first) // size)
     sampled = blocks if limit is None else min(blocks, max(1, limit // (size * table.width)))

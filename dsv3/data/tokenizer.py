@@ -22,6 +22,7 @@ from dsv3.data.tokenizer_files import (
     token_name,
     vocabulary_file,
 )
+from dsv3.distributed.heartbeat import HEARTBEAT
 from dsv3.errors import UserError, quoted
 
 BOS, EOS, PAD = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>"
@@ -47,7 +48,7 @@ FIM_NAMES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
-"""The tokens before prefix, suffix and middle of a fill-in-the-middle document: ours, DeepSeek, Qwen, StarCoder."""
+"""The tokens before prefix, suffix and middle of fill-in-the-middle: ours, DeepSeek, Qwen, StarCoder."""
 
 _FILES = 3
 """Part of the cache key of a trained tokenizer: raise it when its files are to be written differently."""
@@ -69,6 +70,9 @@ FAST_CONFIG = {
 # afresh after a line break between two lines that neither end nor begin with white space.
 SAFE_BREAK = re.compile(r"(?<=\S\n)(?=\S)")
 
+
+SLOWEST_START, SLOWEST_ENCODING = 5.0, 20_000
+"""Seconds, and characters per second, of the slowest encoding: one call that says nothing."""
 
 PROBES = (
     "Plain words, 3 of 12; it's 3.5 %.",
@@ -136,7 +140,7 @@ class Tokenizer:
 
     @property
     def fim(self) -> tuple[int, int, int] | None:
-        """Return the ids before prefix, suffix and middle of fill-in-the-middle; None where there are none."""
+        """Return the ids before prefix, suffix and middle of fill-in-the-middle, None without them."""
         for names in FIM_NAMES:
             begin, hole, end = (self._backend.token_to_id(name) for name in names)
             if begin is not None and hole is not None and end is not None:
@@ -160,7 +164,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without bos and eos; use one thread per core."""
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with HEARTBEAT.patient(SLOWEST_START + sum(map(len, texts)) / SLOWEST_ENCODING):
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -301,7 +306,7 @@ class TrainedTokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        chunks = (chunk for text in texts for chunk, _ in split_text(text, TRAINING_CHUNK))
+        chunks = (chunk for text in texts for chunk in split_text([text], TRAINING_CHUNK))
         backend.train_from_iterator(chunks, trainer)
         # For use with HF: its tokenizers begin a text with bos, as the documents here do.
         bos = backend.token_to_id(BOS)
@@ -335,16 +340,11 @@ class LocalTokenizer:
             raise UserError(f"tokenizer.path={self.path}: {error}") from error
 
 
-def split_text(text: str, size: int) -> Iterator[tuple[str, bool]]:
-    """Yield chunks of `size` to 2 x `size` characters, cut at a SAFE_BREAK where there is one.
+def split_text(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """Yield a text, given in pieces, in chunks of `size` to 2 x `size` characters; the last may be shorter.
 
-    The second value of each pair is True for the last chunk of the text.
+    They are cut at a SAFE_BREAK where there is one, at the same places whatever the pieces.
     """
-    return split_pieces([text], size)
-
-
-def split_pieces(pieces: Iterable[str], size: int) -> Iterator[tuple[str, bool]]:
-    """Yield the chunks that `split_text` yields of the joined pieces, without joining them."""
     waiting, length = [""], 0
     for piece in pieces:
         waiting.append(piece)
@@ -355,7 +355,7 @@ def split_pieces(pieces: Iterable[str], size: int) -> Iterator[tuple[str, bool]]
         while length - start > 2 * size:  # leaves room to look for a safe break
             found = SAFE_BREAK.search(text, start + size, start + 2 * size)
             stop = found.start() if found else start + size
-            yield text[start:stop], False
+            yield text[start:stop]
             start = stop
         waiting, length = [text[start:]], length - start
-    yield "".join(waiting), True
+    yield "".join(waiting)

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -38,7 +39,7 @@ _PARALLEL = "TOKENIZERS_PARALLELISM"
 
 @dataclass(frozen=True)
 class WorkPlace:
-    """What the work on a unit is given besides the unit.
+    """The surroundings of the work on a unit.
 
     Attributes:
         directory: where it may leave files, for itself or as its result.
@@ -188,13 +189,14 @@ def _run_here(units: Sequence[Unit], work: Work, directory: Path, advance: Repor
 def _run_in_processes(
     units: Sequence[Unit], work: Work, directory: Path, advance: Report, processes: int, threads: int
 ) -> Any:
-    """Yield (unit number, result) as processes finish units, which they get in their order."""
+    """Yield (unit number, result) as processes finish units."""
     context = multiprocessing.get_context("spawn")
-    waiting = iter(units)
+    # The largest first: one that is begun last would be waited for alone.
+    waiting = iter(sorted(units, key=lambda unit: -unit.nbytes))
     busy: dict[Connection, tuple[BaseProcess, Unit]] = {}
     everyone: list[BaseProcess] = []
     try:
-        for unit in list(zip(range(processes), waiting, strict=False)):
+        for unit in islice(waiting, processes):
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve, args=(there, os.getpid(), work, directory, threads), daemon=True
@@ -202,20 +204,18 @@ def _run_in_processes(
             process.start()
             there.close()
             everyone.append(process)
-            here.send(unit[1])
-            busy[here] = process, unit[1]
+            here.send(unit)
+            busy[here] = process, unit
         while busy:
-            for pipe in wait(list(busy), timeout=1.0) or [None]:
-                if pipe is None:
-                    advance(0)  # a beat: the process is well, and waits
-                    continue
-                assert isinstance(pipe, Connection)
-                process, unit = busy[pipe]
+            ready = [pipe for pipe in wait(list(busy), timeout=1.0) if isinstance(pipe, Connection)]
+            advance(0)  # a beat: the process is well, and waits
+            for pipe in ready:
+                reader, unit = busy[pipe]
                 try:
                     kind, value = pipe.recv()
                 except (EOFError, OSError):
-                    process.join(5)
-                    raise RunFailed(_died(process, unit)) from None
+                    reader.join(5)
+                    raise RunFailed(_died(reader, unit)) from None
                 if kind == "read":
                     advance(value)
                 elif kind == "mistake":
@@ -229,15 +229,15 @@ def _run_in_processes(
                         pipe.close()
                     else:
                         pipe.send(following)
-                        busy[pipe] = process, following
+                        busy[pipe] = reader, following
                     yield unit.number, value
     finally:
         for pipe in busy:
             pipe.close()
-        for process in everyone:
+        for each in everyone:
             if busy:
-                process.kill()
-            process.join()
+                each.kill()
+            each.join()
 
 
 def _died(process: BaseProcess, unit: Unit) -> str:

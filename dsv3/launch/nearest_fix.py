@@ -197,9 +197,10 @@ class _Search:
             for more in [{}, *_unique([self._recomputed(), self._strongest()])]:
                 counts = [shards * 2**n for n in range(17)]
                 if found := self._first_that_fits(self.base | more, counts, gpu, config):
-                    count = found[0]
+                    count, plan = found
                     sizes.add(gpu.memory_bytes)
                     typed = self.base | more | ({f"{KEY}.dp_shard": count} if count > shards else {})
+                    typed |= self._batch(plan)
                     words = ["task=plan", f"hardware={gpu.name}", *_words(typed)]
                     yield " ".join([*words, f"launch.world_size={count * rest}"])
                     break

@@ -79,8 +79,13 @@ def check_stored_targets(
             check_target(str(target), f"{file}: {key}", allow)
 
 
-def check_can_make(directory: Path) -> None:
+def check_can_make(directory: Path, resume: bool = False) -> None:
     """Raise UserError where a run directory could not be made or written: long before the run makes it."""
+    if resume and not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(
+            f"resume={directory} is not writable, and a run goes on in its own directory: "
+            f"checkpoint.load={directory} begins a new run from its weights"
+        )
     path = directory.absolute()
     above = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not above.is_dir():

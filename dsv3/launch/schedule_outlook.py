@@ -128,15 +128,15 @@ def _changes(config: Config, first: int, stored: Mapping[str, Any]) -> list[str]
         batch = f"{now} sequences instead of {before}"
         if ramps[0] != ramps[1]:
             batch = f"{now} sequences{ramps[1]} instead of {before}{ramps[0]}"
-        notes.append(
-            f"from step {first} on a step has {batch}; the learning rate per step stays as it is"
-        )
+        notes.append(f"from step {first} on a step has {batch}; the learning rate per step stays as it is")
     return notes
 
 
 def _told_ramp(values: Mapping[str, Any]) -> str:
     """Return what the ramp of a config's values does to the batch; runs of older code have none."""
-    start, increment, tokens = (values.get(f"train.batch_ramp.{key}") for key in ("start", "increment", "tokens"))
+    start, increment, tokens = (
+        values.get(f"train.batch_ramp.{key}") for key in ("start", "increment", "tokens")
+    )
     if start is None:
         return " without a ramp"
     return f" ramped up from {start} by {increment} over the run's first {tokens} tokens"

@@ -40,6 +40,10 @@ def continue_search(arguments: Sequence[str], sweep: Sweep, own: Path | None = N
     _require_objective(arguments, settings, own)
     if not str(settings["_target_"]).endswith(".OptunaSweeper"):
         return []
+    for key in ("n_trials", "n_jobs"):
+        count = settings[key]
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise UserError(f"hydra.sweeper.{key}={count} is not possible: must be a whole number above 0")
     _quieten()
     typed = {override_key(argument) for argument in arguments}
     added: dict[str, Any] = {}

@@ -6,6 +6,7 @@ beside other values of the command: one table below says when each acts. An expe
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -175,6 +176,11 @@ CONDITIONS = [
         ("train.evaluate_tokens", "checkpoint.keep_best"),
         lambda job: job.config.train.evaluate_every or not job.config.task.trains,
         "train.evaluate_every=0 measures no held-out loss",
+    ),
+    Condition(
+        ("data.revision",),
+        lambda job: not Path(getattr(job.config.data, "dataset", None) or "").is_dir(),
+        "data.dataset is a directory, and not of the hub",
     ),
     Condition(
         ("data.cache_dir",),

@@ -37,8 +37,8 @@ class MetricsRow:
             schedule that splits the backward pass.
         data_wait: seconds that rank 0's host waited in this step for its batch; they are part of the step's
             time. Where another rank waits longer the console says so.
-        sources: by source of a mixture its tokens and epochs since step 0, and its held-out loss; None without
-            a mixture, and at steps that are neither an evaluation nor a multiple of train.log_every.
+        sources: by source of a mixture its tokens and epochs since step 0, and its held-out loss; None
+            without a mixture, and at steps that are neither an evaluation nor a multiple of train.log_every.
     """
 
     step: int

@@ -151,14 +151,14 @@ class LocalTokenDispatcher:
         x, (chosen, weights, stats, padding) = dispatched
         top_k = chosen.shape[-1]
         if padding is not None:
-            x, weights, chosen = (
-                take_tokens(x, padding),
-                take_tokens(weights, padding),
-                chosen[padding.places],
-            )
+            weights, chosen = take_tokens(weights, padding), chosen[padding.places]
         order = chosen.flatten().argsort(stable=True)
         place = order.argsort()
-        rows = experts(permute_rows(x, order, place, top_k), RowCounts(stats.load))
+        # No name for the tokens' rows: they would live as long as the experts compute.
+        rows = experts(
+            permute_rows(x if padding is None else take_tokens(x, padding), order, place, top_k),
+            RowCounts(stats.load),
+        )
         # Unpermute to token order: summing a token's top_k rows is then a matmul, without scattered adds.
         rows = permute_rows(rows, place, order, 1).unflatten(0, (-1, top_k))
         out = torch.bmm(weights.to(x.dtype).unsqueeze(1), rows).squeeze(1)

@@ -135,7 +135,11 @@ def check_ramp(
     if wrong is None:
         return
     assert batch.start is not None
-    why = f"no multiple of {unit} ({factors})" if wrong % unit else f"{wrong // unit} microbatches a step, {refused}"
+    why = (
+        f"no multiple of {unit} ({factors})"
+        if wrong % unit
+        else f"{wrong // unit} microbatches a step, {refused}"
+    )
     raise UserError(
         f"{RAMP}.start={batch.start} and {RAMP}.increment={batch.increment} make a batch of {wrong:,} "
         f"sequences, {why}\n{_nearest(batch, unit, works)}"

@@ -110,7 +110,6 @@ class Plan:
             "run": self._run_to_json(),
         }
 
-
     def _run_to_json(self) -> dict[str, object] | None:
         """Return the batch of the last step, the ramp that leads to it, and how far the run goes."""
         batch, length = self.batch, self.shape.sequence_length

@@ -105,7 +105,10 @@ class CompareTask:
             with phase("drawing the curves"):
                 plot_comparison(curves, self.output, title, [pairs for _, pairs in drawn])
         except OSError as error:
-            raise UserError(f"task.output={self.output} cannot be written: {error.strerror}") from None
+            raise UserError(
+                f"task.output={self.output} cannot be written: {error.strerror}; "
+                "name another file, task.output=FILE.png"
+            ) from None
         return self.output
 
 

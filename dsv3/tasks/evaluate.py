@@ -60,7 +60,7 @@ class EvaluateTask:
                 raise RunFailed(f"the held-out loss of {checkpoint} is {loss}")
             if ranks.is_main:
                 perplexity = math.exp(min(loss, 700.0))  # exp overflows a float above 709
-                measured = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
+                measured: dict[str, Any] = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
                 if sources:
                     measured["sources"] = {
                         name: {"loss": source.loss if source.tokens else None, "tokens": source.tokens}
@@ -131,6 +131,7 @@ def _report(
             told["weights"] if told["weights"] == "fp32" else f"rounded to {told['weights']} as stored",
         ),
         ("data", f"{told['data']}{place}, {share}, fingerprint {told['data_fingerprint']}"),
+        *(("", line) for line in data.told[1:]),
         ("sequence length", f"{told['sequence_length']:,}"),
         ("document mask", "on" if told["document_mask"] else "off"),
         ("precision", told["precision"]),

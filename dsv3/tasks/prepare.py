@@ -15,7 +15,7 @@ from typing import Any
 from dsv3.config.data import InputDataConfig, TrainedTokenizerConfig
 from dsv3.config.root import Config
 from dsv3.config.strict import build
-from dsv3.data.document_files import ReadOptions, Skipped
+from dsv3.data.document_files import ReadOptions, Reason, Skipped
 from dsv3.data.input_files import HUB, FileKind, FoundFiles, InputFile, Unit, find_files
 from dsv3.data.input_units import plan_units
 from dsv3.data.prepare_shards import (
@@ -110,7 +110,10 @@ class PrepareTask:
             return self._finished(identity)
         tokenizer = loaded or self._train(choice, units, source)
         size = sum(unit.nbytes for unit in units)
-        files = len(found.files)
+        files = len(found.files) + len(found.unreadable)
+        before = Skipped()
+        for name in found.unreadable:
+            before.add(Reason.UNREADABLE, name)
 
         def check(skipped: Skipped, at_end: bool) -> None:
             key = f"task.input={','.join(self.input)}"
@@ -132,6 +135,7 @@ class PrepareTask:
                 told=source_told,
                 settings={**settings, "identity": identity},
                 check=check,
+                before=before,
             )
         return report(made, found, self.output)
 
@@ -145,6 +149,7 @@ class PrepareTask:
                     continue
                 more = find_files([path], options.field)
                 found.left_out += more.left_out
+                found.unreadable += more.unreadable
                 found.files += [
                     saved_dataset(file, self.split) if file.kind is FileKind.dataset else file
                     for file in more.files

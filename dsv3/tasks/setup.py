@@ -38,8 +38,8 @@ def prepare_data(
 
     Rank 0 reads the corpus and fills the data cache, where the others find the result: they wait as long as
     that moves. On a node whose cache does not have it, the first rank does the same. Token ids that are given
-    are read once, a share by each rank. With `evaluate` only the held-out rows are needed. UserError, on all ranks alike, for token ids that
-    the model's vocabulary lacks, and where nodes have different data.
+    are read once, a share by each rank. With `evaluate` only the held-out rows are needed. UserError, on all
+    ranks alike, for token ids that the model's vocabulary lacks, and where nodes have different data.
     """
     source = build(config.data)
     tokenizer = tokenizer or build(config.tokenizer)

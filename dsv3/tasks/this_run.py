@@ -15,7 +15,7 @@ from dsv3.config.logger import WandbLoggerConfig
 from dsv3.config.optimizer import MuonConfig
 from dsv3.config.parallel import WORLD_AXES, RecomputeMode
 from dsv3.config.precision import FP8Engine
-from dsv3.config.training import BIAS_SPEED
+from dsv3.config.training import BIAS_SPEED, TrainConfig
 from dsv3.data.mixture import PreparedMixture
 from dsv3.data.sources import PreparedData
 from dsv3.fp8.convert_model import fp8_engine_name
@@ -118,13 +118,18 @@ class RunFacts:
             told += f": {tokens:,} tokens in {first}"
         yield "data", told
         yield from (("", line) for line in others)
-        if "lanes" in counts:
-            yield from self._stream()
-            return
+        if "rows_per_epoch" in counts:  # of a stream nobody knows them before they are read
+            yield from self._rows(config.train, counts)
+        if self.data.tokenizer is not None:
+            yield "tokenizer", self._tokenizer(self.data.tokenizer.size)
+            yield "", f"a document is {self.data.tokenizer.document}"
+
+    def _rows(self, train: TrainConfig, counts: Mapping[str, int]) -> Iterator[Fact]:
+        """Yield what the data amounts to, and how much of it the run takes."""
         sides = {"train": "training", "held_out": "held out"}
         documents = {side: amount(counts[f"documents_{side}"], "documents") for side in sides}
         yield "", "; ".join(f"{sides[s]} {documents[s]}, {counts[f'tokens_{s}']:,} tokens" for s in sides)
-        train, length = config.train, self.data.sequence_length
+        length = self.data.sequence_length
         rows, asked = counts["rows_per_epoch"], BatchSchedule.of(train).samples_after(0, train.steps)
         left_out = counts.get("tokens_left_out")
         rest = f", {left_out:,} tokens too few for a row left out" if left_out else ""
@@ -135,9 +140,6 @@ class RunFacts:
         else:
             yield "", f"{told}; {train.steps:,} steps take {asked:,} rows, {_epochs(asked / rows)} epochs"
             yield from _packing(counts, rows * (length + 1))
-        if self.data.tokenizer is not None:
-            yield "tokenizer", self._tokenizer(self.data.tokenizer.size)
-            yield "", f"a document is {self.data.tokenizer.document}"
 
     def _mixture(self, mixture: PreparedMixture, samples: int) -> Iterator[Fact]:
         """Yield a line per source: what the run takes of it, and how its rows are packed."""
@@ -149,18 +151,6 @@ class RunFacts:
             yield from (("", f"{name}: {line}") for line in source.told)
             for _, packing in _packing(source.summary, own * (source.sequence_length + 1)):
                 yield "", f"{name}: {packing}"
-
-    def _stream(self) -> Iterator[Fact]:
-        """Yield what is known of a dataset that streams: how much it is, nobody knows before it is read."""
-        counts, config = self.data.summary, self.job.config
-        pieces, lanes = amount(counts["pieces"], "pieces"), amount(counts["lanes"], "lanes")
-        held_out = amount(counts["documents_held_out"], "documents")
-        rows = amount(config.data.lane_rows, "rows")  # type: ignore[attr-defined]
-        yield "", f"{pieces} in {lanes}, {rows} of every batch from each, tokenized as they are read"
-        yield "", f"held out {held_out}, {counts['tokens_held_out']:,} tokens"
-        assert self.data.tokenizer is not None
-        yield "tokenizer", self._tokenizer(self.data.tokenizer.size)
-        yield "", f"a document is {self.data.tokenizer.document}"
 
     def _tokenizer(self, size: int) -> str:
         config = self.job.config

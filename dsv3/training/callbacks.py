@@ -105,10 +105,11 @@ class Evaluate(Callback):
                 run.forward_backward, self.rows, train.microbatch, run.ranks, train.evaluate_tokens
             )
             run.row.evaluation_loss = found.loss
-            run.row.sources = {
+            of_sources = {
                 name: {"evaluation_loss": source.loss if source.tokens else None}
                 for name, source in found.sources.items()
             }
+            run.row.sources = of_sources or None
         run.progress.evaluation_loss = run.row.evaluation_loss
 
 

@@ -5,6 +5,7 @@ An evaluation may score a part of the held-out rows. They are the same ones each
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,9 +60,11 @@ def rows_to_score(rows: RowDataset, tokens: int | None) -> RowDataset:
         return rows
     if not isinstance(rows, HeldOutSources):
         return SpreadRows(rows, count)
-    bounds = [start * count // len(rows) for start in rows.starts]  # so that the shares add up to count
+    # One row each, and of what is then left the share that adds up to count.
+    left, of = max(0, count - len(rows.sources)), max(1, len(rows) - len(rows.sources))
+    bounds = [(start - number) * left // of for number, start in enumerate(rows.starts)]
     shares = {
-        name: max(1, end - first) for name, first, end in zip(rows.sources, bounds, bounds[1:], strict=False)
+        name: 1 + end - first for name, (first, end) in zip(rows.sources, pairwise(bounds), strict=True)
     }
     return HeldOutSources({name: SpreadRows(rows.sources[name], share) for name, share in shares.items()})
 

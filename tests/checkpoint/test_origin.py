@@ -82,18 +82,63 @@ def test_a_run_from_a_checkpoint_that_saved_nothing_begins_with_the_same_weights
     assert rows(killed) == rows(straight)
 
 
-def test_a_run_does_not_go_on_with_other_data(commands: TrainCommand, first: Path, tmp_path: Path) -> None:
-    run, text = tmp_path / "run", tmp_path / "text"
+def test_a_run_goes_on_with_other_data_only_knowingly(
+    commands: TrainCommand, first: Path, tmp_path: Path
+) -> None:
+    run, text = tmp_path / "runs" / "run", tmp_path / "text"
     shutil.copytree(first, run)
     shutil.copytree(commands.text, text)
-    commands.must(f"resume={run}", f"data.path={text}")  # moved, but the same
+    for file in text.iterdir():
+        file.touch()
+    commands.must(f"resume={run}", f"data.path={text}")  # moved and touched, but the same
     before = (run / "environment.json").read_bytes()
+    assert json.loads(before)["data"]["changes"] == []
+    changed = sorted(text.iterdir())[3]
+    changed.write_text(changed.read_text() + "and some more words\n")
     (text / "new.txt").write_text("one more document\n" * 20)
-    outcome = commands.run(f"resume={run}", f"data.path={text}")
+    command = [f"resume={run}", f"data.path={text}", "train.steps=12"]
+    outcome = commands.run(*command)
     assert outcome.code == 2
-    assert "fingerprint" in outcome.err
-    assert len(outcome.err.splitlines()) == 1
+    told = f"1 file changed ({changed.name}), 1 file added (new.txt); from step 3 on rows come from another"
+    assert "was trained on other data up to step 2 (fingerprint" in outcome.err
+    assert told in outcome.err
+    assert "data.allow_change=true" in outcome.err.splitlines()[-1]
+    assert len(outcome.err.splitlines()) == 2
     assert (run / "environment.json").read_bytes() == before
+    note = "its data changed after step 2 (fingerprint "
+    outcome = commands.must(*command, "data.allow_change=true", "train.stop_after=4")
+    assert note in outcome.out
+    assert told in outcome.out
+    for file in (run / "environment.json", run / "checkpoints" / "step-4" / "training.yaml"):
+        stored = yaml.safe_load(file.read_text())
+        (change,) = stored["data"]["changes"] if "data" in stored else stored["data_changes"]
+        assert (change["step"], change["from"]) == (2, json.loads(before)["data"]["fingerprint"])
+        assert f"{change['what']}; {change['effect']}".startswith(told)
+    # It counts for the command that types it; what it did stays on record.
+    assert note in commands.must(f"resume={run}", "train.stop_after=5").out
+    changed.write_text("other words again\n")
+    outcome = commands.run(f"resume={run}")
+    assert outcome.code == 2
+    assert "up to step 5" in outcome.err
+    assert f"run: {note}" in commands.must("task=compare", f"task.runs={run.parent}").out
+
+
+def test_equal_lengths_keep_the_rows_of_a_run(commands: TrainCommand, tmp_path: Path) -> None:
+    run, text = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(commands.text, text)
+    commands.train(run, f"data.path={text}", "train.steps=2")
+    held_out = json.loads((run / "environment.json").read_text())["data"]["documents_held_out"]
+    assert held_out > 0
+    for file in sorted(text.iterdir()):  # the first one that stays on its side
+        words = file.read_text()
+        file.write_text(words[::-1].replace("\n", "") + "\n")
+        outcome = commands.run(f"resume={run}", "train.steps=3")
+        file.write_text(words)
+        assert outcome.code == 2
+        assert f"1 file changed ({file.name})" in outcome.err
+        if "only the rows that hold these documents differ" in outcome.err:
+            return
+    raise AssertionError("no change of a text has left the lengths as they were")
 
 
 def test_the_data_of_a_run_is_recorded_for_its_resume(
@@ -102,6 +147,7 @@ def test_the_data_of_a_run_is_recorded_for_its_resume(
     run = tmp_path / "run"
     shutil.copytree(first, run)
     (run / "environment.json").write_text("{}")
+    shutil.rmtree(run / "checkpoints")  # each of which says it too
     outcome = commands.run(f"resume={run}")
     assert outcome.code == 2
     assert "environment.json" in outcome.err

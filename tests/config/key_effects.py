@@ -26,7 +26,9 @@ from dsv3.data.loader import DataLoader
 from dsv3.data.packing import PackedRow
 from dsv3.data.prefetch import Prefetcher
 from dsv3.distributed.process_group import make_deterministic
+from dsv3.errors import UserError
 from dsv3.launch.job import Job
+from dsv3.launch.run_dir import check_same_data
 from dsv3.launch.slurm import batch_script
 from dsv3.launch.workers import _rendezvous
 from dsv3.parallel.parallel_model import build_parallel_model
@@ -114,6 +116,18 @@ def data(job: Job) -> object:
     files = sorted(path.name for path in Path(cache_dir).iterdir()) if cache_dir else []
     tokenizer = prepared.tokenizer and prepared.tokenizer.fingerprint()
     return prepared.summary, prepared.fingerprint, rows, tokenizer, files
+
+
+def changed_data(job: Job) -> object:
+    """Return what becomes of a resume whose data is not that of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        (run / "config.yaml").write_text("{}")
+        (run / "environment.json").write_text('{"data": {"fingerprint": "before"}}')
+        try:
+            return check_same_data("now", None, run, job.config.data.allow_change)
+        except UserError as error:
+            return str(error).replace(folder, "")
 
 
 def held_out_tokens(job: Job) -> object:
@@ -237,6 +251,12 @@ RAMP = ("train.global_batch_size=8", "train.batch_ramp.tokens=1000")
 
 YARN = ("model.rope.scaling=yarn",)
 
+PREPARED = ("field", "separator", "max_skipped", "held_out")
+"""Keys of data=input that task=prepare reads; tests/tasks/test_prepare.py sees what they do."""
+
+ROWS = ("document_mask", "shuffle", "packing", "fim_rate", "cache_dir")
+"""Keys of every source that are about rows."""
+
 EFFECTS: dict[str, Effect] = {
     "model": Effect("parameters in plan.txt, weights and loss", training),
     "model.rope": Effect("weights and loss", training, YARN),
@@ -312,6 +332,16 @@ EFFECTS: dict[str, Effect] = {
     "data.document_mask": Effect("weights and loss", training),
     "data.held_out": Effect("environment.json", data, values=("0.1", "0.2")),
     "data.shuffle": Effect("loss", data),
+    "data.packing": Effect("rows, and their padding in this_run.txt", data),
+    "data.fim_rate": Effect("rows, and documents_fim in environment.json", data, values=("0.0", "0.5")),
+    "data.sources": Effect(
+        "sources in metrics.jsonl",
+        data,
+        values=(
+            "{one: {source: text, path: '{path}', weight: 1}}",
+            "{one: {source: text, path: '{path}', weight: 1}, two: {source: stdlib, weight: 3}}",
+        ),
+    ),
     "data.cache_dir": Effect("the directory of prepared tokens", data, values=("null", "{empty}")),
     "data.path": Effect("environment.json", data, (), ("{path}", "{other}")),
     "data=text.field": Effect("environment.json", data, ("data.path={lines}",), ("text", "body")),
@@ -319,6 +349,37 @@ EFFECTS: dict[str, Effect] = {
     "data=text.max_skipped": Effect(
         "refused, or told in this_run.txt", data, ("data.path={mixed}",), ("0.5", "0.01")
     ),
+    **{f"data=input.{key}": Effect("the shards and the table of task=prepare", "task") for key in PREPARED},
+    **{
+        f"data=input.{key}": Effect("nowhere: task=prepare makes no rows, and refuses it", "task")
+        for key in ROWS
+    },
+    "data.allow_change": Effect("a resume with changed data, and training.yaml", changed_data),
+    "data=hf.dataset": Effect("environment.json", data, (), ("{stream}", "{stream2}")),
+    "data=hf.subset": Effect("environment.json", data, (), ("null", "second")),
+    "data=hf.revision": Effect("environment.json; nowhere with a directory, and the run says so", "inert"),
+    "data=hf.split": Effect("environment.json", data, (), ("train", "validation")),
+    "data=hf.held_out_split": Effect("environment.json", data, (), ("null", "validation")),
+    "data=hf.field": Effect("environment.json", data, (), ("text", "body")),
+    "data=hf.lanes": Effect("the order of the rows", data, (), ("1", "2")),
+    "data=hf.lane_rows": Effect("the order of the rows", data, ("data.lanes=2",), ("1", "2")),
+    "data=hf.shuffled_documents": Effect("the order of the rows", data, (), ("2", "1024")),
+    "data=shards.path": Effect("environment.json", data, (), ("{shards}", "{shards2}")),
+    "data=shards.held_out_path": Effect("this_run.txt, environment.json", data, (), ("null", "{shards2}")),
+    "data=shards.dtype": Effect("environment.json", data, ("data.path={flat}",), ("uint16", "uint8")),
+    "data=shards.eos_id": Effect(
+        "environment.json", data, ("data.path={flat}", "data.dtype=uint16"), ("null", "7")
+    ),
+    "data=shards.verify": Effect("damage is told at start", attributes("data")),
+    "data=shards.cache_bytes": Effect("the size of the cache of remote shards", attributes("data")),
+    "data=shards.cache_dir": Effect(
+        "the directory of best-fit rows, ends of documents and remote shards",
+        data,
+        ("data.packing=best_fit",),
+        ("null", "{empty}"),
+    ),
+    "data=tokens.pad_id": Effect("this_run.txt, environment.json", data, (), ("null", "5")),
+    "data=tokens.verify": Effect("damage is told at start", attributes("data")),
     "data=tokens.path": Effect("environment.json", data, (), ("{tokens}", "{tokens2}")),
     "data=tokens.cache_dir": Effect("nowhere: nothing is cached, and the run says so", "inert"),
     "tokenizer.vocab_size": Effect("tokenizer/ in the run directory", data, values=("300", "280")),

@@ -9,12 +9,14 @@ from inspect import signature
 import pytest
 
 from dsv3.config import data
+from dsv3.data.rows import RowOptions
 from dsv3.errors import InvalidValue
 
 CHOICES = [
     data.StdlibDataConfig,
     data.TextDataConfig,
     data.TokensDataConfig,
+    data.ShardsDataConfig,
     data.TrainedTokenizerConfig,
     data.LocalTokenizerConfig,
 ]
@@ -27,15 +29,20 @@ def test_every_target_takes_exactly_the_fields_of_its_schema(choice: type) -> No
     names = [field.name for field in fields(node)]
     assert names[:3] == ["_target_", "_recursive_", "_convert_"]
     assert (node._recursive_, node._convert_) == (False, "object")
-    assert list(signature(getattr(import_module(module), name)).parameters) == names[3:]
+    parameters = list(signature(getattr(import_module(module), name)).parameters)
+    common = {field.name for field in fields(RowOptions)} if "common" in parameters else set()
+    own = {field.name for field in fields(node)[3:] if field.metadata.get("argument", True)} - common
+    assert {*parameters} - {"common"} == own
 
 
 def test_the_defaults_of_the_classes_are_those_of_the_schemas() -> None:
-    for choice in CHOICES[:3]:
+    for choice in CHOICES[:4]:
         node = choice()
         module, name = node._target_.rsplit(".", 1)
         for key, parameter in signature(getattr(import_module(module), name)).parameters.items():
-            assert parameter.default == getattr(node, key)
+            assert key == "common" or parameter.default == getattr(node, key)
+        for option in fields(RowOptions):
+            assert option.default == getattr(node, option.name)
 
 
 @pytest.mark.parametrize(

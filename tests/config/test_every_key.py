@@ -50,9 +50,13 @@ class SchemaKey(NamedTuple):
         needs = {
             "data/text": ["data.path={path}"],
             "data/tokens": ["data.path={tokens}"],
+            "data/shards": ["data.path={shards}"],
+            "data/hf": ["data.dataset={stream}"],
+            "data/mixture": ["+data.sources={one:{source:text,path:'{path}',weight:1}}"],
             "tokenizer/local": ["tokenizer.path={tokenizer}"],
             "task/verify": ["task.path=x"],
             "task/compare": ["task.runs=x"],
+            "task/prepare": ["task.input=[x]", "task.output=x"],
             "precision": ["precision=fp8"] if ".fp8" in self.name else [],
             "parallel": ["parallel=tp_ep"] if self.name.count(".") > 1 else [],
         }
@@ -130,12 +134,28 @@ OTHER = {
 """Other values of keys whose neighbours forbid the one that is made from the type."""
 
 
+DATASET_CARD = """---
+configs:
+- config_name: first
+  default: true
+  data_files:
+  - {split: train, path: train.jsonl}
+  - {split: validation, path: more.jsonl}
+- config_name: second
+  data_files:
+  - {split: train, path: more.jsonl}
+---
+"""
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, text: Path, cache: Path) -> dict[str, str]:
     """Files that values name."""
     import numpy as np
 
-    from dsv3.data.tokenizer import TrainedTokenizer
+    from dsv3.data.shard_index import ShardIndex, TokenizerReference
+    from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
+    from tests.data.token_formats import shards
 
     folder = tmp_path_factory.mktemp("files")
     np.save(folder / "tokens.npy", np.arange(40 * 33).reshape(40, 33) % 256)
@@ -152,12 +172,29 @@ def files(tmp_path_factory: pytest.TempPathFactory, text: Path, cache: Path) -> 
         for path in sorted(text.iterdir())[:60]:
             line = {"text": path.read_text(), "body": path.read_text().upper()}
             lines.write(json.dumps(line) + "\n")
+    for name in ("stream", "stream2"):
+        (folder / name).mkdir()
+        lines_of = (folder / "lines.jsonl").read_text().splitlines(keepends=True)[name == "stream2" :]
+        (folder / name / "train.jsonl").write_text("".join(lines_of))
+        (folder / name / "more.jsonl").write_text("".join(lines_of[:12]))
+        (folder / name / "README.md").write_text(DATASET_CARD)
     for suffix, size in (("", 300), ("2", 280)):
         texts = (path.read_text() for path in text.iterdir())
         TrainedTokenizer(size).prepare(texts, folder / f"prepared{suffix}").save(
             folder / f"tokenizer{suffix}"
         )
+    documents = np.array_split(np.arange(3000) % 256, np.random.default_rng(0).choice(3000, 40).tolist())
+    for name, texts in (("shards", documents), ("shards2", documents[3:])):
+        own = Tokenizer.from_file(folder / "tokenizer")
+        own.save(shards(folder / name, texts) / "tokenizer")
+        reference = TokenizerReference(own.fingerprint(), "tokenizer")
+        index = ShardIndex.read(folder / name)
+        ShardIndex(index.dtype_name, index.splits, own.size, tokenizer=reference).write(folder / name)
+    (np.arange(4000) % 200).astype(np.uint16).tofile(folder / "flat.bin")
     return {
+        "shards": str(folder / "shards"),
+        "shards2": str(folder / "shards2"),
+        "flat": str(folder / "flat.bin"),
         "path": str(text),
         "other": str(other),
         "tokens": str(folder / "tokens.npy"),
@@ -165,6 +202,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, text: Path, cache: Path) -> 
         "empty": str(folder / "empty"),
         "mixed": str(folder / "mixed"),
         "lines": str(folder / "lines.jsonl"),
+        "stream": str(folder / "stream"),
+        "stream2": str(folder / "stream2"),
         "tokenizer": str(folder / "tokenizer"),
         "tokenizer2": str(folder / "tokenizer2"),
     }
@@ -256,6 +295,9 @@ MAY_BE_REFUSED = {
     ("model", "model.attention.kernel"),
     ("precision", "precision.fp8.engine"),
     ("data/text", "data.max_skipped"),
+    ("data/tokens", "data.packing"),
+    ("data/tokens", "data.fim_rate"),
+    *((choice, f"data.{key}") for choice in ("data/hf", "data/tokens") for key in ("packing", "fim_rate")),
     ("optimizer/rprop", "optimizer.no_decay"),
 }
 """Keys whose other value this machine or the schema refuses, which is seen as well."""

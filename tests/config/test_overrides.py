@@ -136,6 +136,10 @@ def test_a_stored_path_is_absolute_and_keeps_what_says_how_it_is_read(
     wanted = [f"hf:{tmp_path}/x", "hf:/y z", f"{tmp_path}/x", f"{tmp_path}/hf:x"]
     assert [typed_text(argument) for argument in stored[:4]] == wanted
     assert stored[4] == "a=b"
+    (tmp_path / "set").mkdir()
+    places = ["data=shards", "data.path=s3://b/k", "data=hf", "data.dataset=o/n", "data.dataset=set"]
+    assert [typed_text(argument) for argument in absolute_paths(places[:2])[1:]] == ["s3://b/k"]
+    assert [typed_text(a) for a in absolute_paths(places[2:])[1:]] == ["o/n", f"{tmp_path}/set"]
 
 
 @pytest.mark.parametrize("typed", ["'/a,b'", "/a b", '"/a, (b)"'])

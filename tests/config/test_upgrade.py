@@ -61,6 +61,14 @@ def test_no_translation_leads_to_another() -> None:
     assert not set(KEYS) & set(KEYS.values())
 
 
+def test_a_key_that_older_code_lacked_does_what_that_did() -> None:
+    """It skipped any number of files that are no text."""
+    node = {"data": {"_target_": "dsv3.data.sources.TextData", "path": "x"}}
+    assert upgrade_node(node)["data"]["max_skipped"] == 1.0
+    node["data"]["max_skipped"] = 0.2  # type: ignore[assignment]
+    assert upgrade_node(node) == node
+
+
 def test_nothing_else_is_touched() -> None:
     node = {
         "task": {"prompt": "dsv3.parallel.tensor.TensorParallel", "_target_": "os.system"},

@@ -245,7 +245,7 @@ def _note_copy(source: Tensor, to_cuda: bool, non_blocking: bool, target: Tensor
 def is_pinned(tensor: Tensor) -> bool:
     """Return True for a CPU tensor whose memory was asked for as pinned."""
     address = tensor.data_ptr()
-    return any(begin <= address < begin + size for begin, size in _pinned.items())
+    return any(begin <= address < begin + size for begin, size in list(_pinned.items()))
 
 
 def pin(address: int, size: int, flags: int = 0) -> int:

@@ -5,6 +5,7 @@ Streams run in order and at once, so a missing synchronization between two strea
 
 import importlib
 import os
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,18 @@ def install() -> None:
     if torch.distributed.is_available():
         _install_fsdp()
     SimulationMode().__enter__()  # type: ignore[no-untyped-call]
+    _install_in_threads()
+
+
+def _install_in_threads() -> None:
+    """Simulate in every thread that starts from now on: a mode of PyTorch's is that of one thread."""
+    run = threading.Thread.run
+
+    def run_simulated(thread: threading.Thread) -> None:
+        with SimulationMode():  # type: ignore[no-untyped-call]
+            run(thread)
+
+    threading.Thread.run = run_simulated  # type: ignore[method-assign]
 
 
 def set_gpu(device: Any) -> None:

@@ -5,7 +5,8 @@ import codecs
 import gzip
 import lzma
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from dsv3.data.byte_blocks import DamagedFile, UnreadFile, read_blocks, record_s
 
 TEXT = "".join(f"line {number}: \u00e9\u6f22\U0001f600\n" for number in range(2000))
 
-COMPRESS = {
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
 
 
@@ -31,9 +32,9 @@ def blocks(content: bytes, size: int) -> Iterator[bytes]:
             yield b""  # as a decoder gives for half a character
 
 
-def records(content: bytes, separator: bytes | None, size: int) -> list[bytes]:
+def records(content: bytes, separator: bytes | None, size: int) -> list[bytes | None]:
     """The records, some of the long ones left unread behind their first bytes."""
-    found = []
+    found: list[bytes | None] = []
     for number, (first, rest) in enumerate(split_records(blocks(content, size), separator)):
         if rest is not None and number % 3 == 2:
             found.append(None)
@@ -69,11 +70,13 @@ def test_ranges_of_a_file_hold_each_record_once(
         )
         file.write_bytes(content)
         count = draw.randrange(1, 8)
-        bounds = [record_start(file, len(content) * n // count, len(content), separator) for n in range(count)]
+        bounds = [
+            record_start(file, len(content) * n // count, len(content), separator) for n in range(count)
+        ]
         bounds.append(len(content))
         assert bounds == sorted(bounds)
-        found = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        found: list[bytes | None] = []
+        for start, end in pairwise(bounds):
             found += records(b"".join(read_blocks(file, lambda count: None, start, end)), separator, 4)
         whole = records(content, separator, 4)
         assert found == whole
@@ -111,7 +114,10 @@ def test_a_byte_order_mark_decides_the_encoding(
     mark: bytes, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(byte_blocks, "BLOCK", 7)
-    for name, content in [("a", mark + TEXT.encode(encoding)), ("b", gzip.compress(mark + TEXT.encode(encoding)))]:
+    for name, content in [
+        ("a", mark + TEXT.encode(encoding)),
+        ("b", gzip.compress(mark + TEXT.encode(encoding))),
+    ]:
         (tmp_path / name).write_bytes(content)
         assert b"".join(read_blocks(tmp_path / name, lambda count: None)).decode() == TEXT
     if encoding != "utf-8":

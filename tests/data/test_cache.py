@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
@@ -193,6 +194,10 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+def has_moved(count: int) -> bool:
+    return HEARTBEAT.count > count
+
+
 def test_others_wait_as_long_as_it_takes_and_show_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +221,7 @@ def test_others_wait_as_long_as_it_takes_and_show_how_far_it_is(
         for beats in (1, 2):  # while the other one moves, so does this one; when it is silent, that is said
             note.write_text(json.dumps({"process": "7 on host", "doing": "reading: 50 %", "beats": beats}))
             before = HEARTBEAT.count
-            wait_until(lambda seen=before: HEARTBEAT.count > seen)
+            wait_until(functools.partial(has_moved, before))
             wait_until(lambda: "which has not moved for" in phases[0].title)
             assert phases[0].title.startswith(
                 "waiting for process 7 on host, which makes entry (reading: 50 %), which has not moved for "
@@ -225,7 +230,7 @@ def test_others_wait_as_long_as_it_takes_and_show_how_far_it_is(
         wait_until(lambda: "for 1 s" in phases[0].title)
         assert HEARTBEAT.count == silent
         note.write_text(json.dumps({"beats": 2, "patience": 1e9}))  # one call that may take long
-        wait_until(lambda: HEARTBEAT.count > silent)
+        wait_until(functools.partial(has_moved, silent))
     waiter.join()
     assert read(tmp_path / "entry") == "sound"
 

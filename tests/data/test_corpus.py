@@ -1,6 +1,7 @@
 """The files of a corpus, their order, and the stamp by which a change of them is seen without reading."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,8 @@ def test_a_stamp_waits_until_the_next_change_has_another_time(
         waits.append(seconds)
         now += round(seconds * 1e9)
 
-    monkeypatch.setattr(corpus_module.time, "time_ns", lambda: now)
-    monkeypatch.setattr(corpus_module.time, "sleep", sleep)
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)
     for before, wait in [(10**9, 0.0), (0, 0.02), (-(10**12), 0.0)]:
         os.utime(file, ns=(0, now - before))
         TextCorpus(str(tmp_path)).settled_stamp()

@@ -32,7 +32,9 @@ def llama2() -> Tokenizer:
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
     backend.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    return trained(backend, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False))
+    return trained(
+        backend, trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
+    )
 
 
 def metaspace() -> Tokenizer:
@@ -41,21 +43,42 @@ def metaspace() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     return trained(
         backend,
-        trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False),
+        trainers.UnigramTrainer(
+            vocab_size=200, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False
+        ),
+    )
+
+
+def unbroken() -> Tokenizer:
+    """BPE over the whole text: an id may hold the end of a line and the beginning of the next."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    return trained(
+        backend, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False)
     )
 
 
 def long_text(seed: int) -> str:
-    """Lines, runs of white space and words, about 6,000 characters."""
+    """Lines, runs of white space and words, about 10,000 characters."""
     draw = random.Random(seed)
     return "".join(
-        draw.choice([sentence(draw.randrange(1000)), "\n\n", "   ", "    return x\n", "\u6f22\u5b57\u3002", "word " * 9])
-        for _ in range(60)
+        draw.choice(
+            [
+                sentence(draw.randrange(1000)),
+                "\n\n",
+                "   ",
+                "    return x\n",
+                "\u6f22\u5b57\u3002",
+                "word " * 9,
+            ]
+        )
+        for _ in range(200)
     )
 
 
-@pytest.mark.parametrize("make", [byte_level, llama2, metaspace])
-def test_ids_are_those_of_the_whole_text(make: Callable[[], Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [byte_level, llama2, metaspace, unbroken])
+def test_ids_are_those_of_the_whole_text(
+    make: Callable[[], Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(document_encoder, "WINDOW", 400)
     monkeypatch.setattr(document_encoder, "CONTEXT", 40)
     tokenizer = make()

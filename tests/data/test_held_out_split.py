@@ -1,6 +1,8 @@
 """The two sides share no content, and a document's side depends on the document alone."""
 
+import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,14 +131,15 @@ def test_a_single_line_is_cut_between_characters() -> None:
 )
 def test_pieces_are_cut_as_the_whole_is(text: str, share: float, ends: list[int]) -> None:
     bounds = [0, *sorted(ends), len(text)]
-    pieces = [text[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(bounds)]
     lines = text.splitlines(keepends=True)
     tail = "".join(lines[-max(1, round(len(lines) * share)) :])
     if len(lines) == 1:
         tail = text[-max(1, round(len(text) * share)) :]
-    place = find_tail(lambda: pieces, share, "x")
-    assert "".join(cut_pieces(pieces, place, tail=True)) == tail
-    assert "".join(cut_pieces(pieces, place, tail=False)) + tail == text
+    for given_pieces in (pieces, list(text)):
+        place = find_tail(functools.partial(iter, given_pieces), share, "x")
+        assert "".join(cut_pieces(given_pieces, place, tail=True)) == tail
+        assert "".join(cut_pieces(given_pieces, place, tail=False)) + tail == text
 
 
 def test_every_line_end_of_python_is_known() -> None:

@@ -146,7 +146,7 @@ def test_another_split_is_held_out_and_its_texts_are_not_trained_on(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "owner/name"}, r"hub cannot be reached: .*\n.*task=prepare task.input=owner/name"),
+        ({"dataset": "owner/name"}, r"hub cannot be reached: .*\n.*task=prepare task.input=hf:owner/name"),
         ({"dataset": "./nowhere"}, r"\./nowhere is no directory"),
         ({"split": "test"}, r"no split test: it has train"),
         ({"field": "body"}, r"no column body: data.field is one of text, n"),

@@ -101,7 +101,7 @@ RAMP = BatchSchedule(48, 16, 16, 500, 3)
 @pytest.mark.parametrize("microbatch", [1, 2])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_across_a_ramp_every_layout_takes_the_rows_one_after_another(world: int, microbatch: int) -> None:
-    """On layouts that change at every step, as after a resume at each: the count of samples is all it needs."""
+    """The layout changes at every step, as after a resume at each: all it needs is the count of samples."""
     ranks = [DataLoader(NumberedRows(), RAMP, microbatch, rank, world) for rank in range(world)]
     whole, samples, seen, sizes = DataLoader(NumberedRows(), RAMP, 16), 0, [], []
     for number in range(15):

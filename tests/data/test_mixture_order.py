@@ -80,6 +80,10 @@ def test_a_sample_alone_decides_and_the_seed_scatters() -> None:
         assert jumping.locate(sample) == expected[sample]
     other = MixtureOrder(THREE, 4)
     assert [other.locate(sample) for sample in range(1500)] != expected
+    # Each block of a stage, and each stage, has an arrangement of its own.
+    even = MixtureOrder([Stage(0, (Fraction(1), Fraction(1))), Stage(128, (Fraction(1), Fraction(1)))], 3)
+    blocks = [tuple(even.locate(first + n)[0] for n in range(64)) for first in (0, 64, 128)]
+    assert len(set(blocks)) == 3
 
 
 def test_weights_are_the_decimal_numbers_they_were_typed_as() -> None:

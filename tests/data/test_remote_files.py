@@ -12,8 +12,12 @@ import pytest
 from dsv3.data import remote_files
 from dsv3.data.block_cache import BLOCK, WAYS, BlockCache
 from dsv3.data.remote_files import RemoteArray, RemoteFolder, is_remote
+from dsv3.data.token_shards import ShardsData
 from dsv3.errors import RunFailed, UserError
+from tests.data import token_formats
 from tests.data.object_store import ObjectStore, object_store
+from tests.data.worker_remote_files import read_slices
+from tests.harness.pool import Pool
 
 ROOM = 64 * BLOCK
 
@@ -108,9 +112,7 @@ def test_what_fails_in_passing_is_tried_again(store: ObjectStore, tmp_path: Path
     setattr(store, trouble, 2)
     assert np.array_equal(read[0:9], IDS[:9])
     setattr(store, trouble, 10)
-    with pytest.raises(
-        RunFailed, match=rf"{store.address}/data/a.npy cannot be read, 3 attempts"
-    ):
+    with pytest.raises(RunFailed, match=rf"{store.address}/data/a.npy cannot be read, 3 attempts"):
         read[200_000:200_009]
 
 
@@ -219,3 +221,39 @@ def test_half_written_blocks_are_missing(tmp_path: Path) -> None:
 def test_what_is_remote() -> None:
     urls = ("s3://b/k", "gs://b", "https://x/y", "file:///x", "/x", "x.npy")
     assert [is_remote(url) for url in urls] == [True, True, True, False, False, False]
+
+
+def test_the_processes_of_a_node_ask_for_a_block_once(store: ObjectStore, tmp_path: Path, pool: Pool) -> None:
+    store.objects["data/a.npy"] = npy(IDS)
+    slices = [(place, place + 100) for place in range(0, len(IDS) - 100, 20_000)]
+    how = (f"{store.address}/data", str(tmp_path), ROOM, len(IDS), slices)
+    ranks = pool.run(read_slices, *how)
+    assert ranks == [[IDS[first:end].tobytes().hex()[:64] for first, end in slices]] * pool.size
+    sent = sum(count for _, _, count in store.asked)
+    assert sent < 1.5 * len(store.objects["data/a.npy"])  # and not by each of the ranks
+
+
+@pytest.mark.parametrize("kind", ["http", "s3"])
+def test_rows_of_remote_shards_are_those_of_the_directory(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    draw = np.random.default_rng(3)
+    documents = [draw.integers(0, 500, size).tolist() for size in draw.integers(1, 4000, 300)]
+    folder = token_formats.shards(tmp_path / "shards", documents, files=3)
+    for path in folder.iterdir():
+        store.objects[f"bucket/{path.name}"] = path.read_bytes()
+    monkeypatch.setenv("DSV3_CACHE", str(tmp_path / "cache"))
+    if kind == "s3":
+        s3_folder(store, tmp_path, monkeypatch)
+    url = "s3://bucket" if kind == "s3" else f"{store.address}/bucket"
+    how = {"held_out": 0.1, "cache_bytes": ROOM}
+    here, there = (ShardsData(path=path, **how).prepare(None, 64, 5) for path in (str(folder), url))
+    assert here.train is not None
+    assert there.train is not None
+    assert here.summary == there.summary
+    before = len(store.asked)
+    for index in draw.integers(0, len(here.train), 60).tolist():
+        for left, right in zip(here.train.row(index), there.train.row(index), strict=True):
+            assert np.array_equal(left, right)
+    sent = sum(count for _, _, count in store.asked[before:])
+    assert sent < sum(map(len, store.objects.values()))  # blocks, and each once

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def texts(prepared: PreparedData, folder: Path, side: str) -> list[str]:
     assert tokenizer is not None
     for shard in ShardIndex.read(entry).splits[side]:
         tokens, offsets = np.load(entry / shard.tokens), np.load(entry / shard.offsets)
-        for begin, end in zip(offsets, offsets[1:], strict=False):
+        for begin, end in itertools.pairwise(offsets):
             assert (tokens[begin], tokens[end - 1]) == (tokenizer.bos, tokenizer.eos)
             found.append(tokenizer.decode(tokens[begin:end].tolist()))
     return found
@@ -89,16 +90,24 @@ def test_what_was_read_and_skipped_is_told(folder: Path) -> None:
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "zeros.bin").write_bytes(b"a\0b")
     (folder / "notes.txt~").write_text("an older version")
-    told = prepare(folder, max_skipped=0.02).told
-    total = 1000 * len(sentence(7)) + sum(len(sentence(number)) for number in [*range(120), 0, 0, 0])
+    for name, encoding in (("u.txt", "utf-16"), ("v.txt", "utf-8-sig"), ("w.txt", "utf-8-sig")):
+        (folder / name).write_text(f"na\u00efve text in {name}", encoding)
+    prepared = prepare(folder, max_skipped=0.02)
+    told = prepared.told
+    total = 1000 * len(sentence(7)) + sum(len(sentence(number)) for number in [*range(120), 0, 0, 0]) + 3 * 19
     assert told == [
-        "124 documents of 126 files of text (a file is a document), 3 duplicates dropped, "
-        f"the largest, b.txt, has {1000 * len(sentence(7)) / total:.1%} of the text",
+        "127 documents of 129 files of text (a file is a document), 3 duplicates dropped, "
+        f"the largest, b.txt, has {1000 * len(sentence(7)) / total:.1%} of it",
         "skipped 1 document: not UTF-8, first latin.txt",
         "skipped 1 document: NUL bytes (no text), first zeros.bin",
+        "1 file begins with a byte order mark of UTF-16-LE, and is read as that, first u.txt",
+        "2 files begin with a byte order mark of UTF-8, which is left out, first v.txt",
         f"left out 1 file: hidden, or left behind by an editor or a download, first {folder}/notes.txt~",
     ]
-    with pytest.raises(UserError, match=r"2 of 126 documents cannot be read, more than data\.max_skipped=0\.01"):
+    texts_of = "".join(sides(prepared, folder)[0] + sides(prepared, folder)[1])
+    assert all(f"na\u00efve text in {name}" in texts_of for name in ("u.txt", "v.txt"))
+    assert "\ufeff" not in texts_of
+    with pytest.raises(UserError, match=r"2 of 129 documents cannot be read, more than data\.max_skipped="):
         prepare(folder)  # from the cache as well
     with pytest.raises(UserError, match=r"first latin\.txt.*first zeros\.bin.*\n.*data\.max_skipped=0\.02"):
         prepare(folder)
@@ -122,9 +131,11 @@ def test_json_lines_are_documents(tmp_path: Path, suffix: str) -> None:
     assert prepared.told[0].startswith("100 documents of 1 file of JSON lines (data.field=text), 1 empty, ")
     if suffix == ".json":  # may as well be a text that is JSON
         told = prepare(folder, field="body").told
-        assert "1 file looks like JSON lines and is read as text, first all.json: name it .jsonl" in told[1]
+        assert "1 file looks like JSON lines and is read as text, first all.json: give .jsonl" in told[1]
         return
-    with pytest.raises(UserError, match=r"no text \(skipped 100 documents: the field is missing, first .*it has 't"):
+    with pytest.raises(
+        UserError, match=r"no text \(skipped 100 documents: the field is missing, .*it has 't"
+    ):
         prepare(folder, field="body")
 
 
@@ -247,14 +258,18 @@ def test_a_damaged_entry_is_told_of_and_made_anew(
     again = source(folder).prepare(tokenizer, 32, 1).train
     assert first is not None
     assert again is not None
-    assert [again.row(n).tokens.tolist() for n in range(9)] == [first.row(n).tokens.tolist() for n in range(9)]
+    assert [again.row(n).tokens.tolist() for n in range(9)] == [
+        first.row(n).tokens.tolist() for n in range(9)
+    ]
     assert capsys.readouterr().err.count(f"the cache's {entry.name} is damaged and is made anew: ") == 1
 
 
 def test_a_killed_scan_and_a_killed_tokenizing_go_on_where_they_were(
     folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv3.data.corpus.plan_units", lambda files, options: plan_units(files, options, 1000))
+    monkeypatch.setattr(
+        "dsv3.data.corpus.plan_units", lambda files, options: plan_units(files, options, 1000)
+    )
     read = document_files.read_documents
     begun: list[int] = []
     limit = 5
@@ -267,7 +282,8 @@ def test_a_killed_scan_and_a_killed_tokenizing_go_on_where_they_were(
         return read(unit, *arguments)
 
     monkeypatch.setattr(corpus_scan, "read_documents", interrupted)
-    everything, first = [], []
+    everything: list[int] = []
+    first: tuple[list[str], list[str]] = ([], [])
     for _ in range(40):
         try:
             first = sides(source(folder).prepare(tokenizer, 32, 1), folder)

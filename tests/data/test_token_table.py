@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from dsv3.config.data import TokensDataConfig, Verify
+from dsv3.config.data import Packing, TokensDataConfig, Verify
 from dsv3.data import token_table
 from dsv3.data.batch import collate
 from dsv3.data.cache import CacheEntryError
@@ -40,9 +40,8 @@ def test_evaluation_scores_all_but_the_first_id_of_every_row(tmp_path: Path, dty
 
 def test_a_folder_is_one_table_and_another_process_opens_nothing(tmp_path: Path) -> None:
     table = np.arange(66, dtype=np.uint16).reshape(22, 3)
-    written(tmp_path, table)
-    one = TokensData(path=str(tmp_path / "ids.npy")).prepare(seed=1)
-    (tmp_path / "ids.npy").unlink()
+    (tmp_path / "one").mkdir()
+    one = TokensData(path=written(tmp_path / "one", table)).prepare(seed=1)
     for number, part in enumerate((table[:5], table[5:6], table[6:])):
         np.save(tmp_path / f"{number}.npy", part)
     several = TokensData(path=str(tmp_path)).prepare(seed=1)
@@ -186,7 +185,13 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_row(
     prepared = TokensData(path=written(tmp_path, table)).prepare()
     with pytest.raises(UserError) as caught:
         prepared.check_vocabulary(50)
-    for words in ("ids.npy: row", f"row {row} ", f"the id {bad} in column 5", "0 to 49", "model.vocab_size=50"):
+    for words in (
+        "ids.npy: row",
+        f"row {row} ",
+        f"the id {bad} in column 5",
+        "0 to 49",
+        "model.vocab_size=50",
+    ):
         assert words in str(caught.value)
     # Of a large table a part is looked at when a run starts; a row of what is not says it when it is read.
     monkeypatch.setattr(token_table, "CHECKED_IDS", CHUNK_IDS)
@@ -208,7 +213,7 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 
 def padded(folder: Path, pad: int, rows: int = 40) -> tuple[str, list[list[int]]]:
-    """Write rows of 6 with padding before, within and behind the ids; return the place and the ids of each."""
+    """Write rows of 6 with padding before, within and behind ids; return the place and the ids of each."""
     random = np.random.default_rng(1)
     table = random.integers(1, 90, (rows, 6)).astype(np.int32)
     holes = random.random((rows, 6)) < 0.4
@@ -227,7 +232,8 @@ def test_padding_is_cut_out_and_fills_up_the_end(tmp_path: Path, pad: int, pad_i
         tokens, documents = prepared.held_out.row(index)
         assert tokens.tolist() == ids + [0] * (6 - len(ids))
         assert documents.tolist() == [0] * len(ids) + [PADDING] * (6 - len(ids))
-        assert (tokens.dtype, documents.dtype) == (np.int64, np.int32)
+        assert tokens.dtype == np.int64
+        assert documents.dtype == np.int32
     targets = np.concatenate([b.targets.numpy() for b in evaluation_batches(prepared.held_out, 7)])
     assert targets[targets != IGNORE_INDEX].tolist() == [i for ids in kept for i in ids[1:]]
     holes = 6 * len(kept) - sum(map(len, kept))
@@ -243,7 +249,9 @@ def test_padding_that_is_not_named_is_an_id_like_others(tmp_path: Path) -> None:
     path, _ = padded(tmp_path, -1)
     with pytest.raises(UserError, match=r"holds the id -1 .*padding is named, data\.pad_id=ID"):
         TokensData(path=path).prepare().check_vocabulary(90)
-    assert TokensData(path=path, pad_id=-1).prepare().fingerprint != TokensData(path=path).prepare().fingerprint
+    assert (
+        TokensData(path=path, pad_id=-1).prepare().fingerprint != TokensData(path=path).prepare().fingerprint
+    )
     np.save(path, np.full((3, 4), 7))
     with pytest.raises(UserError, match="nothing but padding"):
         TokensData(path=path, pad_id=7).prepare()
@@ -258,9 +266,9 @@ def test_the_counts_of_a_large_table_are_projected(tmp_path: Path, monkeypatch: 
 
 
 def test_what_rearranges_documents_is_refused_for_rows_as_given() -> None:
-    for options in ({"packing": "best_fit"}, {"fim_rate": 0.1}):
-        from dsv3.config.data import Packing
-
-        values: dict[str, Any] = options if "fim_rate" in options else {"packing": Packing.best_fit}
+    for config in (
+        TokensDataConfig(path="x", packing=Packing.best_fit),
+        TokensDataConfig(path="x", fim_rate=0.1),
+    ):
         with pytest.raises(InvalidValue, match="rows are taken as they are"):
-            TokensDataConfig(path="x", **values).validate()
+            config.validate()

@@ -1,5 +1,6 @@
 """Round trips, special tokens that only the program inserts, and the same bytes for the same corpus."""
 
+import copy
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from dsv3.data.tokenizer import (
     BOS,
     EOS,
+    SLOWEST_ENCODING,
     SPECIAL_TOKENS,
     TRAINING_CHUNK,
     LocalTokenizer,
@@ -18,6 +20,7 @@ from dsv3.data.tokenizer import (
     TrainedTokenizer,
     split_text,
 )
+from dsv3.distributed.heartbeat import HEARTBEAT
 from dsv3.errors import UserError
 from tests.data.texts import sentence
 
@@ -95,16 +98,35 @@ def test_a_long_text_is_cut_where_that_changes_nothing() -> None:
     text = "a plain line of words\nand one more\n  def\n\n\n b \n\nc,\n(d)\n\t\n  f'll 12\n" * 40
     tokenizer = TrainedTokenizer(500).prepare([text])  # knows runs of white space as tokens
     for size in range(100, 200, 3):
-        parts = list(split_text(text, size))
+        parts = list(split_text([text], size))
         assert len(parts) > 8
-        assert "".join(part for part, _ in parts) == text
-        assert [last for _, last in parts] == [False] * (len(parts) - 1) + [True]
-        joined = [index for part, _ in parts for index in tokenizer.encode(part)]
+        assert "".join(parts) == text
+        joined = [index for part in parts for index in tokenizer.encode(part)]
         assert joined == tokenizer.encode(text)
+        for piece in (1, size, 3 * size):
+            pieces = [text[begin : begin + piece] for begin in range(0, len(text), piece)]
+            assert list(split_text(pieces, size)) == parts
 
 
 def test_a_text_without_line_breaks_is_cut_anyway() -> None:
-    assert [len(part) for part, _ in split_text("x" * 1000, 300)] == [300, 300, 400]
+    assert [len(part) for part in split_text(["x" * 1000], 300)] == [300, 300, 400]
+
+
+def test_an_encoding_may_take_as_long_as_its_text_needs(tokenizer: Tokenizer) -> None:
+    """It is one call without a beat; the watchdog would end a run whose launch.timeout is shorter."""
+    seen: list[float] = []
+
+    class Backend:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[object]:
+            seen.append(HEARTBEAT.patience)
+            return []
+
+    slow = copy.copy(tokenizer)
+    slow._backend = Backend()
+    for length in (0, 1_000_000):
+        slow.encode_batch(["x" * length] * 2)
+    assert seen[1] - seen[0] == pytest.approx(2_000_000 / SLOWEST_ENCODING)
+    assert HEARTBEAT.patience < seen[1]
 
 
 def test_saved_and_loaded_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:

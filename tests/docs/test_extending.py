@@ -58,23 +58,18 @@ def run(program: Path, command_line: CommandLine, *arguments: str, path: str = "
 
 
 def test_all_patches_work_together(extended: Path, command_line: CommandLine) -> None:
-    lines = command_line.directory / "texts.jsonl"
-    texts = [path.read_text() for path in sorted(command_line.text.glob("*.txt"))]
-    lines.write_text(
-        "".join(f'{{"text": {yaml.dump(text, default_style=chr(34)).strip()}}}\n' for text in texts)
-    )
     run_dir = command_line.directory / "run"
     printed = run(
         extended, command_line, *TRAINING, "model=mini", "schedule=inverse_square_root", "optimizer=lion",
-        "data=json_lines", f"data.path={lines}", "logger=csv", "logger.separator=/", "parallel=offload",
-        "train.steps=3", "train.log_every=1", f"run.dir={run_dir}",
+        "data=by_suffix", f"data.path={command_line.text}", "data.suffixes=[.txt]", "logger=csv",
+        "logger.separator=/", "parallel=offload", "train.steps=3", "train.log_every=1", f"run.dir={run_dir}",
     )  # fmt: skip
     assert "embedding moved by" in printed
     assert [line.split("/")[0] for line in (run_dir / "metrics.csv").read_text().splitlines()] == list("123")
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert (config["model"]["dim"], config["model"]["moe"]["num_shared_experts"]) == (192, 2)
     targets = [config[group]["_target_"].rpartition(".")[2] for group in ("schedule", "optimizer", "data")]
-    assert targets == ["InverseSquareRoot", "Lion", "JsonLinesData"]
+    assert targets == ["InverseSquareRoot", "Lion", "SuffixData"]
     assert config["parallel"]["offload"]["_target_"].endswith(".ActivationOffload")
     assert "optimizer 4" in (run_dir / "plan.txt").read_text()
 

@@ -50,6 +50,10 @@ MUCH = "hardware.memory_bytes=80000000000"
     ("arguments", "words"),
     [
         (("model=671b", "parallel=tp_ep"), "task=plan hardware=h100 .* and task=plan hardware=h200 .* fit"),
+        (
+            ("model=671b", "parallel=tp_ep", "train.global_batch_size=64"),
+            "dp_shard=128 train.global_batch_size=128 launch.world_size=512 and .*=256 fit$",
+        ),
         (("model=671b",), "nothing fits into the 24.0 GiB that the ranks of this machine share; .*fsdp"),
         (("model=16b", "parallel=fsdp"), "hardware=h100 launch.world_size=8 and"),
         (("model=671b", "hardware=h100", "parallel=pp"), "^recompute=full fits on the same ranks$"),
@@ -65,6 +69,13 @@ MUCH = "hardware.memory_bytes=80000000000"
         (
             ("model=16b", MUCH, "parallel=fsdp", "train.sequence_length=524288", "recompute=full"),
             "parallel.degrees.cp=8 fit, with launch.nproc x launch.nnodes = 64 ranks$",
+        ),
+        (
+            (
+                *("model=16b", MUCH, "parallel=fsdp", "train.sequence_length=524288", "recompute=full"),
+                "parallel.context=null",
+            ),
+            "parallel.degrees.tp=[0-9]+ fit, with",
         ),
         (
             ("parallel=fsdp", "launch.nproc=64", "train.sequence_length=16384", "recompute=full"),

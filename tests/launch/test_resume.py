@@ -41,6 +41,19 @@ def test_an_untouched_run_is_resumed_without_a_word(planned: PlannedCommand, sto
     assert planned.run(f"resume={stored.store('logger=none', 'parallel=fsdp')}").job.notes == []
 
 
+def test_a_run_that_cannot_be_written_is_not_told_to_take_another_directory(
+    planned: PlannedCommand, stored: StoredRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a read-only disk: a resume has no other directory, so `name another` would lead nowhere."""
+    directory = stored.store("logger=none")
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != directory)
+    refused = planned.run(f"resume={directory}")
+    assert refused.code == 2
+    assert f"resume={directory} is not writable, and a run goes on in its own" in refused.err
+    assert f"checkpoint.load={directory} begins a new run" in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+
+
 def test_what_is_typed_is_told_with_its_kind(planned: PlannedCommand, stored: StoredRun) -> None:
     directory = stored.store("logger=none", "train.microbatch_size=4")
     job = planned.run(f"resume={directory}", "optimizer.lr=1e-3", "train.microbatch_size=2").job

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from dsv3.config.root import Config
-from dsv3.config.training import ScheduleConfig, StepsConfig, WarmupCosineConfig, WSDConfig
+from dsv3.config.training import (
+    BatchRampConfig,
+    ScheduleConfig,
+    StepsConfig,
+    WarmupCosineConfig,
+    WSDConfig,
+)
 from dsv3.errors import UserError
 from dsv3.launch.job import plan_job
 from dsv3.launch.schedule_outlook import fit_warmup, schedule_notes
@@ -104,6 +110,18 @@ def test_another_batch_on_resume_is_told() -> None:
     assert notes == [
         "from step 11 on a step has 16 sequences instead of 8; the learning rate per step stays as it is"
     ]
+
+
+def test_another_ramp_on_resume_is_told() -> None:
+    stored = {"train.global_batch_size": 8, "train.batch_ramp.start": 2, "train.batch_ramp.tokens": 1000}
+    stored["train.batch_ramp.increment"] = 2
+    config = completed(global_batch_size=8, batch_ramp=BatchRampConfig(4, 1000, 2))
+    (note,) = schedule_notes(config, 10, stored)
+    told = "a step has 8 sequences ramped up from 4 by 2 over the run's first 1000 tokens instead of 8 "
+    assert told + "ramped up from 2 by 2 over the run's first 1000 tokens; the learning rate" in note
+    (note,) = schedule_notes(config, 10, {"train.global_batch_size": 8})  # a run of older code
+    assert told + "without a ramp; the learning rate per step stays" in note
+    assert schedule_notes(config, 10, stored | {"train.batch_ramp.start": 4}) == []
 
 
 OUTLOOKS: dict[str, tuple[ScheduleConfig, dict[str, int], str]] = {

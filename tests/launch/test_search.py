@@ -44,9 +44,11 @@ def study(finished: int, running: int = 0) -> None:
         (["task=plan"], "error: this task returns no number .* task=train or task=evaluate"),
         (["launch=slurm"], "error: launch=slurm returns before .* take hydra/launcher=submitit_slurm"),
         (["train.steps=9", "train.stop_after=7", "train.evaluate_every=3"], "error: train.stop_after=7 ends"),
+        (["hydra.sweeper.n_trials=0"], "error: hydra.sweeper.n_trials=0 is not possible: .* above 0$"),
+        (["hydra.sweeper.n_jobs=-1"], "error: hydra.sweeper.n_jobs=-1 is not possible: .* above 0$"),
     ],
 )
-def test_a_search_none_of_whose_jobs_has_a_result_is_refused_as_a_whole(
+def test_a_search_that_can_have_no_result_is_refused_as_a_whole(
     planned: PlannedCommand, arguments: list[str], words: str
 ) -> None:
     kept = [each for each in GRID if not arguments[0].startswith("train.steps") or "train.steps" not in each]

@@ -75,7 +75,8 @@ def test_where_steps_grow_the_time_left_is_that_of_the_tokens_left() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waited", "told"), [(0.0, ""), (0.04, ""), (0.05, "  waited 0.05 s for data"), (2.0, "  waited 2 s for data")]
+    ("waited", "told"),
+    [(0.0, ""), (0.04, ""), (0.05, "  waited 0.05 s for data"), (2.0, "  waited 2 s for data")],
 )
 def test_a_wait_for_data_is_shown_where_it_is_a_notable_share_of_its_step(waited: float, told: str) -> None:
     console, stream = _plain(log_every=1)
@@ -231,3 +232,19 @@ def _until_closed(descriptor: int) -> Iterator[bytes]:
         pass
     finally:
         os.close(descriptor)
+
+
+def test_at_an_evaluation_each_source_of_a_mixture_has_a_line(tmp_path: Path) -> None:
+    log, stream = tmp_path / "log.txt", io.StringIO()
+    console = Console(log_path=log, file=stream)
+    console.start(20)
+    web, code = {"tokens": 12345.0, "epochs": 0.25, "evaluation_loss": 3.5}, {"tokens": 7.0, "epochs": 2.0}
+    console.step(MetricsRow(step=10, tokens=12352, loss=4.0, sources={"web": web, "code": code}))
+    assert "epochs" not in stream.getvalue()
+    evaluated = MetricsRow(step=20, tokens=12352, evaluation_loss=3.0, sources={"web": web, "code": code})
+    console.step(evaluated)
+    for text in (stream.getvalue(), log.read_text()):
+        assert text.splitlines()[-2:] == [
+            "  web   held-out 3.5000  12,345 tokens  0.25 epochs",
+            "  code  7 tokens  2 epochs",
+        ]

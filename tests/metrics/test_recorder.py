@@ -15,32 +15,6 @@ from dsv3.metrics.console import Console
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 
-@pytest.mark.parametrize(
-    ("elsewhere", "told"),
-    [(0.04, ""), (0.5, "a rank waits for its data 50% of the time, rank 0 10%\n"), (0.19, ""), (0.1, "")],
-)
-def test_another_rank_that_waits_for_its_data_is_told_by_the_collective_that_finds_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: float, told: str
-) -> None:
-    clock, reduced, stream = iter([100.0, 110.0, 120.0]), [], io.StringIO()
-    monkeypatch.setattr("dsv3.metrics.recorder.time", SimpleNamespace(monotonic=lambda: next(clock)))
-
-    def largest(value: torch.Tensor) -> torch.Tensor:
-        reduced.append(value.tolist()[1])
-        return torch.maximum(value, torch.tensor([3.0 * 2**30, elsewhere]))
-
-    ranks: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), max=largest)
-    recorder = Recorder(tmp_path / "metrics.jsonl", ranks, 1, Console(log_every=100, file=stream), None)
-    for step, waited in ((2, 0.25), (3, 0.75)):
-        recorder.add(MetricsRow(step=step, tokens=8, data_wait=waited), {})
-    steps = stream.getvalue()
-    recorder.flush()
-    recorder.close()
-    assert reduced == [0.0, pytest.approx(0.1)]  # 1 of 10 seconds; 0.1 there is rank 0's own
-    assert stream.getvalue() == steps + told
-    assert recorder.memory >= 3.0
-
-
 ALONE = RankContext(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 
 
@@ -71,3 +45,29 @@ def test_the_message_names_only_known_metrics(
     with pytest.raises(RunFailed) as failed:
         recorder.add(row, {name: torch.tensor(value) for name, value in figures.items()})
     assert str(failed.value).startswith(f"step 7 is not finite: {told} Checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "told"),
+    [(0.04, ""), (0.5, "a rank waits for its data 50% of the time, rank 0 10%\n"), (0.19, ""), (0.1, "")],
+)
+def test_another_rank_that_waits_for_its_data_is_told_by_the_collective_that_finds_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: float, told: str
+) -> None:
+    clock, reduced, stream = iter([100.0, 110.0, 120.0]), [], io.StringIO()
+    monkeypatch.setattr("dsv3.metrics.recorder.time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def largest(value: torch.Tensor) -> torch.Tensor:
+        reduced.append(value.tolist()[1])
+        return torch.maximum(value, torch.tensor([3.0 * 2**30, elsewhere]))
+
+    ranks: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), max=largest)
+    recorder = Recorder(tmp_path / "metrics.jsonl", ranks, 1, Console(log_every=100, file=stream), None)
+    for step, waited in ((2, 0.25), (3, 0.75)):
+        recorder.add(MetricsRow(step=step, tokens=8, data_wait=waited), {})
+    steps = stream.getvalue()
+    recorder.flush()
+    recorder.close()
+    assert reduced == [0.0, pytest.approx(0.1)]  # 1 of 10 seconds; 0.1 there is rank 0's own
+    assert stream.getvalue() == steps + told
+    assert recorder.memory >= 3.0

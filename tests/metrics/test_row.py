@@ -12,7 +12,7 @@ moe_max_violation moe_entropy moe_bias_range
 
 
 def test_fields_are_those_of_the_contract_in_its_order_and_more() -> None:
-    more = ["fp8_broken_tiles", "data_wait"]
+    more = ["fp8_broken_tiles", "data_wait", "sources"]
     assert [field.name for field in fields(MetricsRow)][: 14 + len(more)] == [*CONTRACT.split(), *more]
     written = json.loads(MetricsRow(step=1, tokens=2).to_json())
     assert list(written) == [field.name for field in fields(MetricsRow)]
@@ -23,6 +23,25 @@ def test_what_is_not_finite_is_written_as_null() -> None:
     written = json.loads(row.to_json())
     assert (written["loss"], written["grad_norm"], written["lr"], written["mfu"]) == (None, None, None, 0.5)
     assert row.scalars() == {"tokens": 2, "mfu": 0.5}
+
+
+def test_the_values_of_sources_are_written_by_source_and_drawn_by_their_path() -> None:
+    web = {"tokens": 10, "epochs": 0.5, "evaluation_loss": 3.0}
+    code = {"tokens": 20, "epochs": 1.5, "evaluation_loss": float("nan")}
+    row = MetricsRow(step=1, tokens=30, sources={"web": web, "code": code})
+    written = json.loads(row.to_json())
+    assert written["sources"] == {"web": web, "code": code | {"evaluation_loss": None}}
+    assert type(written["sources"]["web"]["tokens"]) is int
+    assert row.scalars() == {
+        "tokens": 30,
+        "sources/web/tokens": 10,
+        "sources/web/epochs": 0.5,
+        "sources/web/evaluation_loss": 3.0,
+        "sources/code/tokens": 20,
+        "sources/code/epochs": 1.5,
+    }
+    assert MetricsRow.from_json(row.to_json()).sources == written["sources"]
+    assert json.loads(MetricsRow(step=1, tokens=2).to_json())["sources"] is None
 
 
 def test_a_row_survives_the_way_through_json() -> None:

@@ -38,7 +38,9 @@ def test_the_reports_ramps_end_where_they_say() -> None:
             assert abs(share - batch.tokens / len(ramp)) <= sizes[-1] * batch.sequence_length
     # 469e9 / 4 tokens at each of four sizes: 117.25e9 / 4096 x (1/3072 + 1/6144 + 1/9216 + 1/12288).
     assert V3.ramp_steps == 9318 + 4659 + 3106 + 2329 + 2
-    assert V3.samples_after(0, 235_000) * 4096 == pytest.approx(469e9 + (235_000 - 19_414) * 62_914_560, rel=1e-3)
+    assert V3.samples_after(0, 235_000) * 4096 == pytest.approx(
+        469e9 + (235_000 - 19_414) * 62_914_560, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("batch", [V3, V2])
@@ -129,12 +131,14 @@ def test_each_size_splits_over_ranks_or_the_nearest_ramps_are_told(
         check_ramp(ramp, unit, "so many")
         assert ramp.sizes[-1] == batch.final
     if start % unit:  # one on either side, with none that works in between
-        assert [ramp.first for ramp in near] == [s for s in (start // unit * unit, -(-start // unit) * unit) if s]
+        assert [ramp.first for ramp in near] == [
+            s for s in (start // unit * unit, -(-start // unit) * unit) if s
+        ]
 
 
 def test_a_pipeline_that_cannot_run_a_size_is_told_before_launch() -> None:
     ramp = BatchSchedule(64, 4, 4, 1000, 8)
-    with pytest.raises(UserError, match="2 microbatches a step, which parallel.schedule=1F1B on 4 x 1") as error:
+    with pytest.raises(UserError, match=r"2 microbatches a step, which .*1F1B on 4 x 1") as error:
         check_batch(ParallelConfig(), ParallelDims(pp=4, dp_shard=2), ramp, 1)
     for near in suggested(str(error.value), ramp):
         check_batch(ParallelConfig(), ParallelDims(pp=4, dp_shard=2), near, 1)

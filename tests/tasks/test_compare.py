@@ -194,7 +194,7 @@ def test_a_directory_that_is_no_place_of_runs_is_a_mistake(sweep: Path, tmp_path
     ):
         with pytest.raises(UserError, match=words):
             find_runs(directory)
-    with pytest.raises(UserError, match=r"task\.output=.* cannot be written"):
+    with pytest.raises(UserError, match=r"task\.output=.* cannot be written: .*; name another file"):
         CompareTask(str(sweep), str(tmp_path / "no" / "x.png"), OutputFormat.text).run(None)  # type: ignore[arg-type]
 
 

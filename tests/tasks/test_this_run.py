@@ -51,13 +51,15 @@ def test_a_run_tells_what_it_took_and_a_resume_what_goes_on(
     commands: TrainCommand, folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    data = ["data=text", f"data.path={folder}"]
+    data = ["data=text", f"data.path={folder}", "data.max_skipped=0.05"]
     first = commands.must(
         *MODEL,
         *TRAINING,
         *QUIET,
         *data,
         "train.steps=3",
+        "train.batch_ramp.start=2",
+        "train.batch_ramp.tokens=100",
         "schedule.warmup_steps=1",
         "train.stop_after=2",
         f"run.dir={run}",
@@ -71,21 +73,27 @@ def test_a_run_tells_what_it_took_and_a_resume_what_goes_on(
     assert told["model"].startswith("debug: ")
     assert f"changed: model.vocab_size={VOCAB} " in told["model"]
     assert told["weights"] == "initial ones of train.seed=0"
-    texts, sides, rows = told["data"].split("; ", 2)[0], *told["data"].split("; ")[1:3]
+    texts, sides, rows = told["data"].split("; ", 2)[0], *told["data"].split("; ")[2:4]
     assert texts == (
-        f"text {folder}: 41 texts read, 1 file skipped because not UTF-8, 1 file empty, 1 duplicate dropped"
+        f"text {folder}: {stored['tokens_train'] + stored['tokens_held_out']:,} tokens in 41 documents of "
+        "43 files of text (a file is a document), 1 duplicate dropped, 1 empty, "
+        "the largest, 10.txt, has 2.5% of it"
     )
+    assert told["data"].split("; ")[1] == "skipped 1 document: not UTF-8, first latin.txt"
     assert sides == f"training {stored['documents_train']} documents, {stored['tokens_train']:,} tokens"
     assert f"held out {stored['documents_held_out']} documents, {stored['tokens_held_out']:,} tokens" == rows
     per_epoch, left_out = stored["rows_per_epoch"], stored["tokens_left_out"]
     assert 0 < left_out == stored["tokens_train"] - 1 - 32 * per_epoch
     assert f"{per_epoch:,} rows of 32 tokens per epoch, {left_out} tokens too few for a row" in told["data"]
-    assert f"3 steps take 12 rows, {12 / per_epoch:.2f} epochs" in told["data"]
+    assert f"3 steps take 8 rows, {8 / per_epoch:.2f} epochs" in told["data"]
     ids, document = told["tokenizer"].split("; ")
     assert ids.endswith(f"{stored['vocabulary']} ids, and the model's vocabulary has {VOCAB}")
     assert document == "a document is <|begin_of_sentence|> text <|end_of_sentence|>"
     assert told["tokenizer"].startswith("trained on the training side, ")
-    assert told["batch"] == "4 sequences x 32 tokens = 128 tokens per step"
+    assert told["batch"] == (
+        "4 sequences x 32 tokens = 128 tokens per step; ramp from 2 to 4 sequences by 2 over the first 100 tokens "
+        "(train.batch_ramp.start); step 3 is the first of the whole batch"
+    )
     assert told["microbatch"] == "4 sequences per rank (at most about 4,096 tokens), 1 per step"
     assert told["layout"] == "none: 1 rank of cpu"
     assert told["precision"] == "fp32: no GPU was found"
@@ -102,6 +110,10 @@ def test_a_run_tells_what_it_took_and_a_resume_what_goes_on(
     assert told["convergence"].startswith(record["convergence"])
 
     again = blocks(commands.must(f"resume={run}").out)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in metrics] == [64, 128, 256]  # of batches of 2, 2 and 4 rows
+    assert all(row["data_wait"] >= 0 for row in metrics)
+    assert "from step 3 on the batch has 4 sequences" in first.out
     assert again[0]["weights"] == f"those of the run: it goes on after step 2 of 3 in {run}"
     assert again[0]["tokenizer"].startswith("that of the run: ")
     assert blocks((run / "this_run.txt").read_text()) == [told, *again]
@@ -116,9 +128,9 @@ def test_json_lines_typed_keys_groups_and_samples_are_told(commands: TrainComman
     sampled = [*often, "train.generate_every=2"]
     first = commands.must(*MODEL, *TRAINING, *data, *sampled, *typed, f"run.dir={tmp_path / 'run'}")
     (told,) = blocks(first.out)
-    assert "looks like JSON Lines; read as raw text, braces and all" in told["data"]
+    assert " tokens in 400 documents of 1 file of JSON lines (data.field=text), " in told["data"]
     assert {*typed[:2], "train.generate_every=2"} <= set(told["typed"].replace(";", "").split())
-    assert all(len(line) < 130 for line in first.out.splitlines() if "typed" in line)
+    assert all(len(line) < 130 for line in first.out.splitlines() if line.startswith("  typed"))
     assert "by AdamW: 0.5 times the rate, betas [0.9,0.95]" in told["optimizer"]
     assert "parameters are trained" in told["optimizer"]
     assert first.out.count("sample for ") == 1  # of step 2, which is the last of this command

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from dsv3.data.mixture import HeldOutSources
 from dsv3.data.packing import PADDING, PackedRow
 from dsv3.model.moe import MoE
 from dsv3.training.evaluation import evaluate
@@ -16,15 +17,18 @@ from tests.training.batches import ROWS, batch
 
 
 class Held:
-    """ROWS as the evaluation reads them."""
+    """ROWS, or some of them, as the evaluation reads them."""
 
     sequence_length = 10
 
+    def __init__(self, rows: Sequence[PackedRow] = ROWS) -> None:
+        self.rows = rows
+
     def __len__(self) -> int:
-        return len(ROWS)
+        return len(self.rows)
 
     def row(self, index: int) -> PackedRow:
-        return ROWS[index]
+        return self.rows[index]
 
 
 def by_hand(rows: list[int]) -> tuple[float, int]:
@@ -68,6 +72,21 @@ def test_experts_compute_the_tokens_of_the_rows_and_no_row_that_fills_a_batch(mi
     evaluate(LocalForwardBackward(model, True), Held(), microbatch, ALONE)
     tokens = sum(int((row.documents[:-1] != PADDING).sum()) for row in ROWS)
     assert sum(computed) == tokens * MOE.top_k < 6 * 10 * MOE.top_k
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 4])
+def test_the_sources_of_a_mixture_have_a_mean_each_and_the_whole_has_one(microbatch: int) -> None:
+    mixture = HeldOutSources({"code": Held(ROWS[:1]), "web": Held(ROWS[1:])})
+    forward_backward = LocalForwardBackward(tiny_model(), True)
+    found = evaluate(forward_backward, mixture, microbatch, ALONE)
+    for name, rows in (("code", [0]), ("web", [1, 2, 3, 4, 5])):
+        loss, tokens = by_hand(rows)
+        assert found.sources[name].tokens == tokens
+        assert found.sources[name].loss == pytest.approx(loss, rel=1e-5)
+    loss, tokens = by_hand(list(range(6)))
+    assert found.tokens == tokens == sum(source.tokens for source in found.sources.values())
+    assert found.loss == pytest.approx(loss, rel=1e-5)
+    assert evaluate(forward_backward, Held(), microbatch, ALONE).sources == {}
 
 
 def test_without_the_document_mask_documents_see_those_before_them() -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.training.schedule import DeepSeekV3, Schedule, Steps, WarmupCosine, WarmupStableDecay
 
 PEAK = 2.2e-4
@@ -116,3 +117,33 @@ def test_a_warm_up_that_reaches_into_the_decay_still_ends_at_the_peak(schedule: 
     assert schedule(89) == pytest.approx(89 / 90)
     assert schedule(90) == 1
     assert schedule(91) <= 1
+
+
+@pytest.mark.parametrize("kind", ["v3", "steps", "wsd", "cosine"])
+def test_under_a_ramp_a_step_has_the_rate_of_its_tokens(kind: str) -> None:
+    """With steps of 10, 20, 30 and then 40 rows, a step has the rate of the constant run's step at its tokens."""
+
+    def build(total: int) -> Schedule:
+        return {
+            "v3": DeepSeekV3(0, total),
+            "steps": Steps(0, total, [0.5, 0.75], 0.1),
+            "wsd": WarmupStableDecay(0, total, 0.5, 0.0),
+            "cosine": WarmupCosine(0, total, 0.1),
+        }[kind]
+
+    ramp = BatchSchedule(40, 10, 10, 2400, 4)  # 200 rows at each of three sizes, for 20, 10 and 7 steps
+    assert ramp.samples_after(0, 87) == 610 + 50 * 40
+    ramped, constant = build(87), build(ramp.samples_after(0, 87))
+    ramped.batch = ramp
+    for step in range(1, 88):
+        assert ramped(step) == pytest.approx(constant(ramp.samples_after(0, step)), rel=1e-12)
+    for share in (0.0, 0.1, 0.5, 0.999):
+        last = ramped.last_step(share)
+        assert ramped.share(last) <= share < ramped.share(last + 1)
+
+
+def test_a_warm_up_counts_steps_also_under_a_ramp() -> None:
+    cosine = WarmupCosine(10, 87, 0.1)
+    cosine.batch = BatchSchedule(40, 10, 10, 2400, 4)
+    assert [cosine(step) for step in (1, 5, 10)] == [0.1, 0.5, 1.0]
+    assert 1.0 > cosine(11) > cosine(12) > cosine(86) > cosine(87) == pytest.approx(0.1)
