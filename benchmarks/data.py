@@ -7,6 +7,7 @@
 Parts:
 
 - `prepare`: task=prepare against `encode_batch` of the tokenizers library (prepare_throughput.py).
+- `packing`: the layout of rows by best-fit packing, and what both packings cut and pad (packing.py).
 - `loader`: tokens per CPU second from token shards to batches, by the ways of packing. Rows of 4,096 tokens
   come from all over 1.2 GB of documents of about 1,000 tokens, which lie in the page cache.
 - `memory`: anonymous memory of a process that opens 0.1, 1 and 10 GB of shards and takes batches from all
@@ -56,7 +57,8 @@ def write_shards(folder: Path, tokens: int, sparse: bool = False) -> None:
         lengths = 1 + generator.exponential(DOCUMENT, 2 * count // DOCUMENT).astype(np.int64)
         ends = np.cumsum(lengths)
         offsets = np.concatenate([[0], ends[ends < count], [count]])
-        names = [f"train-{number:05}.{kind}.npy" for kind in ("tokens", "offsets")]
+        name = f"train-{number:05}"
+        names = f"{name}.tokens.npy", f"{name}.offsets.npy"
         np.save(folder / names[1], offsets)
         if sparse:
             with (folder / names[0]).open("wb") as file:
@@ -65,7 +67,7 @@ def write_shards(folder: Path, tokens: int, sparse: bool = False) -> None:
                 file.truncate(file.tell() + 2 * count)
         else:
             np.save(folder / names[0], generator.integers(0, VOCABULARY, count, dtype=np.uint16))
-        shards.append(Shard(*names, count, len(offsets) - 1))
+        shards.append(Shard(names[0], names[1], count, len(offsets) - 1))
     ShardIndex(dtype_for(VOCABULARY), {"train": shards}, VOCABULARY).write(folder)
 
 
@@ -95,6 +97,13 @@ def batches(data: Any, sequences: int = 8) -> Iterator[Any]:
 def measure_prepare(directory: Path) -> dict[str, Any]:
     """Return the throughput of task=prepare beside the library's."""
     from benchmarks.prepare_throughput import measure
+
+    return measure()
+
+
+def measure_packing(directory: Path) -> dict[str, Any]:
+    """Return what the layout of rows costs, and what both packings cut and pad."""
+    from benchmarks.packing import measure
 
     return measure()
 
@@ -232,6 +241,7 @@ def write_text(folder: Path, size: int) -> None:
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "prepare": measure_prepare,
+    "packing": measure_packing,
     "loader": measure_loader,
     "memory": measure_memory,
     "start": measure_start,
@@ -247,6 +257,14 @@ def write_page(results: dict[str, Any]) -> None:
             lines.append(
                 f"| rows of 4,096 tokens to batches, `{packing}` | {rate:.1f} M tokens per CPU second |"
             )
+    if packing := results.get("packing"):
+        row = packing["4096"]
+        seconds, more = row["best_fit_cpu_seconds"], row["best_fit_peak_mib"]
+        told = f"{seconds:.1f} CPU seconds, {more} MiB"
+        lines.append(f"| layout of `best_fit` for a million documents like the web's | {told} |")
+        cut = f"{row['concat_cut']:.1%} by `concat`, {row['best_fit_cut']:.1%} by `best_fit`"
+        told = f"{cut}, with {row['best_fit_padding']:.3%} of padding"
+        lines.append(f"| of them cut by rows of 4,096 tokens | {told} |")
     if memory := results.get("memory"):
         sizes = {name: told["read"] for name, told in memory.items() if isinstance(told, dict)}
         told = ", ".join(f"{size:.0f} MiB at {name}" for name, size in sizes.items())

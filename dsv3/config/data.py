@@ -37,7 +37,7 @@ class IdType(Enum):
 
 
 class Verify(Enum):
-    """How much of given ids is read when a run starts; each id is checked again when it is read."""
+    """The part of given ids that is read when a run starts; each id is checked again when it is read."""
 
     sample = "sample"
     """Sizes and headers of all files, and per rank 33 million ids from all over its share."""

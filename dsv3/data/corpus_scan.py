@@ -8,9 +8,7 @@ and a byte per document, its side, stays.
 import hashlib
 import json
 import shutil
-import struct
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,23 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from dsv3.data.byte_blocks import Report, UnreadFile, file_form
+from dsv3.data.byte_blocks import Report
 from dsv3.data.cache import CacheEntryError
 from dsv3.data.corpus import Corpus, Stamp
 from dsv3.data.data_record import DataRecord, Piece
-from dsv3.data.document_files import BadDocument, ReadOptions, Reason, Skipped, read_documents
+from dsv3.data.document_files import ReadOptions, read_documents
+from dsv3.data.document_scan import ScanUnit, file_pieces, is_intact, join_rows
 from dsv3.data.held_out_split import (
-    DOCUMENT,
     HeldOutSplit,
-    Table,
     cut_pieces,
     find_tail,
     split_documents,
 )
-from dsv3.data.input_files import FileKind, InputFile, Unit
+from dsv3.data.input_files import FileKind, Unit
 from dsv3.data.shard_index import HELD_OUT, TRAIN
-from dsv3.data.skip_limit import skipped_lines
-from dsv3.data.unit_pool import WorkPlace, run_units
+from dsv3.data.skip_limit import Reason, Skipped, skipped_lines
+from dsv3.data.unit_pool import run_units
 from dsv3.errors import UserError, quoted
 from dsv3.metrics.progress import amount, phase
 
@@ -46,16 +43,13 @@ SCAN_FILE, SIDES_FILE, RECORD_FILE = "scan.json", "sides.npy", "record.json"
 _SIDES = (TRAIN, HELD_OUT, None)
 """The splits of the values in SIDES_FILE."""
 
-_ROW = struct.Struct("<32sq")
-"""A document of a unit: its sha256 and its characters, -1 for what turned out to be none."""
-
 _NAMED = 3
 """Names of what was left out that are kept."""
 
 
 @dataclass(frozen=True)
 class CorpusScan:
-    """What a scan found; all of it is small, whatever the corpus.
+    """The findings of a scan; all of them are small, whatever the corpus.
 
     Attributes:
         folder: the entry of the cache.
@@ -136,7 +130,7 @@ class CorpusScan:
             (self.skipped.empty, f"{self.skipped.empty:,} empty"),
             (
                 split.documents - 1,
-                f"the largest, {name}, has {characters / split.characters:.1%} of it",
+                f"the largest, {name}, has {characters / split.characters:.1%} of the text",
             ),
         ]
         lines = [", ".join([line, *(text for count, text in counts if count)]), *skipped_lines(self.skipped)]
@@ -219,7 +213,7 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
             work_folder,
             {"stamp": stamp.digest},
             progress=work,
-            is_intact=lambda result: _is_intact(result, work_folder),
+            is_intact=lambda result: is_intact(result, work_folder),
         )
         skipped = Skipped()
         for result in results:
@@ -233,8 +227,8 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
             skipped.add(Reason.UNREADABLE, name)
         if not skipped.documents:
             raise UserError(_nothing(corpus, skipped))
-        table = _join(units, folder, work_folder)
-        files = _pieces(units, results, table, corpus.options)
+        table = join_rows(units, folder, work_folder)
+        files = file_pieces(units, results, table, corpus.options)
         total = hashlib.sha256()
         DataRecord.of(_hashed(files, total), None).write(folder / RECORD_FILE)
         split = split_documents(table, share, folder / SIDES_FILE)
@@ -268,114 +262,10 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
     shutil.rmtree(work_folder)
 
 
-@dataclass(frozen=True)
-class ScanUnit:
-    """The work on a unit: a row of _ROW per document in a file of the unit's own."""
-
-    options: ReadOptions
-
-    def __call__(self, unit: Unit, place: WorkPlace) -> dict[str, Any]:
-        """Return the documents of each part, the largest one and what was skipped."""
-        skipped, counts, json_lines = Skipped(), [], []
-        marked: dict[str, tuple[int, str]] = {}
-        largest = ("", -1)
-        file = _rows_of(unit, place.directory)
-        with file.open("wb") as rows:
-            for part in unit.parts:
-                count = 0
-                with suppress(OSError, UnreadFile):  # reading it will tell
-                    form = file_form(part.file.path) if part.start == 0 else ""
-                    if form.startswith("utf"):
-                        before, first = marked.get(form, (0, part.file.name))
-                        marked[form] = before + 1, first
-                for document in read_documents(
-                    Unit(unit.number, (part,)), self.options, skipped, place.report
-                ):
-                    state, characters = hashlib.sha256(), 0
-                    if part.file.kind is FileKind.text and looks_like_json_lines(document.text):
-                        json_lines.append(part.file.name)
-                    try:
-                        for piece in document.pieces():
-                            state.update(piece.encode())
-                            characters += len(piece)
-                    except BadDocument:
-                        characters = -1
-                    rows.write(_ROW.pack(state.digest(), characters))
-                    largest = max(largest, (document.name, characters), key=lambda each: each[1])
-                    count += 1
-                counts.append(count)
-        found = {"documents": counts, "largest": largest, "skipped": skipped.to_json()}
-        return found | {"json_lines": json_lines, "marked": marked, "rows": file.name}
-
-
-def looks_like_json_lines(text: str) -> bool:
-    """Return True for a text whose first line is a JSON object and whose second one begins as one does."""
-    if not text.startswith("{"):
-        return False
-    first, _, rest = text.partition("\n")
-    try:
-        return rest.startswith("{") and isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _rows_of(unit: Unit, folder: Path) -> Path:
-    return folder / f"unit-{unit.number:05d}"
-
-
-def _is_intact(result: dict[str, Any], folder: Path) -> bool:
-    """Return whether the rows of a unit are there, which a kill before this one has left."""
-    file = folder / result["rows"]
-    size: int = _ROW.size * sum(result["documents"])
-    return file.exists() and file.stat().st_size == size
-
-
 def _nothing(corpus: Corpus, skipped: Skipped) -> str:
     told = "; ".join([*skipped_lines(skipped), *([f"{skipped.empty} empty"] if skipped.empty else [])])
     way = "give a text file or a folder of text files"
     return f"{corpus.title} holds no text{f' ({told})' if told else ''}: {way}"
-
-
-def _join(units: Sequence[Unit], folder: Path, work_folder: Path) -> Table:
-    """Return the rows of all units as one table on the disk."""
-    with (folder / "table").open("wb") as table:
-        for unit in units:
-            with _rows_of(unit, work_folder).open("rb") as rows:
-                shutil.copyfileobj(rows, table)
-    return np.memmap(folder / "table", DOCUMENT, "r")
-
-
-def _pieces(
-    units: Sequence[Unit], results: Sequence[dict[str, Any]], table: Table, options: ReadOptions
-) -> Iterator[Piece]:
-    """Yield every file that holds a document, with a digest of its documents."""
-    parts = (
-        (part.file, count)
-        for unit, result in zip(units, results, strict=True)
-        for part, count in zip(unit.parts, result["documents"], strict=True)
-    )
-    place, open_file, state, documents = 0, None, hashlib.sha256(), 0
-
-    def piece(file: InputFile) -> Iterator[Piece]:
-        if documents:
-            yield Piece(file.name, file.size, digest or state.hexdigest(), documents)
-
-    digest = ""
-    for file, count in parts:
-        if file is not open_file:
-            if open_file is not None:
-                yield from piece(open_file)
-            open_file, state, documents, digest = file, hashlib.sha256(), 0, ""
-        for first in range(place, place + count, 1 << 16):
-            rows = table[first : min(first + (1 << 16), place + count)]
-            rows = rows[rows["characters"] >= 0]
-            documents += len(rows)
-            state.update(rows["digest"].tobytes())
-            if file.kind is FileKind.text and options.separator is None and len(rows):
-                digest = rows["digest"][0].tobytes().hex()  # that of the file's text
-        place += count
-    if open_file is not None:
-        yield from piece(open_file)
 
 
 def _hashed(pieces: Iterable[Piece], total: Any) -> Iterator[Piece]:

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What data consisted of.
+    """The parts that data consists of.
 
     Attributes:
         noun: what a piece is, in the plural: `files`, `shards`.

@@ -7,7 +7,7 @@ a document holds. What is no document is skipped and counted by reason, with the
 import codecs
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -23,87 +23,12 @@ from dsv3.data.byte_blocks import (
 )
 from dsv3.data.input_files import FileKind, Part, Unit
 from dsv3.data.long_json import FieldKind, LongObject, NotJson
+from dsv3.data.skip_limit import BadDocument, Reason, Skipped
 from dsv3.data.table_files import TABLE_READERS
 from dsv3.errors import quoted
 
 FIRST_PIECE = 1 << 16
 """Characters that the first piece of a document has at least, unless the document has fewer."""
-
-
-class Reason:
-    """Reasons to skip a document or a file, as they are counted and shown."""
-
-    NOT_UTF8 = "not UTF-8"
-    NUL = "NUL bytes (no text)"
-    ARCHIVE = "an archive or compressed in a way that is not read"
-    UNREADABLE = "unreadable files"
-    DAMAGED = "damaged or truncated files"
-    NO_JSON = "no JSON"
-    NO_OBJECT = "JSON, but no object"
-    NO_FIELD = "the field is missing"
-    NO_TEXT = "the field holds no text"
-    LONE_SURROGATE = "half a character (a lone surrogate)"
-
-
-OF_FILES = (Reason.ARCHIVE, Reason.UNREADABLE, Reason.DAMAGED)
-"""Reasons that concern a file with all that it holds, of which the number of documents is not known."""
-
-
-class BadDocument(Exception):
-    """A document turned out to be none after pieces of it were given; it is counted already."""
-
-
-@dataclass
-class Skipped:
-    """Counts of what was read: documents given, and what was skipped.
-
-    Attributes:
-        counts: documents skipped, by reason.
-        files: files skipped wholly or from a place on, by reason.
-        first: the first place of each reason.
-        documents: documents that were given and turned out good.
-        empty: documents without a character, which are left out and are no mistake.
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
-    documents: int = 0
-    empty: int = 0
-
-    def add(self, reason: str, where: str, count: int = 1) -> None:
-        """Count documents, or a file where `reason` is one of files."""
-        counts = self.files if reason in OF_FILES else self.counts
-        counts[reason] = counts.get(reason, 0) + count
-        self.first.setdefault(reason, where)
-
-    def bad(self, reason: str, where: str) -> BadDocument:
-        """Count a document of which pieces were given, and return the exception that says so."""
-        self.add(reason, where)
-        return BadDocument(reason)
-
-    def merge(self, other: "Skipped") -> None:
-        """Add the counts of another reading, which comes later in the order of the files."""
-        for mine, more in ((self.counts, other.counts), (self.files, other.files)):
-            for reason, count in more.items():
-                mine[reason] = mine.get(reason, 0) + count
-        self.first = {**other.first, **self.first}
-        self.documents += other.documents
-        self.empty += other.empty
-
-    @property
-    def num_skipped(self) -> int:
-        """Return the documents skipped, files not counted."""
-        return sum(self.counts.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the counts for a journal."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Skipped":
-        """Return the counts that `to_json` gave."""
-        return cls(**found)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,7 @@ but the held-out documents. Rank 0 alone asks the hub what the dataset consists 
 and open the files of their own lanes (lanes.py).
 """
 
-import contextlib
 import json
-import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +18,8 @@ import xxhash
 
 from dsv3.config.registry import command
 from dsv3.data.cache import CacheEntryError, cache_root, load_or_build
-from dsv3.data.data_record import DataRecord, Piece, layout_digest
+from dsv3.data.data_record import DataRecord, layout_digest
+from dsv3.data.dataset_files import dataset_pieces
 from dsv3.data.document_encoder import DocumentEncoder, document_ends
 from dsv3.data.lanes import LaneOptions, LaneRows
 from dsv3.data.packing import PackedEvaluationDataset
@@ -45,12 +43,9 @@ HELD_OUT_CHARACTERS = 4 << 20
 TOKENIZER_CHARACTERS = 64 << 20
 """Characters that a new tokenizer is trained on."""
 
-SAMPLED_BYTES, SAMPLE = 2 << 30, 1 << 20
-"""Bytes of local files that enter the fingerprint, if they have more, and bytes of one stretch of them."""
-
 
 class StreamRecipe(NamedTuple):
-    """What another process needs to read the same stream."""
+    """All that another process needs to read the same stream."""
 
     stream: "TextStream"
     fingerprint: str
@@ -264,7 +259,7 @@ class HubData:
             raise
         except Exception as error:
             raise self._told(error) from error
-        pieces = _pieces({split: list(files.get(split, [])) for split in splits}, files)
+        pieces = dataset_pieces({split: list(files.get(split, [])) for split in splits}, files)
         return streams, DataRecord.of(pieces, None)
 
     def _stream(self, dataset: Any) -> TextStream:
@@ -391,64 +386,3 @@ def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[npt.NDArray[np.
             ends.append(len(tokens))
             work.advance()
     return np.array(tokens, np.uint32), np.array(ends, np.int64)
-
-
-def _pieces(files: dict[str, list[str]], known: Any) -> Iterator[Piece]:
-    """Yield the files of the splits, by names that do not tell where they lie."""
-    here = [Path(file) for paths in files.values() for file in paths if Path(file).is_file()]
-    total = sum(path.stat().st_size for path in here)
-    share = min(1.0, SAMPLED_BYTES / total) if total else 1.0
-    listed = _hub_listing(file for paths in files.values() for file in paths)
-    for split, paths in files.items():
-        folders = {str(Path(file).parent) for file in paths if Path(file).is_file()}
-        root = os.path.commonpath(folders) if folders else ""
-        tags = list(getattr(known.get(split), "origin_metadata", []))
-        tags = tags if len(tags) == len(paths) else [None] * len(paths)
-        with phase("looking at the files", len(paths), "files") as work:
-            for file, tag in zip(paths, tags, strict=True):
-                if Path(file).is_file():
-                    size, digest = _sample(Path(file), share)
-                    yield Piece(f"{split}: {os.path.relpath(file, root)}", size, digest)
-                else:
-                    size, digest = listed.get(file, (0, json.dumps(tag, default=str)))
-                    yield Piece(f"{split}: {_without_commit(file)}", size, digest)
-                work.advance()
-
-
-def _sample(path: Path, share: float) -> tuple[int, str]:
-    """Return the size of a file, and a digest of `share` of its bytes, in stretches spread over all of it."""
-    state, size = xxhash.xxh3_128(), path.stat().st_size
-    stretches = max(1, math.ceil(size * share / SAMPLE))
-    with path.open("rb") as file:
-        for number in range(stretches):
-            file.seek(size * number // stretches)
-            wanted = size * (number + 1) // stretches - file.tell()
-            state.update(file.read(wanted if share == 1.0 else min(SAMPLE, wanted)))
-    return size, state.hexdigest()
-
-
-def _hub_listing(urls: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Return size and blob of the hub's files by URL: a commit that leaves the files alone changes no blob.
-
-    The hub answers 1,000 files at a time. Where it does not list them, their commits must do.
-    """
-    listed: dict[str, tuple[int, str]] = {}
-    parts = [url.partition("@") for url in urls if _is_hub(url)]
-    for root in sorted({f"{name}@{rest.partition('/')[0]}" for name, _, rest in parts}):
-        with contextlib.suppress(OSError, ValueError):
-            from huggingface_hub import HfFileSystem
-
-            found: Any = HfFileSystem().find(root, detail=True)
-            for path, info in found.items():
-                listed[f"hf://{path}"] = info["size"], str(info["blob_id"])
-    return listed
-
-
-def _is_hub(url: str) -> bool:
-    return url.startswith("hf://") and "@" in url
-
-
-def _without_commit(url: str) -> str:
-    """Return the URL of a file of the hub without the commit, which is told as its tag."""
-    begin, _, rest = url.partition("@")
-    return f"{begin}/{rest.partition('/')[2]}" if _is_hub(url) else url

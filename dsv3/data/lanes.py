@@ -75,7 +75,7 @@ def lane_parts(num_pieces: int, lane: int, lanes: int) -> list[LanePart]:
 
 
 class LaneOptions(NamedTuple):
-    """How all lanes are read."""
+    """The numbers by which all lanes are read."""
 
     lanes: int
     lane_rows: int

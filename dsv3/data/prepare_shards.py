@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dsv3.data.byte_blocks import Report
-from dsv3.data.document_files import FIRST_PIECE, Document, ReadOptions, Skipped, read_documents
+from dsv3.data.document_files import FIRST_PIECE, Document, ReadOptions, read_documents
 from dsv3.data.input_files import Unit
 from dsv3.data.shard_index import (
     DTYPES,
@@ -33,6 +33,7 @@ from dsv3.data.shard_index import (
     sync_folder,
 )
 from dsv3.data.shard_writer import SHARD_TOKENS
+from dsv3.data.skip_limit import Skipped
 from dsv3.data.tokenize_unit import NOTE_EVERY, Counts, DocumentSource, TokenizeUnit
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.unit_pool import IN_PROCESS_BELOW, JOURNAL_FILE, run_units
@@ -258,6 +259,10 @@ class InputData:
     """`data=input`: what task=prepare reads. It is no data to train on."""
 
     def __init__(self, **common: Any) -> None:
+        self.common = common
+
+    def prepare(self, *args: Any, **how: Any) -> None:
+        """Raise UserError, which names the way to rows."""
         raise UserError(
             "data=input is what task=prepare reads: train on its shards, data=shards data.path=DIR"
         )

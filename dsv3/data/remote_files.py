@@ -1,9 +1,8 @@
 """Files of an object store or a web server, by any URL that fsspec reads: s3://, gs://, https:// and others.
 
 Small files are fetched as a whole, arrays by blocks of 64 KiB. Both are kept in the cache of prepared data,
-arrays within a bound. A block is asked for once per node, however many of its processes want it. What fails in
-passing is tried again. Blocks are kept by URL, version and number, so that a file that was replaced is read
-anew.
+arrays within a bound. A block is asked for once per node, however many of its processes want it. What fails
+in passing is tried again. Blocks are kept by URL, version and number: a file that was replaced is read anew.
 """
 
 import contextlib
@@ -71,7 +70,7 @@ class RemoteFolder:
 
     @cached_property
     def _directory(self) -> Path:
-        """The folder's entry of the cache."""
+        """Return the folder's entry of the cache."""
         name = f"remote-{xxhash.xxh3_64_hexdigest(self.url.encode())}"
 
         def read(directory: Path) -> Path:

@@ -39,7 +39,7 @@ _DIGESTED_TOGETHER = 1 << 24
 
 
 class ShardsRecipe(NamedTuple):
-    """What a process needs to read what another one has opened: no file is opened again."""
+    """Let a process read what another one has opened: no file is opened again."""
 
     train: Sequence[Segment]
     held_out: Sequence[Segment]

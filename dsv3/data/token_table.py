@@ -137,7 +137,7 @@ class TableDataset:
 
 
 class TableRecipe(NamedTuple):
-    """What a process needs to read what another one has opened."""
+    """Let a process read the table that another one has opened."""
 
     files: Sequence[NpyFile]
     fingerprint: str

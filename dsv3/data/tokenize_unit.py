@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from dsv3.data.byte_blocks import Report
 from dsv3.data.document_encoder import DocumentEncoder, Window, document_ends
-from dsv3.data.document_files import BadDocument, Skipped
 from dsv3.data.input_files import Unit
 from dsv3.data.shard_index import DTYPES, sync_folder
 from dsv3.data.shard_writer import SHARD_TOKENS, ShardWriter
+from dsv3.data.skip_limit import BadDocument, Skipped
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.unit_pool import WorkPlace
 

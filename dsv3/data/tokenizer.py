@@ -294,7 +294,10 @@ class TrainedTokenizer:
             except UserError as error:
                 raise CacheEntryError from error
 
-        return load_or_build(cache.with_name(name), read, lambda path: self._train(texts).save(path))
+        made_from = f"the training side of a corpus, for at most {self.vocab_size:,} ids"
+        return load_or_build(
+            cache.with_name(name), read, lambda path: self._train(texts).save(path), made_from
+        )
 
     def _train(self, texts: Iterable[str]) -> Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE())

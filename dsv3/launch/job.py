@@ -6,6 +6,7 @@ The world size comes from the config, the launcher's environment and the GPUs of
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -243,14 +244,15 @@ def complete_config(
         whole = _global_batch(config, degrees)
         needed = f"as {ranks} data-parallel ranks need" + (" in a pipeline" if degrees.pp > 1 else "")
         reasons["train.global_batch_size"] = needed if whole != _GLOBAL_BATCH else "the default"
-    micro = train.microbatch_size
-    if micro is None:
-        micro = _microbatch(config, degrees, whole // ranks, length)
-        reasons["train.microbatch_size"] = f"at most about {MICROBATCH_TOKENS:,} tokens"
     ramp = train.batch_ramp
     if ramp.start is not None and ramp.increment is None:
         ramp = replace(ramp, increment=ramp.start)
         reasons["train.batch_ramp.increment"] = "train.batch_ramp.start"
+    micro = train.microbatch_size
+    if micro is None:
+        sizes = BatchSchedule(whole, ramp.start, ramp.increment or 1).sizes
+        micro = _microbatch(config, degrees, [size // ranks for size in sizes], length)
+        reasons["train.microbatch_size"] = f"at most about {MICROBATCH_TOKENS:,} tokens"
     if config.precision.compute is ComputeType.auto:
         found = config.hardware.name == "auto"
         named = "no GPU was found" if hardware.name == CPU else f"{hardware.name} was found"
@@ -340,17 +342,20 @@ def _global_batch(config: Config, degrees: ParallelDims) -> int:
     return equal_shares if unit * least <= equal_shares else unit * degrees.pp * _PIPELINE_ROUNDS
 
 
-def _microbatch(config: Config, degrees: ParallelDims, sequences: int, length: int) -> int:
-    """Return the sequences per microbatch; gradient accumulation goes over the rest of a rank's `sequences`.
+def _microbatch(config: Config, degrees: ParallelDims, sequences: Sequence[int], length: int) -> int:
+    """Return the sequences per microbatch; gradient accumulation goes over the rest of a rank's sequences.
 
-    It is the largest divisor that keeps a microbatch near MICROBATCH_TOKENS and suits the pipeline schedule.
+    It is the largest divisor that keeps a microbatch near MICROBATCH_TOKENS and suits the pipeline schedule,
+    for every number of `sequences` that a rank has in a step: where the batch ramps up there are several.
     """
     per_rank = stage_count(config.parallel, degrees.pp) // degrees.pp
 
-    def runs(microbatch: int) -> bool:
-        count, rest = divmod(sequences, microbatch)
+    def suits(count: int, rest: int) -> bool:
         schedule = config.parallel.schedule
         return rest == 0 and (degrees.pp == 1 or supports_microbatches(schedule, degrees.pp, per_rank, count))
 
-    most = min(sequences, max(1, MICROBATCH_TOKENS // length))
+    def runs(microbatch: int) -> bool:
+        return all(suits(*divmod(number, microbatch)) for number in sequences)
+
+    most = min(*sequences, max(1, MICROBATCH_TOKENS // length))
     return max(filter(runs, range(1, most + 1)), default=1)

@@ -68,6 +68,19 @@ class _TakeTokens(torch.autograd.Function):
         return _put(gradients[0], ctx.saved_tensors[0], ctx.positions), None
 
 
+class _PutTokens(torch.autograd.Function):
+    """The transpose of _TakeTokens; index_copy would keep its rows for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, positions: int) -> Tensor:
+        ctx.save_for_backward(places)
+        return _put(rows, places, positions)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0][ctx.saved_tensors[0]], None, None
+
+
 def take_tokens(x: Tensor, padding: PaddingMask) -> Tensor:
     """Return the rows [tokens, D] of `x` [N, D] that are tokens."""
     return _TakeTokens.apply(x, padding.places)  # type: ignore[no-any-return, no-untyped-call]
@@ -75,7 +88,7 @@ def take_tokens(x: Tensor, padding: PaddingMask) -> Tensor:
 
 def put_tokens(rows: Tensor, padding: PaddingMask) -> Tensor:
     """Return [N, D] with the `rows` [tokens, D] of the tokens, and zeros for padding."""
-    return _put(rows, padding.places, padding.is_token.numel())
+    return _PutTokens.apply(rows, padding.places, padding.is_token.numel())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _put(rows: Tensor, places: Tensor, positions: int) -> Tensor:

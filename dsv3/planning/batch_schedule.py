@@ -164,4 +164,8 @@ def _nearest(batch: BatchSchedule, unit: int, works: Callable[[int], bool]) -> s
     for starts in (reversed(below), above):
         ramps = ((start, found[0]) for start in starts if (found := increments(start)))
         told += [f"{RAMP}.start={start} {RAMP}.increment={n}" for start, n in islice(ramps, 1)]
-    return f"nearest that work: {', or '.join(told)}" if told else "no ramp works: leave it out"
+    return (
+        f"nearest that work: {', or '.join(told)}"
+        if told
+        else "no ramp works: take a smaller train.microbatch_size, or leave it out"
+    )

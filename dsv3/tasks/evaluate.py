@@ -106,7 +106,7 @@ def _describe(job: Job, data: PreparedData, every_row: bool) -> dict[str, Any]:
     config, tokenizer = job.config, data.tokenizer
     return {
         "data": choice_name("data", config.data._target_),
-        "data_path": getattr(config.data, "path", None),
+        "data_path": getattr(config.data, "path", None) or getattr(config.data, "dataset", None),
         "data_fingerprint": data.fingerprint,
         "held_out": None if every_row else config.data.held_out,
         "sequence_length": data.sequence_length,

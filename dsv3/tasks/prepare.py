@@ -15,7 +15,7 @@ from typing import Any
 from dsv3.config.data import InputDataConfig, TrainedTokenizerConfig
 from dsv3.config.root import Config
 from dsv3.config.strict import build
-from dsv3.data.document_files import ReadOptions, Reason, Skipped
+from dsv3.data.document_files import ReadOptions
 from dsv3.data.input_files import HUB, FileKind, FoundFiles, InputFile, Unit, find_files
 from dsv3.data.input_units import plan_units
 from dsv3.data.prepare_shards import (
@@ -29,7 +29,7 @@ from dsv3.data.prepare_shards import (
     unwritable,
 )
 from dsv3.data.shard_index import HELD_OUT, TRAIN, ShardIndex
-from dsv3.data.skip_limit import require_few_skipped, skipped_lines
+from dsv3.data.skip_limit import Reason, Skipped, require_few_skipped, skipped_lines
 from dsv3.data.table_files import hub_dataset, saved_dataset
 from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
 from dsv3.data.unit_pool import JOURNAL_FILE

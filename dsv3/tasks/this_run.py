@@ -236,20 +236,20 @@ class RunFacts:
             frozen = " ".join(optimizer.frozen)
             yield "", f"frozen {frozen}: {trained:,} of {total:,} parameters are trained"
         assert end is not None
-        factor, warmup = build_schedule(config), config.schedule.warmup_steps
+        schedule, warmup = build_schedule(config), config.schedule.warmup_steps
         told = f"{choice_name('schedule', config.schedule._target_)}, {amount(warmup, 'steps')} of warm-up"
         told += self._reason("schedule.warmup_steps")
-        yield "schedule", f"{told}, {optimizer.lr * factor(end):g} at its end, step {end:,}"
+        yield "schedule", f"{told}, {optimizer.lr * schedule(end):g} at its end, step {end:,}"
         balance, mtp = train.balance, train.mtp_loss
         if config.model.num_moe_layers and config.model.moe.selection_bias:
             if balance.speed == 0:
                 stay = f"expert biases stay as they are{self._reason('train.balance.bias_speed')}"
                 yield "biases", f"{stay}: train.balance.bias_speed={BIAS_SPEED:g} moves them"
             else:
-                until = f"until step {factor.last_step(balance.bias_until):,}"
+                until = f"until step {schedule.last_step(balance.bias_until):,}"
                 yield "biases", f"expert biases move by {balance.speed:g} per step {until}"
         if config.model.mtp_depths:
-            switch = f"until step {factor.last_step(mtp.switch_at):,}, then {mtp.final_weight:g}"
+            switch = f"until step {schedule.last_step(mtp.switch_at):,}, then {mtp.final_weight:g}"
             depths = amount(config.model.mtp_depths, "depths")
             yield "MTP loss", f"{depths}, weight {mtp.weight:g} {switch}"
         elif left_out := self._mtp_left_out():

@@ -34,11 +34,14 @@ CHOICES = [(group, choice) for group, choices in config_groups().items() for cho
 NEEDED = {
     ("data", "text"): ["data.path=somewhere"],
     ("data", "tokens"): ["data.path=somewhere.npy"],
+    ("data", "hf"): ["data.dataset=somewhere"],
+    ("data", "shards"): ["data.path=somewhere"],
     ("data", "mixture"): ["+data.sources={{one:{{source:stdlib,weight:1}}}}"],
     ("tokenizer", "local"): ["tokenizer.path=somewhere"],
     ("model", "hf"): ["model.path={hf}"],
     ("task", "verify"): ["model=hf", "model.path={hf}"],
     ("task", "compare"): ["task.runs=somewhere"],
+    ("task", "prepare"): ["task.input=[somewhere]", "task.output=somewhere"],
 }
 
 

@@ -361,7 +361,10 @@ def values_of(key: SchemaKey, files: dict[str, str]) -> tuple[Any, Any]:
     return one, OTHER.get(key.name, another(key, one))
 
 
-UNTYPED = {"run.resume", "run.dir", "run.allow_targets", "checkpoint.load", "model.path", "train.callbacks"}
+UNTYPED = {
+    *("run.resume", "run.dir", "run.allow_targets", "checkpoint.load", "model.path", "train.callbacks"),
+    "data.sources",
+}
 """Keys with tests of their own, where they do not stand in the config as they are typed."""
 
 

@@ -50,6 +50,30 @@ def test_sources_are_typed_in_one_word_or_key_by_key() -> None:
     ]
 
 
+def test_a_study_lists_sources_and_what_is_typed_wins_key_by_key(tmp_path: Path) -> None:
+    (tmp_path / "experiments").mkdir()
+    study = {
+        "defaults": [{"override /data": "mixture"}],
+        "data": {
+            "sources": {
+                "web": {"path": "/a", "weight": 1},
+                "code": {"path": "/b", "weight": [[0, 1], [9, 2]]},
+            }
+        },
+    }
+    text = f"# @package _global_\n{yaml.dump(study)}"
+    (tmp_path / "experiments" / "mix.yaml").write_text(text)
+    typed = prepare(
+        ["experiments=mix", "data.sources.code.weight=0.5", "data.sources={more:{path:/c,weight:2}}"]
+    )
+    config = sources(strict(compose(typed, [f"file://{tmp_path}"])))
+    assert config.sources == {
+        "web": {"path": "/a", "weight": 1},
+        "code": {"path": "/b", "weight": 0.5},
+        "more": {"path": "/c", "weight": 2},
+    }
+
+
 def test_a_source_has_the_keys_of_the_mixture_where_it_does_not_set_them() -> None:
     config = composed(TYPED, "data.fim_rate=0.1", "data.sources.code.fim_rate=0.5", "data.packing=best_fit")
     code, web = read_sources(sources(config))

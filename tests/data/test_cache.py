@@ -170,7 +170,7 @@ def _hold(target: Path, building: "multiprocessing.synchronize.Event") -> None:
 
 def test_after_a_kill_the_next_process_goes_on(tmp_path: Path) -> None:
     building = SPAWN.Event()
-    holder = SPAWN.Process(target=_hold, args=(tmp_path / "entry", building))
+    holder = SPAWN.Process(target=_hold, args=(tmp_path / "entry", building), daemon=True)
     holder.start()
     assert building.wait(20)
     lock = FileLock(tmp_path / ".entry.lock")

@@ -95,7 +95,7 @@ def _use(entry: Path, used: "multiprocessing.synchronize.Event") -> None:
 
 def test_what_a_process_has_open_or_builds_stays(root: Path) -> None:
     used = SPAWN.Event()
-    user = SPAWN.Process(target=_use, args=(root / "tokens-new", used))
+    user = SPAWN.Process(target=_use, args=(root / "tokens-new", used), daemon=True)
     user.start()
     assert used.wait(20)
     (root / ".tokens-next.work").mkdir()

@@ -62,6 +62,10 @@ def test_a_record_is_bounded_and_finds_any_change(monkeypatch: pytest.MonkeyPatc
                 assert int(change.told.split()[3]) < 100
     few = DataRecord.of(FILES[:20], "a")  # of another level
     assert "the same" not in DataChange.between(old, few).told
+    for other in (300, 40, 7):  # a later version may hold more or fewer entries
+        monkeypatch.setattr(data_record, "LIMIT", other)
+        now = DataRecord.of(FILES, "a")
+        assert DataChange.between(old, now).told == "the same files read otherwise"
     assert DataChange.between(old, DataRecord.of(FILES, "a")).told == "the same files read otherwise"
 
 

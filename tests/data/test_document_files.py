@@ -13,9 +13,10 @@ import pytest
 import zstandard
 
 from dsv3.data import byte_blocks, document_files, input_units, table_files
-from dsv3.data.document_files import BadDocument, ReadOptions, Reason, Skipped, read_documents
+from dsv3.data.document_files import ReadOptions, read_documents
 from dsv3.data.input_files import FileKind, InputFile, find_files
 from dsv3.data.input_units import plan_units
+from dsv3.data.skip_limit import BadDocument, Reason, Skipped
 from dsv3.data.table_files import hub_dataset, saved_dataset
 from dsv3.errors import UserError
 

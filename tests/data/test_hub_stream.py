@@ -11,7 +11,7 @@ import pytest
 
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.config.data import HubDataConfig
-from dsv3.data import hub_stream
+from dsv3.data import dataset_files, hub_stream
 from dsv3.data.data_record import DataChange
 from dsv3.data.hub_stream import HubData
 from dsv3.data.lanes import LaneRows
@@ -154,7 +154,7 @@ def test_another_split_is_held_out_and_its_texts_are_not_trained_on(
     ],
 )
 def test_mistakes_are_told(
-    tokenizer: Tokenizer, tmp_path: Path, options: dict[str, str], message: str
+    tokenizer: Tokenizer, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     options = {"dataset": str(json_lines(tmp_path / "set")), **options}
     with pytest.raises(UserError, match=message):
@@ -196,7 +196,7 @@ def test_a_commit_that_leaves_the_files_alone_is_no_change(monkeypatch: pytest.M
 
     def pieces(commit: str) -> list[Any]:
         files = {"train": [f"hf://datasets/o/n@{commit}/a.parquet"]}
-        return list(hub_stream._pieces(files, {}))
+        return list(dataset_files.dataset_pieces(files, {}))
 
     assert pieces("ab") == pieces("cd") == [("train: hf://datasets/o/n/a.parquet", 5, "x", None, None)]
     blobs["datasets/o/n@cd/a.parquet"]["blob_id"] = "y"
@@ -206,15 +206,15 @@ def test_a_commit_that_leaves_the_files_alone_is_no_change(monkeypatch: pytest.M
 def test_large_files_enter_the_fingerprint_by_stretches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_stream, "SAMPLE", 100)
+    monkeypatch.setattr(dataset_files, "SAMPLE", 100)
     content = bytearray(np.random.default_rng(0).bytes(10_000))
     (tmp_path / "a").write_bytes(content)
-    whole, sampled = (hub_stream._sample(tmp_path / "a", share) for share in (1.0, 0.2))
+    whole, sampled = (dataset_files._sample(tmp_path / "a", share) for share in (1.0, 0.2))
     assert whole != sampled
     content[0] ^= 1
     (tmp_path / "a").write_bytes(content)
-    assert hub_stream._sample(tmp_path / "a", 1.0) != whole
-    assert hub_stream._sample(tmp_path / "a", 0.2) != sampled
+    assert dataset_files._sample(tmp_path / "a", 1.0) != whole
+    assert dataset_files._sample(tmp_path / "a", 0.2) != sampled
 
 
 def test_lanes_follow_from_the_batch_alone() -> None:

@@ -103,7 +103,9 @@ RAMP = BatchSchedule(48, 16, 16, 500, 3)
 def test_across_a_ramp_every_layout_takes_the_rows_one_after_another(world: int, microbatch: int) -> None:
     """The layout changes at every step, as after a resume at each: all it needs is the count of samples."""
     ranks = [DataLoader(NumberedRows(), RAMP, microbatch, rank, world) for rank in range(world)]
-    whole, samples, seen, sizes = DataLoader(NumberedRows(), RAMP, 16), 0, [], []
+    whole, samples = DataLoader(NumberedRows(), RAMP, 16), 0
+    seen: list[int] = []
+    sizes: list[int] = []
     for number in range(15):
         loaders = ranks if number % 2 == 0 else [whole]
         batches = [batch for loader in loaders for batch in loader.microbatches(samples)]

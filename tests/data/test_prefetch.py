@@ -51,8 +51,12 @@ class Rows:
 
     def wait_for(self, count: int) -> None:
         """Wait until so many rows have been read."""
+        assert self.come(count, SOON)
+
+    def come(self, count: int, within: float) -> bool:
+        """Return True once so many rows have been read, False after so many seconds."""
         with self.came:
-            assert self.came.wait_for(lambda: len(self.read) >= count, SOON)
+            return self.came.wait_for(lambda: len(self.read) >= count, within)
 
 
 @contextmanager
@@ -94,6 +98,7 @@ def test_at_most_as_many_steps_are_made_ahead_as_asked_for_and_each_once() -> No
     rows = Rows()
     with prefetching(rows, depth=3, steps=10) as prefetcher:
         rows.wait_for(3 * 2)
+        assert not rows.come(3 * 2 + 1, within=0.2)
         for number in range(10):
             prefetcher.microbatches(2 * number)
             # One more is made for the one that was taken, in the thread; whether it is there already is open.

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from dsv3.data import document_encoder, prepare_shards, shard_writer, tokenize_unit, unit_pool
-from dsv3.data.document_files import FIRST_PIECE, BadDocument, Document, ReadOptions, Skipped
+from dsv3.data.document_files import FIRST_PIECE, Document, ReadOptions
 from dsv3.data.input_files import Unit, find_files
 from dsv3.data.input_units import plan_units
 from dsv3.data.prepare_shards import UNFINISHED, HashedSides
 from dsv3.data.shard_index import HELD_OUT, TRAIN, Shard, ShardIndex, dtype_for
 from dsv3.data.shard_writer import NpyFile, ShardWriter
+from dsv3.data.skip_limit import BadDocument, Skipped
 from dsv3.data.token_shards import open_side
 from dsv3.data.tokenize_unit import TokenizeUnit
 from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
@@ -209,7 +210,7 @@ def test_kill_9_changes_no_byte_and_leaves_no_process(
 
 
 def test_a_process_that_dies_and_a_mistake_in_one_are_told(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match=r"read .*a.jsonl was killed by signal 9.*goes on where it was"):
+    with pytest.raises(RunFailed, match=r"read .*\.jsonl was killed by signal 9.*goes on where it was"):
         prepare(source, tmp_path / "out", workers=2, kind=DyingSides)
     with pytest.raises(UserError, match="does not exist"):
         run_units(

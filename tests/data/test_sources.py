@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3.data import corpus_scan, document_files
+from dsv3.data import corpus_scan, document_files, document_scan
 from dsv3.data.input_units import plan_units
 from dsv3.data.packing import PackedDataset
 from dsv3.data.shard_index import HELD_OUT, TRAIN, ShardIndex
@@ -97,7 +97,7 @@ def test_what_was_read_and_skipped_is_told(folder: Path) -> None:
     total = 1000 * len(sentence(7)) + sum(len(sentence(number)) for number in [*range(120), 0, 0, 0]) + 3 * 19
     assert told == [
         "127 documents of 129 files of text (a file is a document), 3 duplicates dropped, "
-        f"the largest, b.txt, has {1000 * len(sentence(7)) / total:.1%} of it",
+        f"the largest, b.txt, has {1000 * len(sentence(7)) / total:.1%} of the text",
         "skipped 1 document: not UTF-8, first latin.txt",
         "skipped 1 document: NUL bytes (no text), first zeros.bin",
         "1 file begins with a byte order mark of UTF-16-LE, and is read as that, first u.txt",
@@ -157,7 +157,8 @@ def test_a_second_time_comes_from_the_cache_and_a_change_does_not(
     first = prepare(folder)
     entries = sorted(cache.iterdir())
     with monkeypatch.context() as patched:
-        patched.setattr(corpus_scan, "read_documents", lambda *_: pytest.fail("a text is read"))
+        for module in (corpus_scan, document_scan):
+            patched.setattr(module, "read_documents", lambda *_: pytest.fail("a text is read"))
         again = prepare(folder)
     assert sorted(cache.iterdir()) == entries
     assert (again.summary, again.told, again.record) == (first.summary, first.told, first.record)
@@ -281,7 +282,8 @@ def test_a_killed_scan_and_a_killed_tokenizing_go_on_where_they_were(
             raise KeyboardInterrupt
         return read(unit, *arguments)
 
-    monkeypatch.setattr(corpus_scan, "read_documents", interrupted)
+    for module in (corpus_scan, document_scan):
+        monkeypatch.setattr(module, "read_documents", interrupted)
     everything: list[int] = []
     first: tuple[list[str], list[str]] = ([], [])
     for _ in range(40):

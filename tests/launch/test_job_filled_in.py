@@ -151,3 +151,17 @@ def test_a_table_of_ids_is_opened_once_for_the_length_that_it_sets(
         "the width of the rows sets it",
     )
     assert len(opened) == 1
+
+
+def test_a_microbatch_that_is_filled_in_splits_every_batch_of_a_ramp(planned: PlannedCommand) -> None:
+    ramp = ["train.global_batch_size=24", "train.batch_ramp.start=4", "train.batch_ramp.tokens=1e4"]
+    job = planned.run("train.sequence_length=64", "train.batch_ramp.increment=10", *ramp).job
+    assert job.config.train.microbatch == 2  # of batches of 4, 14 and 24
+    job = planned.run("train.sequence_length=64", *ramp).job
+    assert (job.config.train.microbatch, job.config.train.batch_ramp.increment) == (4, 4)
+    assert job.reasons["train.batch_ramp.increment"] == "train.batch_ramp.start"
+    assert job.plan.shape.microbatches == 6  # of the largest batch, which needs most memory
+    refused = planned.run("train.microbatch_size=8", *ramp)
+    assert refused.code == 2
+    assert "make a batch of 4 sequences, no multiple of 8 " in refused.err
+    assert "nearest that work: train.batch_ramp.start=8 train.batch_ramp.increment=8" in refused.err

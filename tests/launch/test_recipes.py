@@ -88,7 +88,8 @@ def test_the_reports_ramp_is_planned_and_its_schedule_goes_by_tokens(
     ranks = "launch.world_size=2048"
     outcome = planned.run("task=plan", f"model={model}", "parallel=pp", ranks, *recipes()[model]["batch"])
     job = outcome.job
-    plan, batch = job.plan.to_json()["run"], BatchSchedule.of(job.config.train)
+    plan: Any = job.plan.to_json()["run"]
+    batch = BatchSchedule.of(job.config.train)
     assert batch.increment == batch.start
     step = batch.final * 4096
     assert 0 <= plan["tokens"] - tokens < 2 * step  # a round number of steps

@@ -134,3 +134,18 @@ def test_tokens_are_taken_and_put_back_and_their_gradients_too() -> None:
     assert torch.equal(put_tokens(rows, padding), x.where(is_token.unsqueeze(1), 0))
     assert torch.autograd.gradcheck(lambda x: take_tokens(x, padding), (x,))
     assert torch.autograd.gradcheck(lambda rows: put_tokens(rows, padding), (rows.detach().requires_grad_(),))
+
+
+def test_padding_makes_autograd_keep_no_more_rows() -> None:
+    module, x, kept = layer(MOE), normal(2, 9, 32), []
+    for padding in (None, mask([9, 8])):
+        sizes: list[int] = []
+
+        def note(saved: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(saved.numel() if saved.is_floating_point() and saved.shape[-1:] == (32,) else 0)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            module(x, padding)
+        kept.append(sum(sizes))
+    assert kept[0] - kept[1] == 2 * MOE.top_k * 32  # one token's rows: the experts' inputs and results

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dsv3.data.tokenizer import TrainedTokenizer
+from tests.data.token_formats import megatron
 from tests.harness.checkpoints import seal
 from tests.harness.commands import ConvertCommand, TrainCommand
 from tests.harness.outcome import refused
@@ -210,6 +211,23 @@ def test_of_a_table_that_is_given_every_row_is_scored_and_of_a_runs_own_what_it_
     told = json.loads(outcome.out.splitlines()[-1])
     assert (told["tokens"], told["held_out"]) == (40 * 16, None)
     assert "data.held_out every row (the run: 0.2)" in outcome.err
+
+
+def test_ids_of_another_tool_train_and_padding_is_no_target(commands: TrainCommand, tmp_path: Path) -> None:
+    """Megatron's files without a tokenizer: a run of its own split, then typed ids that are scored whole."""
+    random = np.random.default_rng(0)
+    documents = [random.integers(1, 300, size).tolist() for size in random.integers(2, 40, 60)]
+    path, run = megatron(tmp_path / "corpus", documents), tmp_path / "run"
+    commands.train(run, *SHORT, "data=shards", f"data.path={path.with_suffix('')}", "data.held_out=0.2")
+    own = result(commands, run)
+    assert (own["loss"], own["comparable"]) == (rows(run)[-1]["evaluation_loss"], True)
+    whole = result(commands, run, "data=shards", f"data.path={path}")
+    assert (whole["tokens"], whole["held_out"]) == (sum(len(ids) - 1 for ids in documents), None)
+    table = random.integers(1, 300, (20, 17))
+    table[random.random(table.shape) < 0.3] = 0
+    np.save(tmp_path / "padded.npy", table)
+    padded = result(commands, run, "data=tokens", f"data.path={tmp_path / 'padded.npy'}", "data.pad_id=0")
+    assert padded["tokens"] == sum(max(0, row - 1) for row in (table != 0).sum(1).tolist())
 
 
 def test_a_checkpoint_that_says_nothing_tells_what_is_used(

@@ -77,7 +77,7 @@ def test_a_run_tells_what_it_took_and_a_resume_what_goes_on(
     assert texts == (
         f"text {folder}: {stored['tokens_train'] + stored['tokens_held_out']:,} tokens in 41 documents of "
         "43 files of text (a file is a document), 1 duplicate dropped, 1 empty, "
-        "the largest, 10.txt, has 2.5% of it"
+        "the largest, 10.txt, has 2.5% of the text"
     )
     assert told["data"].split("; ")[1] == "skipped 1 document: not UTF-8, first latin.txt"
     assert sides == f"training {stored['documents_train']} documents, {stored['tokens_train']:,} tokens"
@@ -91,10 +91,11 @@ def test_a_run_tells_what_it_took_and_a_resume_what_goes_on(
     assert document == "a document is <|begin_of_sentence|> text <|end_of_sentence|>"
     assert told["tokenizer"].startswith("trained on the training side, ")
     assert told["batch"] == (
-        "4 sequences x 32 tokens = 128 tokens per step; ramp from 2 to 4 sequences by 2 over the first 100 tokens "
-        "(train.batch_ramp.start); step 3 is the first of the whole batch"
+        "4 sequences x 32 tokens = 128 tokens per step; ramp from 2 to 4 sequences by 2 over the first 100 "
+        "tokens (train.batch_ramp.start); step 3 is the first of the whole batch"
     )
-    assert told["microbatch"] == "4 sequences per rank (at most about 4,096 tokens), 1 per step"
+    micro = "2 sequences per rank (at most about 4,096 tokens), 2 per step (gradient accumulation)"
+    assert told["microbatch"] == micro  # the first step has 2 sequences
     assert told["layout"] == "none: 1 rank of cpu"
     assert told["precision"] == "fp32: no GPU was found"
     assert told["attention"].startswith(

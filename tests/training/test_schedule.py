@@ -121,7 +121,7 @@ def test_a_warm_up_that_reaches_into_the_decay_still_ends_at_the_peak(schedule: 
 
 @pytest.mark.parametrize("kind", ["v3", "steps", "wsd", "cosine"])
 def test_under_a_ramp_a_step_has_the_rate_of_its_tokens(kind: str) -> None:
-    """With steps of 10, 20, 30 and then 40 rows, a step has the rate of the constant run's step at its tokens."""
+    """Steps have 10, 20, 30 and then 40 rows; each has the rate of the constant run's step at its tokens."""
 
     def build(total: int) -> Schedule:
         return {
