@@ -270,8 +270,8 @@ def write_page(results: dict[str, Any]) -> None:
         told = ", ".join(f"{size:.0f} MiB at {name}" for name, size in sizes.items())
         lines.append(f"| anonymous memory of a process that reads shards | {told} |")
     if start := results.get("start"):
-        more = start["warm_cpu_seconds_for_the_large_text"]
-        lines.append(f"| 300 MB of cached text at the start, 2 ranks | {more:.1f} CPU s more than 1 MB |")
+        extra = start["warm_cpu_seconds_for_the_large_text"]
+        lines.append(f"| 300 MB of cached text at the start, 2 ranks | {extra:.1f} CPU s more than 1 MB |")
     fill("data.md", "data benchmark", lines)
 
 

@@ -18,8 +18,9 @@ T = TypeVar("T")
 def together(ranks: RankContext, work: Callable[[], T], waiting: str | None = None) -> list[T]:
     """Do `work` on each rank and return all results in rank order; all ranks call it together.
 
-    `waiting` is the phase of a rank whose own part is done (metrics/progress.py). Results pass through every rank, so they must be small. Raises on all ranks what the first of those that
-    failed raised: an OSError, a UserError, or a RunFailed that names any other error and its rank.
+    `waiting` is the phase of a rank whose own part is done (metrics/progress.py). Results pass through every
+    rank, so they must be small. Raises on all ranks what the first of those that failed raised: an OSError, a
+    UserError, or a RunFailed that names any other error and its rank.
     """
     result: list[T] = []
     problem = cause = None

@@ -67,7 +67,7 @@ class DataConfig(Buildable):
     packing: Packing = Packing.concat
     """Rows are cut from joined documents (concat), or hold whole ones and padding (best_fit)."""
     fim_rate: float = 0.0
-    """Share of the training documents rearranged for fill-in-the-middle (PSM); 0.1 in DeepSeek-V3's report."""
+    """Share of training documents rearranged for fill-in-the-middle (PSM); 0.1 in DeepSeek-V3's report."""
     cache_dir: str | None = field(default=None, metadata=PATH)
     """Directory of prepared tokens; null is $DSV3_CACHE, else $XDG_CACHE_HOME/dsv3, else ~/.cache/dsv3."""
     allow_change: bool = field(default=False, metadata={"argument": False})

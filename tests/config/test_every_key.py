@@ -184,9 +184,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, text: Path, cache: Path) -> 
             folder / f"tokenizer{suffix}"
         )
     documents = np.array_split(np.arange(3000) % 256, np.random.default_rng(0).choice(3000, 40).tolist())
-    for name, texts in (("shards", documents), ("shards2", documents[3:])):
+    for name, chosen in (("shards", documents), ("shards2", documents[3:])):
         own = Tokenizer.from_file(folder / "tokenizer")
-        own.save(shards(folder / name, texts) / "tokenizer")
+        own.save(shards(folder / name, [ids.tolist() for ids in chosen]) / "tokenizer")
         reference = TokenizerReference(own.fingerprint(), "tokenizer")
         index = ShardIndex.read(folder / name)
         ShardIndex(index.dtype_name, index.splits, own.size, tokenizer=reference).write(folder / name)

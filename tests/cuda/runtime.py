@@ -142,7 +142,7 @@ def _install_in_threads() -> None:
         with SimulationMode():  # type: ignore[no-untyped-call]
             run(thread)
 
-    threading.Thread.run = run_simulated  # type: ignore[method-assign]
+    threading.Thread.run = run_simulated  # type: ignore[method-assign, assignment]
 
 
 def set_gpu(device: Any) -> None:

@@ -16,8 +16,9 @@ MARKUP = "[bold]a[/bold] [/x] [red] :smile: /tmp/[run]"
 
 
 def _row(step: int, held_out: float | None = None) -> MetricsRow:
-    figures = {"loss": 5.12344, "lr": 3e-3, "grad_norm": 1.234, "tokens_per_second": 12345.4}
-    return MetricsRow(step=step, tokens=step, evaluation_loss=held_out, **figures)
+    row = MetricsRow(step=step, tokens=step, evaluation_loss=held_out, loss=5.12344, lr=3e-3)
+    row.grad_norm, row.tokens_per_second = 1.234, 12345.4
+    return row
 
 
 def _clock(seconds: float) -> Iterator[float]:
@@ -238,7 +239,8 @@ def test_at_an_evaluation_each_source_of_a_mixture_has_a_line(tmp_path: Path) ->
     log, stream = tmp_path / "log.txt", io.StringIO()
     console = Console(log_path=log, file=stream)
     console.start(20)
-    web, code = {"tokens": 12345.0, "epochs": 0.25, "evaluation_loss": 3.5}, {"tokens": 7.0, "epochs": 2.0}
+    web: dict[str, float | None] = {"tokens": 12345.0, "epochs": 0.25, "evaluation_loss": 3.5}
+    code: dict[str, float | None] = {"tokens": 7.0, "epochs": 2.0}
     console.step(MetricsRow(step=10, tokens=12352, loss=4.0, sources={"web": web, "code": code}))
     assert "epochs" not in stream.getvalue()
     evaluated = MetricsRow(step=20, tokens=12352, evaluation_loss=3.0, sources={"web": web, "code": code})

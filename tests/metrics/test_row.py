@@ -26,8 +26,8 @@ def test_what_is_not_finite_is_written_as_null() -> None:
 
 
 def test_the_values_of_sources_are_written_by_source_and_drawn_by_their_path() -> None:
-    web = {"tokens": 10, "epochs": 0.5, "evaluation_loss": 3.0}
-    code = {"tokens": 20, "epochs": 1.5, "evaluation_loss": float("nan")}
+    web: dict[str, float | None] = {"tokens": 10, "epochs": 0.5, "evaluation_loss": 3.0}
+    code: dict[str, float | None] = {"tokens": 20, "epochs": 1.5, "evaluation_loss": float("nan")}
     row = MetricsRow(step=1, tokens=30, sources={"web": web, "code": code})
     written = json.loads(row.to_json())
     assert written["sources"] == {"web": web, "code": code | {"evaluation_loss": None}}

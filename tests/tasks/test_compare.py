@@ -153,6 +153,7 @@ def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_pa
         "reason": None,
         "largest_difference": None,
         "convergence": None,
+        "data_changes": [],
     }
     assert printed["runs"][4]["reason"] == "train.steps=0 is not possible"
 
