@@ -266,7 +266,7 @@ def write_page(results: dict[str, Any]) -> None:
         told = f"{cut}, with {row['best_fit_padding']:.3%} of padding"
         lines.append(f"| of them cut by rows of 4,096 tokens | {told} |")
     if memory := results.get("memory"):
-        sizes = {name: told["read"] for name, told in memory.items() if isinstance(told, dict)}
+        sizes = {name: found["read"] for name, found in memory.items() if isinstance(found, dict)}
         told = ", ".join(f"{size:.0f} MiB at {name}" for name, size in sizes.items())
         lines.append(f"| anonymous memory of a process that reads shards | {told} |")
     if start := results.get("start"):
