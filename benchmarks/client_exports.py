@@ -15,7 +15,7 @@ from typing import Any
 
 from dsv3.checkpoint.directory import MANIFEST_FILE
 from dsv3.checkpoint.training_record import TRAINING_FILE
-from dsv3.data.tokenizer import Tokenizer
+from dsv3.tokens.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = [

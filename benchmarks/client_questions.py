@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.client_exports import command, documents
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.library import compose, load_model
 from dsv3.model.generation import generate
 from dsv3.model.transformer import Transformer
+from dsv3.tokens.tokenizer import Tokenizer
 
 MAX_TOKENS = 48
 WIDTH = 24

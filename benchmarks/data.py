@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.pages import fill
-from dsv3.data.shard_index import Shard, ShardIndex, dtype_for
+from dsv3.tokens.shard_index import Shard, ShardIndex, dtype_for
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).resolve().parent / "results" / "data.json"
@@ -252,11 +252,9 @@ def write_page(results: dict[str, Any]) -> None:
     """Write the table of docs/data.md."""
     lines = ["| measured | result |", "|---|---|"]
     if loader := results.get("loader"):
-        for packing in ("concat", "best_fit"):
-            rate = loader[f"{packing}_tokens_per_cpu_second"] / 1e6
-            lines.append(
-                f"| rows of 4,096 tokens to batches, `{packing}` | {rate:.1f} M tokens per CPU second |"
-            )
+        for way in ("concat", "best_fit"):
+            rate = loader[f"{way}_tokens_per_cpu_second"] / 1e6
+            lines.append(f"| rows of 4,096 tokens to batches, `{way}` | {rate:.1f} M tokens per CPU second |")
     if packing := results.get("packing"):
         row = packing["4096"]
         seconds, more = row["best_fit_cpu_seconds"], row["best_fit_peak_mib"]

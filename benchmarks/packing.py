@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dsv3.data.best_fit import read_layout, write_layout
 from dsv3.data.rows import expected_cuts
-from dsv3.data.token_store import TokenStore
+from dsv3.tokens.token_store import TokenStore
 
 DOCUMENTS = 1_000_000
 MEDIAN, SIGMA, LONGEST = 365, 1.1, 1_000_000

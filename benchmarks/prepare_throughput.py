@@ -20,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv3.data.document_files import ReadOptions
-from dsv3.data.input_files import find_files
-from dsv3.data.input_units import plan_units
-from dsv3.data.prepare_shards import HashedSides, prepare_shards
-from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
+from dsv3.documents.document_files import ReadOptions
+from dsv3.documents.input_files import find_files
+from dsv3.documents.input_units import plan_units
+from dsv3.tokens.prepare_shards import HashedSides, prepare_shards
+from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
 
 OPTIONS = ReadOptions()
 

@@ -17,6 +17,7 @@ import pytest
 from dsv3.distributed.garbage import collect_rarely
 
 if TYPE_CHECKING:
+    from dsv3.tokens.tokenizer import Tokenizer
     from tests.harness.commands import ConvertCommand, PlannedCommand, TrainCommand
     from tests.harness.pool import Pool
     from tests.harness.processes import CommandLine
@@ -158,3 +159,12 @@ def stored(tmp_path: Path) -> StoredRun:
     from tests.harness.runs import StoredRun
 
     return StoredRun(tmp_path / "a run, it's = $HOME (1) [x]")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Return a small trained tokenizer."""
+    from dsv3.tokens.tokenizer import TrainedTokenizer
+    from tests.data.texts import sentence
+
+    return TrainedTokenizer(300).prepare(sentence(number) for number in range(50))

@@ -131,7 +131,7 @@ class InputDataConfig(DocumentFilesConfig):
 
     in_mixture: ClassVar[bool] = False
 
-    _target_: str = "dsv3.data.prepare_shards.InputData"
+    _target_: str = "dsv3.tokens.prepare_shards.InputData"
 
     def validate(self) -> None:
         """Raise InvalidValue as above, but allow no held-out side."""
@@ -300,7 +300,7 @@ class TokenizerConfig(Buildable):
 class TrainedTokenizerConfig(TokenizerConfig):
     """A byte-level BPE trained on the training side of the corpus."""
 
-    _target_: str = "dsv3.data.tokenizer.TrainedTokenizer"
+    _target_: str = "dsv3.tokens.tokenizer.TrainedTokenizer"
     vocab_size: int = 4096
     """Most token ids, including 256 bytes and 6 special tokens; a small corpus may yield fewer."""
 
@@ -315,7 +315,7 @@ class TrainedTokenizerConfig(TokenizerConfig):
 class LocalTokenizerConfig(TokenizerConfig):
     """A tokenizer on disk: a tokenizer.json or tiktoken.model, or a directory that holds one."""
 
-    _target_: str = "dsv3.data.tokenizer.LocalTokenizer"
+    _target_: str = "dsv3.tokens.tokenizer.LocalTokenizer"
     path: str | None = field(default=None, metadata=PATH)
     """A tokenizer.json or tiktoken.model, or a directory that holds one with what is beside it."""
 

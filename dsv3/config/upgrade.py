@@ -12,6 +12,8 @@ from dsv3.config.overrides import split_override
 
 TARGETS = {
     "dsv3.data.table.TokensData": "dsv3.data.token_table.TokensData",
+    "dsv3.data.tokenizer.LocalTokenizer": "dsv3.tokens.tokenizer.LocalTokenizer",
+    "dsv3.data.tokenizer.TrainedTokenizer": "dsv3.tokens.tokenizer.TrainedTokenizer",
     "dsv3.metrics.logger.ConsoleLogger": "dsv3.metrics.loggers.ConsoleLogger",
     "dsv3.metrics.logger.NoLogger": "dsv3.metrics.loggers.NoLogger",
     "dsv3.metrics.tensorboard.TensorboardLogger": "dsv3.metrics.loggers.TensorboardLogger",

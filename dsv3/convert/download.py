@@ -17,9 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dsv3.config.convert import Assets, ConvertConfig
-from dsv3.data.tokenizer_files import is_tokenizer_file
 from dsv3.errors import RunFailed, UserError, quoted
 from dsv3.metrics.progress import Phase, phase
+from dsv3.tokens.tokenizer_files import is_tokenizer_file
 
 _CONFIG = (
     "config.json",

@@ -14,8 +14,13 @@ from typing import Any
 from dsv3.checkpoint.directory import ASSETS_DIR, HF_DIR, MANIFEST_FILE, is_hf_checkpoint
 from dsv3.checkpoint.training_record import TRAINING_FILE
 from dsv3.config.model import ModelConfig
-from dsv3.data.tokenizer import BOS, FAST_CONFIG, Tokenizer
-from dsv3.data.tokenizer_files import (
+from dsv3.errors import UserError, quoted, refuse_lfs_pointer
+from dsv3.hf.config_json import model_from_hf
+from dsv3.hf.config_values import read_config
+from dsv3.hf.config_writer import config_json, updated_config
+from dsv3.hf.safetensors_reader import INDEX
+from dsv3.tokens.tokenizer import BOS, FAST_CONFIG, Tokenizer
+from dsv3.tokens.tokenizer_files import (
     READABLE,
     copy_tokenizer_files,
     has_tokenizer,
@@ -24,11 +29,6 @@ from dsv3.data.tokenizer_files import (
     read_json,
     tokenizer_files,
 )
-from dsv3.errors import UserError, quoted, refuse_lfs_pointer
-from dsv3.hf.config_json import model_from_hf
-from dsv3.hf.config_values import read_config
-from dsv3.hf.config_writer import config_json, updated_config
-from dsv3.hf.safetensors_reader import INDEX
 
 IMPORT_METADATA_FILE, SCALES_FILE = "dsv3.json", "scales.safetensors"
 """In hf/ of a DCP: the notes on how the weights were stored, and their fp8 scales."""

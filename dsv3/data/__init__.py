@@ -1,1 +1,1 @@
-"""Data: corpora, tokenizers, token files, packing into rows, and the data loader."""
+"""Data: sources, mixtures, packing into rows, streams of the hub, batches, and the data loader."""

@@ -18,13 +18,13 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.data.cache import CacheEntryError, cache_root, load_or_build
 from dsv3.data.fill_in_middle import ADDED_TOKENS, FillInMiddle
 from dsv3.data.packing import PackedRow
-from dsv3.data.shuffle import Ids, Permutation, mix_array
-from dsv3.data.token_store import TokenStore
 from dsv3.errors import UserError
 from dsv3.metrics.progress import phase
+from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build
+from dsv3.tokens.shuffle import Ids, Permutation, mix_array
+from dsv3.tokens.token_store import TokenStore
 
 FORMAT = 1
 """Part of the cache key: raise it when the same documents are to be packed differently."""

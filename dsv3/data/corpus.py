@@ -9,8 +9,8 @@ from pathlib import Path
 
 import xxhash
 
-from dsv3.data.document_files import ReadOptions
-from dsv3.data.input_files import (
+from dsv3.documents.document_files import ReadOptions
+from dsv3.documents.input_files import (
     FileKind,
     FoundFiles,
     InputFile,
@@ -19,7 +19,7 @@ from dsv3.data.input_files import (
     is_saved,
     walk_files,
 )
-from dsv3.data.input_units import plan_units
+from dsv3.documents.input_units import plan_units
 from dsv3.errors import UserError
 from dsv3.metrics.progress import phase
 

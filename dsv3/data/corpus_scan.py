@@ -16,11 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv3.data.byte_blocks import Report
-from dsv3.data.cache import CacheEntryError
 from dsv3.data.corpus import Corpus, Stamp
-from dsv3.data.data_record import DataRecord, Piece
-from dsv3.data.document_files import ReadOptions, read_documents
 from dsv3.data.document_scan import ScanUnit, file_pieces, is_intact, join_rows
 from dsv3.data.held_out_split import (
     HeldOutSplit,
@@ -28,12 +24,16 @@ from dsv3.data.held_out_split import (
     find_tail,
     split_documents,
 )
-from dsv3.data.input_files import FileKind, Unit
-from dsv3.data.shard_index import HELD_OUT, TRAIN
-from dsv3.data.skip_limit import Reason, Skipped, skipped_lines
-from dsv3.data.unit_pool import run_units
+from dsv3.documents.byte_blocks import Report
+from dsv3.documents.document_files import ReadOptions, read_documents
+from dsv3.documents.input_files import FileKind, Unit
+from dsv3.documents.skip_limit import Reason, Skipped, skipped_lines
+from dsv3.documents.unit_pool import run_units
 from dsv3.errors import UserError, quoted
 from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.cache import CacheEntryError
+from dsv3.tokens.data_record import DataRecord, Piece
+from dsv3.tokens.shard_index import HELD_OUT, TRAIN
 
 SCAN_FORMAT = 1
 """Part of the key of a scan: raise it when the same files are to be read otherwise."""

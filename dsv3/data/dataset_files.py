@@ -10,8 +10,8 @@ from typing import Any
 
 import xxhash
 
-from dsv3.data.data_record import Piece
 from dsv3.metrics.progress import phase
+from dsv3.tokens.data_record import Piece
 
 SAMPLED_BYTES, SAMPLE = 2 << 30, 1 << 20
 """Bytes of local files that enter the fingerprint, if they have more, and bytes of one stretch of them."""

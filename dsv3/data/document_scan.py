@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dsv3.data.byte_blocks import UnreadFile, file_form
-from dsv3.data.data_record import Piece
-from dsv3.data.document_files import ReadOptions, read_documents
 from dsv3.data.held_out_split import DOCUMENT, Table
-from dsv3.data.input_files import FileKind, InputFile, Unit
-from dsv3.data.skip_limit import BadDocument, Skipped
-from dsv3.data.unit_pool import WorkPlace
+from dsv3.documents.byte_blocks import UnreadFile, file_form
+from dsv3.documents.document_files import ReadOptions, read_documents
+from dsv3.documents.input_files import FileKind, InputFile, Unit
+from dsv3.documents.skip_limit import BadDocument, Skipped
+from dsv3.documents.unit_pool import WorkPlace
+from dsv3.tokens.data_record import Piece
 
 _ROW = struct.Struct("<32sq")
 """A document of a unit: its sha256 and its characters, -1 for what turned out to be none."""

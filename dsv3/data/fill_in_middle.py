@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.data.shuffle import Ids, permutation
-from dsv3.data.token_store import TokenStore
+from dsv3.tokens.shuffle import Ids, permutation
+from dsv3.tokens.token_store import TokenStore
 
 ADDED_TOKENS = 3
 

@@ -17,19 +17,19 @@ import numpy.typing as npt
 import xxhash
 
 from dsv3.config.registry import command
-from dsv3.data.cache import CacheEntryError, cache_root, load_or_build
-from dsv3.data.data_record import DataRecord, layout_digest
 from dsv3.data.dataset_files import dataset_pieces
-from dsv3.data.document_encoder import DocumentEncoder, document_ends
 from dsv3.data.lanes import LaneOptions, LaneRows
 from dsv3.data.packing import PackedEvaluationDataset
 from dsv3.data.rows import RowOptions
-from dsv3.data.shuffle import Ids, permutation
 from dsv3.data.sources import PreparedData
-from dsv3.data.token_store import TokenStore
-from dsv3.data.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource
 from dsv3.errors import RunFailed, UserError
 from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build
+from dsv3.tokens.data_record import DataRecord, layout_digest
+from dsv3.tokens.document_encoder import DocumentEncoder, document_ends
+from dsv3.tokens.shuffle import Ids, permutation
+from dsv3.tokens.token_store import TokenStore
+from dsv3.tokens.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource
 
 READ_TOGETHER = 64
 """Documents that are taken from a file together."""

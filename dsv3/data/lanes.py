@@ -15,11 +15,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dsv3.data.document_encoder import DocumentEncoder, document_ends
 from dsv3.data.packing import PADDING, PackedRow
-from dsv3.data.shuffle import Ids, permutation
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
+from dsv3.tokens.document_encoder import DocumentEncoder, document_ends
+from dsv3.tokens.shuffle import Ids, permutation
+from dsv3.tokens.tokenizer import Tokenizer
 
 BLOCK_CHARACTERS = 8 << 20
 """Characters at which a block of shuffled documents ends: what a lane holds of the text."""

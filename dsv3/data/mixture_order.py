@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.data.shuffle import Ids, Permutation
+from dsv3.tokens.shuffle import Ids, Permutation
 
 BLOCK = 1 << 16
 """Samples of a block, but for the last one of a stage, which has up to twice as many."""

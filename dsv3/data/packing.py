@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.data.fill_in_middle import ADDED_TOKENS, FillInMiddle
-from dsv3.data.shuffle import Ids, Permutation, permutation
-from dsv3.data.token_store import TokenStore
 from dsv3.errors import UserError
+from dsv3.tokens.shuffle import Ids, Permutation, permutation
+from dsv3.tokens.token_store import TokenStore
 
 PADDING = -1  # the document id of a position that holds no token
 

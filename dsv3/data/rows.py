@@ -8,9 +8,9 @@ from dsv3.config.data import Packing
 from dsv3.data.best_fit import BestFitDataset
 from dsv3.data.fill_in_middle import FillInMiddle, FimTokens
 from dsv3.data.packing import PackedDataset, PackedEvaluationDataset, RowDataset
-from dsv3.data.token_store import TokenStore
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
+from dsv3.tokens.token_store import TokenStore
+from dsv3.tokens.tokenizer import Tokenizer
 
 SAMPLED_STRETCHES, SAMPLED_DOCUMENTS = 64, 1024
 """Stretches of documents, and documents of each, whose lengths are looked at to tell how many are cut."""

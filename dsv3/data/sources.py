@@ -7,22 +7,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3.data.cache import CacheEntryError, cache_root, load_or_build, read_entry
 from dsv3.data.corpus import Corpus, Stamp, StdlibCorpus, TextCorpus
 from dsv3.data.corpus_scan import SCAN_FORMAT, CorpusScan, scan_corpus
-from dsv3.data.data_record import DataRecord, layout_digest
-from dsv3.data.document_files import ReadOptions, no_report
-from dsv3.data.input_files import Unit
 from dsv3.data.packing import RowDataset
-from dsv3.data.prepare_shards import prepare_shards
 from dsv3.data.rows import RowOptions, held_out_rows, training_rows
-from dsv3.data.shard_index import HELD_OUT, TRAIN, ShardIndex
-from dsv3.data.skip_limit import Skipped, require_few_skipped
-from dsv3.data.token_inputs import open_shard
-from dsv3.data.token_store import TokenStore
-from dsv3.data.tokenizer import TRAINING_CHUNK, LocalTokenizer, Tokenizer, TokenizerSource, split_text
+from dsv3.documents.document_files import ReadOptions, no_report
+from dsv3.documents.input_files import Unit
+from dsv3.documents.skip_limit import Skipped, require_few_skipped
 from dsv3.errors import UserError
 from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build, read_entry
+from dsv3.tokens.data_record import DataRecord, layout_digest
+from dsv3.tokens.prepare_shards import prepare_shards
+from dsv3.tokens.shard_index import HELD_OUT, TRAIN, ShardIndex
+from dsv3.tokens.token_inputs import open_shard
+from dsv3.tokens.token_store import TokenStore
+from dsv3.tokens.tokenizer import TRAINING_CHUNK, LocalTokenizer, Tokenizer, TokenizerSource, split_text
 
 FORMAT = 2
 """Part of the key of prepared tokens: raise it when the same documents are to be written otherwise."""

@@ -9,25 +9,25 @@ from typing import Any, NamedTuple
 import xxhash
 
 from dsv3.config.data import IdType, Verify
-from dsv3.data.cache import CacheEntryError
-from dsv3.data.data_record import DataRecord, layout_digest
-from dsv3.data.document_index import with_documents
-from dsv3.data.file_array import FileArray, find_missing
-from dsv3.data.remote_files import is_remote
 from dsv3.data.rows import RowOptions, held_out_rows, training_rows
-from dsv3.data.shard_index import TRAIN, ShardIndex
 from dsv3.data.sources import PreparedData
-from dsv3.data.token_inputs import (
+from dsv3.errors import UserError
+from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.cache import CacheEntryError
+from dsv3.tokens.data_record import DataRecord, layout_digest
+from dsv3.tokens.document_index import with_documents
+from dsv3.tokens.file_array import FileArray, find_missing
+from dsv3.tokens.remote_files import is_remote
+from dsv3.tokens.shard_index import TRAIN, ShardIndex
+from dsv3.tokens.token_inputs import (
     TokenFiles,
     has_tokens,
     open_remote_shards,
     open_shard,
     open_token_files,
 )
-from dsv3.data.token_store import Segment, TokenStore
-from dsv3.data.tokenizer import Tokenizer, TokenizerSource, TrainedTokenizer
-from dsv3.errors import UserError
-from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.token_store import Segment, TokenStore
+from dsv3.tokens.tokenizer import Tokenizer, TokenizerSource, TrainedTokenizer
 
 CHECKED_TOKENS = 1 << 25
 """Tokens, and documents, that each rank looks at when a run starts; all are looked at when they are read."""

@@ -12,17 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.config.data import Verify
-from dsv3.data.cache import CacheEntryError
-from dsv3.data.data_record import DataRecord, Piece, layout_digest
-from dsv3.data.file_array import find_missing
-from dsv3.data.npy_file import NpyFile
 from dsv3.data.packing import PackedRow
 from dsv3.data.rows import RowOptions
-from dsv3.data.shuffle import Permutation, SplitRows
 from dsv3.data.sources import PreparedData
-from dsv3.data.tokenizer import Tokenizer, TokenizerSource
 from dsv3.errors import UserError, repository_hint
 from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.cache import CacheEntryError
+from dsv3.tokens.data_record import DataRecord, Piece, layout_digest
+from dsv3.tokens.file_array import find_missing
+from dsv3.tokens.npy_file import NpyFile
+from dsv3.tokens.shuffle import Permutation, SplitRows
+from dsv3.tokens.tokenizer import Tokenizer, TokenizerSource
 
 CHUNK_IDS = 1 << 22  # ids that are checked together
 

@@ -31,12 +31,12 @@ from dsv3.config.overrides import absolute_paths
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, to_yaml
 from dsv3.config.upgrade import upgrade_node
-from dsv3.data.data_record import DataChange, DataRecord
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
 from dsv3.launch.trained_on import run_record, training_record
 from dsv3.metrics.progress import phase
 from dsv3.planning.report import format_plan
+from dsv3.tokens.data_record import DataChange, DataRecord
 
 OVERRIDES_FILE = "overrides.yaml"
 

@@ -32,10 +32,10 @@ from dsv3.config.root import Config
 from dsv3.config.strict import check_target, escape_interpolation
 from dsv3.config.task import TaskConfig
 from dsv3.config.upgrade import upgrade_node
-from dsv3.data.tokenizer_files import READABLE, has_tokenizer, vocabulary_file
 from dsv3.errors import UserError
 from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data, reads_table
 from dsv3.launch.job import MICROBATCH_TOKENS, Job
+from dsv3.tokens.tokenizer_files import READABLE, has_tokenizer, vocabulary_file
 
 
 def training_record(checkpoint: Path) -> TrainingRecord | None:
@@ -211,7 +211,7 @@ def _is_there(config: Config, path: str) -> bool:
     """Return True where a run's data.path leads to something."""
     if not config.data.holds_ids:
         return Path(path).exists()
-    from dsv3.data.token_inputs import is_there  # with numpy, which other data does not need here
+    from dsv3.tokens.token_inputs import is_there  # with numpy, which other data does not need here
 
     return is_there(path)
 

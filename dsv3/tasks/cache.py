@@ -6,11 +6,11 @@ import sys
 from datetime import datetime
 
 from dsv3.config.task import OutputFormat
-from dsv3.data.cache import cache_root
-from dsv3.data.cache_listing import CacheEntry, choose_entries, list_entries, remove_entry
 from dsv3.launch.job import Job
 from dsv3.metrics.console import format_table
 from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.cache import cache_root
+from dsv3.tokens.cache_listing import CacheEntry, choose_entries, list_entries, remove_entry
 
 _COLUMNS = ("entry", "size", "last use", "made from")
 

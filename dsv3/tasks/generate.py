@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 
 from dsv3.config.task import SamplingConfig
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 from dsv3.model.generation import TimeLimit
 from dsv3.parallel.parallel_model import ParallelModel
 from dsv3.planning.checks import require_room
 from dsv3.tasks.setup import join_ranks, load_model, load_own_tokenizer, read_tokenizer, require_checkpoint
+from dsv3.tokens.tokenizer import Tokenizer
 
 
 class GenerateTask:

@@ -1,7 +1,7 @@
 """task=prepare: make token shards of text, JSON lines, Parquet or datasets, for data=shards (docs/data.md).
 
-Imports no torch. dsv3/data/prepare_shards.py does the work; here the input is found, the tokenizer made, and
-the result told.
+Imports no torch. dsv3/tokens/prepare_shards.py does the work; here the input is found, the tokenizer made,
+and the result told.
 """
 
 import hashlib
@@ -15,10 +15,17 @@ from typing import Any
 from dsv3.config.data import InputDataConfig, TrainedTokenizerConfig
 from dsv3.config.root import Config
 from dsv3.config.strict import build
-from dsv3.data.document_files import ReadOptions
-from dsv3.data.input_files import HUB, FileKind, FoundFiles, InputFile, Unit, find_files
-from dsv3.data.input_units import plan_units
-from dsv3.data.prepare_shards import (
+from dsv3.distributed.signals import stop_on_signal
+from dsv3.documents.document_files import ReadOptions
+from dsv3.documents.input_files import HUB, FileKind, FoundFiles, InputFile, Unit, find_files
+from dsv3.documents.input_units import plan_units
+from dsv3.documents.skip_limit import Reason, Skipped, require_few_skipped, skipped_lines
+from dsv3.documents.table_files import hub_dataset, saved_dataset
+from dsv3.documents.unit_pool import JOURNAL_FILE
+from dsv3.errors import UserError
+from dsv3.launch.job import Job
+from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.prepare_shards import (
     TOKENIZER_FOLDER,
     UNFINISHED,
     HashedSides,
@@ -28,15 +35,8 @@ from dsv3.data.prepare_shards import (
     prepare_shards,
     unwritable,
 )
-from dsv3.data.shard_index import HELD_OUT, TRAIN, ShardIndex
-from dsv3.data.skip_limit import Reason, Skipped, require_few_skipped, skipped_lines
-from dsv3.data.table_files import hub_dataset, saved_dataset
-from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
-from dsv3.data.unit_pool import JOURNAL_FILE
-from dsv3.distributed.signals import stop_on_signal
-from dsv3.errors import UserError
-from dsv3.launch.job import Job
-from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.shard_index import HELD_OUT, TRAIN, ShardIndex
+from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
 
 SAMPLE_CHARACTERS = 32 << 20
 """Characters that a new tokenizer is trained on at most: BPE needs 80 bytes for each."""

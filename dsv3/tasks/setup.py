@@ -11,10 +11,7 @@ from dsv3.checkpoint.manifest import verify_together
 from dsv3.config.hardware import CPU
 from dsv3.config.root import Config
 from dsv3.config.strict import build
-from dsv3.data.cache import CacheEntryError
 from dsv3.data.sources import PreparedData
-from dsv3.data.tokenizer import Tokenizer
-from dsv3.data.tokenizer_files import has_tokenizer, read_stop_ids
 from dsv3.distributed.process_group import RankContext, join_process_group
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
@@ -22,6 +19,9 @@ from dsv3.launch.trained_on import checkpoint_tokenizer, tokenizer_folder, train
 from dsv3.metrics.progress import entering, phase
 from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
+from dsv3.tokens.cache import CacheEntryError
+from dsv3.tokens.tokenizer import Tokenizer
+from dsv3.tokens.tokenizer_files import has_tokenizer, read_stop_ids
 
 
 def join_ranks(job: Job) -> AbstractContextManager[RankContext]:

@@ -34,7 +34,6 @@ from dsv3.data.loader import DataLoader
 from dsv3.data.mixture import PreparedMixture
 from dsv3.data.prefetch import Prefetcher
 from dsv3.data.sources import PreparedData
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.distributed.process_group import RankContext, make_deterministic
 from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopSignal, stop_on_signal
 from dsv3.errors import UserError
@@ -57,6 +56,7 @@ from dsv3.planning.parameters import training_flops_per_token
 from dsv3.tasks.generate import sample_text
 from dsv3.tasks.setup import build_mesh, join_ranks, load_own_tokenizer, prepare_data, stop_at_assets
 from dsv3.tasks.this_run import THIS_RUN_FILE, RunFacts
+from dsv3.tokens.tokenizer import Tokenizer
 from dsv3.training import callbacks
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.evaluation import rows_to_score

@@ -153,8 +153,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, text: Path, cache: Path) -> 
     """Files that values name."""
     import numpy as np
 
-    from dsv3.data.shard_index import ShardIndex, TokenizerReference
-    from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
+    from dsv3.tokens.shard_index import ShardIndex, TokenizerReference
+    from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
     from tests.data.token_formats import shards
 
     folder = tmp_path_factory.mktemp("files")

@@ -10,8 +10,8 @@ import pytest
 
 from dsv3.checkpoint.directory import step_directory
 from dsv3.convert.hf_assets import ExportAssets, asset_warnings, copy_assets, keep_assets
-from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
 from dsv3.errors import UserError
+from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
 from tests.convert.releases import small_model, write_release
 from tests.harness.checkpoints import seal
 from tests.harness.commands import ConvertCommand, TrainCommand

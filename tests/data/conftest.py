@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3.data.shuffle import Ids
-from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
+from dsv3.tokens.shuffle import Ids
 from tests.data.texts import sentence
 
 
@@ -20,12 +19,6 @@ def folder(tmp_path: Path) -> Path:
     for copy in ("a.txt", "deep/z.txt", "zz.txt"):
         (root / copy).write_text(sentence(0))
     return root
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    """Return a small trained tokenizer."""
-    return TrainedTokenizer(300).prepare(sentence(number) for number in range(50))
 
 
 @pytest.fixture

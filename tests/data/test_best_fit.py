@@ -11,14 +11,14 @@ from dsv3.config.data import Packing
 from dsv3.data import best_fit as packer
 from dsv3.data.batch import collate
 from dsv3.data.best_fit import BestFitDataset, best_fit
-from dsv3.data.cache import CacheEntryError
 from dsv3.data.fill_in_middle import FillInMiddle, FimTokens
 from dsv3.data.packing import PADDING
 from dsv3.data.rows import RowOptions, expected_cuts, training_rows
-from dsv3.data.shuffle import Ids
-from dsv3.data.token_store import TokenStore
 from dsv3.errors import UserError
 from dsv3.model.head import IGNORE_INDEX
+from dsv3.tokens.cache import CacheEntryError
+from dsv3.tokens.shuffle import Ids
+from dsv3.tokens.token_store import TokenStore
 
 LENGTH = 15
 

@@ -10,10 +10,10 @@ from dsv3.data import packing
 from dsv3.data.fill_in_middle import ADDED_TOKENS, FillInMiddle, FimTokens
 from dsv3.data.packing import PackedDataset, PackedEvaluationDataset
 from dsv3.data.rows import RowOptions, training_rows
-from dsv3.data.shuffle import Ids
-from dsv3.data.token_store import TokenStore
-from dsv3.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from dsv3.errors import UserError
+from dsv3.tokens.shuffle import Ids
+from dsv3.tokens.token_store import TokenStore
+from dsv3.tokens.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 BOS, EOS, BEGIN, HOLE, END = 0, 1, 3, 4, 5
 TOKENS = FimTokens(BEGIN, HOLE, END, BOS, EOS)
@@ -141,7 +141,7 @@ def test_the_source_takes_the_ids_of_the_tokenizer_and_leaves_held_out_rows_alon
 def test_a_tokenizer_without_these_tokens_is_refused(
     store: TokenStore, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, missing: bool, words: str
 ) -> None:
-    monkeypatch.setattr("dsv3.data.tokenizer.FIM_NAMES", (("<a>", "<b>", "<c>"),))
+    monkeypatch.setattr("dsv3.tokens.tokenizer.FIM_NAMES", (("<a>", "<b>", "<c>"),))
     with pytest.raises(UserError) as caught:
         training_rows(store, RowOptions(fim_rate=0.2), 16, 0, None if missing else tokenizer, "x")
     assert "data.fim_rate" in str(caught.value)

@@ -12,14 +12,14 @@ import pytest
 from dsv3.checkpoint.directory import complete_steps
 from dsv3.config.data import HubDataConfig
 from dsv3.data import dataset_files, hub_stream
-from dsv3.data.data_record import DataChange
 from dsv3.data.hub_stream import HubData
 from dsv3.data.lanes import LaneRows
 from dsv3.data.loader import DataLoader
 from dsv3.data.sources import PreparedData
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import RunFailed, UserError
 from dsv3.planning.batch_schedule import BatchSchedule
+from dsv3.tokens.data_record import DataChange
+from dsv3.tokens.tokenizer import Tokenizer
 from dsv3.training.step import TrainStep
 from tests.data.texts import sentence
 from tests.harness.checkpoints import last_tensors

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data import lanes
-from dsv3.data.document_encoder import DocumentEncoder, document_ends
 from dsv3.data.lanes import Bookmark, LaneOptions, LaneRows, lane_parts, newest
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.errors import UserError
+from dsv3.tokens.document_encoder import DocumentEncoder, document_ends
+from dsv3.tokens.tokenizer import Tokenizer
 from tests.data.texts import sentence
 
 LENGTH = 24

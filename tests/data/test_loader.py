@@ -7,11 +7,11 @@ import torch
 from dsv3.data.batch import Batch
 from dsv3.data.loader import DataLoader, evaluation_batches
 from dsv3.data.packing import PackedDataset, PackedEvaluationDataset, PackedRow
-from dsv3.data.shuffle import Ids
-from dsv3.data.token_store import TokenStore
 from dsv3.errors import UserError
 from dsv3.model.head import IGNORE_INDEX
 from dsv3.planning.batch_schedule import BatchSchedule
+from dsv3.tokens.shuffle import Ids
+from dsv3.tokens.token_store import TokenStore
 
 Documents = tuple[Ids, Ids]
 

@@ -11,11 +11,11 @@ from dsv3.data import mixture_order
 from dsv3.data.loader import DataLoader
 from dsv3.data.mixture import HeldOutSources, MixtureData, PreparedMixture
 from dsv3.data.packing import RowDataset
-from dsv3.data.shard_index import TokenizerReference
 from dsv3.data.sources import TextData
-from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
 from dsv3.errors import UserError
 from dsv3.planning.batch_schedule import BatchSchedule
+from dsv3.tokens.shard_index import TokenizerReference
+from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
 from dsv3.training.evaluation import rows_to_score
 from tests.data.texts import sentence
 from tests.data.token_formats import shards

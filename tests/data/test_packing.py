@@ -8,9 +8,9 @@ import pytest
 
 from dsv3.data import packing
 from dsv3.data.packing import PADDING, PackedDataset, PackedEvaluationDataset
-from dsv3.data.shuffle import Ids
-from dsv3.data.token_store import TokenStore
 from dsv3.errors import UserError
+from dsv3.tokens.shuffle import Ids
+from dsv3.tokens.token_store import TokenStore
 
 Documents = tuple[Ids, Ids]
 

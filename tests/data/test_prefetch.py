@@ -11,9 +11,9 @@ import torch
 from dsv3.data.loader import DataLoader
 from dsv3.data.packing import PackedDataset, PackedRow
 from dsv3.data.prefetch import Prefetcher
-from dsv3.data.shuffle import Ids
-from dsv3.data.token_store import TokenStore
 from dsv3.planning.batch_schedule import BatchSchedule
+from dsv3.tokens.shuffle import Ids
+from dsv3.tokens.token_store import TokenStore
 
 CPU = torch.device("cpu")
 RAMP = BatchSchedule(8, 4, 2, 400, 15)

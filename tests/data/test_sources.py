@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3.data import corpus_scan, document_files, document_scan
-from dsv3.data.input_units import plan_units
+from dsv3.data import corpus_scan, document_scan
 from dsv3.data.packing import PackedDataset
-from dsv3.data.shard_index import HELD_OUT, TRAIN, ShardIndex
 from dsv3.data.sources import PreparedData, StdlibData, TextData
-from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
+from dsv3.documents import document_files
+from dsv3.documents.input_units import plan_units
 from dsv3.errors import UserError
+from dsv3.tokens.shard_index import HELD_OUT, TRAIN, ShardIndex
+from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
 from tests.data.texts import sentence
 
 

@@ -12,18 +12,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv3.config.data import IdType, Verify
-from dsv3.data import document_index, token_shards, token_store
+from dsv3.data import token_shards
 from dsv3.data.batch import collate
-from dsv3.data.cache import CacheEntryError
-from dsv3.data.file_array import FileArray
 from dsv3.data.loader import evaluation_batches
-from dsv3.data.megatron_files import open_megatron
-from dsv3.data.shard_index import ShardIndex, TokenizerReference
 from dsv3.data.token_shards import PreparedShards, ShardsData, ShardsRecipe
-from dsv3.data.token_store import TokenStore
-from dsv3.data.tokenizer import LocalTokenizer, Tokenizer, TrainedTokenizer
 from dsv3.errors import UserError
 from dsv3.model.head import IGNORE_INDEX
+from dsv3.tokens import document_index, token_store
+from dsv3.tokens.cache import CacheEntryError
+from dsv3.tokens.file_array import FileArray
+from dsv3.tokens.megatron_files import open_megatron
+from dsv3.tokens.shard_index import ShardIndex, TokenizerReference
+from dsv3.tokens.token_store import TokenStore
+from dsv3.tokens.tokenizer import LocalTokenizer, Tokenizer, TrainedTokenizer
 from tests.data import token_formats as formats
 
 EOS = 9

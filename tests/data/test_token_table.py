@@ -12,13 +12,13 @@ import pytest
 from dsv3.config.data import Packing, TokensDataConfig, Verify
 from dsv3.data import token_table
 from dsv3.data.batch import collate
-from dsv3.data.cache import CacheEntryError
 from dsv3.data.loader import evaluation_batches
-from dsv3.data.npy_file import NpyFile
 from dsv3.data.packing import PADDING
 from dsv3.data.token_table import CHUNK_IDS, TableDataset, TokensData, TokenTable
 from dsv3.errors import InvalidValue, UserError
 from dsv3.model.head import IGNORE_INDEX
+from dsv3.tokens.cache import CacheEntryError
+from dsv3.tokens.npy_file import NpyFile
 
 
 def written(folder: Path, table: object) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3.data.shard_index import Shard, ShardIndex, TokenizerReference
+from dsv3.tokens.shard_index import Shard, ShardIndex, TokenizerReference
 
 Documents = Sequence[Sequence[int]]
 

@@ -223,7 +223,7 @@ def store_data(folder: Path, loss: float | None, data: str = "d1", **changes: An
     source = {"_target_": "dsv3.data.sources.TextData", "path": f"/texts/{data}", "held_out": 0.03}
     source |= {"document_mask": False}
     source |= {key: changes[key] for key in source if key in changes}
-    tokenizer = {"_target_": "dsv3.data.tokenizer.TrainedTokenizer", "vocab_size": 300}
+    tokenizer = {"_target_": "dsv3.tokens.tokenizer.TrainedTokenizer", "vocab_size": 300}
     config = {"train": train, "data": source, "tokenizer": tokenizer}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     if changes.get("older"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dsv3.data.tokenizer import TrainedTokenizer
+from dsv3.tokens.tokenizer import TrainedTokenizer
 from tests.data.token_formats import megatron
 from tests.harness.checkpoints import seal
 from tests.harness.commands import ConvertCommand, TrainCommand

@@ -9,15 +9,15 @@ import pytest
 import tiktoken
 
 from dsv3.config.task import SamplingConfig
-from dsv3.data.tokenizer import BOS, Tokenizer, TrainedTokenizer
 from dsv3.errors import UserError
 from dsv3.launch.trained_on import tokenizer_folder
 from dsv3.tasks.generate import sample_text
 from dsv3.tasks.setup import load_own_tokenizer, read_tokenizer
+from dsv3.tokens.tokenizer import BOS, Tokenizer, TrainedTokenizer
 from tests.data.texts import sentence
-from tests.data.tiktoken_release import PATTERN, ranks, write_release
 from tests.harness.commands import PlannedCommand
 from tests.hf.test_config_json import RELEASED_V3
+from tests.tokens.tiktoken_release import PATTERN, ranks, write_release
 
 
 class Echo:

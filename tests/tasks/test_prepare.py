@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3.data import prepare_shards
-from dsv3.data.shard_index import HELD_OUT, TRAIN, ShardIndex
-from dsv3.data.tokenizer import Tokenizer, TrainedTokenizer
 from dsv3.errors import RunFailed
 from dsv3.tasks import prepare as task
 from dsv3.tasks.prepare import unescape
+from dsv3.tokens import prepare_shards
+from dsv3.tokens.shard_index import HELD_OUT, TRAIN, ShardIndex
+from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
 from tests.data.texts import sentence
 from tests.harness.commands import TrainCommand
 from tests.harness.outcome import Outcome

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from dsv3.config.root import Config
-from dsv3.data import byte_blocks, token_table
+from dsv3.data import token_table
 from dsv3.distributed.process_group import RankContext
+from dsv3.documents import byte_blocks
 from dsv3.errors import UserError
 from dsv3.metrics.progress import Phase
 from dsv3.tasks.setup import prepare_data

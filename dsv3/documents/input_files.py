@@ -1,0 +1,271 @@
+"""Find the files that documents are read from: files, folders, patterns, saved datasets and the hub's."""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import translate
+from pathlib import Path
+
+from dsv3.documents.byte_blocks import read_blocks, split_records
+from dsv3.errors import UserError, quoted, repository_hint
+
+HUB = "hf:"
+"""Begins the name of a dataset of the HuggingFace hub."""
+
+LEFTOVERS = (
+    "*~",
+    "#*#",
+    "*.swp",
+    "*.swo",
+    "*.swx",
+    "*.bak",
+    "*.orig",
+    "*.rej",
+    "*.tmp",
+    "*.part",
+    "*.crdownload",
+)
+"""Names of what editors, merges and downloads leave behind."""
+
+_LEFTOVER = re.compile("|".join(map(translate, LEFTOVERS)))
+
+COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz"})
+
+_JSON_LINES = frozenset({".jsonl", ".ndjson"})
+
+_PEEK = 1 << 20
+"""Bytes of the first line of a .json file that are read to see whether it is one of JSON lines."""
+
+
+class FileKind(Enum):
+    """The way in which documents lie in a file."""
+
+    text = "text"
+    json_lines = "JSON lines"
+    parquet = "Parquet"
+    dataset = "saved dataset"
+    hub = "dataset of the hub"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of documents, as it was when the work was planned.
+
+    Attributes:
+        name: the name in messages and in the index.
+        size: bytes.
+        mtime_ns: the time of the last change, ns.
+        detail: for datasets what is read of one: its split, revision and number of files.
+    """
+
+    path: Path
+    name: str
+    kind: FileKind
+    size: int
+    mtime_ns: int
+    detail: tuple[tuple[str, str], ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raise UserError where the file is not what it was when the work was planned."""
+        if self.kind is FileKind.hub:
+            return
+        try:
+            now = self.path.stat()
+        except OSError:
+            return  # reading it has told
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns) and not self.path.is_dir():
+            raise UserError(
+                f"{self.path} has changed while it was read: repeat the command once it is at rest"
+            )
+
+    def identity(self) -> list[object]:
+        """Return what tells this file from another one, for a journal."""
+        return [self.name, self.kind.name, self.size, self.mtime_ns, *map(list, self.detail)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file, or a range of it.
+
+    Attributes:
+        start: byte, row group, row or file of the dataset at which the part begins.
+        end: where it ends, exclusive; None: the file's end, which is read without looking for a boundary.
+        nbytes: bytes of the file that belong to it, for the progress.
+    """
+
+    file: InputFile
+    start: int
+    end: int | None
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parts of files, in order, that one process reads at a time."""
+
+    number: int
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes to be read."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def name(self) -> str:
+        """Return a name for messages: the first file."""
+        return self.parts[0].file.name
+
+
+@dataclass
+class FoundFiles:
+    """Files found; those left out as hidden or leftovers; those that cannot be read, with reasons."""
+
+    files: list[InputFile] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def find_files(paths: Sequence[str], field: str = "text", key: str = "task.input") -> FoundFiles:
+    """Return the files at `paths`: files, folders with all that is below, or patterns with * and **.
+
+    Files of a folder come in the order of their names, paths in the order given; a file that two paths lead
+    to counts once. In folders hidden files and LEFTOVERS are left out.
+
+    Args:
+        field: the field that a .json file must have to be read as JSON lines.
+        key: the config key of `paths`, for messages.
+
+    Raises:
+        UserError: a path leads to nothing, or cannot be read.
+    """
+    found = FoundFiles()
+    seen: set[tuple[int, int]] = set()
+    for path in paths:
+        count = len(found.files)
+        for place, inside in _expand(path, key):
+            below = (Path(entry.path) for _, entry in walk_files(place, found.left_out, found.unreadable))
+            for file in below if place.is_dir() and not is_saved(place) else [place]:
+                try:
+                    stat = file.stat()
+                except OSError as error:
+                    if inside or place.is_dir():
+                        found.unreadable.append(f"{file} ({error.strerror})")
+                        continue
+                    raise UserError(f"{key}={file} cannot be read: {error.strerror}") from None
+                if (stat.st_dev, stat.st_ino) not in seen:
+                    seen.add((stat.st_dev, stat.st_ino))
+                    kind = FileKind.dataset if file.is_dir() else file_kind(file, field)
+                    found.files.append(InputFile(file, str(file), kind, stat.st_size, stat.st_mtime_ns))
+        if len(found.files) == count and len(paths) == 1:
+            left = f" ({len(found.left_out)} hidden files and leftovers of editors)" if found.left_out else ""
+            raise UserError(
+                f"{key}={path} holds no file to read{left}: give files, folders or a pattern of names"
+            )
+    return found
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether `datasets` has saved a dataset in this folder (save_to_disk)."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")) and (
+        (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
+    )
+
+
+def file_kind(path: Path, field: str) -> FileKind:
+    """Return how documents lie in a file, by its name; of a .json file the first line decides."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    last = suffixes[-1] if suffixes else ""
+    if last in _JSON_LINES or (last == ".json" and _begins_with_object(path, field)):
+        return FileKind.json_lines
+    return FileKind.parquet if last in (".parquet", ".pq") else FileKind.text
+
+
+def _begins_with_object(path: Path, field: str) -> bool:
+    """Return whether the first line is a whole JSON object with the field."""
+    try:
+        blocks = read_blocks(path, lambda nbytes: None, 0, None)
+        first, rest = next(split_records(blocks, b"\n"), (b"", None))
+        if rest is not None:
+            return first.lstrip().startswith(b"{") and json.dumps(field).encode() in first
+        found = json.loads(first)
+    except Exception:  # whatever is wrong with it will be told when it is read
+        return False
+    return isinstance(found, dict) and field in found
+
+
+def _expand(path: str, key: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the places that a path or pattern leads to, and whether a pattern led there."""
+    place = Path(path).expanduser()
+    if place.exists():
+        yield place, False
+        return
+    if glob.has_magic(path):
+        found = sorted(glob.glob(str(place), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
+        if not found:
+            raise UserError(f"{key}={path} matches no file")
+        for name in found:
+            if Path(name).is_file() or "**" not in path:
+                yield Path(name), True
+        return
+    hub = repository_hint(path) and f"; a dataset of the hub is named {HUB}{path}"
+    raise UserError(f"{key}={quoted(path)} does not exist: give files, folders or a pattern of names{hub}")
+
+
+def walk_files(
+    folder: Path,
+    left_out: list[str],
+    unreadable: list[str],
+    enter: Callable[[os.DirEntry[str]], bool] = lambda entry: True,
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield the files below a folder with their paths below it, with forward slashes, in the order of those.
+
+    Links are followed, but no folder is entered twice. It holds the entries of one folder of each depth, and
+    takes some microseconds per file: a folder may have millions.
+
+    Args:
+        left_out: gets the paths of hidden files and folders and of LEFTOVERS.
+        unreadable: gets those of folders that cannot be listed.
+        enter: says of a folder whether to enter it.
+    """
+    seen: set[str] = set()
+
+    def listed(where: str) -> list[os.DirEntry[str]]:
+        """Return the entries of a folder, last first."""
+        real = os.path.realpath(where)
+        if real in seen:
+            return []
+        seen.add(real)
+        try:
+            with os.scandir(where) as entries:
+                # A folder's files have its name and a slash before theirs.
+                return sorted(entries, key=lambda each: each.name + "/" * each.is_dir(), reverse=True)
+        except OSError as error:
+            unreadable.append(f"{where} ({error.strerror})")
+            return []
+
+    root = str(folder)
+    begin = len(root.rstrip(os.sep)) + 1
+    open_folders = [listed(root)]
+    while open_folders:
+        if not open_folders[-1]:
+            open_folders.pop()
+            continue
+        entry = open_folders[-1].pop()
+        if entry.name.startswith("."):
+            left_out.append(entry.path)
+        elif entry.is_dir():
+            if enter(entry):
+                open_folders.append(listed(entry.path))
+        elif _LEFTOVER.match(entry.name):
+            left_out.append(entry.path)
+        elif not entry.is_file():
+            left_out.append(f"{entry.path} (no file, or a link that leads nowhere)")
+        else:
+            yield entry.path[begin:].replace(os.sep, "/"), entry
