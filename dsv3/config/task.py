@@ -240,7 +240,7 @@ class CompareTaskConfig(TaskConfig):
 @schema("task/cache")
 @dataclass
 class CacheTaskConfig(TaskConfig):
-    """What lies in the cache of prepared data: list it, and clear it."""
+    """List and clear the cache of prepared data."""
 
     has_result: ClassVar[bool] = False
     uses_model: ClassVar[bool] = False

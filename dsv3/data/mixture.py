@@ -96,7 +96,7 @@ class PreparedMixture(PreparedData):
 
 
 class MixtureRecipe(NamedTuple):
-    """What another process needs to reopen a mixture."""
+    """Reopens a mixture in another process."""
 
     sources: dict[str, Any]
     """The recipe of each source."""

@@ -69,10 +69,10 @@ def test_the_vocabulary_is_filled_and_no_larger() -> None:
 def test_the_same_corpus_gives_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     program = (
         "import sys; from dsv3.tokens.tokenizer import TrainedTokenizer; "
-        "from texts import sentence; "
+        "from tests.data.texts import sentence; "
         "TrainedTokenizer(350).prepare(sentence(n) for n in range(80)).save(sys.argv[1])"
     )
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parents[2])])
     for threads in ("1", "2"):
         environment = os.environ | {
             "RAYON_NUM_THREADS": threads,
