@@ -67,7 +67,7 @@ class Corpus:
         """Look at every file without reading it: some microseconds for each."""
         state, count, newest = xxhash.xxh3_128(), 0, 0
         with phase(f"looking at the files of {self.root}", unit="files", each_node=True) as looking:
-            for count, (name, size, mtime_ns) in enumerate(self._stats(), 1):
+            for count, (name, size, mtime_ns) in enumerate(self.stats(), 1):
                 state.update(f"{name}\0{size} {mtime_ns}\n".encode("utf-8", "surrogateescape"))
                 newest = max(newest, mtime_ns)
                 if count % _TOLD == 0:
@@ -98,7 +98,7 @@ class Corpus:
             )
         return units
 
-    def _stats(self) -> Iterator[tuple[str, int, int]]:
+    def stats(self) -> Iterator[tuple[str, int, int]]:
         """Yield name, size and time of change, ns, of every file."""
         for file in self.files().files:
             yield file.name, file.size, file.mtime_ns
@@ -161,9 +161,9 @@ class TextCorpus(Corpus):
     def _find(self) -> FoundFiles:
         return find_files([self.path], self.options.field, "data.path")
 
-    def _stats(self) -> Iterator[tuple[str, int, int]]:
+    def stats(self) -> Iterator[tuple[str, int, int]]:
         if not self.root.is_dir() or str(self.root) != self.path or is_saved(self.root):
-            yield from super()._stats()
+            yield from super().stats()
             return
         # Without an object per file: there may be millions.
         unreadable: list[str] = []

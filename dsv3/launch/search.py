@@ -125,7 +125,7 @@ def _require_objective(arguments: Sequence[str], settings: Mapping[str, Any], ow
     if str(settings["_target_"]).endswith("BasicSweeper"):
         return
     typed = [argument for argument in arguments if not argument.startswith(("-", "hydra", "+hydra", "run."))]
-    swept, constant = split_arguments([*typed, *_searched(settings)])
+    swept, constant = split_arguments([*_searched(settings), *typed])
     try:
         config = compose_root(
             [argument for argument in typed if override_key(argument).lstrip("+~") in constant],

@@ -66,7 +66,8 @@ class Sweep:
     ) -> SweepJob:
         """Return the place of a job, by Hydra's count, its overrides, the sweeper and the job's directory."""
         searched = sweeper.get("params") or {}
-        arguments = [*self.arguments, *(f"{key}={value}" for key, value in searched.items())]
+        # As in Hydra's sweepers: what is typed takes the place of what an experiment sweeps.
+        arguments = [*(f"{key}={value}" for key, value in searched.items()), *self.arguments]
         swept, constant = split_arguments(arguments)
         counts = [number_of_choices(override) for override in swept.values()]
         trials, known = sweeper.get("n_trials"), [count for count in counts if count is not None]
@@ -110,17 +111,19 @@ class Sweep:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Override], set[str]]:
-    """Return the swept keys of a command with their overrides, and the keys of one value."""
-    parser, swept, constant = OverridesParser.create(), {}, set()
+    """Return the swept keys of a command with their overrides, and the keys of one value; the last one counts."""
+    parser, swept, constant = OverridesParser.create(), {}, set[str]()
     for argument in arguments:
         if not argument.startswith("-"):
             override = parser.parse_override(argument)
             key = override.key_or_group
             if override.is_sweep_override():
                 swept[key] = override
+                constant.discard(key)
             else:
+                swept.pop(key, None)
                 constant.add(key)
-    return swept, constant - set(swept)
+    return swept, constant
 
 
 def number_of_choices(override: Override) -> int | None:

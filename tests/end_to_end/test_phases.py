@@ -20,12 +20,10 @@ PHASES = {
         "importing torch",
         "setting up device and process group",
         "preparing the data",
+        "looking at the files of TEXT",
         "reading TEXT",
-        "looking for files in TEXT",
         "training the tokenizer on 8",  # thousand characters
-        "waiting for the process that makes tokenizer-",
         "tokenizing the held-out text",
-        "waiting for the process that makes tokens-",
         "tokenizing the training text",
         "building the model",
         "initializing weights",
@@ -52,7 +50,7 @@ PHASES = {
     "evaluate": [
         "planning",
         "importing torch",
-        "reading TEXT",
+        "looking at the files of TEXT",
         *LOADING,
         "building the model",
         "loading STEP",

@@ -12,6 +12,7 @@ from dsv3.config.precision import ComputeType
 from dsv3.config.strict import to_yaml
 from dsv3.launch.job import Job
 from dsv3.planning import hardware
+from dsv3.tokens.npy_file import NpyFile
 from tests.harness.commands import PlannedCommand
 from tests.harness.runs import StoredRun
 from tests.hf.test_config_json import RELEASED_V3
@@ -138,13 +139,13 @@ def test_a_table_of_ids_is_opened_once_for_the_length_that_it_sets(
 ) -> None:
     np.save(tmp_path / "ids.npy", np.zeros((9, 33), np.int32))
     opened: list[Any] = []
-    load: Any = np.load
+    read: Any = NpyFile.read
 
-    def counted(*args: Any, **more: Any) -> Any:
+    def counted(*args: Any) -> Any:
         opened.append(args)
-        return load(*args, **more)
+        return read(*args)
 
-    monkeypatch.setattr(np, "load", counted)
+    monkeypatch.setattr(NpyFile, "read", counted)
     job = planned.run("data=tokens", f"data.path={tmp_path / 'ids.npy'}").job
     assert (job.config.train.length, job.reasons["train.sequence_length"]) == (
         32,

@@ -39,7 +39,7 @@ def test_a_sweep_of_plans_prints_one_json_line_per_job(commands: TrainCommand) -
     single = json.loads(
         commands.must(
             *("task=plan", "task.format=json", "model=671b", "hardware=h800"),
-            *("parallel=tp_ep", "launch.world_size=2048"),
+            *("parallel=tp_ep", "launch.world_size=2048", "train.steps=1e3"),
         ).out
     )
     named = {
@@ -115,6 +115,8 @@ def test_a_sweep_ends_with_its_ranking_and_the_command_that_compares(commands: T
         (["a=1,2,3", "b=1,2", "c=4"], {}, 6, "c=4"),
         (["a=range(1,4)"], {"b": "choice(1,2)", "c": 4}, 6, "c=4"),
         (["model=glob(*b)", "a=1"], {}, 4, "a=1"),
+        (["a=1"], {"a": "1,2", "b": "1,2,3"}, 3, "a=1"),
+        (["a=1,2"], {"a": "1,2,3", "c": 4}, 2, "c=4"),
     ],
 )
 def test_the_jobs_are_counted_and_what_they_share_is_left_out(
