@@ -69,6 +69,6 @@ def test_a_mistake_that_a_worker_finds_is_told_as_anywhere_else(
     arguments = command_line.training(tmp_path / "run", ENDLESS, *TWO, "data.path=/nope, it's=not")
     ended = command_line.run(*arguments)
     assert ended.code == 2
-    assert ended.err.startswith("error: data.path=/nope, it's=not does not exist")
+    assert ended.err.startswith('error: data.path="/nope, it\'s=not" does not exist')
     assert len(ended.err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
