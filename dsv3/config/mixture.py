@@ -60,7 +60,8 @@ def read_sources(mixture: MixtureDataConfig) -> list[MixtureSource]:
     """
     named = mixture.sources
     example = "data.sources={web:{path:DIR,weight:0.7},code:{path:DIR,weight:0.3}}"
-    require(0 < len(named) <= MOST_SOURCES, "sources", len(named), f"name 1 to {MOST_SOURCES}, '{example}'")
+    allowed = f"name 1 to {MOST_SOURCES}, '{example}'"
+    require(0 < len(named) <= MOST_SOURCES, "sources", f"{len(named)} sources", allowed)
     found = []
     for name, node in sorted(named.items()):
         if not _NAME.fullmatch(str(name)):

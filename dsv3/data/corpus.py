@@ -159,6 +159,11 @@ class TextCorpus(Corpus):
         return found
 
     def _find(self) -> FoundFiles:
+        if is_saved(self.root):
+            raise UserError(
+                f"data.path={self.path} is a dataset of save_to_disk: read it by "
+                f"data=hf data.dataset={self.path}, or make shards of it by task=prepare"
+            )
         return find_files([self.path], self.options.field, "data.path")
 
     def stats(self) -> Iterator[tuple[str, int, int]]:

@@ -85,6 +85,11 @@ class PreparedMixture(PreparedData):
         for source in self.sources.values():
             source.check_vocabulary(vocab_size, share)
 
+    def verify_newer(self, since: float) -> None:
+        """Compare the newer files of every source with their digests; UserError as for PreparedData."""
+        for source in self.sources.values():
+            source.verify_newer(since)
+
     def progress(self, samples: int) -> dict[str, dict[str, float | None]]:
         """Return by source the tokens and the epochs of it that the first `samples` samples hold."""
         counts = zip(self.sources.items(), self.order.counts(samples), strict=True)

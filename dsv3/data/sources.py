@@ -70,6 +70,13 @@ class PreparedData:
         """Return the fingerprint of the tokenizer; None for data that is token ids already."""
         return self.tokenizer.fingerprint() if self.tokenizer else None
 
+    def verify_newer(self, since: float) -> None:
+        """Compare what was written after `since` (seconds of the epoch) with its digest, where it has one.
+
+        Raises:
+            UserError: a file is not what its digest tells.
+        """
+
     def check_vocabulary(self, vocab_size: int, share: tuple[int, int] = (0, 1)) -> None:
         """Check that a model of `vocab_size` ids has an embedding for every id.
 

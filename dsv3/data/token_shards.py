@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,11 +95,23 @@ class PreparedShards(PreparedData):
             with phase("checking the token ids", total, "tokens") as work:
                 store.check(share, limit, work.advance)
         if self.verify is Verify.all:
-            self._verify(share)
+            self._verify(sorted(self.digests.items())[share[0] :: share[1]])
 
-    def _verify(self, share: tuple[int, int]) -> None:
-        """Compare a share of the files with their digests."""
-        files = sorted(self.digests.items())[share[0] :: share[1]]
+    def verify_newer(self, since: float) -> None:
+        """Compare the local files that were written after `since` with their digests; UserError as above.
+
+        The fingerprint of shards is that of their index, which says nothing of a byte that has changed since.
+        """
+        newer = []
+        for name, digest in sorted(self.digests.items()):
+            with suppress(OSError):  # told when it is read
+                if Path(name).stat().st_mtime > since:
+                    newer.append((name, digest))
+        if newer:
+            self._verify(newer)
+
+    def _verify(self, files: Sequence[tuple[str, str]]) -> None:
+        """Compare files with their digests."""
         with phase("verifying digests", len(files), "files") as work:
             for name, digest in files:
                 state = xxhash.xxh3_128()
@@ -111,7 +124,7 @@ class PreparedShards(PreparedData):
                 if state.hexdigest() != digest.lower():
                     raise UserError(
                         f"{name} has the digest {state.hexdigest()}, its index.json tells of {digest}: it is "
-                        "damaged or of other shards; copy it anew"
+                        "damaged or of other shards; copy it anew, or write its digest into index.json"
                     )
                 work.advance()
 
@@ -203,7 +216,8 @@ class ShardsData:
         chosen = _choose_tokenizer(tokenizer_source, own)
         layout = layout_digest(found.layout) if self.eos_id is None else None
         record = DataRecord.of(found.pieces, layout, "files")
-        return self._pack(recipe, chosen, sequence_length, seed, record, told)
+        prepared = self._pack(recipe, chosen, sequence_length, seed, record, told)
+        return replace(prepared, digests=found.digests)  # of the process that prepares: there may be many
 
     def reopen(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import translate
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 from dsv3.documents.byte_blocks import read_blocks, split_records
 from dsv3.errors import UserError, quoted, repository_hint
@@ -141,14 +142,25 @@ def find_files(paths: Sequence[str], field: str = "text", key: str = "task.input
         key: the config key of `paths`, for messages.
 
     Raises:
-        UserError: a path leads to nothing, or cannot be read.
+        UserError: a path leads to nothing, cannot be read, or is a pipe or a device; a folder below it is a
+            dataset that was saved, whose files are no text.
     """
     found = FoundFiles()
     seen: set[tuple[int, int]] = set()
+
+    def enter(folder: os.DirEntry[str]) -> bool:
+        if is_saved(Path(folder.path)):
+            raise UserError(
+                f"{key}: {folder.path} is a dataset of save_to_disk among other files: give it as a path of "
+                f"its own to task=prepare, or read it by data=hf data.dataset={folder.path}"
+            )
+        return True
+
     for path in paths:
         count = len(found.files)
         for place, inside in _expand(path, key):
-            below = (Path(entry.path) for _, entry in walk_files(place, found.left_out, found.unreadable))
+            walked = walk_files(place, found.left_out, found.unreadable, enter)
+            below = (Path(entry.path) for _, entry in walked)
             for file in below if place.is_dir() and not is_saved(place) else [place]:
                 try:
                     stat = file.stat()
@@ -157,6 +169,11 @@ def find_files(paths: Sequence[str], field: str = "text", key: str = "task.input
                         found.unreadable.append(f"{file} ({error.strerror})")
                         continue
                     raise UserError(f"{key}={file} cannot be read: {error.strerror}") from None
+                if not (S_ISREG(stat.st_mode) or S_ISDIR(stat.st_mode)):
+                    if inside:
+                        found.left_out.append(f"{file} (no file)")
+                        continue
+                    raise UserError(f"{key}={file} is a pipe or a device: write what comes out to a file")
                 if (stat.st_dev, stat.st_ino) not in seen:
                     seen.add((stat.st_dev, stat.st_ino))
                     kind = FileKind.dataset if file.is_dir() else file_kind(file, field)

@@ -12,6 +12,7 @@ from typing import Any
 from dsv3.documents.byte_blocks import NEEDS_DATA_EXTRA, DamagedFile, Report
 from dsv3.documents.input_files import HUB, FileKind, InputFile, Part
 from dsv3.errors import UserError
+from dsv3.metrics.progress import tell
 
 ROWS_AT_ONCE = 64
 
@@ -195,7 +196,10 @@ def choose_split(splits: list[str], wanted: str | None, where: str) -> str:
         raise UserError(f"task.split={wanted} is none of the splits of {where}: {', '.join(splits)}")
     if wanted is None and len(splits) > 1 and "train" not in splits:
         raise UserError(f"{where} has the splits {', '.join(splits)}: choose one, task.split=NAME")
-    return wanted or ("train" if "train" in splits else next(iter(splits), ""))
+    chosen = wanted or ("train" if "train" in splits else next(iter(splits), ""))
+    if wanted is None and len(splits) > 1:
+        tell(f"{where}: reads {chosen} of its splits {', '.join(splits)}; task.split=NAME reads another")
+    return chosen
 
 
 def _saved(path: Path, split: str) -> Any:

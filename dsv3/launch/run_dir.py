@@ -5,6 +5,7 @@ What a run has stored is read as data; nothing is built from it.
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -269,6 +270,11 @@ def check_same_data(
         )
     entry = {"step": step, "from": stored, "to": fingerprint}
     return entry | {"what": change.told, "effect": change.effect(step)}
+
+
+def data_recorded_at(directory: Path) -> float:
+    """Return when a run has noted what its data is, in seconds of the epoch; inf where it has not."""
+    return max((path.stat().st_mtime for path in (directory / DATA_DIR).glob("*.json")), default=math.inf)
 
 
 def _data_file(directory: Path, fingerprint: str) -> Path:

@@ -111,7 +111,7 @@ class Sweep:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Override], set[str]]:
-    """Return the swept keys of a command with their overrides, and the keys of one value; the last one counts."""
+    """Return the swept keys of a command with their overrides, and those of one value; the last counts."""
     parser, swept, constant = OverridesParser.create(), {}, set[str]()
     for argument in arguments:
         if not argument.startswith("-"):

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from dsv3.checkpoint.directory import find_checkpoint
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.logger import WandbLoggerConfig
+from dsv3.config.mixture import SOURCES
 from dsv3.config.optimizer import MuonConfig
 from dsv3.config.parallel import WORLD_AXES, RecomputeMode
 from dsv3.config.precision import FP8Engine
 from dsv3.config.training import BIAS_SPEED, TrainConfig
 from dsv3.data.mixture import PreparedMixture
 from dsv3.data.sources import PreparedData
+from dsv3.data.token_shards import PreparedShards
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.checkpoint_defaults import described_model
 from dsv3.launch.held_out import choice_name
@@ -162,6 +164,10 @@ class RunFacts:
             return f"from tokenizer.path={path}: {vocabulary}"
         if config.data.holds_ids:
             return f"that of the shards: {vocabulary}"
+        if isinstance(self.data, PreparedMixture):  # one tokenizer for all; that of shards goes before
+            for name, source in self.data.sources.items():
+                if isinstance(source, PreparedShards) and source.tokenizer is not None:
+                    return f"that of {SOURCES}.{name}: {vocabulary}"
         count = self.data.summary.get("characters_train")
         trained = f"the training side, {amount(count, 'characters')}" if count else "the begin of the stream"
         return f"trained on {trained}: {vocabulary}"

@@ -39,7 +39,14 @@ from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopSignal, stop_on
 from dsv3.errors import UserError
 from dsv3.fp8.convert_model import fp8_engine_name
 from dsv3.launch.job import Job, under_launcher
-from dsv3.launch.run_dir import check_same_data, make_run_dir, read_origin, record_run, write_run_files
+from dsv3.launch.run_dir import (
+    check_same_data,
+    data_recorded_at,
+    make_run_dir,
+    read_origin,
+    record_run,
+    write_run_files,
+)
 from dsv3.launch.trained_on import changed_data_notes, other_data_notes, other_order_notes
 from dsv3.metrics import jsonl
 from dsv3.metrics.console import Console
@@ -99,6 +106,7 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
     if config.run.resume:
         stored = (data.fingerprint, data.record, job.run_dir, config.data.allow_change)
         change = on_main(world, lambda: check_same_data(*stored))
+        on_main(world, lambda: data.verify_newer(data_recorded_at(job.run_dir)))
     mesh = build_mesh(job, world)
     start = _starting_checkpoint(job, world)
     model = build_parallel_model(config, mesh, world.device, initial=start is None)

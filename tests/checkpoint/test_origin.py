@@ -142,6 +142,21 @@ def test_equal_lengths_keep_the_rows_of_a_run(commands: TrainCommand, tmp_path: 
     raise AssertionError("no change of a text has left the lengths as they were")
 
 
+def test_a_byte_of_shards_that_changed_since_is_told(commands: TrainCommand, tmp_path: Path) -> None:
+    run, shards = tmp_path / "run", tmp_path / "shards"
+    commands.must(
+        *("task=prepare", f"task.input={commands.text}", f"task.output={shards}", "tokenizer.vocab_size=300")
+    )
+    commands.train(run, "data=shards", f"data.path={shards}", "train.steps=2", "train.stop_after=1")
+    file = next(shards.glob("train-*.tokens.npy"))
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    outcome = commands.run(f"resume={run}")
+    assert outcome.code == 2
+    assert f"{file} has the digest" in outcome.err
+
+
 def test_the_data_of_a_run_is_recorded_for_its_resume(
     commands: TrainCommand, first: Path, tmp_path: Path
 ) -> None:

@@ -151,3 +151,10 @@ def test_the_library_of_this_interpreter_is_some_megabytes() -> None:
     assert 5e6 < sum(file.size for file in files) < 30e6
     assert {"json/decoder.py", "pydoc_data/topics.py"} <= {file.name for file in files}
     assert not [file.name for file in files if file.name.startswith("test/")]
+
+
+def test_a_saved_dataset_is_no_folder_of_text(tmp_path: Path) -> None:
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"read it by data=hf data\.dataset="):
+        corpus_module.TextCorpus(str(tmp_path)).files()

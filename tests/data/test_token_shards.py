@@ -321,6 +321,11 @@ def test_digests_are_compared_where_that_is_asked_for(tmp_path: Path) -> None:
     assert len(told) == 1
     assert "train-00001.tokens.npy has the digest" in told[0]
 
+    changed = tokens.stat().st_mtime
+    prepare(path).verify_newer(changed)
+    with pytest.raises(UserError, match=r"train-00001\.tokens\.npy has the digest"):
+        prepare(path).verify_newer(changed - 1)
+
 
 @pytest.mark.parametrize(
     ("spoil", "words"),

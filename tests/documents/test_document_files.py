@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from dsv3.documents.document_files import ReadOptions, read_documents
 from dsv3.documents.input_files import FileKind, InputFile, find_files
 from dsv3.documents.input_units import plan_units
 from dsv3.documents.skip_limit import BadDocument, Reason, Skipped
-from dsv3.documents.table_files import hub_dataset, saved_dataset
+from dsv3.documents.table_files import choose_split, hub_dataset, saved_dataset
 from dsv3.errors import UserError
 
 TEXTS = [f"text {number} \u00e9\u6f22\U0001f600\n" * (1 + number % 5) + '"\\ud83d"' for number in range(40)]
@@ -302,6 +303,35 @@ def test_paths_that_lead_nowhere_are_refused(path: str, told: str, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=told):
         find_files([path.format(tmp_path)])
+
+
+def test_a_saved_dataset_among_files_is_named_and_its_files_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    saved = tmp_path / "deep" / "saved"
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(saved))
+    with pytest.raises(UserError, match=f"{saved} is a dataset of save_to_disk among other files"):
+        find_files([str(tmp_path)])
+    assert [file.kind for file in find_files([str(saved)]).files] == [FileKind.dataset]
+
+
+def test_a_pipe_is_refused_where_it_is_named_and_left_out_where_it_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"pipe\.txt is a pipe or a device"):
+        find_files([str(tmp_path / "pipe.txt")])
+    for path in (str(tmp_path), f"{tmp_path}/*.txt"):
+        found = find_files([path])
+        assert [file.path.name for file in found.files] == ["a.txt"]
+        assert "pipe.txt (no file" in found.left_out[0]
+
+
+def test_the_split_that_is_chosen_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose_split(["test", "train"], None, "DIR") == "train"
+    assert "DIR: reads train of its splits test, train; task.split=NAME" in capsys.readouterr().err
+    assert choose_split(["test", "train"], "test", "DIR") == "test"
+    assert capsys.readouterr().err == ""
 
 
 def test_patterns_and_folders_give_each_file_once(tmp_path: Path) -> None:
