@@ -272,10 +272,11 @@ class HubDataConfig(DataConfig):
                 "data=hf cannot follow train.batch_ramp, its streams are bound to the slots of a batch: make "
                 "shards, task=prepare task.input=hf:OWNER/NAME task.output=DIR, and read data=shards"
             )
-        divisors = (number for number in range(min(batch, MOST_LANES), 0, -1) if batch % number == 0)
-        lanes = self.lanes or next(divisors)
-        allowed = f"must divide train.global_batch_size={batch}"
-        require(self.lane_rows is not None or batch % lanes == 0, "lanes", lanes, allowed)
+        divisors = [number for number in range(1, batch + 1) if batch % number == 0]
+        lanes = self.lanes or max(number for number in divisors if number <= MOST_LANES)
+        nearest = min(divisors, key=lambda number: abs(number - lanes))
+        allowed = f"must divide train.global_batch_size={batch}: use data.lanes={nearest}"
+        require(self.lane_rows is not None or batch % lanes == 0, "data.lanes", lanes, allowed)
         return replace(self, lanes=lanes, lane_rows=self.lane_rows or batch // lanes)
 
     def notes(self, ranks: int) -> list[str]:

@@ -352,7 +352,8 @@ def _count_padding(table: TokenTable) -> dict[str, int]:
     if not padding:
         return {}
     if empty == len(table):
-        raise UserError(f"{table.files[0].path} holds nothing but padding (data.pad_id={table.pad_id})")
+        pad = "null" if table.pad_id is None else table.pad_id
+        raise UserError(f"{table.files[0].path} holds nothing but padding (data.pad_id={pad})")
     scale: Callable[[int], int] = lambda count: round(count * len(table) / looked_at)  # noqa: E731
     return {"tokens_padding": scale(padding), "rows_of_padding": scale(empty)}
 

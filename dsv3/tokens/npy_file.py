@@ -72,12 +72,12 @@ class NpyFile:
         if not dtype.isnative:
             order = {"<": "little-endian", ">": "big-endian"}[dtype.byteorder]
             raise UserError(
-                f"{path} holds {order} {dtype.name} {list(shape)}: {wanted} in this machine's byte order; "
+                f"{path} holds {order} {dtype.name} {list(shape)}, which is not this machine's byte order: "
                 "write it anew, numpy.save(FILE, array.astype(array.dtype.newbyteorder('=')))"
             )
         if is_fortran and len(shape) > 1:
             raise UserError(
-                f"{path} is stored column by column (Fortran order): {wanted}; "
+                f"{path} {list(shape)} is stored column by column (Fortran order), rows are read: "
                 "write it anew, numpy.save(FILE, numpy.ascontiguousarray(array))"
             )
         needed = begin + math.prod(shape) * dtype.itemsize
