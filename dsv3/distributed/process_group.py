@@ -5,6 +5,7 @@ ranks.
 """
 
 import atexit
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -230,6 +231,12 @@ def join_process_group(
         if world > 1:
             dist.barrier()
         raise
+    except UserError:
+        # All ranks raise it alike, and the launcher has it from a file. A process of torchrun or srun is the
+        # command itself, with an exit code of its own. After any other error the first to end is the culprit.
+        if world > 1 and multiprocessing.parent_process() is not None:
+            atexit.register(_leave, 1)
+        raise
     finally:
         if watchdog is not None:
             watchdog.stop()
@@ -237,11 +244,11 @@ def join_process_group(
     # about the connection in place of the reason. The end of its process closes them anyway.
     if dist.is_initialized():
         dist.destroy_process_group()
-        atexit.register(_leave)
+        atexit.register(_leave, 0)
 
 
-def _leave() -> None:
-    """End a finished worker before C++ tears its threads down, which now and then aborts it."""
+def _leave(code: int) -> None:
+    """End a worker before C++ tears its threads down, which now and then aborts it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
