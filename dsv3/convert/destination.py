@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from dsv3.checkpoint.directory import MANIFEST_FILE, sync
 from dsv3.checkpoint.manifest import FileEntry, digest, write_manifest
 from dsv3.errors import UserError
+from dsv3.metrics.jsonl import append_line, read_whole_lines
 
 JOURNAL = ".journal.jsonl"
 
@@ -44,7 +45,7 @@ class Journal:
         self.found: dict[str, Finished] = {}
         self._lock = Lock()
         conversion = json.loads(json.dumps(conversion))  # as it is read back: lists for tuples
-        first, *lines = _whole_lines(self.path) or [None]
+        first, *lines = read_whole_lines(self.path) or [None]
         if first is None:  # new, or damaged in the line that names the conversion: nothing is known then
             self.path.write_bytes(b"")
             self._append(conversion)
@@ -84,31 +85,8 @@ class Journal:
             return None
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._lock, self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any] | None]:
-    """Return the lines that were written whole, None for a damaged one.
-
-    A kill may have cut the last one short: it is removed.
-    """
-    if not path.is_file():
-        return []
-    raw = path.read_bytes()
-    whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
-        os.truncate(path, whole)  # the next line must not be appended to half a line
-    lines: list[dict[str, Any] | None] = []
-    for text in raw[:whole].splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        lines.append(line if isinstance(line, dict) else None)
-    return lines
+        with self._lock:
+            append_line(self.path, line)
 
 
 def _finished(line: dict[str, Any] | None) -> Finished | None:

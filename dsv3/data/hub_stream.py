@@ -29,7 +29,7 @@ from dsv3.tokens.data_record import DataRecord, layout_digest
 from dsv3.tokens.document_encoder import DocumentEncoder, document_ends
 from dsv3.tokens.shuffle import Ids, permutation
 from dsv3.tokens.token_store import TokenStore
-from dsv3.tokens.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource
+from dsv3.tokens.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource, training_patience
 
 READ_TOGETHER = 64
 """Documents that are taken from a file together."""
@@ -360,7 +360,7 @@ class HubData:
                     if size >= TOKENIZER_CHARACTERS:
                         return
 
-        with phase(title, each_node=True, patience=60.0 + TOKENIZER_CHARACTERS / 50_000):
+        with phase(title, each_node=True, patience=training_patience(TOKENIZER_CHARACTERS)):
             return source.prepare(texts(), cache_root(self.options.cache_dir) / name)
 
 

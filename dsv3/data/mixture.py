@@ -14,12 +14,12 @@ from dsv3.config.strict import build
 from dsv3.data.mixture_order import MixtureOrder, Stage, source_seed
 from dsv3.data.packing import PackedRow, RowDataset
 from dsv3.data.rows import RowOptions
-from dsv3.data.sources import NoTexts, PreparedData, training_patience
+from dsv3.data.sources import NoTexts, PreparedData
 from dsv3.errors import UserError
 from dsv3.metrics.progress import amount, phase
 from dsv3.tokens.cache import CacheEntryError, cache_root
 from dsv3.tokens.data_record import DataRecord
-from dsv3.tokens.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource
+from dsv3.tokens.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource, training_patience
 
 _COUNTED = ("documents", "tokens", "rows", "files", "duplicates", "characters")
 """Beginnings of the names of counts that sources add up to."""

@@ -20,20 +20,19 @@ from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build, read_e
 from dsv3.tokens.data_record import DataRecord, layout_digest
 from dsv3.tokens.prepare_shards import prepare_shards
 from dsv3.tokens.shard_index import HELD_OUT, TRAIN, ShardIndex
-from dsv3.tokens.token_inputs import open_shard
+from dsv3.tokens.token_inputs import open_side
 from dsv3.tokens.token_store import TokenStore
-from dsv3.tokens.tokenizer import TRAINING_CHUNK, LocalTokenizer, Tokenizer, TokenizerSource, split_text
+from dsv3.tokens.tokenizer import (
+    TRAINING_CHUNK,
+    LocalTokenizer,
+    Tokenizer,
+    TokenizerSource,
+    split_text,
+    training_patience,
+)
 
 FORMAT = 2
 """Part of the key of prepared tokens: raise it when the same documents are to be written otherwise."""
-
-_SLOWEST_START, _SLOWEST_TRAINING = 60.0, 50_000
-"""Seconds, and characters per second: a BPE training is one call that says nothing until it is done."""
-
-
-def training_patience(characters: int) -> float:
-    """Return the seconds that a tokenizer's training on so many characters may take."""
-    return _SLOWEST_START + characters / _SLOWEST_TRAINING
 
 
 @dataclass(frozen=True)
@@ -295,9 +294,8 @@ class CorpusData:
 def _open_side(folder: Path, side: str) -> TokenStore:
     """Return the documents of an entry of the cache; CacheEntryError where it is damaged or missing."""
     try:
-        index = ShardIndex.read(folder)
-        return TokenStore(open_shard(folder, index, shard) for shard in index.splits[side])
-    except (UserError, KeyError) as error:
+        return open_side(folder, side)
+    except UserError as error:
         raise CacheEntryError(str(error)) from error
 
 

@@ -19,12 +19,10 @@ from dsv3.tokens.data_record import DataRecord, layout_digest
 from dsv3.tokens.document_index import with_documents
 from dsv3.tokens.file_array import FileArray, find_missing
 from dsv3.tokens.remote_files import is_remote
-from dsv3.tokens.shard_index import TRAIN, ShardIndex
 from dsv3.tokens.token_inputs import (
     TokenFiles,
     has_tokens,
     open_remote_shards,
-    open_shard,
     open_token_files,
 )
 from dsv3.tokens.token_store import Segment, TokenStore
@@ -290,12 +288,6 @@ class ShardsData:
             digests=recipe.digests,
             verify=self.verify,
         )
-
-
-def open_side(folder: Path, split: str = TRAIN) -> TokenStore:
-    """Return a side of a directory of token shards; UserError where a file is not what the index says."""
-    index = ShardIndex.read(folder)
-    return TokenStore(open_shard(folder, index, shard) for shard in index.splits.get(split, ()))
 
 
 def _told(found: TokenFiles, data: ShardsData) -> list[str]:

@@ -5,7 +5,6 @@ of the pool is killed with the one that started it.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -24,6 +23,7 @@ from dsv3.distributed.signals import die_with_parent
 from dsv3.documents.byte_blocks import Report
 from dsv3.documents.input_files import Unit
 from dsv3.errors import RunFailed, UserError
+from dsv3.metrics.jsonl import append_line, read_whole_lines
 from dsv3.metrics.progress import Phase
 
 JOURNAL_FILE = "journal.jsonl"
@@ -70,10 +70,10 @@ class Journal:
     def __init__(self, directory: Path, identity: dict[str, str]) -> None:
         self.path = directory / JOURNAL_FILE
         self.results: dict[int, dict[str, Any]] = {}
-        first, *lines = _whole_lines(self.path) or [None]
+        first, *lines = read_whole_lines(self.path) or [None]
         if first is None:
             self.path.write_bytes(b"")
-            self._append(identity)
+            append_line(self.path, identity)
         elif first != identity:
             told = ", ".join(
                 f"{key}: {first.get(key)} there, {identity.get(key)} now"
@@ -90,32 +90,8 @@ class Journal:
 
     def add(self, number: int, result: dict[str, Any]) -> None:
         """Note that a unit is done; its files are on the disk."""
-        self._append({"unit": number, "result": result})
+        append_line(self.path, {"unit": number, "result": result})
         self.results[number] = result
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any] | None]:
-    """Return the lines that were written whole, None for a damaged one; cut off what a kill left half."""
-    if not path.is_file():
-        return []
-    raw = path.read_bytes()
-    whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
-        os.truncate(path, whole)
-    lines: list[dict[str, Any] | None] = []
-    for text in raw[:whole].splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            line = None
-        lines.append(line if isinstance(line, dict) else None)
-    return lines
 
 
 def run_units(

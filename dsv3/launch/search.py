@@ -24,7 +24,7 @@ from dsv3.config.overrides import compose as compose_root
 from dsv3.config.overrides import override_key, quote
 from dsv3.config.registry import CONF, register
 from dsv3.errors import UserError
-from dsv3.launch.sweep import Sweep, number_of_choices, split_arguments
+from dsv3.launch.sweep import Sweep, number_of_choices, searched_arguments, split_arguments
 
 STUDY_FILE, STUDY_NAME = "study.db", "sweep"
 
@@ -125,7 +125,7 @@ def _require_objective(arguments: Sequence[str], settings: Mapping[str, Any], ow
     if str(settings["_target_"]).endswith("BasicSweeper"):
         return
     typed = [argument for argument in arguments if not argument.startswith(("-", "hydra", "+hydra", "run."))]
-    swept, constant = split_arguments([*_searched(settings), *typed])
+    swept, constant = split_arguments([*searched_arguments(settings), *typed])
     try:
         config = compose_root(
             [argument for argument in typed if override_key(argument).lstrip("+~") in constant],
@@ -136,11 +136,6 @@ def _require_objective(arguments: Sequence[str], settings: Mapping[str, Any], ow
         return  # the jobs say what is wrong
     if why is not None:
         raise UserError(why)
-
-
-def _searched(settings: Mapping[str, Any]) -> list[str]:
-    """Return the overrides of a sweeper's own `params`."""
-    return [f"{key}={value}" for key, value in (settings.get("params") or {}).items()]
 
 
 def _tell(line: str) -> None:
@@ -175,7 +170,7 @@ def _trials(settings: Mapping[str, Any], arguments: Sequence[str]) -> int:
     wanted = int(settings["n_trials"])
     if not str(settings["sampler"]["_target_"]).endswith("GridSampler"):
         return wanted
-    swept, _ = split_arguments([*_searched(settings), *arguments])
+    swept, _ = split_arguments([*searched_arguments(settings), *arguments])
     return min(wanted, math.prod(number_of_choices(override) or 1 for override in swept.values()))
 
 

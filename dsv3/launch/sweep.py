@@ -65,9 +65,8 @@ class Sweep:
         self, counted: int, overrides: Sequence[str], sweeper: Mapping[str, Any], directory: Path
     ) -> SweepJob:
         """Return the place of a job, by Hydra's count, its overrides, the sweeper and the job's directory."""
-        searched = sweeper.get("params") or {}
         # As in Hydra's sweepers: what is typed takes the place of what an experiment sweeps.
-        arguments = [*(f"{key}={value}" for key, value in searched.items()), *self.arguments]
+        arguments = [*searched_arguments(sweeper), *self.arguments]
         swept, constant = split_arguments(arguments)
         counts = [number_of_choices(override) for override in swept.values()]
         trials, known = sweeper.get("n_trials"), [count for count in counts if count is not None]
@@ -108,6 +107,11 @@ class Sweep:
         """Return the files of a name in the order of their jobs' numbers."""
         found = self.directory.glob(f"*/{name}") if self.directory else ()
         return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))
+
+
+def searched_arguments(sweeper: Mapping[str, Any]) -> list[str]:
+    """Return the overrides of a sweeper's own `params`."""
+    return [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Override], set[str]]:

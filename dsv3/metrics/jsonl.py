@@ -1,7 +1,12 @@
-"""metrics.jsonl: one line per step, written so that a kill loses at most the rows that are still buffered."""
+"""Lines of JSON that outlive a kill: metrics.jsonl, with one per step, and the journals of long work.
 
+A kill loses at most the rows of metrics that are still buffered.
+"""
+
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from dsv3.metrics.row import MetricsRow
 
@@ -88,3 +93,32 @@ def _ends_torn(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(data_size - 1)
         return file.read(1) != b"\n"
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a line to a journal, and wait until it is on the disk."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any] | None]:
+    """Return the lines of a journal that were written whole, None for a damaged one.
+
+    A kill may have cut the last one short. It is removed, for the next one must not follow half a line.
+    """
+    if not path.is_file():
+        return []
+    raw = path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        os.truncate(path, whole)
+    lines: list[dict[str, Any] | None] = []
+    for text in raw[:whole].splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        lines.append(line if isinstance(line, dict) else None)
+    return lines

@@ -36,7 +36,7 @@ from dsv3.tokens.prepare_shards import (
     unwritable,
 )
 from dsv3.tokens.shard_index import HELD_OUT, TRAIN, ShardIndex
-from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
+from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer, training_patience
 
 SAMPLE_CHARACTERS = 32 << 20
 """Characters that a new tokenizer is trained on at most: BPE needs 80 bytes for each."""
@@ -46,9 +46,6 @@ SAMPLE_PLACES = 64
 
 FORMAT = "1"
 """Raise it when the same input is to be written differently: older unfinished work is then refused."""
-
-SLOWEST_TRAINING = 50_000
-"""Characters per second: a BPE training is one call that says nothing until it is done."""
 
 
 class PrepareTask:
@@ -166,7 +163,7 @@ class PrepareTask:
         kept = self.output / UNFINISHED / TOKENIZER_FOLDER
         if kept.exists() and (self.output / UNFINISHED / JOURNAL_FILE).exists():
             return Tokenizer.from_file(kept)
-        patience = 60.0 + SAMPLE_CHARACTERS / SLOWEST_TRAINING
+        patience = training_patience(SAMPLE_CHARACTERS)
         with phase("training the tokenizer on a sample", unit="characters", patience=patience):
             trained: Tokenizer = choice.prepare(sample_texts(units, source))
         try:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from multiprocessing import parent_process
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -104,9 +105,14 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
     data = prepare_data(config, world, own_tokenizer)
     change = None
     if config.run.resume:
-        stored = (data.fingerprint, data.record, job.run_dir, config.data.allow_change)
-        change = on_main(world, lambda: check_same_data(*stored))
-        on_main(world, lambda: data.verify_newer(data_recorded_at(job.run_dir)))
+
+        def compare_data() -> dict[str, Any] | None:
+            stored = (data.fingerprint, data.record, job.run_dir, config.data.allow_change)
+            changed = check_same_data(*stored)
+            data.verify_newer(data_recorded_at(job.run_dir))
+            return changed
+
+        change = on_main(world, compare_data)
     mesh = build_mesh(job, world)
     start = _starting_checkpoint(job, world)
     model = build_parallel_model(config, mesh, world.device, initial=start is None)

@@ -25,7 +25,7 @@ from dsv3.tokens.megatron_files import open_megatron
 from dsv3.tokens.npy_file import NpyFile
 from dsv3.tokens.remote_files import RemoteFolder, is_remote
 from dsv3.tokens.shard_index import HELD_OUT, INDEX_FILE, TRAIN, Shard, ShardIndex
-from dsv3.tokens.token_store import Segment
+from dsv3.tokens.token_store import Segment, TokenStore
 from dsv3.tokens.tokenizer_files import READABLE
 
 HELD_OUT_WORDS = frozenset({"val", "valid", "validation", "dev", "test", "eval", "heldout"})
@@ -361,3 +361,15 @@ def _digest(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return state.hexdigest()
+
+
+def open_side(folder: Path, split: str = TRAIN) -> TokenStore:
+    """Return a side of a directory of token shards.
+
+    Raises:
+        UserError: it has no such side, or a file is not what the index says.
+    """
+    index = ShardIndex.read(folder)
+    if split not in index.splits:
+        raise UserError(f"{folder} has no side {split}")
+    return TokenStore(open_shard(folder, index, shard) for shard in index.splits[split])

@@ -263,6 +263,11 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
 
 
+def training_patience(characters: int) -> float:
+    """Return the seconds that a tokenizer's training may take, one call that says nothing meanwhile."""
+    return 60.0 + characters / 50_000
+
+
 class TokenizerSource(Protocol):
     """A choice of `tokenizer`, from which a Tokenizer can be made."""
 

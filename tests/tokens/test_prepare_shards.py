@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3.data.token_shards import open_side
 from dsv3.documents import unit_pool
 from dsv3.documents.document_files import FIRST_PIECE, Document, ReadOptions
 from dsv3.documents.input_files import Unit, find_files
@@ -27,6 +26,7 @@ from dsv3.tokens import document_encoder, prepare_shards, shard_writer, tokenize
 from dsv3.tokens.prepare_shards import UNFINISHED, HashedSides
 from dsv3.tokens.shard_index import HELD_OUT, TRAIN, Shard, ShardIndex, dtype_for
 from dsv3.tokens.shard_writer import NpyFile, ShardWriter
+from dsv3.tokens.token_inputs import open_side
 from dsv3.tokens.tokenize_unit import TokenizeUnit
 from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
 from tests.data.texts import sentence
