@@ -251,6 +251,13 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 def write_page(results: dict[str, Any]) -> None:
     """Write the table of docs/data.md."""
     lines = ["| measured | result |", "|---|---|"]
+    if prepare := results.get("prepare"):
+        for way, what in (("files", "files of some 11,000"), ("paragraphs", "paragraphs of some 275")):
+            found = prepare[way]
+            rate = found["characters_per_cpu_second"]["task=prepare"] / 1e6
+            told = f"{rate:.1f} M characters per CPU second, {found['of_encode_batch']:.2f} of `encode_batch`"
+            told += f", {found['of_encode_batch_fast']:.2f} of `encode_batch_fast`"
+            lines.append(f"| task=prepare of {what} characters | {told} |")
     if loader := results.get("loader"):
         for way in ("concat", "best_fit"):
             rate = loader[f"{way}_tokens_per_cpu_second"] / 1e6
@@ -268,8 +275,8 @@ def write_page(results: dict[str, Any]) -> None:
         told = ", ".join(f"{size:.0f} MiB at {name}" for name, size in sizes.items())
         lines.append(f"| anonymous memory of a process that reads shards | {told} |")
     if start := results.get("start"):
-        beyond = start["warm_cpu_seconds_beyond_the_imports"]
-        told = f"{beyond:.1f} CPU seconds of all processes beyond the imports, the step and its save included"
+        beyond = start["warm_seconds_beyond_the_imports"]
+        told = f"{beyond:.1f} s beyond the imports, starting workers, the step and its save included"
         lines.append(f"| a step on 2 ranks over 300 MB of text in the cache | {told} |")
     fill("data.md", "data benchmark", lines)
 
