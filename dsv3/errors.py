@@ -6,7 +6,6 @@ cli/application.py prints an error and returns its exit code.
 import difflib
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from reprlib import Repr
 
 DONE, FAILED, MISTAKE, STOPPED, KILLED = 0, 1, 2, 75, 130
@@ -41,6 +40,10 @@ class RunFailed(Exception):
     """The run itself failed (a nonfinite loss, a dead worker): one message, and exit code 1."""
 
 
+class RunOver(RunFailed):
+    """The run failed in a way that a restart would repeat (launch.max_restarts), such as too many accidents."""
+
+
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
     """Raise InvalidValue for `key` unless `condition` holds."""
     if not condition:
@@ -73,20 +76,6 @@ def closest_multiples(unit: int, value: int) -> list[int]:
     """Return the multiples of `unit` on both sides of `value`, without 0."""
     below = value // unit * unit
     return [n for n in (below, below + unit) if n > 0]
-
-
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise UserError where a file of a release is the Git-LFS pointer that a clone without LFS leaves.
-
-    Reads 48 bytes. Call it before a file of a HuggingFace directory is parsed, whatever its kind.
-    """
-    with path.open("rb") as file:
-        is_pointer = file.read(48).startswith(b"version https://git-lfs.github.com/spec/v")
-    if is_pointer:
-        raise UserError(
-            f"{path} is a Git-LFS pointer, not the file itself: fetch it with `git lfs pull`, "
-            "or the repository anew with convert.py direction=download"
-        )
 
 
 def repository_hint(path: str) -> str:

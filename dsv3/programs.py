@@ -16,12 +16,12 @@ from dsv3.config.strict import build
 from dsv3.config.task import SamplingConfig
 from dsv3.convert.request import prepare_conversion
 from dsv3.distributed.device import use_expandable_segments
-from dsv3.distributed.signals import NOTHING_SAVED, die_with_parent, leave_on_signal, stop_on_signal
+from dsv3.distributed.signals import NOTHING_TO_SAVE, die_with_parent, stop_on_signal
 from dsv3.launch.checkpoint_defaults import Composition
 from dsv3.launch.job import Job, SweepJob, is_first_on_node, under_launcher
 from dsv3.launch.nearest_fix import require_fits
 from dsv3.launch.prepare import prepare_job
-from dsv3.launch.run_dir import check_can_make, check_run_dir, check_same_run
+from dsv3.launch.run_dir import check_can_make, check_run_dir, check_same_run, owned_run_dir
 from dsv3.launch.slurm import in_slurm_step
 from dsv3.launch.sweep import FAILED_FILE
 from dsv3.metrics.progress import phase
@@ -33,7 +33,14 @@ def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | No
     """Check and plan what Hydra composed, and run it; return the result, which is a sweep's objective."""
     with phase("planning"):
         job = prepare_job(composed, sweep)
-        check(job)
+    with owned_run_dir(job):
+        with phase("planning"):
+            check(job)
+        return _start(job, sweep)
+
+
+def _start(job: Job, sweep: SweepJob | None) -> float | None:
+    """Run a job in this process, in workers or through Slurm; return its result."""
     task, settings = job.config.task, job.config.launch
     if task.writes_run:  # the failure mark of an earlier attempt does not count for this one
         (job.run_dir / FAILED_FILE).unlink(missing_ok=True)
@@ -50,20 +57,20 @@ def start_job(composed: DictConfig, sweep: SweepJob | None = None) -> float | No
     if not task.writes_run and os.environ.get("RANK", "0") == "0":  # a run tells them itself, and keeps them
         for note in job.notes:
             print(note, file=sys.stderr)
-    if not task.uses_model or job.plan.world_size == 1 or under_launcher():
+    restarts = task.writes_run and settings.max_restarts > 0
+    if not task.uses_model or (job.plan.world_size == 1 and not restarts) or under_launcher():
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()  # or a kill -9 of torchrun would leave this rank behind
-        untouched = task.writes_run and sweep is None and is_first_on_node()
-        importing = phase(f"importing {'torch' if task.uses_model else 'the task'}")
-        with leave_on_signal(lambda: NOTHING_SAVED if untouched else ""), importing:
+        with phase(f"importing {'torch' if task.uses_model else 'the task'}"):
             todo = build(task)
-        if task.writes_run or not task.uses_model:  # training listens itself
+        if task.writes_run:  # training listens itself
             return todo.run(job)  # type: ignore[no-any-return]
-        with stop_on_signal(alone=not under_launcher(), leaves=True):
+        words = ("stopped", NOTHING_TO_SAVE) if is_first_on_node() else ("", "")
+        with stop_on_signal(True, *words, then_ignore=sweep is None):
             return todo.run(job)  # type: ignore[no-any-return]
-    from dsv3.launch.workers import start_workers
+    from dsv3.launch.restarts import run_in_workers
 
-    return start_workers(job)
+    return run_in_workers(job)
 
 
 def check(job: Job) -> None:
@@ -87,10 +94,13 @@ def start_conversion(composed: DictConfig, command: Composition | None = None) -
     """Check what Hydra composed of `command`, by default this job's, and convert in its direction."""
     with phase("reading the description of the input"):
         config = prepare_conversion(composed, command)
-    with leave_on_signal(), phase("importing torch"):
+    with phase("importing torch"):
         from dsv3.convert.convert import convert  # not for a mistake that is found without it
 
-    print(convert(config))
+    # While files are written a signal keeps what is finished; before and after, nothing would be lost.
+    with stop_on_signal(True, "stopped", NOTHING_TO_SAVE, then_ignore=True):
+        summary = convert(config)
+    print(summary)
 
 
 TRAIN = Application("train", "config", train_help, prepare, start_job)

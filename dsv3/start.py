@@ -1,8 +1,8 @@
 """Start train.py and convert.py: the imports, which take a second, and then the program.
 
-This file imports nothing of weight, so that a Ctrl-C finds it listening. A KeyboardInterrupt in the middle of
+This file imports nothing of weight, so that a signal finds it listening. A KeyboardInterrupt in the middle of
 an import could surface anywhere, as a traceback or as a module that is half there: until the program itself
-listens, a Ctrl-C ends the process at once.
+listens, a stop ends the process at once.
 """
 
 import os
@@ -21,11 +21,13 @@ def convert() -> int:
 
 
 def _start(program: str) -> int:
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # `nohup`, or a script's `python train.py &`
-    if not ignored:
-        signal.signal(signal.SIGINT, _leave)
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, _leave)
+    # Blocked, SIGUSR1 waits in the kernel until training can save, here and in every process that this one starts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # STOP_SIGNALS of signals.py
+    # `nohup`, or a script's `python train.py &`, has some ignored, and they stay so.
+    heeded = [number for number in stops if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, _leave)
     from dsv3.distributed.garbage import collect_rarely
     from dsv3.errors import KILLED
     from dsv3.metrics.progress import phase
@@ -38,11 +40,12 @@ def _start(program: str) -> int:
     outlive_readers()
     application = {"train": programs.TRAIN, "convert": programs.CONVERT}[program]
     try:
-        if not ignored:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        return application.run(sys.argv[1:])
-    except KeyboardInterrupt:  # before the application began to listen, or after it had ended
-        return KILLED
+        code = application.run(sys.argv[1:])
+    except KeyboardInterrupt:  # of a sweep that has just ended
+        code = KILLED
+    for number in heeded:  # what is left to end has ended: its own code holds
+        signal.signal(number, lambda *_: os._exit(code))
+    return code
 
 
 def _leave(number: int, frame: object) -> None:

@@ -1,11 +1,12 @@
 """Read a DCP checkpoint that somebody else may have made: as data, never as code.
 
 torch.distributed.checkpoint unpickles its `.metadata` file, and a pickle can run anything. Here the
-pickle creates nothing but inert records, from which the metadata is built field by field, and only
-tensors are read (torch loads those with `weights_only=True`); everything else of ours is JSON or
-YAML. A file may be a link to elsewhere, as in a hub's cache: it is read as a tensor all the same.
+pickle creates nothing but inert records (metadata_pickle.py), from which the metadata is built field by
+field, and only tensors are read (torch loads those with `weights_only=True`); everything else of ours is
+JSON or YAML. A file may be a link to elsewhere, as in a hub's cache: it is read as a tensor all the same.
 """
 
+import math
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -32,52 +33,38 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dsv3.checkpoint.metadata_pickle import Record, load_records
+from dsv3.config.limits import LARGEST
 from dsv3.distributed.garbage import without_collections
 from dsv3.distributed.torch_private import chunk_location
-from dsv3.errors import UserError
+from dsv3.errors import UserError, quoted
 from dsv3.hf.names import MODEL_PREFIX
 from dsv3.hf.nonfinite import require_finite
 from dsv3.metrics.progress import Phase, phase
+from dsv3.untrusted_files import BadFile, MissingFile, read_bytes
 
 
-class _Record:
-    """Stands in for an object of a `.metadata` and keeps its state from the pickle.
-
-    A pickle can set attributes on every class it names. It reaches no class of ours or of Python, and because
-    of `__setstate__` it cannot change these stand-ins either.
-    """
-
-    __slots__ = ("state",)
-    """A checkpoint of 2,048 ranks has 2 million records, and each rank reads them."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.state: Any = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Metadata(_Record):
+class _Metadata(Record):
     __slots__ = ()
 
 
-class _Tensor(_Record):
+class _Tensor(Record):
     __slots__ = ()
 
 
-class _Bytes(_Record):
+class _Bytes(Record):
     __slots__ = ()
 
 
-class _Chunk(_Record):
+class _Chunk(Record):
     __slots__ = ()
 
 
-class _Index(_Record):
+class _Index(Record):
     __slots__ = ()
 
 
-class _Info(_Record):
+class _Info(Record):
     __slots__ = ()
 
 
@@ -93,25 +80,23 @@ _STAND_INS: dict[tuple[str, str], type] = {
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): dict,
     # Named by every checkpoint, needed by none:
-    (_METADATA, "TensorProperties"): _Record,
-    (_METADATA, "StorageMeta"): _Record,
-    (_METADATA, "_MEM_FORMAT_ENCODING"): _Record,
-    ("torch.serialization", "_get_layout"): _Record,
-    ("pathlib", "PosixPath"): _Record,
-    ("pathlib", "PurePosixPath"): _Record,
-    ("pathlib._local", "PosixPath"): _Record,
+    (_METADATA, "TensorProperties"): Record,
+    (_METADATA, "StorageMeta"): Record,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): Record,
+    ("torch.serialization", "_get_layout"): Record,
+    ("pathlib", "PosixPath"): Record,
+    ("pathlib", "PurePosixPath"): Record,
+    ("pathlib._local", "PosixPath"): Record,
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Resolves the class names that DCP's metadata consists of and refuses every other."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _STAND_INS:
-            return _STAND_INS[module, name]
-        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+def _stand_in(module: str, name: str) -> Any:
+    """Return the record for a name that DCP's metadata consists of; ValueError for every other."""
+    if (module, name) in _STAND_INS:
+        return _STAND_INS[module, name]
+    if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+        return dtype
+    raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
 
 
 class SafeReader(FileSystemReader):
@@ -133,16 +118,16 @@ def read_metadata(directory: Path) -> Metadata:
     UserError where it is missing, broken or not plain metadata.
     """
     try:
-        with (
-            phase(f"reading {directory}/.metadata"),  # seconds for a large model on thousands of ranks
-            (directory / ".metadata").open("rb") as file,
-            without_collections(),
-        ):
-            return _metadata(_MetadataUnpickler(file).load())
-    except FileNotFoundError:
+        # Seconds for a large model on thousands of ranks.
+        with phase(f"reading {directory}/.metadata"), without_collections():
+            return _metadata(load_records(read_bytes(directory / ".metadata", "pickle"), _stand_in))
+    except MissingFile:
         raise UserError(f"{directory} is no checkpoint: there is no .metadata file in it") from None
+    except BadFile:
+        raise
     except Exception as error:
-        raise UserError(f"{directory}/.metadata is refused: {error or type(error).__name__}") from None
+        reason = str(error)[:300] or type(error).__name__
+        raise UserError(f"{directory}/.metadata is refused: {reason}") from None
 
 
 def load_tensors(directory: Path, targets: dict[str, Tensor], metadata: Metadata | None = None) -> None:
@@ -238,9 +223,10 @@ def _entry(name: str, record: Any) -> STORAGE_TYPES:
     size = _size(fields.get("size"))
     chunks = [_chunk(chunk, size) for chunk in _typed(fields.get("chunks"), list)]
     # DCP would silently leave elements unread that no part covers.
-    if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
-        raise ValueError(f"the parts of '{name}' do not make up the whole")
-    dtype = _typed(fields.get("properties"), _Record).state[0]
+    whole = math.prod(size)  # torch.Size.numel() wraps around
+    if whole > LARGEST or sum(math.prod(chunk.sizes) for chunk in chunks) != whole:
+        raise ValueError(f"the parts of {quoted(name)} do not make up the whole")
+    dtype = _typed(fields.get("properties"), Record).state[0]
     return TensorStorageMetadata(TensorProperties(dtype=_typed(dtype, torch.dtype)), size, chunks)
 
 
@@ -269,18 +255,18 @@ def _info(record: Any) -> Any:
 def _path_inside(text: str) -> str:
     path = PurePath(text)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"it points outside the directory, to {path}")
+        raise ValueError(f"it points outside the directory, to {str(path)[:200]}")
     return str(path)
 
 
 def _size(value: Any) -> torch.Size:
     for number in _typed(value, tuple):
         if _typed(number, int) < 0:
-            raise ValueError(f"it holds a size of {list(value)}")
+            raise ValueError(f"it holds a size of {number}")
     return torch.Size(value)
 
 
-def _fields(record: Any, kind: type[_Record]) -> dict[str, Any]:
+def _fields(record: Any, kind: type[Record]) -> dict[str, Any]:
     fields: dict[str, Any] = _typed(_typed(record, kind).state, dict)
     return fields
 

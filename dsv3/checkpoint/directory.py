@@ -12,8 +12,10 @@ from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dsv3.checkpoint.run_statistics import RunStatistics
 from dsv3.config.checkpoint import HF_PREFIX
 from dsv3.errors import UserError, repository_hint
+from dsv3.untrusted_files import BadFile, read_json
 
 MODEL_FILE, STATE_FILE, TOKENIZER_DIR = "model.yaml", "state.json", "tokenizer"
 
@@ -55,21 +57,26 @@ class Progress:
     """Held-out loss after this step; None where it was not evaluated."""
     bookmarks: dict[int, list[int]] = field(default_factory=dict)
     """Of data that streams, the place in each of its lanes from which the next sequences are read."""
+    statistics: RunStatistics = field(default_factory=RunStatistics)
+    """What tells bad steps and a rising loss from good ones; checkpoints that are `in_doubt` are marked by it."""
 
     def write(self, directory: Path) -> None:
         """Write state.json, which also says that a manifest was written: a lost one is then noticed."""
         stored = {**asdict(self), _MANIFEST_KEY: MANIFEST_FILE}
         if not self.bookmarks:
             del stored["bookmarks"]
+        if self.statistics == RunStatistics():
+            del stored["statistics"]
         write_text(directory / STATE_FILE, json.dumps(stored, indent=1) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> "Progress":
         """Return the progress stored with a checkpoint; UserError where it is missing or damaged."""
         try:
-            stored = json.loads((directory / STATE_FILE).read_text())
+            stored = read_json(directory / STATE_FILE)
             stored.pop(_MANIFEST_KEY, None)
             loss = stored.pop("evaluation_loss", None)
+            statistics = RunStatistics.from_json(stored.pop("statistics", {}))
             bookmarks = {int(lane): list(place) for lane, place in stored.pop("bookmarks", {}).items()}
             if not all(type(count) is int and count >= 0 for count in stored.values()):
                 raise ValueError("it holds something else than counts")
@@ -77,15 +84,16 @@ class Progress:
                 raise ValueError("its evaluation_loss is no number")
             if not all(type(each) is int and each >= 0 for place in bookmarks.values() for each in place):
                 raise ValueError("its bookmarks are no counts")
-            return cls(**stored, evaluation_loss=loss, bookmarks=bookmarks)
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{directory / STATE_FILE} cannot be read: {error}") from None
+            return cls(**stored, evaluation_loss=loss, bookmarks=bookmarks, statistics=statistics)
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            reason = getattr(error, "reason", "") or str(error)[:300]
+            raise UserError(f"{directory / STATE_FILE} cannot be read: {reason}") from None
 
 
 def promises_manifest(directory: Path) -> bool:
     """Return whether state.json says that a manifest was written; older checkpoints have none."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        stored = json.loads((directory / STATE_FILE).read_text())
+    with contextlib.suppress(BadFile):
+        stored = read_json(directory / STATE_FILE)
         return isinstance(stored, dict) and _MANIFEST_KEY in stored
     return False
 

@@ -1,26 +1,21 @@
 """Save and restore a training run: model, optimizer, progress and random state."""
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dsv3.checkpoint.agreement import on_main, together
-from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
+from dsv3.checkpoint.agreement import on_main
 from dsv3.checkpoint.directory import Progress, newest_checkpoint, step_directory, sweep_leftovers
-from dsv3.checkpoint.load import fill
 from dsv3.checkpoint.manifest import verify_together, with_way_out
+from dsv3.checkpoint.replicas import Replicas
+from dsv3.checkpoint.restore import restore_training
 from dsv3.checkpoint.retention import update_pointers
 from dsv3.checkpoint.save import Saver, Snapshot
 from dsv3.checkpoint.staging import Staging
 from dsv3.checkpoint.state import (
     ModelParts,
-    NewState,
     local_tensor,
-    make_optimizer_state,
-    missing_state,
     model_state,
     optimizer_state,
     random_state,
@@ -42,8 +37,12 @@ class CheckpointManager:
         config: CheckpointConfig,
         ranks: RankContext,
         record: TrainingRecord | None = None,
+        compares_replicas: bool = True,
     ) -> None:
-        """Manage the checkpoints in `run_dir`; rank 0 writes `record` beside the weights of each."""
+        """Manage the checkpoints in `run_dir`; rank 0 writes `record` beside the weights of each.
+
+        Nothing is saved on which ranks differ, if it `compares_replicas`.
+        """
         self.run_dir = run_dir
         self.config = config
         self.record = record
@@ -54,6 +53,7 @@ class CheckpointManager:
         """The checkpoint that this process restored, or began to save, last."""
         self.saver = Saver(run_dir, config, ranks, record)
         self.staging = Staging()
+        self.replicas = Replicas(ranks, run_dir) if compares_replicas else None
         if ranks.is_main:
             with phase("removing what unfinished saves have left"):
                 sweep_leftovers(run_dir)
@@ -90,6 +90,8 @@ class CheckpointManager:
                 f"after step {progress.step} {where} is not finite, so it is not saved; the last checkpoint "
                 "is from before. A lower optimizer.lr or longer warm-up may help."
             )
+        if self.replicas is not None:
+            self.replicas.compare(model_parts, optimizer, progress)
         later = self.config.async_save and not wait
         host_copies = self.staging.copy(tensors) if later else None
         snapshot = Snapshot(tensors, host_copies, model_parts[0].config, replace(progress))
@@ -105,27 +107,6 @@ class CheckpointManager:
         with phase("waiting for the checkpoint before to be written"):
             self.saver.wait()
 
-    def _start_state(self, new: NewState, directory: Path) -> None:
-        """Begin the state that the checkpoint does not have, and say so."""
-        names = sorted({name for names in self.ranks.all_gather_object(new.begin()) for name in names})
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            self.notes.append(
-                f"{directory.name} has no optimizer state of {len(names)} parameters, it begins anew: {shown}"
-            )
-
-    def _require_state(
-        self, state: list[tuple[str, Tensor]], stored: Collection[str], directory: Path
-    ) -> None:
-        """Raise UserError on all ranks where another optimizer has left other state."""
-        missing = self.ranks.all_gather_object(missing_state((name for name, _ in state), stored))
-        kinds = sorted({kind for kinds in missing for kind in kinds})
-        if kinds:
-            raise UserError(
-                f"{directory} was saved by another optimizer: it has no {', '.join(kinds)}\n"
-                f"resume with the run's own optimizer, or start a new run: checkpoint.load={self.run_dir}"
-            )
-
     def restore(self, model_parts: ModelParts, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Load the newest complete checkpoint into model and optimizer; return None where there is none.
 
@@ -138,23 +119,7 @@ class CheckpointManager:
             verify_together(directory, self.ranks)
         except UserError as error:
             raise with_way_out(error, directory) from None
-        metadata = read_metadata(directory)
-        stored = metadata.state_dict_metadata
-        new = NewState(model_parts, optimizer, stored)
-        with phase("making room for the optimizer's state"):
-            make_optimizer_state(optimizer)
-        self._start_state(new, directory)
-        state = [item for item in optimizer_state(model_parts, optimizer) if item[0] not in new]
-        self._require_state(state, stored, directory)
-        # A layout with more ranks than before has no stored random state for the new ones.
-        random = {name: value for name, value in random_state(self.ranks.rank).items() if name in stored}
-        wanted = [*model_state(model_parts), *state, *random.items()]
-
-        def read() -> None:
-            fill(directory, wanted, lambda tensors: load_tensors(directory, tensors, metadata))
-
-        together(self.ranks, read)
-        for generator in random.values():
-            torch.set_rng_state(generator)
+        progress, notes = restore_training(directory, model_parts, optimizer, self.ranks)
+        self.notes += notes
         self.newest = directory
-        return Progress.read(directory)
+        return progress

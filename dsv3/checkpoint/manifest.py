@@ -1,68 +1,29 @@
 """Sizes and digests of a checkpoint's files, in manifest.json beside them, and checks against them.
 
 The manifest is written last, so that a directory that has one was finished. It carries a digest of its own
-list, so that damage to itself is not blamed on a file. It finds accidents (a copy that broke off, a disk
-that flips bits); it is no signature, because whoever can write the files can write it as well.
+list (tokens/file_digests.py), so that damage to itself is not blamed on a file.
 """
 
 import heapq
-import json
 import shlex
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-import xxhash
 
 from dsv3.checkpoint.directory import MANIFEST_FILE, STATE_FILE, complete_steps, promises_manifest, write_text
 from dsv3.config.registry import command
 from dsv3.errors import UserError
 from dsv3.metrics.progress import phase
+from dsv3.tokens.file_digests import FileEntry, decode_entries, digest, encode_entries
+from dsv3.untrusted_files import read_json
 
 TENSOR_FILES = (".distcp", ".safetensors")
 """Endings of the files that hold weights."""
 
-_BUFFER_BYTES = 16 * 2**20
-
-_DIGEST_LENGTH = 32
-
-_ALGORITHM = "xxh3_128"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A file's size in bytes and the XXH3-128 of its content, in hexadecimal digits."""
-
-    size: int
-    digest: str
-
-    @classmethod
-    def of(cls, path: Path, progress: Callable[[int], None] | None = None) -> "FileEntry":
-        """Return the entry of a file as it is now; `progress` gets the bytes of each read."""
-        return cls(path.stat().st_size, digest(path, progress))
-
-
-def digest(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Return the XXH3-128 of a file's content, 32 hexadecimal digits.
-
-    `progress` gets the bytes of each read.
-    """
-    state, buffer = xxhash.xxh3_128(), bytearray(_BUFFER_BYTES)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            state.update(view[:count])
-            if progress is not None:
-                progress(count)
-    return state.hexdigest()
-
 
 def write_manifest(directory: Path, entries: dict[str, FileEntry]) -> None:
     """Write the entries, by paths relative to `directory`, as manifest.json: complete or not at all."""
-    files = {name: asdict(entry) for name, entry in sorted(entries.items())}
-    content = {"algorithm": _ALGORITHM, "digest": _digest_of(files), "files": files}
-    write_text(directory / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
+    write_text(directory / MANIFEST_FILE, encode_entries(entries))
 
 
 def read_manifest(directory: Path) -> dict[str, FileEntry] | None:
@@ -72,19 +33,13 @@ def read_manifest(directory: Path) -> dict[str, FileEntry] | None:
     """
     path = directory / MANIFEST_FILE
     try:
-        content = json.loads(path.read_text())
-        files = content["files"]
-        if content["algorithm"] != _ALGORITHM:
-            raise ValueError(f"its digests are of another kind, {content['algorithm']!r}")
-        if content["digest"] != _digest_of(files):
-            raise ValueError("its list of files is not what its own digest says")
-        return {_name(name): _entry(entry) for name, entry in files.items()}
+        return decode_entries(read_json(path, "listing"))
     except FileNotFoundError:
         if promises_manifest(directory):
             raise UserError(f"{path} is missing: {STATE_FILE} says that it was written") from None
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = str(error) or type(error).__name__
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = getattr(error, "reason", "") or str(error) or type(error).__name__
         raise UserError(f"{path} cannot be read, it may be damaged: {reason}") from None
 
 
@@ -135,25 +90,6 @@ def check_digests(directory: Path, entries: dict[str, FileEntry]) -> None:
                 raise UserError(
                     f"{path} is altered: its XXH3-128 is {found}, {MANIFEST_FILE} says {entry.digest}"
                 )
-
-
-def _digest_of(files: object) -> str:
-    text = json.dumps(files, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(text.encode())
-
-
-def _name(name: str) -> str:
-    path = PurePath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"it points outside the directory, to {name!r}")
-    return name
-
-
-def _entry(stored: dict[str, object]) -> FileEntry:
-    size, text = stored["size"], stored["digest"]
-    if type(size) is not int or size < 0 or not isinstance(text, str) or len(text) != _DIGEST_LENGTH:
-        raise ValueError(f"it holds no size and digest but {size!r} and {text!r}")
-    return FileEntry(size, text)
 
 
 if TYPE_CHECKING:  # a check of the description alone needs no torch

@@ -44,8 +44,10 @@ def update_pointers(run_dir: Path, config: CheckpointConfig) -> None:
 
 
 def kept(steps: Sequence[Path], config: CheckpointConfig) -> set[Path]:
-    """Return those of `steps`, oldest first, that stay: the last, every Mth and the best."""
+    """Return those of `steps`, oldest first, that stay: the last, the last good one, every Mth and the best."""
     stay = set(steps[-config.keep_last :])
+    if (good := last_good(steps)) is not None:
+        stay.add(good)
     if config.keep_every is not None:
         stay |= {step for step in steps if step_number(step) % config.keep_every == 0}
     if config.keep_best and (best := best_step(steps)) is not None:
@@ -56,15 +58,33 @@ def kept(steps: Sequence[Path], config: CheckpointConfig) -> set[Path]:
 def best_step(steps: Sequence[Path]) -> Path | None:
     """Return the step with the lowest held-out loss, the earlier of equals; None where none was evaluated.
 
-    A checkpoint carries the loss of its own step only, so one between two evaluations is never the best.
+    A checkpoint carries the loss of its own step only, so one between two evaluations is never the best. One
+    that was saved while the loss was above its past is not the best either.
     """
     losses = [(loss, step) for step in steps if (loss := _loss(step)) is not None]
     return min(losses, key=lambda pair: pair[0])[1] if losses else None
 
 
+def last_good(steps: Sequence[Path], before: int | None = None) -> Path | None:
+    """Return the newest of `steps`, oldest first, that was not saved while the loss was above its past.
+
+    With `before`, of those of earlier steps than that one. None where there is none.
+    """
+    earlier = [step for step in steps if before is None or step_number(step) < before]
+    return next((step for step in reversed(earlier) if _is_good(step)), None)
+
+
 def _loss(step: Path) -> float | None:
-    """Return the held-out loss of a checkpoint; None where it was not evaluated or is damaged."""
+    """Return the held-out loss of a good checkpoint; None where it was not evaluated, or is damaged."""
     try:
-        return Progress.read(step).evaluation_loss
+        progress = Progress.read(step)
     except UserError:  # a damaged old checkpoint must not end a run
         return None
+    return None if progress.statistics.in_doubt else progress.evaluation_loss
+
+
+def _is_good(step: Path) -> bool:
+    try:
+        return not Progress.read(step).statistics.in_doubt
+    except UserError:
+        return False

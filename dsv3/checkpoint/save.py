@@ -36,7 +36,7 @@ from dsv3.checkpoint.directory import (
     step_directory,
     write_text,
 )
-from dsv3.checkpoint.manifest import FileEntry, write_manifest
+from dsv3.checkpoint.manifest import write_manifest
 from dsv3.checkpoint.retention import prune
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.checkpoint import CheckpointConfig
@@ -45,6 +45,7 @@ from dsv3.config.strict import to_yaml
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed
 from dsv3.metrics.progress import Phase, phase
+from dsv3.tokens.file_digests import FileEntry
 
 
 class SavePlanner(DefaultSavePlanner):

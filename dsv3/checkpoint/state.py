@@ -107,6 +107,24 @@ def unique_by_name(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return tensors
 
 
+def nonfinite_names(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of the tensors whose shard on this rank is not finite; the host waits once."""
+    names, finite = [], []
+    for name, tensor in named:
+        names.append(name)
+        finite.append(local_tensor(tensor.detach()).isfinite().all())
+    by_device: dict[torch.device, list[int]] = {}
+    for number, flag in enumerate(finite):
+        by_device.setdefault(flag.device, []).append(number)
+    bad = [
+        number
+        for numbers in by_device.values()
+        for number, flag in zip(numbers, torch.stack([finite[n] for n in numbers]).tolist(), strict=True)
+        if not flag
+    ]
+    return [names[number] for number in sorted(bad)]
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

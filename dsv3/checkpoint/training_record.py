@@ -19,6 +19,7 @@ from dsv3.config.data import ROW_ORDER
 from dsv3.config.strict import to_absolute_yaml
 from dsv3.config.upgrade import upgrade_node
 from dsv3.errors import UserError
+from dsv3.untrusted_files import MissingFile, open_file, read_yaml
 
 TRAINING_FILE = "training.yaml"
 
@@ -79,11 +80,9 @@ class TrainingRecord:
         """
         path = directory / TRAINING_FILE
         try:
-            stored = yaml.safe_load(path.read_text())
-        except FileNotFoundError:
+            stored = read_yaml(path)
+        except MissingFile:
             return None
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
         if not _is_record(stored):
             raise UserError(f"{path} cannot be read: it is no record of a training run")
         known = {name: stored[name] for name in cls.__dataclass_fields__ if name in stored}
@@ -114,7 +113,7 @@ def weights_identity(load: str) -> str:
 def _sample(path: Path) -> bytes:
     """Return blocks of a file's bytes, spread from its begin to its end."""
     size, blocks = path.stat().st_size, []
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for number in range(_BLOCKS):
             file.seek(max(0, size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
             blocks.append(file.read(_BLOCK_BYTES))

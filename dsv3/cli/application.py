@@ -77,6 +77,8 @@ class Application:
         self.composed = False
         self.untouched = True
         """A stop now leaves nothing behind: no training has taken over the signals."""
+        self.ended = False
+        """The command has done its work: nothing is left that a stop would have to end."""
         self.failure: BaseException | None = None
         self.sweep = Sweep()
 
@@ -96,9 +98,12 @@ class Application:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print errors itself and exit with 1
         os.environ.update(srun_variables(os.environ))
         register_resolvers(self.sweep)
-        # Until training handles signals there is nothing to save: SIGTERM ends the command as Ctrl-C does.
-        with leave_on_signal(self._last_words, until=self._has_composed):
-            return self._run(argv, verbose)
+        # Until training handles signals there is nothing to save. A sweep reports what its jobs have done.
+        with leave_on_signal(self._last_words, self._is_sweep, over=lambda: self.ended):
+            try:
+                return self._run(argv, verbose)
+            finally:
+                self.sweep.close()
 
     def _run(self, argv: list[str], verbose: bool) -> int:
         """Execute the command, with Python's own traceback of an error where `verbose`."""
@@ -141,6 +146,7 @@ class Application:
                 traceback.print_exc()
             if isinstance(error, Exception | SystemExit) and "COMP_LINE" in os.environ and "-sc" in argv:
                 return DONE
+            error = self.sweep.refused or error
             if isinstance(error, Exception) and (failed := self.sweep.failure()):
                 error = failed  # Hydra and its sweepers raise the first failure, or an error of their own
             if isinstance(error, Exception) and not self.composed:
@@ -152,7 +158,13 @@ class Application:
 
     def _last_words(self) -> str:
         """Return what a command says that is stopped now."""
-        return NOTHING_SAVED if self.untouched and is_first_on_node() else ""
+        if self.sweep.arguments or not is_first_on_node():  # a sweep has words of its own
+            return ""
+        return NOTHING_SAVED if self.untouched else "stopped"
+
+    def _is_sweep(self) -> bool:
+        """Return True once the directory of a sweep has been chosen."""
+        return self.sweep.directory is not None
 
     def _as_mistake(self, error: Exception, argv: list[str]) -> Exception:
         """Return an error from before any job as the user's mistake, unless it is an error of dsv3's code.
@@ -175,7 +187,7 @@ class Application:
 
     def _has_composed(self) -> bool:
         """Return True once a job has been composed, or the sweep of jobs in other processes."""
-        return self.composed or self.sweep.directory is not None
+        return self.composed or self._is_sweep()
 
     def job(self, config: DictConfig) -> float | None:
         """Execute one composed config, alone or as a job of a sweep."""
@@ -190,7 +202,9 @@ class Application:
                 return self._job_of_sweep(config, task, runtime, place, directory)
         self.untouched = getattr(task, "writes_run", False)
         try:
-            return self.execute(config)
+            result = self.execute(config)
+            self.ended = True
+            return result
         except Exception as error:
             self.failure = error  # Hydra reports an exception in its own words: hand it to run() instead
             return None

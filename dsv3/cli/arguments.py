@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dsv3.checkpoint.directory import find_checkpoint
+from dsv3.checkpoint.directory import CONFIG_FILE, find_checkpoint
 from dsv3.cli.chosen_targets import choose_by_target
 from dsv3.cli.hydra_node import refuse_hydra_overrides
 from dsv3.config.overrides import (
@@ -22,6 +22,7 @@ from dsv3.config.overrides import (
 from dsv3.config.registry import SCHEMAS, register_stored
 from dsv3.errors import UserError
 from dsv3.launch.job import under_launcher
+from dsv3.launch.replayed_run import ReplayedRun
 from dsv3.launch.resume import ResumedRun
 from dsv3.launch.trained_on import carried_values, training_record
 from dsv3.metrics.progress import phase
@@ -38,8 +39,10 @@ def prepare(argv: Sequence[str]) -> list[str]:
         raise UserError("run.resume cannot be set directly: resume=RUN_DIR continues a run")
     refuse_hydra_overrides(argv, "train")
     arguments = _expand_resume(argv, multirun)
-    if not multirun:
+    replay = _expand_replay(arguments, multirun)
+    if replay is None and not multirun:
         arguments = _begin_with_checkpoint(arguments)
+    arguments = replay or arguments
     arguments = quote_texts(choose_by_target(arguments))
     if multirun:
         _refuse_several_directories(arguments)
@@ -91,6 +94,29 @@ def _expand_resume(argv: Sequence[str], multirun: bool) -> list[str]:
     return [*typed, f"run.dir={quote(str(directory))}", "run.resume=true", f"--config-name={root}"]
 
 
+def _expand_replay(argv: Sequence[str], multirun: bool) -> list[str] | None:
+    """Return task=replay over a root whose defaults are those of the run at the step; None for other tasks.
+
+    Without a run and a step nothing is expanded, and the task says what is missing.
+    """
+    typed = dict(pair for pair in map(split_override, argv) if pair)
+    task = SCHEMAS.get(f"task/{typed.get('task')}")
+    if task is None or not task.replays:
+        return None
+    if multirun:
+        raise UserError("task=replay computes one step: give it without -m")
+    if "run.dir" in typed:
+        raise UserError(f"task=replay writes no run directory: leave run.dir={typed['run.dir']} out")
+    told = next((a for a in argv if override_key(a) == "task.run"), "")
+    directory = Path(typed_text(told)).absolute() if typed.get("task.run") else None
+    number = quote_texts([f"task.step={typed.get('task.step', '')}"])[0].partition("=")[2]
+    if directory is None or not (directory / CONFIG_FILE).is_file() or not number.isdecimal():
+        return list(argv)
+    run = ReplayedRun.read(directory, max(1, int(number)))
+    root = register_stored("config", run.defaults(argv, _allowed_modules(argv)))
+    return [*argv, f"run.dir={quote(str(directory))}", "run.resume=true", f"--config-name={root}"]
+
+
 def _begin_with_checkpoint(argv: Sequence[str]) -> list[str]:
     """Add the root of checkpoint.load's values where a key may be set that only its data or tokenizer has.
 
@@ -119,6 +145,9 @@ def _refuse_beside_resume(directory: Path, typed: Sequence[str]) -> None:
         if key == "run.dir":
             raise UserError(f"resume={directory} continues in its own directory: leave run.dir={value} out")
         task = SCHEMAS.get(f"task/{value}") if key == "task" else None
+        if task and task.replays:
+            command = shlex.join([f"task={value}", f"task.run={directory}", "task.step=N"])
+            raise UserError(f"resume= continues training; to compute a step again: {command}")
         if task and task.reads_checkpoint:
             command = shlex.join([f"task={value}", f"checkpoint.load={directory}"])
             raise UserError(f"resume= continues training; to {value} a run: {command}")

@@ -19,7 +19,7 @@ from dsv3.cli.user_files import UserFiles, find_key, find_word, shown
 from dsv3.config.keys import schema_keys
 from dsv3.config.overrides import split_commas, split_override
 from dsv3.config.registry import CONF, SCHEMAS, config_groups
-from dsv3.config.strict import unknown_key
+from dsv3.config.strict import plain_reason, unknown_key
 from dsv3.errors import did_you_mean
 
 _EXTRAS = {
@@ -168,8 +168,8 @@ def _no_choice(group: str, choice: str, choices: Sequence[str]) -> str:
 
 
 def _bad_value(cause: OmegaConfBaseException, arguments: Sequence[str], groups: dict[str, list[str]]) -> str:
-    key = cause.full_key or ""
-    reason = _reason(str(cause.msg or cause).splitlines()[0], key)
+    key, raw = cause.full_key or "", str(cause.msg or cause).splitlines()[0]
+    reason = plain_reason(raw, key)
     if isinstance(cause, InterpolationResolutionError):
         guilty = [argument for argument in arguments if "${" in argument]
         hint = "; \\${ is a text that is not to be filled in" if guilty else ""
@@ -178,32 +178,21 @@ def _bad_value(cause: OmegaConfBaseException, arguments: Sequence[str], groups: 
             hint = f": name another key by its whole path, as ${{train.seed}}{hint}."
             hint += did_you_mean(found[1], keys)
         return f"{' '.join(guilty) or key}: {reason}{hint}"
-    if isinstance(cause, ValidationError):
-        typed = [pair[1] for pair in map(split_override, arguments) if pair and pair[0] == key]
-        if not typed:
-            value = re.match(r"Value '(.*?)' of type '(\w+)' could not", str(cause.msg or cause))
-            return f"{key}={value[1]} is not possible: {reason}" if value else f"{key}: {reason}"
+    typed = [pair[1] for pair in map(split_override, arguments) if pair and pair[0] == key]
+    if typed and raw.startswith("Cannot merge DictConfig") and typed[-1].startswith("{"):
+        reason = "must be a list, [A,B]"
+    if typed and (reason != raw or isinstance(cause, ValidationError)):
         members = re.search(r"expected one of \[(.*)\]", reason)
         hint = did_you_mean(typed[-1], members[1].split(", ")) if members else ""
         return f"{key}={typed[-1]} is not possible: {reason}{hint}"
+    if isinstance(cause, ValidationError):
+        value = re.match(r"Value '(.*?)' of type '(\w+)' could not", raw)
+        return f"{key}={value[1]} is not possible: {reason}" if value else f"{key}: {reason}"
     if "not in" in reason and key:
         return unknown_key(key, _known_keys(cause.parent_node) or list(groups))
     if "does not support deletion" in reason:
         return f"~{key}: a key cannot be removed; give it a value, {key}=..."
     return f"{key}: {reason}" if key else reason
-
-
-def _reason(reason: str, key: str) -> str:
-    """Return OmegaConf's reason without its classes, where it is one that users meet."""
-    if kind := re.search(r"could not be converted to (Integer|Float)", reason):
-        return f"must be a {'whole ' * (kind[1] == 'Integer')}number"
-    if reason.endswith("is not Optional"):
-        return "must have a value"
-    if re.match(r"Cannot assign \w+ to Dict\[", reason):
-        return f"has a value per name: {key}={{NAME:VALUE}}"
-    if "is not a subclass of" in reason:
-        return f"is a node of keys: {key}.KEY=VALUE"
-    return "must be a list, [A,B]" if "is not a ListConfig" in reason else reason
 
 
 def _no_group(argument: str, key: str, groups: dict[str, list[str]], files: UserFiles | None) -> str:

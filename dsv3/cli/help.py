@@ -25,6 +25,7 @@ Try:
   {program} task=plan model=671b parallel=fsdp launch.world_size=2048
   {program} task=generate checkpoint.load=RUN_DIR task.prompt="import "
   {program} resume=RUN_DIR                           continue where a run stopped
+  {program} task=replay task.run=RUN_DIR task.step=N compute a step again: does a bad number repeat?
   {program} --cfg job                                print the composed config
   {program} task=generate --help                     what a choice is, and its keys with their values
 """

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
+from dsv3.config.accidents import OLDER
 from dsv3.config.data import ROW_ORDER
 from dsv3.config.registry import described_key
 from dsv3.config.strict import to_yaml
@@ -66,6 +67,9 @@ CONTRACT: dict[str, tuple[Kind, str]] = {
     "train.clip_norm": (Kind.learnt, ""),
     "train.balance": (Kind.learnt, ""),
     "train.mtp_loss": (Kind.learnt, ""),
+    "train.accidents": (Kind.learnt, "which steps are skipped"),
+    "train.accidents.most": (Kind.computed, "whether to go on"),
+    "train.accidents.within": (Kind.computed, "whether to go on"),
     "train.callbacks": (Kind.learnt, "a class of yours may change anything"),
     "train.steps": (Kind.computed, "how far; schedule.total_steps says what a step does"),
     "train.stop_after": (Kind.computed, "how far"),
@@ -80,6 +84,7 @@ CONTRACT: dict[str, tuple[Kind, str]] = {
     "train.generate_seconds": (Kind.computed, ""),
     "train.export_hf_every": (Kind.computed, ""),
     "train.export_hf_dtype": (Kind.computed, ""),
+    "train.check_replicas_every": (Kind.computed, ""),
     "train.collect_garbage_every": (Kind.computed, ""),
     "precision": (Kind.learnt, ""),
     "precision.fp8.engine": (Kind.computed, "engines compute one function"),
@@ -114,6 +119,7 @@ ADDED: dict[str, Any] = {
     "train.batch_ramp.start": None,
     "train.batch_ramp.tokens": None,
     "train.batch_ramp.increment": None,
+    **{f"train.accidents.{key}": value for key, value in OLDER.items()},
 }
 """Learnt keys that runs of older code lack, by the value at which such a run learns the same: with that value
 they leave the hash as it was."""

@@ -31,7 +31,10 @@ class LaunchConfig:
     world_size: int | None = None
     """Ranks of a world to plan with task=plan; processes are started by nproc and nnodes."""
     timeout: int = 600
-    """Seconds without progress of any rank after which a run of several ranks counts as hung."""
+    """Seconds without progress of any rank after which a run of several ranks counts as hung; nodes that meet
+    wait as long for one another."""
+    max_restarts: int = 0
+    """Restarts from the newest checkpoint, in a row without a new one, after a rank died, hung or failed."""
 
     def validate(self) -> None:
         allowed = f"must be 0 to {self.nnodes - 1}: launch.nnodes={self.nnodes}"
@@ -41,6 +44,7 @@ class LaunchConfig:
             found = re.fullmatch(r".+:(\d{1,5})", self.rendezvous)
             require(found is not None and 0 < int(found[1]) < 65536, "rendezvous", self.rendezvous, allowed)
         require_positive(self, "nproc", "nnodes", "world_size")
+        require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must be 0 or more")
         require(0 < self.timeout <= WEEK, "timeout", self.timeout, f"must be 1 to {WEEK} seconds (a week)")
         if self.nproc is not None and self.world_size is not None:
             world = self.nproc * self.nnodes
@@ -65,6 +69,8 @@ class SlurmLaunchConfig(LaunchConfig):
     """Time limit as Slurm reads it, such as 1-12:00:00; null is the partition's."""
     cpus_per_task: int | None = None
     """CPU cores per rank; null is the cluster's default."""
+    requeue: bool = False
+    """Let the job go on by itself after a preemption, a lost node and the time limit, by way of the queue."""
     sbatch: str | None = None
     """Further options of sbatch as one types them, such as "--mem=0 --qos=high"."""
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from dsv3.config.data import DataConfig
 from dsv3.config.registry import SCHEMAS, schema
-from dsv3.errors import InvalidValue, UserError, did_you_mean, require
+from dsv3.errors import InvalidValue, UserError, did_you_mean, quoted, require
 
 SOURCES = "data.sources"
 
@@ -67,7 +67,7 @@ def read_sources(mixture: MixtureDataConfig) -> list[MixtureSource]:
         if not _NAME.fullmatch(str(name)):
             raise UserError(f"{SOURCES}.{name}: a name has letters, digits, _ and - alone")
         if not isinstance(node, dict):
-            raise UserError(f"{SOURCES}.{name}={node} is no source: give its keys, '{example}'")
+            raise UserError(f"{SOURCES}.{name}={quoted(node)} is no source: give its keys, '{example}'")
         found.append(
             MixtureSource(str(name), _read_config(mixture, f"{SOURCES}.{name}", node), _weights(name, node))
         )
@@ -89,7 +89,7 @@ def _read_config(mixture: MixtureDataConfig, path: str, node: dict[str, Any]) ->
     from omegaconf import OmegaConf  # what imports this file for its schema does without
     from omegaconf.errors import OmegaConfBaseException
 
-    from dsv3.config.strict import escape_interpolation
+    from dsv3.config.strict import escape_interpolation, plain_reason
 
     kinds = _kinds()
     kind = str(node.get("source", "shards"))
@@ -116,8 +116,11 @@ def _read_config(mixture: MixtureDataConfig, path: str, node: dict[str, Any]) ->
         merged = OmegaConf.merge(OmegaConf.structured(kinds[kind]), escape_interpolation(shared | own))
         config: DataConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        told = f"{path}.{error.full_key}" if error.full_key else path
-        raise UserError(f"{told}: {str(error).splitlines()[0]}") from None
+        key = str(error.full_key or "")
+        reason = plain_reason(str(error.msg or error).splitlines()[0], f"{path}.{key}")
+        if key not in own:  # one that it has from the mixture
+            raise UserError(f"{path}: {reason}") from None
+        raise UserError(f"{path}.{key}={quoted(own[key])} is not possible: {reason}") from None
     return config
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from dsv3.config.limits import EXPERTS
 from dsv3.config.registry import PATH, schema
 from dsv3.errors import require, require_positive
 
@@ -196,6 +197,9 @@ class ModelConfig:
         allowed = f"must lie between 0 and num_layers={self.num_layers}"
         require(0 <= dense <= self.num_layers, "num_dense_layers", dense, allowed)
         require(self.mtp_depths >= 0, "mtp_depths", self.mtp_depths, "must be 0 or more")
+        most = EXPERTS // max(self.num_moe_layers, 1)
+        allowed = f"must be at most {most:,} with {self.num_moe_layers:,} MoE layers"
+        require(self.moe.num_experts <= most, "moe.num_experts", self.moe.num_experts, allowed)
 
 
 def _require_aligned(key: str, width: int) -> None:

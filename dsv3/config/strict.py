@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from dsv3.config.checkpoint import absolute_path
+from dsv3.config.limits import require_within
 from dsv3.config.registry import NAMED_NODES, choices_with_key
 from dsv3.errors import InvalidValue, UserError, did_you_mean
 
@@ -23,9 +24,6 @@ REPLACED = {
     "train.evaluate_batches": "train.evaluate_tokens counts the tokens of an evaluation over all ranks"
 }
 """What takes the place of a key of older code whose values mean something else (upgrade.py has others)."""
-
-LARGEST = 2**63 - 1
-"""The largest whole number that a tensor or a file of tensors counts with."""
 
 
 def check_target(target: str, key: str, allow: Sequence[str] = (), settings: Sequence[str] = ()) -> type:
@@ -114,9 +112,9 @@ def validate(node: Any, allow_targets: Sequence[str] = (), path: str = "") -> No
                 if is_argument(f):
                     _check_free_node(nested, f"{path}{f.name}.{name}", allow_targets)
                 else:
-                    _require_number(f"{path}{f.name}.{name}", nested)
+                    _require_number(node, f, f"{path}{f.name}.{name}", nested)
         else:
-            _require_number(f"{path}{f.name}", value, finite=not f.metadata.get("unbounded"))
+            _require_number(node, f, f"{path}{f.name}", value)
     if hasattr(node, "validate"):
         try:
             node.validate()
@@ -143,13 +141,14 @@ def _check_free_node(node: Any, path: str, allow_targets: Sequence[str]) -> None
             raise UserError(f"{path}.{name} is missing: {node['_target_']} needs it, +{path}.{name}=VALUE")
 
 
-def _require_number(key: str, value: Any, finite: bool = True) -> None:
-    """Raise InvalidValue for nan and inf, which pass or fail every comparison, and for more than 64 bits."""
+def _require_number(node: Any, field: Field[Any], key: str, value: Any) -> None:
+    """Raise InvalidValue for nan and inf, which pass or fail every comparison, and beyond the limits."""
     numbers = value if isinstance(value, list | tuple) else [value]
-    if finite and any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        if field.metadata.get("unbounded"):
+            return
         raise InvalidValue(key, value, "must be a finite number")
-    if any(isinstance(number, int) and not -LARGEST - 1 <= number <= LARGEST for number in numbers):
-        raise InvalidValue(key, value, f"must be below {LARGEST + 1}, and its negative too")
+    require_within(type(node), field.name, key, value)
 
 
 def build(node: Any, **runtime: Any) -> Any:
@@ -195,6 +194,25 @@ def to_absolute_yaml(node: Any) -> dict[str, Any]:
             f.name: absolute[f.name] for f in fields(nested) if f.metadata.get("path") and f.name in typed
         }
     return values
+
+
+def plain_reason(reason: str, key: str) -> str:
+    """Return OmegaConf's reason for refusing a value of `key` without its classes, where users meet it."""
+    if kind := re.search(r"could not be converted to (Integer|Float)", reason):
+        return f"must be a {'whole ' * (kind[1] == 'Integer')}number"
+    if reason.endswith("is not Optional"):
+        return "must have a value"
+    if re.match(r"Cannot assign \w+ to Dict\[|Cannot merge DictConfig with ListConfig", reason):
+        return f"has a value per name: {key}={{NAME:VALUE}}"
+    if re.match(r"Key .* \(\w+\) is incompatible with|Incompatible key type", reason):
+        return "the names of a node are texts: begin each with a letter, NODE={NAME:VALUE}"
+    if "is not a subclass of" in reason:
+        return f"is a node of keys: {key}.KEY=VALUE"
+    if "is not a valid bool" in reason:
+        return "must be true or false"
+    if "is not a valid input for <enum" in reason:
+        return "must be one value"
+    return "must be a list, [A,B]" if "is not a ListConfig" in reason else reason
 
 
 def _unknown_keys(node: DictConfig, path: str) -> Iterator[tuple[str, list[str]]]:

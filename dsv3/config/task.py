@@ -53,6 +53,8 @@ class TaskConfig(Buildable):
     """The task's `path` is model.path where it is null."""
     reads_checkpoint: ClassVar[bool] = False
     """The task reads a run by checkpoint.load and does not resume it."""
+    replays: ClassVar[bool] = False
+    """The task computes steps of the run `task.run` again, by the run's own config."""
     reads: ClassVar[tuple[str, ...]] = ("*",)
     """The keys and nodes that the task reads, `precision=` for the choice alone; others are refused."""
 
@@ -134,6 +136,53 @@ class GenerateTaskConfig(TaskConfig, SamplingConfig):
     _target_: str = "dsv3.tasks.generate.GenerateTask"
     prompt: str = "def "
     """Text to continue."""
+
+
+@schema("task/replay")
+@dataclass
+class ReplayTaskConfig(TaskConfig):
+    """A step of a run once more, from the nearest checkpoint: the accident in it repeats, or does not."""
+
+    has_result: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    must_fit: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = (
+        *_OF_EVERY_TASK,
+        "parallel",
+        "precision",
+        "recompute",
+        "compile",
+        "hardware",
+        "launch=",
+        "launch.nproc",
+        "launch.nnodes",
+        "launch.node_rank",
+        "launch.rendezvous",
+        "launch.timeout",
+        "data.path",
+        "data.dataset",
+        "data.cache_dir",
+        "data.cache_bytes",
+        "train.microbatch_size",
+        "train.deterministic",
+        "optimizer.fused",
+        "model.attention.kernel",
+    )
+    """Where to compute and how: what is learnt is the run's."""
+    _target_: str = "dsv3.tasks.replay.ReplayTask"
+    run: str | None = field(default=None, metadata=PATH)
+    """Run directory; nothing is written into it."""
+    step: int | None = None
+    """Optimizer step to compute again, from 1."""
+    text: int = 0
+    """Characters to print of each sequence of the step's batch (ids without a tokenizer); 0 is none."""
+
+    def validate(self) -> None:
+        require(bool(self.run), "run", self.run, "give the directory of a run: task.run=outputs/TIME")
+        require(self.step is not None, "step", self.step, "give the step to compute again: task.step=N")
+        require_positive(self, "step")
+        require(self.text >= 0, "text", self.text, "must be at least 0 characters")
 
 
 @schema("task/plan")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from dsv3.config.accidents import AccidentsConfig
 from dsv3.config.convert import StoredType
 from dsv3.config.registry import Buildable, schema
 from dsv3.errors import closest_values, require, require_positive
@@ -204,12 +205,16 @@ class TrainConfig:
     """Steps between two exports in HuggingFace format."""
     export_hf_dtype: StoredType = StoredType.bf16
     """Stored type of the weights of these exports; fp8 is in blocks, as DeepSeek released them."""
+    check_replicas_every: int = 20
+    """Steps between two comparisons of what ranks hold alike; saves compare too, but with 0 nothing does."""
     collect_garbage_every: int = 50
     """Steps between two runs of Python's garbage collection."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Load balance of the experts."""
     mtp_loss: MTPLossConfig = field(default_factory=MTPLossConfig)
     """Multi-token prediction loss."""
+    accidents: AccidentsConfig = field(default_factory=AccidentsConfig)
+    """Steps with bad numbers, and a loss that stays above its past."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Your own callbacks by name, each a node with a `_target_` and its arguments (docs/extending.md)."""
 

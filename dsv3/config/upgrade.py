@@ -8,6 +8,7 @@ To rename a class that a `_target_` may name, or a config key, add a line to the
 import re
 from typing import Any
 
+from dsv3.config.accidents import OLDER
 from dsv3.config.overrides import split_override
 
 TARGETS = {
@@ -38,6 +39,9 @@ KEYS = {"parallel.smallest_world": "parallel.min_world_size"}
 
 ADDED = {"dsv3.data.sources.TextData": {"max_skipped": 1.0}}
 """By class the keys that older code did not have, with the values at which today's does what that did."""
+
+ADDED_NODES = {"train": {"accidents": OLDER}}
+"""By node the nodes that older code did not have, with the values at which today's does what that did."""
 
 RECOUNTED = {"train.evaluate_batches": "train.evaluate_tokens"}
 """Today's config key by one that counted in another unit. null says the same in both, a number nothing today:
@@ -71,6 +75,7 @@ def upgrade_node(node: Any, path: str = "") -> Any:
         upgraded[current] = upgrade_target(value) if key == "_target_" else upgrade_node(value, place)
     target = upgraded.get("_target_")
     added = ADDED.get(target, {}) if isinstance(target, str) else {}
+    added = added | ADDED_NODES.get(path, {})
     return upgraded | {key: value for key, value in added.items() if key not in upgraded}
 
 

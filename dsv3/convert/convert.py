@@ -26,7 +26,7 @@ from dsv3.convert.hf_assets import SCALES_FILE
 from dsv3.convert.hf_target import require_valid_scales, to_hf
 from dsv3.convert.output_file import Interrupted, row_slices
 from dsv3.convert.request import is_verify_only
-from dsv3.distributed.signals import Stopped, stop_on_signal
+from dsv3.distributed.signals import NOTHING_TO_SAVE, Stopped, stop_on_signal
 from dsv3.errors import RunFailed
 from dsv3.hf.names import SCALE_SUFFIX, mtp_duplicates
 from dsv3.hf.pread_file import DirectReader
@@ -137,7 +137,7 @@ def _carry_out(destination: Destination, conversion: Conversion, workers: int) -
     try:
         destination.require_space(conversion.nbytes)
         with (
-            stop_on_signal(alone=True) as request,
+            stop_on_signal(save_message=NOTHING_TO_SAVE) as request,
             phase(f"writing {destination.output.name}", conversion.nbytes) as work,
         ):
             engine = ConversionEngine(

@@ -15,12 +15,13 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from dsv3.checkpoint.directory import MANIFEST_FILE, sync
-from dsv3.checkpoint.manifest import FileEntry, digest, write_manifest
+from dsv3.checkpoint.manifest import write_manifest
+from dsv3.distributed.directory_lock import LOCK_FILE, NOTE_FILE, DirectoryLock
 from dsv3.errors import UserError
 from dsv3.metrics.jsonl import append_line, read_whole_lines
+from dsv3.metrics.progress import phase
+from dsv3.tokens.file_digests import FileEntry, digest
 
 JOURNAL = ".journal.jsonl"
 
@@ -120,9 +121,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return f"another {key}"
 
 
-_LOCK = ".lock"
-
-_OWN_FILES = (_LOCK, JOURNAL)
+_OWN_FILES = (LOCK_FILE, NOTE_FILE, JOURNAL)
 """Files in the directory of an unfinished conversion that are no part of its output."""
 
 
@@ -136,7 +135,7 @@ class Destination:
 
     def __init__(self, output: Path, conversion: dict[str, Any]) -> None:
         self.output = output = Path(os.path.abspath(output))  # noqa: PTH100 (links stay as they are named)
-        self._lock: FileLock | None = None
+        self._lock: DirectoryLock | None = None
         self._began, self._parents = False, list[Path]()
         try:
             require_new_output(output)
@@ -144,8 +143,10 @@ class Destination:
             self._parents = [path for path in self.partial.parents if not path.exists()]
             is_new = not self.partial.exists()
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.partial / _LOCK, timeout=0, fallback_to_soft=False)
-            self._lock.acquire()
+            lock = DirectoryLock(self.partial, f"output={output}", "being written")
+            with phase("waiting for the output directory"):
+                lock.take()
+            self._lock = lock
             self._began = is_new  # and by nobody else
             require_new_output(output)  # the process that held the lock may have finished it
             self.journal = Journal(self.partial, conversion)
@@ -153,8 +154,6 @@ class Destination:
                 name = str(path.relative_to(self.partial))
                 if not path.is_dir() and name not in _OWN_FILES and name not in self.journal.found:
                     path.unlink()
-        except Timeout:
-            raise UserError(f"{self.partial} is being written by another conversion: wait for it") from None
         except OSError as error:
             self._undo()
             where = f" ({error.filename})" if error.filename else ""
@@ -212,7 +211,7 @@ class Destination:
         # Only now: a kill before the rename loses nothing, and nobody takes a finished output for an
         # unfinished one.
         for name in reversed(_OWN_FILES):
-            (self.output / name).unlink()
+            (self.output / name).unlink(missing_ok=True)
         sync(self.output.parent)
 
     def _unlock(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dsv3.config.convert import Assets, ConvertConfig
+from dsv3.distributed.directory_lock import DirectoryLock
 from dsv3.errors import RunFailed, UserError, quoted
 from dsv3.metrics.progress import Phase, phase
 from dsv3.tokens.tokenizer_files import is_tokenizer_file
@@ -71,8 +72,9 @@ def download(config: ConvertConfig) -> Path:
         other = sorted({Path(file.path).suffix for file in listed} & {".bin", ".pt", ".pth", ".gguf", ".h5"})
         hint = f"; its weights are in {', '.join(other)} files, which dsv3 does not read" if other else ""
         raise UserError(f"repo={config.repo} has no files for assets={config.assets.name}{hint}")
+    lock = DirectoryLock(output / _RESUMABLE, f"output={output}", "being downloaded into", stays=False)
     try:
-        with phase(f"downloading {repo}") as work:
+        with lock, phase(f"downloading {repo}") as work:
             snapshot_download(
                 repo,
                 revision=commit,

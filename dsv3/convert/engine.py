@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.manifest import FileEntry
 from dsv3.convert.destination import Finished, Journal
 from dsv3.convert.output_file import SLICE_BYTES, HashingWriter, Interrupted, OutputFile, OutputSlice
+from dsv3.tokens.file_digests import FileEntry
 
 MAX_FILES = 8
 """Files under way at once at most; each has a thread that hashes and writes, and loaders of its own."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3 import untrusted_files
 from dsv3.checkpoint.directory import ASSETS_DIR, HF_DIR, MANIFEST_FILE, is_hf_checkpoint
 from dsv3.checkpoint.training_record import TRAINING_FILE
 from dsv3.config.model import ModelConfig
-from dsv3.errors import UserError, quoted, refuse_lfs_pointer
+from dsv3.errors import UserError, quoted
 from dsv3.hf.config_json import model_from_hf
 from dsv3.hf.config_values import read_config
 from dsv3.hf.config_writer import config_json, updated_config
@@ -29,6 +30,7 @@ from dsv3.tokens.tokenizer_files import (
     read_json,
     tokenizer_files,
 )
+from dsv3.untrusted_files import BadFile, MissingFile, refuse_lfs_pointer
 
 IMPORT_METADATA_FILE, SCALES_FILE = "dsv3.json", "scales.safetensors"
 """In hf/ of a DCP: the notes on how the weights were stored, and their fp8 scales."""
@@ -98,9 +100,9 @@ def asset_warnings(source: Path, model: ModelConfig, ids: bool = True) -> list[s
     for path in hf_assets(source):
         if path.suffix == ".json" and path.name not in _OBJECTS:
             try:
-                json.loads(path.read_bytes())
-            except (OSError, ValueError, RecursionError) as error:
-                lines.append(f"{path} is no JSON and is copied as it is: {error}")
+                untrusted_files.read_json(path, "tokenizer")
+            except BadFile as error:
+                lines.append(f"{path} {error.reason}, and is copied as it is")
     if (source / "tokenizer_config.json").is_file() and not has_vocabulary(source):
         lines.append(
             f"{source} has a tokenizer_config.json and no vocabulary, so the output has no tokenizer: fetch "
@@ -231,7 +233,7 @@ def read_import_metadata(directory: Path) -> dict[str, Any]:
     """Return the notes of an import on how the weights were stored; an empty dict where there are none."""
     path = directory / HF_DIR / IMPORT_METADATA_FILE
     try:
-        found: Any = json.loads(path.read_text())
+        found: Any = untrusted_files.read_json(path)
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
         block, quantization = found.get("block", [1, 1]), found.get("quantization_config")
@@ -241,8 +243,9 @@ def read_import_metadata(directory: Path) -> dict[str, Any]:
         if not isinstance(quantization, dict | None):
             raise ValueError(f"quantization_config={quantization!r} is no object")
         import_metadata: dict[str, Any] = found
-    except FileNotFoundError:
+    except MissingFile:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read, it may be damaged: {error}") from None
+    except ValueError as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{path} cannot be read, it may be damaged: {reason}") from None
     return import_metadata

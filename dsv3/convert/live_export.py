@@ -15,7 +15,7 @@ from torch import Tensor
 from dsv3.checkpoint.agreement import on_main, together
 from dsv3.checkpoint.directory import commit, partial_directory, prepare_partial
 from dsv3.checkpoint.load import open_hf_checkpoint, parameter_shapes
-from dsv3.checkpoint.manifest import FileEntry, write_manifest
+from dsv3.checkpoint.manifest import write_manifest
 from dsv3.checkpoint.save import reason
 from dsv3.checkpoint.state import local_tensor
 from dsv3.checkpoint.training_record import TrainingRecord
@@ -30,11 +30,13 @@ from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.signals import StopEarly, stop_requested
 from dsv3.errors import RunFailed
 from dsv3.hf.names import HFTensor, hf_layout, stored_dtype, with_mtp_duplicates
+from dsv3.hf.nonfinite import require_finite_export
 from dsv3.hf.safetensors_header import byte_view
 from dsv3.hf.safetensors_reader import INDEX, read_headers
 from dsv3.hf.safetensors_writer import index_json
 from dsv3.metrics.progress import Phase, phase
 from dsv3.parallel.parallel_model import ParallelModel
+from dsv3.tokens.file_digests import FileEntry
 
 _ROWS = 1024
 
@@ -74,7 +76,8 @@ def stream(model: ParallelModel, dtype: torch.dtype = torch.bfloat16) -> Iterato
     """Yield (HF name, whole tensor in `dtype`) of a live model on any layout, layer by layer.
 
     All ranks iterate together, to the end, and all get the tensors, on the model's device. Memory is one
-    HF tensor (one expert's matrix of a stack of experts). Expert biases stay fp32.
+    HF tensor (one expert's matrix of a stack of experts). Expert biases stay fp32. RunFailed, on all ranks,
+    for a tensor with values that are not finite in `dtype`.
     """
     local_state = model.state_dict()
     for name, tensor in exported_tensors(model.model_parts[0].config):
@@ -85,6 +88,7 @@ def stream(model: ParallelModel, dtype: torch.dtype = torch.bfloat16) -> Iterato
             # Ranks that have the same part have the same bytes, the others zeros: the largest byte is
             # exact, where a sum would turn -0 into 0 and count replicas twice.
             dist.all_reduce(byte_view(whole), dist.ReduceOp.MAX, group=model.mesh.world)
+        require_finite_export(whole, whole, name, (0,) * whole.ndim)
         yield name, whole
 
 

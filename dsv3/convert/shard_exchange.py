@@ -23,6 +23,7 @@ from dsv3.convert.dcp_source import intersect, relative_index
 from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.torch_private import local_shape_and_offset
 from dsv3.hf.names import HFTensor
+from dsv3.hf.nonfinite import require_finite_export
 from dsv3.hf.safetensors_header import byte_view
 
 AHEAD = 2
@@ -160,12 +161,17 @@ class ShardExchange:
 
     @torch.no_grad()
     def _own_part(self, name: str, low: list[int], high: list[int], dtype: torch.dtype) -> Tensor:
-        """Return the box from `low` to `high` of a parameter, from this rank's shard, on the CPU."""
+        """Return the box from `low` to `high` of a parameter, from this rank's shard, on the CPU.
+
+        A value that is not finite is an error of this rank, found before anyone gets it.
+        """
         if self.error is None:
             try:
                 local = local_tensor(self._state[name])
                 part = local[relative_index(low, high, self._boxes[name].offset)]
-                return part.to(dtype).cpu().contiguous()
+                rounded = part.to(dtype).cpu().contiguous()
+                require_finite_export(rounded, part, name, low)
+                return rounded
             except Exception as error:
                 self.error = error
         return torch.zeros([end - begin for begin, end in zip(low, high, strict=True)], dtype=dtype)

@@ -23,8 +23,10 @@ from dsv3.data.packing import PackedRow
 from dsv3.errors import UserError
 from dsv3.metrics.progress import phase
 from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build
+from dsv3.tokens.file_array import map_array
 from dsv3.tokens.shuffle import Ids, Permutation, mix_array
 from dsv3.tokens.token_store import TokenStore
+from dsv3.untrusted_files import read_json
 
 FORMAT = 1
 """Part of the cache key: raise it when the same documents are to be packed differently."""
@@ -150,13 +152,12 @@ def write_layout(directory: Path, store: TokenStore, sequence_length: int, fim: 
 def read_layout(directory: Path) -> Layout:
     """Memory-map the files that `write_layout` wrote; CacheEntryError where they are missing or damaged."""
     try:
-        told = json.loads((directory / "best_fit.json").read_text("utf-8"))
+        told = read_json(directory / "best_fit.json")
         for name, size in told["sizes"].items():
             if (directory / name).stat().st_size != size:
                 raise CacheEntryError(f"{directory / name} does not have the size it was written with")
         pieces, ends = (
-            np.load(directory / name, mmap_mode="r", allow_pickle=False)
-            for name in ("pieces.npy", "ends.npy")
+            map_array(directory / name) for name in ("pieces.npy", "ends.npy")
         )
         return Layout(np.asarray(pieces), np.asarray(ends), told["padding"], told["documents_cut"])
     except (OSError, ValueError, KeyError, TypeError) as error:

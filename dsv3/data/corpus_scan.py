@@ -33,9 +33,11 @@ from dsv3.errors import UserError, quoted
 from dsv3.metrics.progress import amount, phase
 from dsv3.tokens.cache import CacheEntryError
 from dsv3.tokens.data_record import DataRecord, Piece
+from dsv3.tokens.file_array import map_array
 from dsv3.tokens.shard_index import HELD_OUT, TRAIN
+from dsv3.untrusted_files import read_json
 
-SCAN_FORMAT = 1
+SCAN_FORMAT = 2
 """Part of the key of a scan: raise it when the same files are to be read otherwise."""
 
 SCAN_FILE, SIDES_FILE, RECORD_FILE = "scan.json", "sides.npy", "record.json"
@@ -62,6 +64,7 @@ class CorpusScan:
         skipped: the counts of what is no document.
         left_out: files left out because of their names, and the first of them.
         json_lines: files of text that look like JSON lines, and the first of them.
+        as_text: a line where .json files are read as text.
         marked: by encoding the files that a byte order mark tells to be in it, and the first of them.
         first_documents: the number of each unit's first document.
     """
@@ -76,6 +79,7 @@ class CorpusScan:
     skipped: Skipped
     left_out: tuple[int, list[str]]
     json_lines: tuple[int, list[str]]
+    as_text: list[str]
     marked: dict[str, tuple[int, str]]
     first_documents: list[int]
 
@@ -83,7 +87,7 @@ class CorpusScan:
     def read(cls, folder: Path) -> "CorpusScan":
         """Return the scan that an entry of the cache holds; CacheEntryError where it is not whole."""
         try:
-            found = json.loads((folder / SCAN_FILE).read_text("utf-8"))
+            found = read_json(folder / SCAN_FILE, "listing")
             number = found["first_documents"][-1]
             if (folder / SIDES_FILE).stat().st_size < number:
                 raise CacheEntryError(f"{folder / SIDES_FILE} is cut off")
@@ -144,6 +148,7 @@ class CorpusScan:
             look = "looks like JSON lines and is" if count == 1 else "look like JSON lines and are"
             way = f"give .jsonl as suffix to read data.field={options.field}"
             lines.append(f"{amount(count, 'files')} {look} read as text, first {names[0]}: {way}")
+        lines += self.as_text
         count, names = self.left_out
         if count:
             what = "hidden, or left behind by an editor or a download"
@@ -185,7 +190,7 @@ class SidedDocuments:
         self, unit: Unit, skipped: Skipped, report: Report
     ) -> Iterator[tuple[str | None, Iterable[str]]]:
         """Yield side and pieces of each document of a unit; None for one that is left out."""
-        sides, first = np.load(self.sides, mmap_mode="r"), self.first_documents[unit.number]
+        sides, first = map_array(self.sides), self.first_documents[unit.number]
         for number, document in enumerate(read_documents(unit, self.options, skipped, report), first):
             if number == self.single and self.cut is not None:
                 yield self.only, cut_pieces(document.pieces(), self.cut, self.only == HELD_OUT)
@@ -254,6 +259,7 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
         skipped=skipped,
         left_out=(len(found.left_out), found.left_out[:_NAMED]),
         json_lines=(len(json_lines), json_lines[:_NAMED]),
+        as_text=found.told_json(corpus.options.field),
         marked=marked,
         first_documents=firsts,
     ).write()

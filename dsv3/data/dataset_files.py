@@ -12,6 +12,7 @@ import xxhash
 
 from dsv3.metrics.progress import phase
 from dsv3.tokens.data_record import Piece
+from dsv3.untrusted_files import open_file
 
 SAMPLED_BYTES, SAMPLE = 2 << 30, 1 << 20
 """Bytes of local files that enter the fingerprint, if they have more, and bytes of one stretch of them."""
@@ -48,7 +49,7 @@ def _sample(path: Path, share: float) -> tuple[int, str]:
     """Return the size of a file, and a digest of `share` of its bytes, in stretches spread over all of it."""
     state, size = xxhash.xxh3_128(), path.stat().st_size
     stretches = max(1, math.ceil(size * share / SAMPLE))
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for number in range(stretches):
             file.seek(size * number // stretches)
             wanted = size * (number + 1) // stretches - file.tell()

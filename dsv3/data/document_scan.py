@@ -1,7 +1,6 @@
 """The reading of a scan: a row per document on the disk, by unit, and from these the digest of every file."""
 
 import hashlib
-import json
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,8 @@ from dsv3.documents.input_files import FileKind, InputFile, Unit
 from dsv3.documents.skip_limit import BadDocument, Skipped
 from dsv3.documents.unit_pool import WorkPlace
 from dsv3.tokens.data_record import Piece
+from dsv3.tokens.file_digests import digest
+from dsv3.untrusted_files import open_file, parse_json
 
 _ROW = struct.Struct("<32sq")
 """A document of a unit: its sha256 and its characters, -1 for what turned out to be none."""
@@ -61,7 +62,8 @@ class ScanUnit:
                     count += 1
                 counts.append(count)
         found = {"documents": counts, "largest": largest, "skipped": skipped.to_json()}
-        return found | {"json_lines": json_lines, "marked": marked, "rows": file.name}
+        named = {"json_lines": json_lines, "marked": marked, "rows": file.name}
+        return found | named | {"digest": digest(file)}
 
 
 def looks_like_json_lines(text: str) -> bool:
@@ -70,8 +72,8 @@ def looks_like_json_lines(text: str) -> bool:
         return False
     first, _, rest = text.partition("\n")
     try:
-        return rest.startswith("{") and isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
+        return rest.startswith("{") and isinstance(parse_json(first, "the first line"), dict)
+    except ValueError:
         return False
 
 
@@ -80,17 +82,17 @@ def _rows_of(unit: Unit, folder: Path) -> Path:
 
 
 def is_intact(result: dict[str, Any], folder: Path) -> bool:
-    """Return whether the rows of a unit are there, which a kill before this one has left."""
+    """Return whether the rows of a unit, which a kill before this one has left, are as they were written."""
     file = folder / result["rows"]
     size = _ROW.size * sum(result["documents"])
-    return file.exists() and bool(file.stat().st_size == size)
+    return file.is_file() and file.stat().st_size == size and digest(file) == result.get("digest")
 
 
 def join_rows(units: Sequence[Unit], folder: Path, work_folder: Path) -> Table:
     """Return the rows of all units as one table on the disk."""
     with (folder / "table").open("wb") as table:
         for unit in units:
-            with _rows_of(unit, work_folder).open("rb") as rows:
+            with open_file(_rows_of(unit, work_folder)) as rows:
                 shutil.copyfileobj(rows, table)
     return np.memmap(folder / "table", DOCUMENT, "r")
 
@@ -108,21 +110,21 @@ def file_pieces(
 
     def piece(file: InputFile) -> Iterator[Piece]:
         if documents:
-            yield Piece(file.name, file.size, digest or state.hexdigest(), documents)
+            yield Piece(file.name, file.size, known or state.hexdigest(), documents)
 
-    digest = ""
+    known = ""
     for file, count in parts:
         if file is not open_file:
             if open_file is not None:
                 yield from piece(open_file)
-            open_file, state, documents, digest = file, hashlib.sha256(), 0, ""
+            open_file, state, documents, known = file, hashlib.sha256(), 0, ""
         for first in range(place, place + count, 1 << 16):
             rows = table[first : min(first + (1 << 16), place + count)]
             rows = rows[rows["characters"] >= 0]
             documents += len(rows)
             state.update(rows["digest"].tobytes())
             if file.kind is FileKind.text and options.separator is None and len(rows):
-                digest = rows["digest"][0].tobytes().hex()  # that of the file's text
+                known = rows["digest"][0].tobytes().hex()  # that of the file's text
         place += count
     if open_file is not None:
         yield from piece(open_file)

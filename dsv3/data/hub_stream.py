@@ -30,6 +30,7 @@ from dsv3.tokens.document_encoder import DocumentEncoder, document_ends
 from dsv3.tokens.shuffle import Ids, permutation
 from dsv3.tokens.token_store import TokenStore
 from dsv3.tokens.tokenizer import LocalTokenizer, Tokenizer, TokenizerSource, training_patience
+from dsv3.untrusted_files import read_json
 
 READ_TOGETHER = 64
 """Documents that are taken from a file together."""
@@ -79,6 +80,8 @@ class TextStream:
     def texts(self, piece: int, first: int = 0) -> Iterator[tuple[int, str]]:
         """Yield number and text of the documents of a piece from number `first` on; "" for one without.
 
+        A NUL character makes a document none, as in files.
+
         Raises:
             UserError: there is no such column, it holds no text, or the file is damaged.
             RunFailed: the file cannot be read any more; the library has tried again and again.
@@ -90,9 +93,8 @@ class TextStream:
                 end = number + len(table)
                 if end > first:
                     texts = self._column(table).slice(max(first - number, 0)).to_pylist()
-                    yield from zip(
-                        range(max(first, number), end), (text or "" for text in texts), strict=True
-                    )
+                    found = ("" if text is None or "\0" in text else text for text in texts)
+                    yield from zip(range(max(first, number), end), found, strict=True)
                 number = end
         except (UserError, RunFailed, GeneratorExit):
             raise
@@ -297,7 +299,7 @@ class HubData:
 
         def read(directory: Path) -> list[str]:
             try:
-                return [str(text) for text in json.loads((directory / "texts.json").read_text("utf-8"))]
+                return [str(text) for text in read_json(directory / "texts.json", "listing")]
             except (OSError, ValueError, TypeError) as error:
                 raise CacheEntryError(str(error) if directory.exists() else "") from error
 

@@ -85,6 +85,11 @@ class PreparedMixture(PreparedData):
         for source in self.sources.values():
             source.check_vocabulary(vocab_size, share)
 
+    def check_digests(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Compare the files of every source with their digests; UserError as for PreparedData."""
+        for source in self.sources.values():
+            source.check_digests(share)
+
     def verify_newer(self, since: float) -> None:
         """Compare the newer files of every source with their digests; UserError as for PreparedData."""
         for source in self.sources.values():
@@ -162,12 +167,7 @@ class MixtureData:
             own = recipe.sources[name]
             if own is None:
                 return self._prepare(name, tokenizer, sequence_length, seed, evaluate)
-            how = (
-                tokenizer,
-                sequence_length,
-                source_seed(seed, name),
-                self._is_held_out_only(name, evaluate),
-            )
+            how = self._arguments(name, tokenizer, sequence_length, seed, evaluate)
             found: PreparedData = self._parts[name].reopen(own, *how)
             return found
 
@@ -191,15 +191,21 @@ class MixtureData:
         seed: int,
         evaluate: bool,
     ) -> PreparedData:
-        how = (tokenizer, sequence_length, source_seed(seed, name), self._is_held_out_only(name, evaluate))
         with _naming(name):
-            found: PreparedData = self._parts[name].prepare(*how)
+            found: PreparedData = self._parts[name].prepare(
+                *self._arguments(name, tokenizer, sequence_length, seed, evaluate)
+            )
         return found
 
-    def _is_held_out_only(self, name: str, evaluate: bool) -> bool:
-        """Return whether the held-out side alone is prepared; ids that are given would then all be scored."""
+    def _arguments(
+        self, name: str, tokenizer: TokenizerSource | Tokenizer, length: int, seed: int, evaluate: bool
+    ) -> tuple[TokenizerSource | Tokenizer, int, int, bool]:
+        """Return what a source is prepared and reopened with; of ids that are given both sides, always.
+
+        For an evaluation alone all of them would be scored.
+        """
         config = next(source.config for source in self._sources if source.name == name)
-        return evaluate and not config.holds_ids
+        return tokenizer, length, source_seed(seed, name), evaluate and not config.holds_ids
 
     def _with_one_tokenizer(
         self,
@@ -270,6 +276,7 @@ class MixtureData:
             order,
             recipe=recipe,
             record=DataRecord.joined({name: part.record for name, part in prepared.items()}),
+            is_shared=all(part.is_shared for part in prepared.values()),
         )
 
     def _stages(self, sequence_length: int) -> list[Stage]:

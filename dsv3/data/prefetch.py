@@ -37,6 +37,9 @@ class Prefetcher:
         self._room = threading.Semaphore(depth)
         self._ready: SimpleQueue[tuple[int, list[Batch] | BaseException]] = SimpleQueue()
         self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._to_make, self._next_sample = 0, 0
+        """Steps whose batches are still to be made, and the first sequence of the next of them."""
         self._thread: threading.Thread | None = None
 
     @property
@@ -47,8 +50,17 @@ class Prefetcher:
     def start(self, first_sample: int, steps: int) -> None:
         """Begin to make the batches of `steps` steps, the first of which begins at `first_sample`."""
         if self._depth > 0:
-            arguments = (first_sample, steps)
-            self._thread = threading.Thread(target=self._work, args=arguments, name="prefetch", daemon=True)
+            self._next_sample = first_sample
+            self.go_on(steps)
+
+    def go_on(self, steps: int) -> None:
+        """Make the batches of so many more steps: the run has gone back, and its data has not."""
+        with self._lock:
+            begins = self._depth > 0 and self._to_make == 0
+            self._to_make += steps
+        if begins:
+            # A thread that has made all of its batches has ended, or does so now without touching anything.
+            self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
             self._thread.start()
 
     def microbatches(self, first_sample: int) -> list[Batch]:
@@ -73,16 +85,23 @@ class Prefetcher:
         if self._thread is not None:
             self._thread.join(_PATIENCE)
 
-    def _work(self, first_sample: int, steps: int) -> None:
+    def _work(self) -> None:
         """Make one step's batches after another as room is left."""
+        first_sample = self._next_sample
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
-            for _ in range(steps):
+            while self._to_make > 0:
                 self._room.acquire()
                 if self._stopping.is_set():
                     return
-                self._ready.put((first_sample, self._loader.microbatches(first_sample)))
-                first_sample += self._loader.batch.size(first_sample)
+                made = self._loader.microbatches(first_sample)
+                with self._lock:
+                    self._ready.put((first_sample, made))
+                    first_sample += self._loader.batch.size(first_sample)
+                    self._next_sample = first_sample
+                    self._to_make -= 1
+                    if self._to_make == 0:
+                        return
         except BaseException as error:
             self._ready.put((first_sample, error))

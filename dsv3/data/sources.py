@@ -48,6 +48,7 @@ class PreparedData:
         recipe: what another process needs to `reopen` the same data; None where the source has no reopen.
         record: what the data consists of, to tell what of it has changed; None in a process that reopened it.
         told: lines for the user on what was read and what was skipped; the first one follows the data's name.
+        is_shared: True where the process that prepared it reads the very same files, and not copies of them.
     """
 
     train: RowDataset | None
@@ -58,6 +59,7 @@ class PreparedData:
     recipe: object = field(default=None, kw_only=True)
     record: DataRecord | None = field(default=None, kw_only=True)
     told: Sequence[str] = field(default=(), kw_only=True)
+    is_shared: bool = field(default=True, kw_only=True)
 
     @property
     def sequence_length(self) -> int:
@@ -71,6 +73,13 @@ class PreparedData:
 
     def verify_newer(self, since: float) -> None:
         """Compare what was written after `since` (seconds of the epoch) with its digest, where it has one.
+
+        Raises:
+            UserError: a file is not what its digest tells.
+        """
+
+    def check_digests(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Compare the files of a share (number, count) with their digests, where they have them.
 
         Raises:
             UserError: a file is not what its digest tells.
@@ -240,6 +249,7 @@ class CorpusData:
                     told={"path": str(corpus.root)},
                     splits=(side,),
                     key="data.cache_dir",
+                    compare=True,
                 )
             if not prepared.index.num_tokens(side):
                 raise UserError("data: the tokenizer makes no token of these documents; give more text")

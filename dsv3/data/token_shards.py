@@ -3,17 +3,16 @@
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import xxhash
 
 from dsv3.config.data import IdType, Verify
 from dsv3.data.rows import RowOptions, held_out_rows, training_rows
 from dsv3.data.sources import PreparedData
 from dsv3.errors import UserError
 from dsv3.metrics.progress import amount, phase
+from dsv3.tokens.background_check import BACKGROUND, DigestedFile, check_at_start
 from dsv3.tokens.cache import CacheEntryError
 from dsv3.tokens.data_record import DataRecord, layout_digest
 from dsv3.tokens.document_index import with_documents
@@ -34,7 +33,13 @@ CHECKED_TOKENS = 1 << 25
 NAMED = 3
 """Files of the held-out side that are named."""
 
-_DIGESTED_TOGETHER = 1 << 24
+AT_START = 1 << 28
+"""Bytes of files with digests that each rank compares when a run starts; the rest of its share it compares
+while the run goes on."""
+
+_INDEX = "its index.json"
+
+_REMEDY = "it is damaged or of other shards; copy it anew, or write its digest into index.json"
 
 
 class ShardsRecipe(NamedTuple):
@@ -43,12 +48,15 @@ class ShardsRecipe(NamedTuple):
     train: Sequence[Segment]
     held_out: Sequence[Segment]
     fingerprint: str
-    tokenizer: Path | None
-    """The folder of the shards' own tokenizer, where it is used."""
+    tokenizer: tuple[str, Path] | None
+    """Fingerprint and folder of the shards' own tokenizer, where it is used."""
     vocab_size: int | None
     marks_held_out: bool
     """The files say what is held out."""
     digests: dict[str, str]
+    """XXH128 by file, of the files that are read."""
+    mark: tuple[int, int] | None
+    """What tells whether this node reads the same files: `_mark` of the first of them."""
     summary: dict[str, int]
 
 
@@ -74,7 +82,7 @@ class PreparedShards(PreparedData):
         """Check ids and offsets: some now, or all with Verify.all, and each when it is read.
 
         Raises:
-            UserError: an id goes beyond the vocabulary, offsets descend, or a file has not its digest.
+            UserError: an id goes beyond the vocabulary, or offsets descend.
         """
         super().check_vocabulary(vocab_size, share)
         if self.vocab_size is not None and self.vocab_size > vocab_size:
@@ -92,8 +100,17 @@ class PreparedShards(PreparedData):
             total = count if limit is None else min(count, 2 * limit)
             with phase("checking the token ids", total, "tokens") as work:
                 store.check(share, limit, work.advance)
-        if self.verify is Verify.all:
-            self._verify(sorted(self.digests.items())[share[0] :: share[1]])
+
+    def check_digests(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Compare a share of the files with their digests: AT_START bytes now, the rest in the background.
+
+        With Verify.all the whole share now.
+
+        Raises:
+            UserError: a file has not the digest that its index tells.
+        """
+        files = sorted(self.digests.items())[share[0] :: share[1]]
+        BACKGROUND.add(_verify(files, 1 << 63 if self.verify is Verify.all else AT_START))
 
     def verify_newer(self, since: float) -> None:
         """Compare the local files that were written after `since` with their digests; UserError as above.
@@ -105,26 +122,25 @@ class PreparedShards(PreparedData):
             with suppress(OSError):  # told when it is read
                 if Path(name).stat().st_mtime > since:
                     newer.append((name, digest))
-        if newer:
-            self._verify(newer)
+        _verify(newer, 1 << 63)
 
-    def _verify(self, files: Sequence[tuple[str, str]]) -> None:
-        """Compare files with their digests."""
-        with phase("verifying digests", len(files), "files") as work:
-            for name, digest in files:
-                state = xxhash.xxh3_128()
-                try:
-                    with Path(name).open("rb") as file:
-                        while content := file.read(_DIGESTED_TOGETHER):
-                            state.update(content)
-                except OSError as error:
-                    raise UserError(f"{name} cannot be read: {error.strerror}") from error
-                if state.hexdigest() != digest.lower():
-                    raise UserError(
-                        f"{name} has the digest {state.hexdigest()}, its index.json tells of {digest}: it is "
-                        "damaged or of other shards; copy it anew, or write its digest into index.json"
-                    )
-                work.advance()
+
+def _verify(files: Sequence[tuple[str, str]], nbytes: int) -> list[DigestedFile]:
+    """Compare up to `nbytes` of files with their digests, and return the others; UserError for damage."""
+    digested = [DigestedFile(name, digest, _INDEX, _REMEDY) for name, digest in files]
+    wrong, left = check_at_start(digested, nbytes, "verifying digests")
+    if wrong:
+        raise UserError(wrong[0])
+    return left
+
+
+def _mark(path: str) -> tuple[int, int]:
+    """Return two numbers that are equal on all nodes of a shared file system, and differ between copies."""
+    try:
+        told = Path(path).stat()
+    except OSError:
+        return 0, 0
+    return told.st_ino, told.st_ctime_ns
 
 
 class ShardsData:
@@ -200,7 +216,12 @@ class ShardsData:
         if not evaluate and not has_tokens(segments[0]):
             raise UserError(f"data.path={self.path} has a held-out side alone: there is nothing to train on")
         summary = {"files_read": len(found.pieces)}
-        tokenizer = None if own is None or not _uses_own(tokenizer_source) else own[1]
+        tokenizer = None
+        if own is not None and own[1] is not None and _uses_own(tokenizer_source):
+            tokenizer = own[0], own[1]
+        opened = [s for side in segments[bool(evaluate) :] for s in side]
+        read = {str(getattr(array, "path", "")) for s in opened for array in (s.tokens, s.offsets)}
+        digests = {name: digest for name, digest in found.digests.items() if name in read}
         recipe = ShardsRecipe(
             train=segments[0] if not evaluate else (),
             held_out=segments[1],
@@ -208,14 +229,14 @@ class ShardsData:
             tokenizer=tokenizer,
             vocab_size=found.vocab_size,
             marks_held_out=marked,
-            digests=found.digests if self.verify is Verify.all else {},
+            digests=digests,
+            mark=next(map(_mark, digests), None),
             summary=summary,
         )
         chosen = _choose_tokenizer(tokenizer_source, own)
         layout = layout_digest(found.layout) if self.eos_id is None else None
         record = DataRecord.of(found.pieces, layout, "files")
-        prepared = self._pack(recipe, chosen, sequence_length, seed, record, told)
-        return replace(prepared, digests=found.digests)  # of the process that prepares: there may be many
+        return self._pack(recipe, chosen, sequence_length, seed, record, told)
 
     def reopen(
         self,
@@ -234,10 +255,10 @@ class ShardsData:
             [a for s in (*recipe.train, *recipe.held_out) for a in (s.tokens, s.offsets)]
         ):
             raise CacheEntryError(missing)
-        if recipe.tokenizer is not None and not recipe.tokenizer.is_dir():
-            raise CacheEntryError(f"{recipe.tokenizer} is not here")
-        own = None if recipe.tokenizer is None else ("", recipe.tokenizer)
-        return self._pack(recipe, _choose_tokenizer(tokenizer_source, own), sequence_length, seed, None)
+        if recipe.tokenizer is not None and not recipe.tokenizer[1].is_dir():
+            raise CacheEntryError(f"{recipe.tokenizer[1]} is not here")
+        chosen = _choose_tokenizer(tokenizer_source, recipe.tokenizer)
+        return self._pack(recipe, chosen, sequence_length, seed, None)
 
     def _open(self, evaluate: bool) -> TokenFiles:
         """Return the files of `path`, and as their held-out side those of `held_out_path`."""
@@ -286,6 +307,7 @@ class ShardsData:
             vocab_size=recipe.vocab_size,
             marks_held_out=recipe.marks_held_out,
             digests=recipe.digests,
+            is_shared=next(map(_mark, recipe.digests), None) == recipe.mark,
             verify=self.verify,
         )
 
@@ -335,7 +357,7 @@ def _choose_tokenizer(
     """Return the tokenizer of the run; UserError where it is not that of the shards.
 
     Args:
-        own: fingerprint and folder of the shards' tokenizer; the fingerprint is empty where it was compared.
+        own: fingerprint and folder of the shards' tokenizer.
     """
     told, folder = own or ("", None)
     if isinstance(source, Tokenizer):

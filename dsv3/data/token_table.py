@@ -255,9 +255,14 @@ class TokensData:
             num_held_out = max(1, round(count * self.options.held_out))
             train, held_out = (SplitRows(count, num_held_out, side, 0) for side in (False, True))
         rows = None if train is None else TableDataset(table, train, seed if self.options.shuffle else None)
-        summary = {"documents_held_out": len(held_out), "tokens_held_out": len(held_out) * table.width}
+        padding = recipe.padding.get("tokens_padding", 0) / (count * table.width)
+
+        def tokens(side: Sequence[int]) -> int:
+            return round(len(side) * table.width * (1 - padding))  # of a padded table about
+
+        summary = {"documents_held_out": len(held_out), "tokens_held_out": tokens(held_out)}
         if train is not None:
-            summary |= {"documents_train": len(train), "tokens_train": len(train) * table.width}
+            summary |= {"documents_train": len(train), "tokens_train": tokens(train)}
             summary["rows_per_epoch"] = len(train)
         summary |= recipe.padding
         return PreparedTable(

@@ -1,4 +1,4 @@
-"""Let ranks wait for one another, and agree on a flag, on the CPU: through the store, with no collective.
+"""Let ranks wait for one another, and agree on flags, on the CPU: through the store, with no collective.
 
 A collective that waits for the slow work of one rank, such as tokenizing or hashing, would be ended by its
 own timeout, and NCCL's by NCCL's watchdog. A meeting has no timeout: it lasts as long as the work that is
@@ -10,15 +10,16 @@ from typing import Any
 
 from dsv3.distributed.heartbeat import HEARTBEAT
 
-# Arrivals are counted in the low bits of a round's counter, raised flags in those above.
-_FLAG = 32
+# A round's counter of 64 bits has three fields: the ranks that have arrived, those that have raised flag 1, and
+# those with flag 2. Each counts to two million.
+_FIELD, _FLAGS = 21, 2
 
 # Seconds between two looks at the store: a rank that has waited for long looks rarely, as 2,048 others do.
 _FIRST_LOOK, _LAST_LOOK = 0.0005, 0.5
 
 
 class Meeting:
-    """Rounds in which every rank arrives with a flag and learns whether any has raised it.
+    """Rounds in which every rank arrives with flags and learns which of them any has raised.
 
     One rank's cost is three requests per round to the store, which is in the process of rank 0 or of
     torchrun's agent. All ranks call the same methods in the same order, each from one thread.
@@ -43,22 +44,28 @@ class Meeting:
 
     def meet(self, flag: bool = False) -> bool:
         """Wait until every rank is here; return True on all of them where any has raised `flag`."""
-        self.arrive(flag)
-        return self.outcome()
+        self.arrive(int(flag))
+        return bool(self.outcome())
 
-    def arrive(self, flag: bool) -> None:
-        """Begin the next round without waiting for the others; read the outcome of the one before first."""
+    def arrive(self, flags: int) -> None:
+        """Begin the next round, without waiting for the others, with `flags`: bits 1 and 2.
+
+        Read the outcome of the round before first.
+        """
         self.round += 1
         key = self._key(self.round)
-        arrived = self.store.add(key, 1 + (int(flag) << _FLAG))
-        if arrived % (1 << _FLAG) == self.world:
-            self.store.set(f"{key} outcome", str(arrived >> _FLAG))
+        raised = [flags >> bit & 1 for bit in range(_FLAGS)]
+        arrived = self.store.add(key, 1 + sum(each << _FIELD * (bit + 1) for bit, each in enumerate(raised)))
+        if arrived % (1 << _FIELD) == self.world:
+            counts = [(arrived >> _FIELD * (bit + 1)) % (1 << _FIELD) for bit in range(_FLAGS)]
+            outcome = sum(1 << bit for bit, count in enumerate(counts) if count)
+            self.store.set(f"{key} outcome", str(outcome))
             # Whoever has arrived here has read the outcome before.
             self.store.delete_key(f"{self._key(self.round - 1)} outcome")
             self.store.delete_key(key)
 
-    def outcome(self) -> bool:
-        """Wait until every rank has arrived in this round; return True where any has raised its flag.
+    def outcome(self) -> int:
+        """Wait until every rank has arrived in this round; return the flags that any of them has raised.
 
         The wait is Python's, so that a signal is heard in it.
         """
@@ -67,7 +74,7 @@ class Meeting:
             time.sleep(pause)
             pause = min(1.5 * pause, _LAST_LOOK)
         HEARTBEAT.beat()
-        return bool(self.store.get(key) != b"0")
+        return int(self.store.get(key))
 
     def _key(self, number: int) -> str:
         return f"meeting {self.name}: {number}"

@@ -24,9 +24,11 @@ from dsv3.distributed.device import choose_gpu, cpu_threads
 from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
 from dsv3.distributed.meeting import Meeting
 from dsv3.distributed.signals import Stopped
+from dsv3.distributed.store import rank_store, stay_on_this_node
+from dsv3.distributed.step_waits import STEP_WAITS
 from dsv3.distributed.torch_private import connect_to_store, set_group_timeouts, shorten_gather_name
 from dsv3.distributed.watchdog import Watchdog, enable_flight_recorder
-from dsv3.errors import UserError
+from dsv3.errors import STOPPED, RunFailed, UserError
 
 T = TypeVar("T")
 
@@ -102,12 +104,21 @@ class RankContext:
             return flag
         return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
 
-    def broadcast_object(self, value: T) -> T:
-        """Return rank 0's value, on every rank; a rank waits for the others as in `meet`."""
+    def all_gather(self, value: Tensor) -> Tensor:
+        """Return `value` of every rank [ranks, ...], on every rank; the same shape and type on all of them."""
+        if self.world == 1:
+            return value.unsqueeze(0)
+        gathered = value.new_empty(self.world, *value.shape)
+        dist.all_gather(list(gathered.unbind()), value.contiguous(), group=self.group)
+        HEARTBEAT.beat()
+        return gathered
+
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """Return the value of rank `source`, on every rank; a rank waits for the others as in `meet`."""
         values = [value]
         if self.world > 1:
             self.meet()
-            dist.broadcast_object_list(values, src=0, device=self.device, group=self.group)
+            dist.broadcast_object_list(values, src=source, device=self.device, group=self.group)
             HEARTBEAT.beat()
         return values[0]
 
@@ -175,7 +186,8 @@ class RankContext:
             return value
         # NCCL takes no tensor of the host, such as a norm of offloaded gradients.
         reduced = value.to(self.device, copy=True)
-        dist.all_reduce(reduced, op=operation, group=self.group)
+        with STEP_WAITS.reduction():
+            dist.all_reduce(reduced, op=operation, group=self.group)
         HEARTBEAT.beat()
         return reduced.to(value.device)
 
@@ -214,7 +226,17 @@ def join_process_group(
         limit = timedelta(seconds=timeout + MARGIN)
         enable_flight_recorder(os.environ)
         shorten_gather_name()
-        dist.init_process_group(backend, timeout=limit, device_id=device_id)
+        if local_world == world:
+            stay_on_this_node(os.environ)
+        try:
+            store = rank_store(rank, limit)
+            where = {} if store is None else {"store": store, "rank": rank, "world_size": world}
+            dist.init_process_group(backend, timeout=limit, device_id=device_id, **where)
+        except RuntimeError as error:  # PyTorch's errors about stores and networks are some of these
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise RunFailed(
+                f"rank {rank} did not meet the {world - 1} other{'s' if world > 2 else ''}: {reason}"
+            ) from None
         store = connect_to_store("dsv3")
         watchdog = Watchdog(rank, world, timeout, store)
         # Until there is a run directory, and in tasks that have none.
@@ -230,6 +252,8 @@ def join_process_group(
         ranks.meet()
         if world > 1:
             dist.barrier()
+            # A worker hands the stop to its launcher as a result (workers.py), other ranks exit with it.
+            atexit.register(_leave, 0 if multiprocessing.parent_process() is not None else STOPPED)
         raise
     except UserError:
         # All ranks raise it alike, and the launcher has it from a file. A process of torchrun or srun is the

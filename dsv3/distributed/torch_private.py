@@ -77,8 +77,8 @@ def keep_saved_tensors_when_compiled() -> None:
 # clip_grad_norm_, which knows no tensors of several meshes. torch 2.13 on CPU.
 
 
-def foreach_add_(tensors: list[Tensor], value: float) -> None:
-    """Add `value` to each tensor in place."""
+def foreach_add_(tensors: list[Tensor], value: float | Tensor) -> None:
+    """Add `value`, a number or a scalar tensor, to each tensor in place."""
     torch._foreach_add_(tensors, value)
 
 
@@ -90,6 +90,14 @@ def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:
 def foreach_copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source into the target of the same place, with a cast where the dtypes differ."""
     torch._foreach_copy_(targets, sources)
+
+
+def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether `step` leaves parameters and state as they are where the optimizer's `found_inf` is 1.
+
+    GradScaler asks this private attribute, which the fused optimizers set, before it sets `found_inf`.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def foreach_norm(tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -253,6 +261,28 @@ def _gather(x: Tensor, size: int, name: str) -> Tensor:
     out = x.new_empty(x.shape[0] * size, *x.shape[1:])
     _register_work(out, group._allgather_base(out, x.contiguous()))
     return out
+
+
+def wrap_waits(
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]], functional: bool
+) -> Callable[[], None]:
+    """Replace the functions in which Python waits for a collective by `wrap` of them; return what undoes it.
+
+    With `functional` those of the functional collectives too: code that torch.compile traces must not meet
+    a wrapper there. No public hook tells of waits on gloo.
+    """
+    from torch._C._distributed_c10d import Work
+
+    wait, wait_tensor = Work.wait, COLLECTIVES.wait_tensor
+    Work.wait = wrap(wait)  # type: ignore[method-assign]
+    if functional:
+        COLLECTIVES.wait_tensor = wrap(wait_tensor)
+
+    def undo() -> None:
+        Work.wait = wait  # type: ignore[method-assign]
+        COLLECTIVES.wait_tensor = wait_tensor
+
+    return undo
 
 
 def nccl_trace() -> bytes:

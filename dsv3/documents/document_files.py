@@ -6,7 +6,7 @@ a document holds. What is no document is skipped and counted by reason, with the
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,6 +22,7 @@ from dsv3.documents.byte_blocks import (
     split_records,
 )
 from dsv3.documents.input_files import FileKind, Part, Unit
+from dsv3.documents.json_values import JsonValues
 from dsv3.documents.long_json import FieldKind, LongObject, NotJson
 from dsv3.documents.skip_limit import BadDocument, Reason, Skipped
 from dsv3.documents.table_files import TABLE_READERS
@@ -163,12 +164,29 @@ def _read_text(part: Part, options: ReadOptions, skipped: Skipped, report: Repor
 def _read_json_lines(
     part: Part, options: ReadOptions, skipped: Skipped, report: Report
 ) -> Iterator[Document]:
-    key = options.field
-    for name, (line, rest) in _records(part, b"\n", report):
+    return _read_json(_records(part, b"\n", report), options.field, skipped)
+
+
+def _read_json_values(
+    part: Part, options: ReadOptions, skipped: Skipped, report: Report
+) -> Iterator[Document]:
+    values = enumerate(JsonValues(read_blocks(part.file.path, report)), 1)
+    records = ((f"{part.file.name}: document {number}", record) for number, record in values)
+    return _read_json(records, options.field, skipped)
+
+
+def _read_json(
+    records: Iterable[tuple[str, tuple[bytes, Iterable[bytes] | None]]], key: str, skipped: Skipped
+) -> Iterator[Document]:
+    """Yield the documents of JSON objects that come with their names."""
+    for name, (line, rest) in records:
         if rest is not None:
             document = _long_document(name, _decode_long_json(line, rest, key, name, skipped), skipped)
             if document is not None:
                 yield document
+            continue
+        if b"\0" in line:
+            skipped.add(Reason.NUL, name)
             continue
         try:
             found = json.loads(line.decode())
@@ -184,8 +202,8 @@ def _read_json_lines(
             continue
         text = found.get(key)
         if isinstance(text, str):
-            if b"\\u" in line and not _is_unicode(text):
-                skipped.add(Reason.LONE_SURROGATE, name)
+            if b"\\u" in line and (reason := _no_text(text)):
+                skipped.add(reason, name)
             elif text:
                 yield Document(name, text)
             else:
@@ -203,8 +221,8 @@ def _read_table(part: Part, options: ReadOptions, skipped: Skipped, report: Repo
         return
     for number, text in enumerate(table.texts, table.first_row + 1):
         if isinstance(text, str):
-            if not _is_unicode(text):
-                skipped.add(Reason.LONE_SURROGATE, f"{part.file.name}: row {number}")
+            if reason := _no_text(text):
+                skipped.add(reason, f"{part.file.name}: row {number}")
             elif text:
                 yield Document(f"{part.file.name}: row {number}", text)
             else:
@@ -218,6 +236,7 @@ def _read_table(part: Part, options: ReadOptions, skipped: Skipped, report: Repo
 _READERS: dict[FileKind, Callable[[Part, ReadOptions, Skipped, Report], Iterator[Document]]] = {
     FileKind.text: _read_text,
     FileKind.json_lines: _read_json_lines,
+    FileKind.json_values: _read_json_values,
     FileKind.parquet: _read_table,
     FileKind.dataset: _read_table,
     FileKind.hub: _read_table,
@@ -263,13 +282,22 @@ def _decode_long(first: bytes, rest: LongRecord, name: str, skipped: Skipped) ->
         raise _end_of_file(error, name, skipped) from None
 
 
-def _decode_long_json(first: bytes, rest: LongRecord, key: str, name: str, skipped: Skipped) -> Iterator[str]:
-    """Yield the text in a long line of JSON; BadDocument where there is none."""
-    found = LongObject(chain([first], rest), key)
+def _decode_long_json(
+    first: bytes, rest: Iterable[bytes], key: str, name: str, skipped: Skipped
+) -> Iterator[str]:
+    """Yield the text in a long JSON object; BadDocument where there is none."""
+
+    def blocks() -> Iterator[bytes]:
+        for block in chain([first], rest):
+            if b"\0" in block:
+                raise skipped.bad(Reason.NUL, name)
+            yield block
+
+    found = LongObject(blocks(), key)
     try:
         for piece in found:
-            if not _is_unicode(piece):
-                raise skipped.bad(Reason.LONE_SURROGATE, name)
+            if reason := _no_text(piece):
+                raise skipped.bad(reason, name)
             yield piece
     except NotJson:
         raise skipped.bad(Reason.NO_JSON, name) from None
@@ -305,13 +333,13 @@ def _long_document(name: str, pieces: Iterator[str], skipped: Skipped) -> Docume
     return Document(name, "".join(first))
 
 
-def _is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8: half of a surrogate pair cannot."""
+def _no_text(text: str) -> str | None:
+    """Return the reason why a string is no text: it cannot be written as UTF-8, or holds NUL; else None."""
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return Reason.LONE_SURROGATE
+    return Reason.NUL if "\0" in text else None
 
 
 def _listed(names: Any) -> str:

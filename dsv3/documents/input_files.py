@@ -12,7 +12,9 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
 from dsv3.documents.byte_blocks import read_blocks, split_records
+from dsv3.documents.json_values import JsonValues
 from dsv3.errors import UserError, quoted, repository_hint
+from dsv3.metrics.progress import amount
 
 HUB = "hf:"
 """Begins the name of a dataset of the HuggingFace hub."""
@@ -38,8 +40,7 @@ COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz"})
 
 _JSON_LINES = frozenset({".jsonl", ".ndjson"})
 
-_PEEK = 1 << 20
-"""Bytes of the first line of a .json file that are read to see whether it is one of JSON lines."""
+_JSON = ".json"
 
 
 class FileKind(Enum):
@@ -47,6 +48,8 @@ class FileKind(Enum):
 
     text = "text"
     json_lines = "JSON lines"
+    json_values = "JSON"
+    """The elements of an array, or objects over several lines."""
     parquet = "Parquet"
     dataset = "saved dataset"
     hub = "dataset of the hub"
@@ -130,6 +133,14 @@ class FoundFiles:
     left_out: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
+    def told_json(self, field: str) -> list[str]:
+        """Return a line where .json files are read as text, because they hold no documents as JSON does."""
+        names = [file.name for file in self.files if file.kind is FileKind.text and _is_json(file.path)]
+        if not names:
+            return []
+        read = f"{amount(len(names), 'files')} named {_JSON} {'is' if len(names) == 1 else 'are'} read as text"
+        return [f"{read}, first {names[0]}: no object with data.field={field} stands at the begin"]
+
 
 def find_files(paths: Sequence[str], field: str = "text", key: str = "task.input") -> FoundFiles:
     """Return the files at `paths`: files, folders with all that is below, or patterns with * and **.
@@ -138,7 +149,7 @@ def find_files(paths: Sequence[str], field: str = "text", key: str = "task.input
     to counts once. In folders hidden files and LEFTOVERS are left out.
 
     Args:
-        field: the field that a .json file must have to be read as JSON lines.
+        field: the field that a .json file must have to be read as JSON.
         key: the config key of `paths`, for messages.
 
     Raises:
@@ -194,27 +205,47 @@ def is_saved(folder: Path) -> bool:
 
 
 def file_kind(path: Path, field: str) -> FileKind:
-    """Return how documents lie in a file, by its name; of a .json file the first line decides."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    if last in _JSON_LINES or (last == ".json" and _begins_with_object(path, field)):
+    """Return how documents lie in a file, by its name; of a .json file the first object decides."""
+    last = _last_suffix(path)
+    if last in _JSON_LINES:
         return FileKind.json_lines
+    if last == _JSON:
+        return _json_kind(path, field)
     return FileKind.parquet if last in (".parquet", ".pq") else FileKind.text
 
 
-def _begins_with_object(path: Path, field: str) -> bool:
-    """Return whether the first line is a whole JSON object with the field."""
+def _last_suffix(path: Path) -> str:
+    """Return a file's suffix in small letters; of a compressed one that before."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _is_json(path: Path) -> bool:
+    return _last_suffix(path) == _JSON
+
+
+def _json_kind(path: Path, field: str) -> FileKind:
+    """Return the kind of a .json file: text, unless its first object has the field."""
+
+    def has_field(record: bytes, is_whole: bool) -> bool:
+        if not is_whole:
+            return record.lstrip().startswith(b"{") and json.dumps(field).encode() in record
+        try:
+            found = json.loads(record)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(found, dict) and field in found
+
     try:
-        blocks = read_blocks(path, lambda nbytes: None, 0, None)
-        first, rest = next(split_records(blocks, b"\n"), (b"", None))
-        if rest is not None:
-            return first.lstrip().startswith(b"{") and json.dumps(field).encode() in first
-        found = json.loads(first)
+        line, rest = next(split_records(read_blocks(path, lambda nbytes: None), b"\n"), (b"", None))
+        if has_field(line, rest is None):
+            return FileKind.json_lines
+        value, more = next(iter(JsonValues(read_blocks(path, lambda nbytes: None))), (b"", None))
+        return FileKind.json_values if has_field(value, more is None) else FileKind.text
     except Exception:  # whatever is wrong with it will be told when it is read
-        return False
-    return isinstance(found, dict) and field in found
+        return FileKind.text
 
 
 def _expand(path: str, key: str) -> Iterator[tuple[Path, bool]]:

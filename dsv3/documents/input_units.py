@@ -65,7 +65,7 @@ def _parts(file: InputFile, options: ReadOptions, unit_bytes: int) -> list[Part]
         return whole
     if file.kind is FileKind.parquet:
         return plan_parquet(file, unit_bytes // DENSITY)
-    if file.kind is FileKind.text and options.separator is None:
+    if file.kind is FileKind.json_values or (file.kind is FileKind.text and options.separator is None):
         return whole
     try:
         if file_form(file.path) != "plain":

@@ -15,7 +15,7 @@ class Reason:
     """Reasons to skip a document or a file, as they are counted and shown."""
 
     NOT_UTF8 = "not UTF-8"
-    NUL = "NUL bytes (no text)"
+    NUL = "NUL characters (no text)"
     ARCHIVE = "an archive or compressed in a way that is not read"
     UNREADABLE = "unreadable files"
     DAMAGED = "damaged or truncated files"

@@ -196,6 +196,8 @@ def _run_in_processes(
                     advance(value)
                 elif kind == "mistake":
                     raise UserError(value)
+                elif kind == "files":
+                    raise OSError(*value)
                 elif kind == "error":
                     raise RunFailed(f"the work on {unit.name} failed:\n{value}")
                 else:
@@ -255,6 +257,8 @@ def _serve(pipe: Connection, parent: int, work: Work, directory: Path, threads: 
                 answer = ("mistake", str(error))  # type: ignore[assignment]
             except BrokenPipeError:
                 raise
+            except OSError as error:  # such as a full disk, which the parent tells of as of its own
+                answer = ("files", (error.errno, error.strerror, error.filename))  # type: ignore[assignment]
             except Exception:
                 answer = ("error", traceback.format_exc())  # type: ignore[assignment]
             pipe.send(("read", untold))

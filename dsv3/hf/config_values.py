@@ -1,11 +1,11 @@
 """Read a HuggingFace config.json key by key; every error is one line with the file and the key."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from dsv3.errors import UserError, quoted, refuse_lfs_pointer
+from dsv3.errors import UserError, quoted
+from dsv3.untrusted_files import MissingFile, read_json, refuse_lfs_pointer
 
 
 class HFValues:
@@ -78,15 +78,11 @@ def read_config(directory: Path) -> HFValues:
     file = directory / "config.json"
     try:
         refuse_lfs_pointer(file)
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
+        values = read_json(file)
+    except MissingFile:
         raise UserError(
             f"model.path={directory} holds no config.json: give a HuggingFace checkpoint"
         ) from None
-    except RecursionError:
-        raise UserError(f"{file} cannot be read: it is nested too deeply") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} is no JSON object")
     return HFValues(file, values)

@@ -4,13 +4,13 @@ A model computes nothing with them, and training would blame the learning rate. 
 while it is in memory: `aminmax` takes it at 18 GB/s and more on one core, several times as fast as a disk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dsv3.errors import UserError, quoted
+from dsv3.errors import RunFailed, UserError, quoted
 from dsv3.hf.pread_file import fault
 
 _CODE_BITS, _NAN_CODE = 0x7F, 0x7F
@@ -41,6 +41,28 @@ def require_finite(
     """
     if not is_finite(values):
         raise nonfinite(values, values.float() if stored is None else stored(), place, name, origin)
+
+
+def require_finite_export(rounded: Tensor, weights: Tensor, name: str, origin: Sequence[int]) -> None:
+    """Raise RunFailed unless every value of a slice of a live model's weights is finite as it is exported.
+
+    `origin` is where the slice begins in the parameter `name`, by dim; `weights` are the values before they
+    were rounded, on any device.
+    """
+    if is_finite(rounded):
+        return
+    values = weights.detach().float().cpu()
+    wrong = ~values.isfinite()
+    overflows = not bool(wrong.any())
+    if overflows:
+        wrong = ~rounded.isfinite()
+    first = wrong.nonzero()[0].tolist()
+    index = [begin + offset for begin, offset in zip(origin, first, strict=True)]
+    what = f"'{name}' has the value {values[tuple(first)].item():.6g} at {index}"
+    if overflows:
+        what += f", which overflows in {str(rounded.dtype).removeprefix('torch.')}"
+        raise RunFailed(f"{what}: train.export_hf_dtype=fp32 keeps it")
+    raise RunFailed(f"{what}, {int(wrong.sum())} of {wrong.numel()} there are not finite: the model is broken")
 
 
 def nonfinite(values: Tensor, stored: Tensor, place: Path, name: str, origin: tuple[int, ...]) -> UserError:

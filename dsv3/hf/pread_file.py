@@ -3,7 +3,6 @@
 import errno
 import mmap
 import os
-import stat
 import threading
 import weakref
 from contextlib import suppress
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3.errors import UserError, quoted
+from dsv3.errors import UserError
+from dsv3.untrusted_files import open_descriptor
 
 
 def fault(file: Path, text: str) -> UserError:
@@ -32,30 +32,14 @@ class PreadFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = self._open()
+        self._descriptor = open_descriptor(path)
         # A thread that reads keeps the object, so no descriptor is closed, and its number used again,
         # under a read that is still going on.
         weakref.finalize(self, os.close, self._descriptor)
-        status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-            raise fault(path, f"is {kind}, not a file")
-        self.size = status.st_size
+        self.size = os.fstat(self._descriptor).st_size
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # a hint: some file systems have no use for it
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def _open(self) -> int:
-        try:
-            # Without O_NONBLOCK a named pipe would wait for its writer; regular files do not mind.
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (OSError, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and self.path.is_symlink():
-                link = quoted(str(self.path.readlink()))
-                text = f"is a link to {link}, which is not there: the download may be incomplete"
-                raise fault(self.path, text) from None
-            reason = getattr(error, "strerror", None) or error
-            raise fault(self.path, f"cannot be opened: {reason}") from None
 
     def read(self, target: memoryview, offset: int, what: str) -> None:
         """Fill `target` (bytes) from byte `offset` on; a failure's UserError names `what` was read."""

@@ -4,13 +4,13 @@
 is refused by name, before the first tensor is looked at.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from dsv3.errors import UserError, quoted, refuse_lfs_pointer
+from dsv3.errors import UserError, quoted
 from dsv3.hf.config_values import HFValues
 from dsv3.planning.sharding import FP8_BLOCK
+from dsv3.untrusted_files import read_json, refuse_lfs_pointer
 
 _METHODS = {
     "auto-round": "integers packed by AutoRound",
@@ -69,10 +69,7 @@ def _content(file: Path) -> Any:
     if not file.is_file():
         return None
     refuse_lfs_pointer(file)
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    values = read_json(file)
     return values.get("quantization", values) if isinstance(values, dict) else values
 
 

@@ -6,9 +6,7 @@ checks the same, but its messages do not name the tensor that is wrong, it takes
 and it does not tell where in the file a tensor lies (docs/checkpoints.md has the comparison).
 """
 
-import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3.errors import did_you_mean, quoted, refuse_lfs_pointer
+from dsv3.errors import did_you_mean, quoted
 from dsv3.hf.pread_file import PreadFile, fault
+from dsv3.untrusted_files import LIMITS, BadFile, parse_json, refuse_lfs_pointer
 
 DTYPES = {
     "F64": torch.float64,
@@ -77,7 +76,7 @@ def byte_view(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-LONGEST_HEADER = 100_000_000
+LONGEST_HEADER = LIMITS["listing"].nbytes
 """Bytes; the same limit as in the library."""
 
 METADATA = "__metadata__"
@@ -115,30 +114,12 @@ def json_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
     UserError for anything else, also for a key that comes twice.
     """
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
-    except UnicodeDecodeError as error:
-        raise fault(path, f"is damaged: byte {error.start} of its {what} is not UTF-8; {_AGAIN}") from None
-    except _DuplicateKey as error:
-        raise fault(path, f"is damaged: its {what} has {quoted(error.args[0])} twice") from None
-    except RecursionError:
-        raise fault(path, f"is damaged: its {what} is nested too deeply") from None
-    except ValueError as error:
-        raise fault(path, f"is damaged: its {what} is not JSON ({error}); {_AGAIN}") from None
+        value = parse_json(raw, path, "listing", unique_keys=True)
+    except BadFile as error:
+        raise fault(path, f"is damaged: its {what} {error.reason}; {_AGAIN}") from None
     if not isinstance(value, dict):
         raise fault(path, f"is damaged: its {what} is {quoted(value)} instead of a JSON object")
     return value
-
-
-class _DuplicateKey(ValueError):
-    """A JSON object has a key twice."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise _DuplicateKey(next(key for key, count in counts.items() if count > 1))
-    return found
 
 
 def _header_length(file: PreadFile) -> int:

@@ -15,11 +15,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dsv3.errors import quoted, refuse_lfs_pointer
+from dsv3.errors import quoted
 from dsv3.hf.names import SCALE_SUFFIX
 from dsv3.hf.pread_file import OpenFiles, PreadFile, fault
-from dsv3.hf.safetensors_header import LONGEST_HEADER, TensorInfo, byte_view, json_object, read_header
+from dsv3.hf.safetensors_header import TensorInfo, byte_view, json_object, read_header
 from dsv3.metrics.progress import amount, phase
+from dsv3.untrusted_files import read_bytes, refuse_lfs_pointer
 
 WINDOW = 4 * 2**20
 """Bytes of whole rows that are in memory while columns are cut out of them."""
@@ -214,13 +215,8 @@ def _collect(directory: Path, files: Sequence[str]) -> dict[str, TensorInfo]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return the index's weight_map: file names by tensor."""
-    file = PreadFile(path)
     refuse_lfs_pointer(path)
-    if file.size > LONGEST_HEADER:
-        raise fault(path, f"has {file.size} bytes, an index may have {LONGEST_HEADER}")
-    raw = bytearray(file.size)
-    file.read(memoryview(raw), 0, "the index")
-    weight_map = json_object(path, bytes(raw), "index").get("weight_map", ...)
+    weight_map = json_object(path, read_bytes(path, "listing"), "index").get("weight_map", ...)
     if weight_map is ...:
         raise fault(path, "has no 'weight_map', which says where each tensor is")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,12 +22,13 @@ from dsv3.config.model_difference import StoredModel, require_stored_numbers
 from dsv3.config.overrides import as_typed, compose, job_overrides, override_key, split_override
 from dsv3.config.registry import Stored
 from dsv3.config.root import Config
-from dsv3.config.strict import escape_interpolation
+from dsv3.config.strict import escape_interpolation, validate
 from dsv3.config.upgrade import upgrade_node
 from dsv3.errors import UserError, repository_hint
 from dsv3.hf.config_json import model_from_hf
 from dsv3.launch.trained_on import carried_values, forget_length, training_record
 from dsv3.launch.typed_keys import typed_leaves
+from dsv3.untrusted_files import read_yaml
 
 _MODEL_SOURCES = ("model", "model.path", "experiments")
 """The arguments that bring a model, beside those of single keys."""
@@ -83,14 +83,16 @@ class Composition:
 
 def read_model(path: Path) -> ModelConfig:
     """Return the model of a model.yaml, by today's names."""
+    content = read_yaml(path)
     try:
-        content = upgrade_node(yaml.safe_load(path.read_text()), "model")
+        content = upgrade_node(content, "model")
         stored = OmegaConf.merge(OmegaConf.structured(ModelConfig), escape_interpolation(content))
         model: Any = OmegaConf.to_object(stored)
         assert isinstance(model, ModelConfig)
+        validate(model)
         return model
     except Exception as error:
-        raise UserError(f"{path} is not a model: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a model: {str(error).splitlines()[0][:300]}") from None
 
 
 def checkpoint_model(checkpoint: Path) -> ModelConfig:

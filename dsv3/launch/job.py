@@ -6,9 +6,10 @@ The world size comes from the config, the launcher's environment and the GPUs of
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dsv3.checkpoint.directory import HF_DIR, find_checkpoint, is_hf_checkpoint
 from dsv3.checkpoint.training_record import TrainingRecord
@@ -20,6 +21,7 @@ from dsv3.config.precision import ComputeType
 from dsv3.config.root import Config
 from dsv3.config.strict import build
 from dsv3.config.training import BIAS_SPEED, GENERATE_EVERY, GENERATE_SHARE
+from dsv3.distributed.directory_lock import DirectoryLock
 from dsv3.errors import UserError
 from dsv3.hf.config_writer import config_json
 from dsv3.planning.batch_schedule import BatchSchedule
@@ -35,6 +37,9 @@ from dsv3.planning.layout import (
 from dsv3.planning.parameter_groups import check_groups
 from dsv3.planning.pipeline_stages import min_microbatches, stage_count, supports_microbatches
 from dsv3.planning.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from dsv3.launch.replayed_run import ReplayedRun
 
 # Unless set, a microbatch has as many sequences as make about this many tokens ...
 MICROBATCH_TOKENS = 4096
@@ -181,8 +186,23 @@ class Job:
     """The data is what checkpoint.load was trained on, and its held-out rows are those of its run."""
     recipe: list[str] = field(default_factory=list)
     """Lines on what a run took from its model's recipe, and what else the model's report did."""
+    replayed: "ReplayedRun | None" = None
+    """The run and the step that task=replay computes again."""
     notes: list[str] = field(default_factory=list)
     """Lines that the run prints before its first step: what it took without being told."""
+    restart: dict[str, Any] | None = None
+    """Of an attempt after the first: its line in accidents.jsonl, without the step (launch/restarts.py)."""
+    held: list[DirectoryLock] = field(default_factory=list, repr=False)
+    """The run directory's lock, which workers keep with their launcher (launch/run_dir.py)."""
+    on_run_dir: Callable[[Path], None] | None = field(default=None, repr=False)
+    """Tells the launcher, from rank 0, where the run is; set in the worker."""
+
+    def enter_run_dir(self, directory: Path) -> Path:
+        """Take note of the run directory that rank 0 has made, and return it."""
+        self.run_dir = directory
+        if self.on_run_dir is not None:
+            self.on_run_dir(directory)
+        return directory
 
     @property
     def on_cpu(self) -> bool:

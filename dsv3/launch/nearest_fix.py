@@ -85,18 +85,20 @@ class _Search:
         yield from self._on_same_ranks()
         yield from self._on_other_ranks()
         yield from self._on_other_axes()
-        yield from self._with_shorter_sequences()
+        if self.job.config.task.reads_key("train.sequence_length"):  # a replay has those of its run
+            yield from self._with_shorter_sequences()
 
     def elsewhere(self) -> str:
         """Return what to do where no change fits on this hardware: the GPUs that the layout fits, if any."""
-        found = list(self._on_other_hardware())
+        replays = self.job.config.task.replays
+        found = [] if replays else list(self._on_other_hardware())
         if self.shares_host:
             host = (host_memory() or 0) / GIB
             here = f"nothing fits into the {host:,.1f} GiB that the ranks of this machine share"
         else:
             here = f"no layout, batch or sequence length fits hardware={self.plan.hardware.name}"
         if not found:
-            return f"{here}: take a smaller model"
+            return f"{here}: {'replay it where it was trained' if replays else 'take a smaller model'}"
         return f"{here}; {' and '.join(found)} {'fits' if len(found) == 1 else 'fit'}"
 
     def _exceeds_host(self) -> bool:
@@ -237,7 +239,10 @@ class _Search:
             launch=LaunchConfig(nnodes=changed.launch.nnodes, world_size=world),
             hardware=hardware or changed.hardware,
         )
-        for attempt in (changed, _with(changed, "train.global_batch_size", None)):
+        attempts = [changed]
+        if self.job.config.task.reads_key("train.global_batch_size"):
+            attempts.append(_with(changed, "train.global_batch_size", None))
+        for attempt in attempts:
             try:
                 plan = plan_job(attempt, []).plan
                 check_wrappers(attempt.parallel, plan.degrees)

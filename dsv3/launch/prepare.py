@@ -21,6 +21,7 @@ from dsv3.config.strict import strict, to_yaml
 from dsv3.errors import UserError
 from dsv3.launch.checkpoint_defaults import Composition, compose_over_checkpoint, stored_model_notes
 from dsv3.launch.job import Job, SweepJob, plan_job
+from dsv3.launch.replayed_run import find_step
 from dsv3.launch.resume import ResumedRun, resume_notes
 from dsv3.launch.run_dir import read_stored_values
 from dsv3.launch.schedule_outlook import fit_warmup, schedule_notes
@@ -48,9 +49,11 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     task: Any = OmegaConf.get_type(composed, "task")
     refuse_unread(task, typed)
     command = Composition.of_this_job()
-    run = ResumedRun.read(Path(composed.run.dir)) if composed.run.resume else None
+    resumes = composed.run.resume and not task.replays
+    run = ResumedRun.read(Path(composed.run.dir)) if resumes else None
     composed = compose_over_checkpoint(composed, command)
     config: Config = strict(composed, OmegaConf.select(composed, "run.allow_targets") or ())
+    replayed = find_step(config) if task.replays else None
     model_notes = stored_model_notes(config, command)
     require_tokenizer(config, {key for key, _ in typed.values()})
     in_sweep = Path(hydra.runtime.output_dir) if hydra.mode is RunMode.MULTIRUN else None
@@ -64,12 +67,13 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     warmup = config.schedule.warmup_steps
     warmup_notes: list[str] = []
     if config.task.trains:
-        config, warmup_notes = fit_warmup(config, overrides, resumed=run is not None)
+        config, warmup_notes = fit_warmup(config, overrides, resumed=config.run.resume)
     job = plan_job(config, run.merged(overrides) if run else overrides, in_sweep)
     if config.schedule.warmup_steps != warmup:
         job.reasons["schedule.warmup_steps"] = "a tenth of the schedule"
+    job.replayed = replayed
     job.sweep, job.choices = sweep, {group: str(choice) for group, choice in hydra.runtime.choices.items()}
-    job.notes += model_notes
+    job.notes += model_notes + (replayed.notes if replayed is not None else [])
     job.typed, job.config_dirs = overrides, [path.removeprefix("file://") for path in command.search]
     job.resume_flags = [each for each, (key, _) in typed.items() if key.lstrip("+") == "run.allow_targets"]
     if record is not None and own_data:
@@ -87,7 +91,7 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     # In a sweep of any task run.dir is where the jobs that fail are marked.
     told = {override: pair for override, pair in typed.items() if not (in_sweep and pair[0] == "run.dir")}
     job.notes += inert_notes(job, told)
-    if job.config.task.trains:
+    if job.config.task.trains and replayed is None:
         newest = newest_checkpoint(run.directory) if run else None
         done = step_number(newest) if newest else 0
         job.notes += warmup_notes + schedule_notes(job.config, done, flatten(run.config) if run else None)

@@ -32,20 +32,22 @@ from dsv3.config.convergence import (
     told_differences,
 )
 from dsv3.config.key_types import KeyType, key_types
+from dsv3.config.limits import WHOLE
 from dsv3.config.model import ModelConfig
 from dsv3.config.overrides import compose, override_key, split_override
 from dsv3.config.registry import SCHEMAS, Stored, config_groups
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, escape_interpolation, to_absolute_yaml
 from dsv3.config.upgrade import RECOUNTED, recounted_values, upgrade_node, upgrade_override
-from dsv3.errors import UserError
+from dsv3.errors import UserError, quoted
 from dsv3.launch.checkpoint_defaults import filled
 from dsv3.launch.run_dir import OVERRIDES_FILE, git_commit, read_environment
+from dsv3.untrusted_files import BadFile, read_yaml
 
 _PLAIN = ("train", "checkpoint")
 """Nodes of the root that a run keeps and that are no group; `run` and `task` are those of the command."""
 
-_ONCE = {"train.stop_after": None, "data.allow_change": False}
+ONCE = {"train.stop_after": None, "data.allow_change": False}
 """Keys that count for the command in which they are typed, by their value where they are not."""
 
 _RUN_DIR = "give the directory of a run, as outputs/TIME"
@@ -72,17 +74,20 @@ class ResumedRun:
         file = directory / CONFIG_FILE
         if not file.is_file():
             raise UserError(f"resume={directory} {_no_run(directory)}")
+        stored = read_yaml(file)
         try:
-            stored = yaml.safe_load(file.read_text())
             config, recounted = upgrade_node(stored), recounted_values(stored)
-            int(config["schedule"]["total_steps"])
-            if not isinstance(config["model"], dict):
+            steps = config["schedule"]["total_steps"]
+            if not isinstance(config["model"], dict) or steps is None:
                 raise TypeError
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
+        except (KeyError, TypeError):
             raise UserError(
                 f"resume={directory}: {CONFIG_FILE} has no model and no schedule.total_steps; "
                 "is it a run directory?"
             ) from None
+        if type(steps) is not int or not 0 < steps <= WHOLE:
+            told = f"{CONFIG_FILE} has schedule.total_steps={quoted(steps)}"
+            raise UserError(f"resume={directory}: {told}, which must be a whole number from 1 to {WHOLE:,}")
         overrides = _stored_overrides(directory)
         return cls(directory, config, overrides, read_environment(directory), recounted)
 
@@ -152,7 +157,7 @@ class ResumedRun:
             else:
                 nodes[name] = self._typed(name, schema, kept)
         automatic = dict.fromkeys(key for key in flatten(self.config) if self.is_automatic(key))
-        for key, value in (automatic | _ONCE).items():
+        for key, value in (automatic | ONCE).items():
             node, _, name = key.rpartition(".")
             target = values.get(node, nodes.get(node))
             if target is not None and name in target:
@@ -207,7 +212,7 @@ def resume_notes(run: ResumedRun, config: Config, typed: Sequence[str], folders:
     `config` is completed, `typed` are the overrides of this command, and `folders` its config directories.
     """
     now, stored = flatten(to_absolute_yaml(config)), flatten(run.config)
-    changes = [each for each in differences(stored, now) if each.key not in _ONCE]
+    changes = [each for each in differences(stored, now) if each.key not in ONCE]
     new = [each for each in changes if each.a == ABSENT and not _chosen(each.key, typed)]
     typed_changes = [each for each in changes if each not in new]
     by_files, notes = _composed_from_files(run, typed, folders)
@@ -227,7 +232,7 @@ def resume_notes(run: ResumedRun, config: Config, typed: Sequence[str], folders:
     taken = [
         Difference(key, stored[key], value, kind(key))
         for key, value in by_files.items()
-        if key in stored and stored[key] == now.get(key) != value and key not in keys | {*_ONCE, LOAD}
+        if key in stored and stored[key] == now.get(key) != value and key not in keys | {*ONCE, LOAD}
     ]
     for each in Kind:
         told = [f"{d.key}={shown(d.a)} (the files say {shown(d.b)} now)" for d in taken if d.kind is each]
@@ -379,19 +384,19 @@ def _stored_overrides(directory: Path) -> list[str]:
     run anything, so it is refused, and `run.allow_targets` is dropped. Names of older code become today's.
     """
     try:
-        stored = yaml.safe_load((directory / OVERRIDES_FILE).read_text())
+        stored = read_yaml(directory / OVERRIDES_FILE)
         pairs = [(split_override(argument), argument) for argument in stored or []]
-    except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
+    except (BadFile, TypeError) as error:
         raise UserError(f"resume={directory}: {OVERRIDES_FILE} cannot be read ({error})") from None
     for pair, argument in pairs:
         if pair is None or "hydra" in re.split(r"[./@]", pair[0]):
             raise UserError(
-                f"resume={directory}: {OVERRIDES_FILE} holds {argument!r}, which a run never stores"
+                f"resume={directory}: {OVERRIDES_FILE} holds {quoted(argument)}, which a run never stores"
             )
     # Nothing of `run` is kept, however it was written: the user types where to resume and what to trust.
     upgraded = [
         upgrade_override(argument)
         for pair, argument in pairs
-        if pair and pair[0] not in _ONCE and pair[0].split(".")[0] != "run"
+        if pair and pair[0] not in ONCE and pair[0].split(".")[0] != "run"
     ]
     return [argument for argument in upgraded if argument is not None]

@@ -9,8 +9,10 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,15 @@ from dsv3.config.overrides import absolute_paths
 from dsv3.config.root import Config
 from dsv3.config.strict import check_target, to_yaml
 from dsv3.config.upgrade import upgrade_node
+from dsv3.distributed.device import cpu_threads
+from dsv3.distributed.directory_lock import DirectoryLock
 from dsv3.errors import UserError
 from dsv3.launch.job import Job
 from dsv3.launch.trained_on import run_record, training_record
 from dsv3.metrics.progress import phase
 from dsv3.planning.report import format_plan
 from dsv3.tokens.data_record import DataChange, DataRecord
+from dsv3.untrusted_files import BadFile, open_file, read_json, read_yaml
 
 OVERRIDES_FILE = "overrides.yaml"
 
@@ -51,6 +56,9 @@ _FIXED = (
 )
 """What a run keeps: its weights belong to one model and tokenizer, its place to one order of the rows."""
 
+_CPUINFO_LINES = 64
+"""Lines of /proc/cpuinfo that are looked at: the first core's, of which there may be hundreds."""
+
 _PACKAGES = ("dsv3", "torch", "hydra-core", "omegaconf", "numpy", "tokenizers", "safetensors", "wandb")
 
 
@@ -60,11 +68,11 @@ def read_stored_values(file: Path) -> dict[str, Any]:
     UserError where the file holds no config.
     """
     try:
-        node = upgrade_node(yaml.safe_load(file.read_text()))
+        node = upgrade_node(read_yaml(file))
         if not isinstance(node, dict):
             raise TypeError
         return flatten(node)
-    except (OSError, ValueError, yaml.YAMLError, TypeError, RecursionError):
+    except (BadFile, TypeError):
         raise UserError(f"{file} holds no config; is it a run directory?") from None
 
 
@@ -105,16 +113,57 @@ def check_run_dir(directory: Path, resume: bool) -> None:
         )
 
 
+@contextmanager
+def owned_run_dir(job: Job) -> Iterator[None]:
+    """Own the run directory while the body runs, in the one process that writes it or starts its writer.
+
+    A default directory has no name yet that a second command could know: `make_run_dir` takes it. A task that
+    writes no run, which may read one, owns nothing.
+    """
+    writes = os.environ.get("RANK", "0") == "0" and job.config.launch.node_rank == 0
+    try:
+        if job.config.task.writes_run and job.named_run_dir and writes:
+            check_run_dir(job.run_dir, job.config.run.resume)
+            check_can_make(job.run_dir, job.config.run.resume)
+            own_run_dir(job)
+        yield
+    finally:
+        for lock in job.held:
+            lock.release()
+        job.held.clear()
+
+
+def own_run_dir(job: Job, directory: Path | None = None) -> None:
+    """Own the job's run directory, or `directory`, from now on, unless the job owns one already.
+
+    Raises:
+        UserError: another command owns it, or it cannot be made.
+    """
+    if job.held:
+        return
+    directory = directory or job.run_dir
+    named = f"{'resume' if job.config.run.resume else 'run.dir'}={directory}"
+    lock = DirectoryLock(directory, named)
+    try:
+        with phase("waiting for the run directory"):
+            lock.take()
+    except OSError as error:
+        raise UserError(f"{named} cannot be written: {error.strerror or error}") from None
+    job.held.append(lock)
+
+
 def make_run_dir(job: Job) -> Path:
-    """Make the job's run directory; a default one that exists already gets a number behind its name."""
+    """Make the job's run directory, and own it; a default one gets a number behind its name to be new."""
     directory = job.run_dir.absolute()
     try:
-        if not job.named_run_dir:
-            return make_new_dir(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        _set_aside_checkpoints(directory)
+        if job.named_run_dir:
+            directory.mkdir(parents=True, exist_ok=True)
+            _set_aside_checkpoints(directory)
+        else:
+            directory = make_new_dir(directory)
     except OSError as error:
         raise UserError(f"run.dir={directory} cannot be made: {error.strerror}") from None
+    own_run_dir(job, directory)
     return directory
 
 
@@ -202,8 +251,8 @@ def write_run_files(
 
 def read_origin(directory: Path) -> dict[str, Any]:
     """Return the overrides and the git commit that a run has stored, for its logger."""
-    environment = json.loads((directory / ENVIRONMENT_FILE).read_text())
-    overrides = yaml.safe_load((directory / OVERRIDES_FILE).read_text())
+    environment = read_json(directory / ENVIRONMENT_FILE, "listing")
+    overrides = read_yaml(directory / OVERRIDES_FILE)
     return {"overrides": overrides, "git_commit": environment["git_commit"]}
 
 
@@ -285,12 +334,7 @@ def _data_file(directory: Path, fingerprint: str) -> Path:
 def environment(job: Job, data: Mapping[str, Any], record: TrainingRecord) -> dict[str, Any]:
     """Return versions, git commit, hardware, how the run was composed and what it learns from."""
     return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "git_commit": git_commit(),
-        "hardware": asdict(job.hardware),
-        "world_size": job.plan.world_size,
+        **environment_here(job),
         "convergence": record.convergence,
         "weights": record.weights,
         "data": {
@@ -306,11 +350,36 @@ def environment(job: Job, data: Mapping[str, Any], record: TrainingRecord) -> di
     }
 
 
+def environment_here(job: Job) -> dict[str, Any]:
+    """Return what this machine, its packages and this code are; task=replay compares it."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git_commit": git_commit(),
+        "hardware": asdict(job.hardware),
+        "processor": _processor(),
+        "threads": cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ),
+        "world_size": job.plan.world_size,
+    }
+
+
+def _processor() -> str | None:
+    """Return the model of this machine's processor, by which libraries choose how they sum."""
+    try:
+        with open_file(Path("/proc/cpuinfo")) as file:
+            lines = [line.decode(errors="replace") for line in islice(file, _CPUINFO_LINES)]
+    except (OSError, UserError):
+        return None
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == "model name"), None)
+
+
 def read_environment(directory: Path) -> dict[str, Any]:
     """Return what environment.json of a run says; nothing where it cannot be read."""
     try:
-        stored = json.loads((directory / ENVIRONMENT_FILE).read_text())
-    except (OSError, ValueError, RecursionError):
+        stored = read_json(directory / ENVIRONMENT_FILE, "listing")
+    except BadFile:
         return {}
     return stored if isinstance(stored, dict) else {}
 

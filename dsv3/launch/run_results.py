@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from dsv3.checkpoint.directory import CONFIG_FILE
 from dsv3.checkpoint.training_record import sound_changes
 from dsv3.config.convergence import ABSENT, Kind, differences, flatten, shown
@@ -27,6 +25,7 @@ from dsv3.metrics import jsonl
 from dsv3.metrics.console import format_table
 from dsv3.metrics.progress import phase
 from dsv3.metrics.row import MetricsRow
+from dsv3.untrusted_files import BadFile, read_yaml
 
 _NAMED = 3
 """Runs that a message names for each value."""
@@ -264,7 +263,7 @@ def read_run(folder: Path, name: str) -> RunSummary:
     config = upgrade_node(config) if isinstance(config, dict) else {}
     try:
         steps = int(config["train"]["steps"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         steps = None
     rows = jsonl.read_rows(folder / "metrics.jsonl")
     return RunSummary(name, folder, overrides, steps, failure, rows, config, read_environment(folder))
@@ -273,8 +272,8 @@ def read_run(folder: Path, name: str) -> RunSummary:
 def _read_yaml(path: Path) -> object:
     """Return the content of a YAML file, None where it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_yaml(path)
+    except BadFile:
         return None
 
 

@@ -9,18 +9,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
+from dsv3.checkpoint.directory import CONFIG_FILE
 from dsv3.config.launch import SlurmLaunchConfig
 from dsv3.config.overrides import absolute_paths, override_key, quote, split_override
 from dsv3.config.registry import ROOT
-from dsv3.errors import RunFailed, UserError
+from dsv3.distributed.store import LOOPBACK
+from dsv3.errors import DONE, KILLED, MISTAKE, STOPPED, RunFailed, UserError
 from dsv3.launch.job import Job
+from dsv3.launch.resume import ONCE
 from dsv3.launch.run_dir import make_run_dir
+from dsv3.metrics.accident_journal import ACCIDENTS_FILE, OVER
 
 SCRIPT, LOG = "submit.sh", "slurm-%j.log"
 
 # Seconds before the time limit at which every rank is asked to stop; it finishes its step and saves.
 _STOP_BEFORE_LIMIT = 300
+
+# The signal by which Slurm tells the batch script of the time limit: no other event sends it.
+_LIMIT_SIGNAL = "USR2"
 
 # Below the ephemeral ports of Linux, above the well-known ones.
 _PORTS = range(15_000, 32_000)
@@ -35,12 +43,14 @@ def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     world = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if world == 1 or "RANK" in environment or "SLURM_PROCID" not in environment:
         return {}
+    here = _tasks_here(environment, world)
+    first = first_host(environment.get("SLURM_STEP_NODELIST", "localhost"))
     found = {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(world),
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": str(_tasks_here(environment, world)),
-        "MASTER_ADDR": first_host(environment.get("SLURM_STEP_NODELIST", "localhost")),
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": LOOPBACK if here == world else first,
         "MASTER_PORT": str(_port(environment)),
     }
     return {name: environment.get(name, value) for name, value in found.items()}
@@ -91,15 +101,50 @@ def submit(job: Job) -> None:
 
 
 def batch_script(job: Job) -> str:
-    """Return the script: the options for Slurm, and one srun that starts every rank."""
+    """Return the script: the options for Slurm, and a loop around the srun that starts every rank.
+
+    A run that has begun is resumed, so that a job may come back from the queue.
+    """
     options = "\n".join(f"#SBATCH {option}" for option in _options(job))
     here = ROOT / "train.py"
-    start = [str(here)] if here.is_file() else ["-m", "dsv3.start"]
-    program = shlex.join([sys.executable, *start, *_arguments(job)])
+    start = [sys.executable, *([str(here)] if here.is_file() else ["-m", "dsv3.start"])]
+    launch = job.config.launch
+    assert isinstance(launch, SlurmLaunchConfig)
     return f"""#!/bin/bash
 {options}
-# A rank that fails ends the others; the signal above and scancel reach every rank, which then saves.
-exec srun --kill-on-bad-exit=1 {program}
+run_dir={shlex.quote(str(job.run_dir))}
+newest() {{ ls -d "$run_dir"/checkpoints/step-* 2>/dev/null | sort -V | tail -n 1; }}
+
+# Near the time limit every rank saves, and the job may go back into the queue. Slurm itself sends SIGTERM to
+# the ranks; this shell waits for them to have saved.
+limit= stopped= restarts=0
+trap 'limit=yes; kill -TERM "$ranks"' {_LIMIT_SIGNAL}
+trap 'stopped=yes' TERM
+while :; do
+    before=$(newest)
+    if [ -e "$run_dir/{CONFIG_FILE}" ]; then
+        program=({shlex.join([*start, *_resume_arguments(job)])})
+    else
+        program=({shlex.join([*start, *_arguments(job)])})
+    fi
+    # A rank that fails ends the others.
+    srun --kill-on-bad-exit=1 "${{program[@]}}" &
+    ranks=$!
+    # A signal to this shell ends `wait` before srun has ended.
+    while wait "$ranks"; code=$?; [ $code -gt 128 ] && kill -0 "$ranks" 2>/dev/null; do :; done
+    case $code in
+        {STOPPED})
+            if [ -n "$limit" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+            exit $code ;;
+        {DONE} | {MISTAKE} | {KILLED}) exit $code ;;
+    esac
+    # launch.max_restarts: in a row without a new checkpoint, and not where the same would happen again.
+    [ "$(newest)" = "$before" ] || restarts=0
+    restarts=$((restarts + 1))
+    over=$(tail -n 1 "$run_dir/{ACCIDENTS_FILE}" 2>/dev/null | grep '"kind": "{OVER}"')
+    if [ -n "$stopped$limit$over" ] || [ $restarts -gt {launch.max_restarts} ]; then exit $code; fi
+    echo "restart $restarts of {launch.max_restarts}: srun ended with exit code $code" >&2
+done
 """
 
 
@@ -117,9 +162,24 @@ def _options(job: Job) -> Iterator[str]:
         if (value := getattr(launch, name)) is not None:
             yield f"--{name.replace('_', '-')}={shlex.quote(str(value))}"
     yield f"--output={shlex.quote(str(job.run_dir / LOG))}"
-    yield f"--signal=TERM@{_STOP_BEFORE_LIMIT}"
+    if launch.requeue:
+        yield "--requeue"
+        yield "--open-mode=append"
+        yield f"--signal=B:{_LIMIT_SIGNAL}@{_STOP_BEFORE_LIMIT}"
+    else:
+        yield f"--signal=TERM@{_STOP_BEFORE_LIMIT}"
     if launch.sbatch:
         yield launch.sbatch
+
+
+def _resume_arguments(job: Job) -> list[str]:
+    """Return the arguments with which the job comes back: its run keeps all but what counts once."""
+    if job.config.run.resume:
+        return _arguments(job)
+    once = [each for each in job.overrides if override_key(each) in ONCE]
+    resume_flags = [*once, *job.resume_flags]
+    config = replace(job.config, run=replace(job.config.run, resume=True))
+    return _arguments(replace(job, config=config, typed=resume_flags))
 
 
 def _arguments(job: Job) -> list[str]:

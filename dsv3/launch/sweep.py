@@ -18,9 +18,11 @@ from hydra.core.override_parser.types import Glob, Override
 
 from dsv3.config.overrides import absolute_paths
 from dsv3.config.registry import config_groups
-from dsv3.errors import RunFailed
+from dsv3.distributed.directory_lock import DirectoryLock
+from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import SweepJob
 from dsv3.launch.run_dir import make_new_dir
+from dsv3.untrusted_files import BadFile, read_json
 
 FAILED_FILE, RESULT_FILE = "failed.json", "result.json"
 
@@ -45,6 +47,9 @@ class Sweep:
     """The newest job that this process has begun."""
     standing: dict[Path, int] = field(default_factory=dict)
     """Files of earlier sweeps in the directory, and when they were written."""
+    lock: DirectoryLock | None = None
+    refused: UserError | None = None
+    """Another sweep owns the directory."""
 
     def choose(self, chosen: str | None) -> str:
         """Return the directory of the jobs, `chosen` (run.dir) or a new one; note what is there."""
@@ -53,9 +58,30 @@ class Sweep:
             if self.arguments and not chosen:
                 with contextlib.suppress(OSError):  # Hydra fails on the same directory next, and is explained
                     self.directory = make_new_dir(self.directory)
+                    self.lock = DirectoryLock(self.directory, f"run.dir={self.directory}")
+                    self.lock.made = [self.directory, self.directory.parent]
+            if self.arguments:
+                self._take()
             files = [path for name in (FAILED_FILE, RESULT_FILE) for path in self._files(name)]
             self.standing = {path: path.stat().st_mtime_ns for path in files}
         return str(self.directory)
+
+    def _take(self) -> None:
+        """Own the directory until the sweep has ended: its jobs and its search are written there."""
+        assert self.directory is not None
+        self.lock = self.lock or DirectoryLock(self.directory, f"run.dir={self.directory}")
+        try:
+            with contextlib.suppress(OSError):
+                self.lock.take()
+        except UserError as error:  # Hydra is about to wrap it
+            self.refused = error
+            raise
+
+    def close(self) -> None:
+        """Give the directory back."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     def number(self, counted: int) -> int:
         """Return the number of the job that Hydra counts as `counted`, from 0."""
@@ -179,8 +205,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file; an empty one where it is missing or damaged."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = read_json(path)
+    except BadFile:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -4,13 +4,11 @@ training.yaml beside the weights says it. A run of older code has no such file: 
 environment.json serve. A checkpoint from elsewhere says nothing but its tokenizer.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,6 +34,7 @@ from dsv3.errors import UserError
 from dsv3.launch.held_out import EVERY_ROW, choice_name, differing, held_out_data, reads_table
 from dsv3.launch.job import MICROBATCH_TOKENS, Job
 from dsv3.tokens.tokenizer_files import READABLE, has_tokenizer, vocabulary_file
+from dsv3.untrusted_files import BadFile, read_json, read_yaml
 
 
 def training_record(checkpoint: Path) -> TrainingRecord | None:
@@ -52,8 +51,8 @@ def run_record(run: Path, step: int = 0) -> TrainingRecord:
     """Return the record of a run by its config.yaml and environment.json; UserError for a damaged config."""
     file = run / CONFIG_FILE
     try:
-        config = upgrade_node(yaml.safe_load(file.read_text()))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        config = upgrade_node(read_yaml(file))
+    except BadFile:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{file} cannot be read: it does not say what the run was trained on")
@@ -65,8 +64,8 @@ def run_record(run: Path, step: int = 0) -> TrainingRecord:
 def run_data(run: Path) -> dict[str, Any]:
     """Return what environment.json says of a run's data; nothing where it cannot be read."""
     try:
-        data = json.loads((run / ENVIRONMENT_FILE).read_text())["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        data = read_json(run / ENVIRONMENT_FILE, "listing")["data"]
+    except (BadFile, KeyError, TypeError):
         return {}
     return data if isinstance(data, dict) else {}
 

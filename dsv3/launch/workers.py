@@ -1,7 +1,7 @@
 """Workers of this command: started with torch's elastic agent, stopped and ended together.
 
 The agent waits half a minute for the others after one worker has failed; here they get some seconds and are
-killed then.
+killed then. This file is one attempt at a run; restarts.py makes another one where that is wanted.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from multiprocessing.synchronize import Event
-from types import FrameType
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3.config.launch import WEEK
@@ -25,15 +25,20 @@ from dsv3.distributed.signals import (
     Stopped,
     die_with_parent,
     kill_children,
-    leave_on_signal,
+    obey_launcher_alone,
 )
+from dsv3.distributed.store import ATTEMPT
 from dsv3.distributed.streams import outlive_readers
-from dsv3.errors import KILLED, STOPPED, RunFailed, UserError
-from dsv3.launch.job import Job, is_first_on_node
+from dsv3.errors import KILLED, STOPPED, RunFailed, RunOver, UserError
+from dsv3.launch.job import Job
+from dsv3.launch.rendezvous import BACKEND, Attempt, Rendezvous
+from dsv3.launch.worker_signals import WorkerSignals, pass_signals_on
 from dsv3.metrics.progress import phase
 
 if TYPE_CHECKING:
+    import psutil
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
 # Seconds that a worker may take to save after a stop signal before it is killed: as many as it needs, for the
 # watchdog ends one that hangs.
@@ -119,61 +124,115 @@ def _failed(pid: int) -> bool:
     return ended is not None and (ended.si_code != os.CLD_EXITED or ended.si_status not in (0, STOPPED))
 
 
-def start_workers(job: Job) -> float | None:
+class RankRaised(RunFailed):
+    """A rank ended with an error that nobody foresaw: often that another rank was gone."""
+
+
+class EndedElsewhere(RunFailed):
+    """The workers of this node were ended because those of another node had failed."""
+
+
+def start_workers(
+    job: Job, rendezvous: Rendezvous, attempt: Attempt, on_run_dir: Callable[[Path], None] | None = None
+) -> float | None:
     """Start one process per rank of this node and wait for all; return rank 0's result where it is here.
 
-    The first worker that fails ends the others. SIGTERM and Ctrl-C reach the workers as SIGTERM.
+    The first worker that fails ends the others. A stop of the launcher reaches the workers as SIGTERM.
+
+    Args:
+        on_run_dir: is told the run directory once rank 0 has made it, where that is on this node.
     """
     untouched = job.config.task.writes_run and job.sweep is None
-    with leave_on_signal(lambda: NOTHING_SAVED if untouched else ""), phase("importing torch"):
-        from torch.distributed.elastic.multiprocessing.api import SignalException
+    with phase("importing torch"):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _silence_agent()
-    count = job.plan.world_size // job.config.launch.nnodes
-    options = {**_rendezvous(job), "nproc_per_node": count}
+    count = job.plan.world_size // len(attempt.nodes)
+    options = {**_agent_options(rendezvous, attempt), "nproc_per_node": count}
     spawned = multiprocessing.get_context("spawn")
-    started = spawned.Event()  # set by the first worker, which speaks from there
-    trained = spawned.Event()  # set by a worker that has stopped or ended of itself: it may have saved
+    run_dir, telling = spawned.Pipe(duplex=False)
     known = LaunchConfig.__dataclass_fields__  # shutdown_timeout is newer than torch 2.11
     config = LaunchConfig(**{name: value for name, value in options.items() if name in known})
+    before = {child.pid for child in _children()}
     try:
         with (
-            _signals_as_exceptions(),
+            pass_signals_on(count, before, NOTHING_SAVED if untouched else "stopped") as signals,
             _spawning(),
+            _agent_environment(attempt),
+            rendezvous.watch(attempt.number, lambda: kill_children(before)) as failed_elsewhere,
             kill_stragglers(),
-            phase(f"starting {count} workers", until=started.is_set),
+            phase(f"starting {count} workers", until=lambda: signals.first_has_begun),
         ):
-            results: dict[int, Any] = elastic_launch(config, _work)(job, os.getpid(), started, trained)
-    except ChildFailedError as error:
-        raise _first_failure(error) from None
-    except SignalException:
-        if not trained.is_set():
-            raise KeyboardInterrupt from None
-        raise Stopped("") from None  # rank 0 has said what it saved
+            launch = elastic_launch(config, _work)
+            try:
+                results: dict[int, Any] = launch(job, os.getpid(), signals.pids, telling)
+            except ChildFailedError as error:
+                if signals.asked and _was_stopped(error, signals):
+                    raise KeyboardInterrupt from None
+                failure = _first_failure(error)
+                if isinstance(failure, RunFailed) and failed_elsewhere():
+                    raise EndedElsewhere("the workers of another node failed, and with them the run") from None
+                raise failure from None
+    finally:
+        if run_dir.poll() and on_run_dir is not None:
+            on_run_dir(Path(os.fsdecode(run_dir.recv_bytes())))
+        run_dir.close()
+        telling.close()
+    if any(isinstance(result, Stopped) for result in results.values()):
+        raise results.get(0, Stopped(""))  # rank 0 says what it saved
     return results.get(0)
 
 
-def _rendezvous(job: Job) -> dict[str, Any]:
-    """Return how the agents of all nodes find each other, and how each treats its workers."""
-    launch = job.config.launch
-    options: dict[str, Any] = {
-        "min_nodes": launch.nnodes,
-        "max_nodes": launch.nnodes,
-        "run_id": f"dsv3-{os.getpid()}",
-        "rdzv_backend": "c10d",
-        "rdzv_endpoint": "localhost:0",
+def _children() -> "list[psutil.Process]":
+    """Return the processes below this one."""
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+def _agent_options(rendezvous: Rendezvous, attempt: Attempt) -> dict[str, Any]:
+    """Return how the agent of this node finds the others, and how it treats its workers."""
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+    rendezvous_handler_registry.register(BACKEND, _met)
+    return {
+        "min_nodes": len(attempt.nodes),
+        "max_nodes": len(attempt.nodes),
+        "run_id": f"dsv3-{attempt.number}",
+        "rdzv_backend": BACKEND,
+        "rdzv_endpoint": "",
+        "rdzv_configs": {"handler": rendezvous.handler(attempt)},
         "max_restarts": 0,
         "monitor_interval": 0.2,
         "start_method": "spawn",
-        "signals_to_handle": "SIGHUP,SIGQUIT",
+        "signals_to_handle": "none",  # ours are
         "shutdown_timeout": _SHUTDOWN_TIMEOUT,
     }
-    if launch.rendezvous is not None:  # static: node 0 is where the user says, and ranks follow node_rank
-        options |= {"run_id": "dsv3", "rdzv_backend": "static", "rdzv_endpoint": launch.rendezvous}
-        options["rdzv_configs"] = {"rank": launch.node_rank, "timeout": launch.timeout}
-    return options
+
+
+def _met(parameters: "RendezvousParameters") -> "RendezvousHandler":
+    """Return the rendezvous that the launchers have made already."""
+    handler: RendezvousHandler = parameters.config["handler"]
+    return handler
+
+
+@contextlib.contextmanager
+def _agent_environment(attempt: Attempt) -> Iterator[None]:
+    """Tell the workers which keys of the store are theirs, and the agent to compute ranks by itself.
+
+    Without the second the agents would tell each other through the store what launchers know already.
+    """
+    own = {ATTEMPT: f"attempt {attempt.number}", "TORCH_ELASTIC_WORKER_IDENTICAL": "1"}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _silence_agent() -> None:
@@ -196,49 +255,33 @@ def _spawning() -> Iterator[None]:
         multiprocessing.set_start_method(before, force=True)
 
 
-def _work(job: Job, launcher: int, started: Event, trained: Event) -> float | None:
-    """Run the task in one worker, which a kill -9 of its launcher ends as well."""
+def _work(job: Job, launcher: int, pids: Any, telling: Connection) -> float | Stopped | None:
+    """Run the task in one worker, which a kill -9 of its launcher ends as well.
+
+    A stop is returned like any other result: an error would make the agent end the others.
+    """
     die_with_parent()
     if os.getppid() != launcher:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the launcher, which sends SIGTERM
+    obey_launcher_alone()
+    pids[int(os.environ["LOCAL_RANK"])] = os.getpid()
     outlive_readers()
     collect_rarely()
-    if is_first_on_node():
-        started.set()
+    if os.environ["RANK"] == "0":
+        job.on_run_dir = lambda directory: telling.send_bytes(os.fsencode(directory))
     try:
         with phase("importing torch"):
             task = build(job.config.task)
         result: float | None = task.run(job)
-        trained.set()
         return result
     except Stopped as stopped:
-        trained.set()
-        if os.environ["RANK"] == "0":
-            print(stopped.message, file=sys.stderr, flush=True)
-        raise
+        return stopped
 
 
-@contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """Let the first SIGTERM or Ctrl-C make the agent stop its workers, and a second one end all at once."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            raise SignalException("stopped by a signal", sigval=signal.SIGTERM)
-        kill_children()
-        os._exit(KILLED)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _was_stopped(error: "ChildFailedError", signals: WorkerSignals) -> bool:
+    """Return True where a worker has failed because the launcher was asked to stop."""
+    _, failure = error.get_first_failure()
+    return not signals.had_begun() or failure.exitcode in (KILLED, -signal.SIGTERM)
 
 
 def _first_failure(error: "ChildFailedError") -> BaseException:
@@ -253,12 +296,12 @@ def _first_failure(error: "ChildFailedError") -> BaseException:
     kind, _, text = str(reported["message"]).partition(": ")
     if kind in ("UserError", "InvalidValue"):
         return UserError(text)
-    if kind == "RunFailed":
-        return RunFailed(text)
+    if kind in ("RunFailed", "RunOver"):
+        return RunOver(text) if kind == "RunOver" else RunFailed(text)
     if failure.exitcode < 0 and reported is not raised:
         name = signal.Signals(-failure.exitcode).name
         return RunFailed(
             f"rank {rank} (pid {failure.pid}) was ended by {name}; the other workers were stopped"
         )
     print(reported.get("extraInfo", {}).get("py_callstack", ""), file=sys.stderr)
-    return RunFailed(f"rank {rank} failed: {kind}: {text}; the other workers were stopped")
+    return RankRaised(f"rank {rank} failed: {kind}: {text}; the other workers were stopped")

@@ -127,6 +127,7 @@ class Console:
                 ("lr {:.1e}", row.lr),
                 ("grad {:.2f}", row.grad_norm),
                 throughput,
+                ("{:.1%} padding", row.padding or None),
                 ("waited {:.2g} s for data", self._notable_wait(row)),
             ]
             line = "  ".join([f"step {row.step}/{self._total_steps}", *_format_known(metrics), eta])

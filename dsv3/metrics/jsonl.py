@@ -103,16 +103,17 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_whole_lines(path: Path) -> list[dict[str, Any] | None]:
+def read_whole_lines(path: Path, repair: bool = True) -> list[dict[str, Any] | None]:
     """Return the lines of a journal that were written whole, None for a damaged one.
 
-    A kill may have cut the last one short. It is removed, for the next one must not follow half a line.
+    A kill may have cut the last one short. With `repair` it is removed, for the next one must not follow half
+    a line.
     """
     if not path.is_file():
         return []
     raw = path.read_bytes()
     whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
+    if whole < len(raw) and repair:
         os.truncate(path, whole)
     lines: list[dict[str, Any] | None] = []
     for text in raw[:whole].splitlines():

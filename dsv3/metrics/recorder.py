@@ -1,24 +1,24 @@
 """The recorder: passes the metrics of every step to metrics.jsonl, the console and the logger."""
 
-import math
 import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dsv3.distributed.process_group import RankContext
-from dsv3.errors import RunFailed
 from dsv3.metrics.console import NOTABLE_WAIT, Console
-from dsv3.metrics.jsonl import JsonlWriter
+from dsv3.metrics.jsonl import JsonlWriter, truncate_after
 from dsv3.metrics.loggers import Logger
 from dsv3.metrics.row import MetricsRow
 
-FIRST_NONFINITE_ROUTER = "first_nonfinite_router"
-"""A tensor of a step without a column: the first MoE layer whose router logits were not finite, else -1."""
+COLUMNS = frozenset(field.name for field in fields(MetricsRow))
+
+Watch = Callable[[MetricsRow, dict[str, Tensor]], None]
+"""Looks at the row of a step, and may complete it; the tensors are those of the step without a column."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Recorder:
     Args:
         path: metrics.jsonl.
         every: steps to read together on a GPU; on CPU each step is read at once.
-        layers: the names of the MoE layers, as FIRST_NONFINITE_ROUTER counts them.
+        watch: called with each row before it is written, on all ranks, in the order of the steps.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Recorder:
         every: int,
         console: Console | None,
         logger: Logger | None,
-        layers: Sequence[str] = (),
+        watch: Watch | None = None,
     ) -> None:
-        self.layers = layers
+        self.watch = watch
         self.ranks = ranks
         self.every = every if ranks.device.type != "cpu" else 1
         self.console = console
@@ -60,12 +60,16 @@ class Recorder:
         self.latest: MetricsRow | None = None
         self.memory, _ = largest_over_ranks(ranks, 0.0)
         self.waited, self.flushed_at = 0.0, time.monotonic()
+        self.path = path
         self.writer = JsonlWriter(path) if ranks.is_main else None
 
     def add(
         self, row: MetricsRow, figures: dict[str, Tensor], fill_throughput: Callable[[], None] = lambda: None
     ) -> None:
-        """Add the row of a step; `figures` are its other metrics by name, scalar tensors on the device."""
+        """Add the row of a step; `figures` are its other metrics by name, tensors on the device.
+
+        Those with a column are scalars.
+        """
         self.waited += row.data_wait or 0.0
         self.pending.append(Pending(row, figures, fill_throughput))
         if len(self.pending) >= self.every:
@@ -74,37 +78,41 @@ class Recorder:
     def read(self) -> None:
         """Complete the buffered rows and write them to metrics.jsonl, console and logger.
 
-        Raises:
-            RunFailed: a loss or gradient norm is not finite; the message names the first one.
+        Where `watch` raises, the row that it has looked at is written first.
         """
         for pending in self.pending:
-            row = pending.row
-            router = pending.figures.pop(FIRST_NONFINITE_ROUTER, None)
-            for name, value in pending.figures.items():
-                setattr(row, name, value.item())
+            row, figures = pending.row, pending.figures
+            for name in figures.keys() & COLUMNS:
+                setattr(row, name, figures[name].item())
             pending.fill_throughput()
             row.memory_gib = self.memory
             self.latest = row
-            if self.writer is not None:
-                self.writer.append(row)
-            if self.console is not None:
-                self.console.step(row)
-            if self.logger is not None:
-                self.logger.log(row)
-            values = {name: getattr(row, name) for name in ("loss", "grad_norm", "evaluation_loss")}
-            watched = {name: value for name, value in values.items() if value is not None}
-            if not all(map(math.isfinite, watched.values())):
+            try:
+                if self.watch is not None:
+                    others = figures.keys() - COLUMNS
+                    self.watch(row, {name: figures[name] for name in others})
+            except BaseException:
+                self._write(row)
                 self.close()
-                causes = [f"{name} {value}" for name, value in watched.items()]
-                if router is not None and int(router) >= 0:
-                    causes.append(f"first at the router of {self.layers[int(router)]}")
-                if (row.fp8_broken_tiles or 0.0) > 0:  # NaN is unknown
-                    causes.append(f"{row.fp8_broken_tiles:.0f} nonfinite FP8 tiles")
-                raise RunFailed(
-                    f"step {row.step} is not finite: {', '.join(causes)}. Checkpoints are from before; "
-                    "a lower optimizer.lr or longer warm-up may help."
-                )
+                raise
+            self._write(row)
         self.pending.clear()
+
+    def go_back(self, step: int) -> None:
+        """Remove the rows behind `step`: the run has gone back to it."""
+        self.pending.clear()
+        self.close()
+        if self.ranks.is_main:
+            truncate_after(self.path, step)
+            self.writer = JsonlWriter(self.path)
+
+    def _write(self, row: MetricsRow) -> None:
+        if self.writer is not None:
+            self.writer.append(row)
+        if self.console is not None:
+            self.console.step(row)
+        if self.logger is not None:
+            self.logger.log(row)
 
     def flush(self) -> None:
         """Complete and write all rows so far; call it before a checkpoint, so that a resume leaves no gap."""

@@ -22,10 +22,11 @@ class MetricsRow:
         balance_loss: sequence-wise load balance loss of the report's eq. 17, its factor alpha included.
         grad_norm: L2 norm of the whole gradient, before clipping.
         lr: learning rate of this step.
-        tokens: training tokens seen since step 0, this step included.
-        tokens_per_second: throughput of all ranks together in this step, from the call for its data to its
+        tokens: places of the sequences trained on since step 0, this step included: sequences x length. Schedules
+            go by them. `padding` says how many of a step's hold no token.
+        tokens_per_second: places that all ranks together processed per second of this step, from the call for its data to its
             last operation, on a GPU by the device's clock; what is done between steps does not count.
-        mfu: model FLOPs utilization (MFU), from 0 to 1.
+        mfu: model FLOPs utilization (MFU), from 0 to 1; places of padding count like the others.
         memory_gib: peak memory of the busiest rank, GiB.
         evaluation_loss: held-out loss, defined like `loss`; None except on evaluation steps.
         moe_max_violation: max load / mean load - 1 over the experts of a layer, the largest over MoE layers.
@@ -37,8 +38,16 @@ class MetricsRow:
             schedule that splits the backward pass.
         data_wait: seconds that rank 0's host waited in this step for its batch; they are part of the step's
             time. Where another rank waits longer the console says so.
-        sources: by source of a mixture its tokens and epochs since step 0, and its held-out loss; None
+        straggler: share of a step's time, from 0 to 1, for which other ranks wait for the slowest one, mean over
+            the steps since the last value; None but at multiples of train.log_every, and on one rank.
+        straggler_rank: the slowest rank, as long as straggler is known.
+        skipped: steps that were skipped for bad numbers since step 0, this one included; accidents.jsonl has
+            each.
+        alarm: 1 while the loss is an alarm, above its past for train.accidents.alarm_steps steps; else 0.
+        sources: by source of a mixture its tokens (places) and epochs since step 0, and its held-out loss; None
             without a mixture, and at steps that are neither an evaluation nor a multiple of train.log_every.
+        padding: share of this step's places that hold no token, from 0 to 1: above 0 for rows of best-fit
+            packing and of padded tables.
     """
 
     step: int
@@ -57,7 +66,12 @@ class MetricsRow:
     moe_bias_range: float | None = None
     fp8_broken_tiles: float | None = None
     data_wait: float | None = None
+    straggler: float | None = None
+    straggler_rank: int | None = None
+    skipped: int | None = None
+    alarm: int | None = None
     sources: dict[str, SourceMetrics] | None = None
+    padding: float | None = None
 
     def scalars(self) -> dict[str, int | float]:
         """Return the known, finite values by name, without the step: the values that a logger can draw.
@@ -101,7 +115,7 @@ def _finite_values(row: MetricsRow) -> dict[str, Any]:
 
 
 def _finite(name: str, value: Any) -> int | float | None:
-    if name in ("step", "tokens"):
+    if name in ("step", "tokens", "skipped", "alarm", "straggler_rank") and value is not None:
         return int(value)
     return float(value) if value is not None and math.isfinite(value) else None
 

@@ -187,11 +187,13 @@ def _best_partition(sums: list[int], stages: int, limit: int | None) -> tuple[in
         before, tails = tails, [None] * (layers + 1)
         for first in range(layers - remaining, -1, -1):
             for end in range(first + 1, layers - remaining + 2):
-                cost, tail = sums[end] - sums[first], before[end]
-                if tail is None or (limit is not None and cost > limit):
+                cost, tail, best = sums[end] - sums[first], before[end], tails[first]
+                least = cost if limit is None else cost * cost
+                if (limit is not None and cost > limit) or (best is not None and least > best[0]):
+                    break  # a longer stage costs more still: without this, 1,000 layers take minutes
+                if tail is None:
                     continue
-                score = max(cost, tail[0]) if limit is None else cost * cost + tail[0]
-                best = tails[first]
+                score = max(cost, tail[0]) if limit is None else least + tail[0]
                 if best is None or score <= best[0]:  # a later end wins: the earlier stage is larger
                     tails[first] = score, [first, *tail[1]]
     found = tails[0]

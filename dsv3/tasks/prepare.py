@@ -15,7 +15,7 @@ from typing import Any
 from dsv3.config.data import InputDataConfig, TrainedTokenizerConfig
 from dsv3.config.root import Config
 from dsv3.config.strict import build
-from dsv3.distributed.signals import stop_on_signal
+from dsv3.distributed.signals import NOTHING_TO_SAVE, stop_on_signal
 from dsv3.documents.document_files import ReadOptions
 from dsv3.documents.input_files import HUB, FileKind, FoundFiles, InputFile, Unit, find_files
 from dsv3.documents.input_units import plan_units
@@ -30,6 +30,7 @@ from dsv3.tokens.prepare_shards import (
     UNFINISHED,
     HashedSides,
     Prepared,
+    claimed_output,
     is_finished,
     keep_tokenizer,
     prepare_shards,
@@ -44,7 +45,7 @@ SAMPLE_CHARACTERS = 32 << 20
 SAMPLE_PLACES = 64
 """Units, spread over the input, that the sample is taken from at most."""
 
-FORMAT = "1"
+FORMAT = "2"
 """Raise it when the same input is to be written differently: older unfinished work is then refused."""
 
 
@@ -78,11 +79,17 @@ class PrepareTask:
         if os.environ.get("RANK", "0") != "0":
             return
         message = "stopped; the same command goes on where it was"
-        with stop_on_signal(alone=True, leaves=True, message=message):
+        with stop_on_signal(leaves=True, message=message, save_message=NOTHING_TO_SAVE):
             print(self.prepare(job.config))
 
     def prepare(self, config: Config) -> str:
         """Make the shards, unless they are there already; return the table."""
+        if is_finished(self.output):
+            return self._prepare(config)
+        with claimed_output(self.output, "task.output"):
+            return self._prepare(config)
+
+    def _prepare(self, config: Config) -> str:
         data = config.data
         if not isinstance(data, InputDataConfig):
             raise UserError("task=prepare reads what task.input names: leave data=... out")
@@ -134,7 +141,7 @@ class PrepareTask:
                 check=check,
                 before=before,
             )
-        return report(made, found, self.output)
+        return report(made, found, self.output, options.field)
 
     def _find(self, options: ReadOptions) -> FoundFiles:
         """Return the input files, in the order of `task.input`."""
@@ -224,7 +231,7 @@ def _input_identity(files: Sequence[InputFile]) -> str:
     return f"{amount(len(files), 'files')}, {size:,} bytes, names and times {digest.hexdigest()[:16]}"
 
 
-def report(made: Prepared, found: FoundFiles, output: Path) -> str:
+def report(made: Prepared, found: FoundFiles, output: Path, field: str) -> str:
     """Return the table of what was read, skipped and written."""
     index, skipped, counts = made.index, made.skipped, made.counts
     tokens = index.num_tokens(TRAIN) + index.num_tokens(HELD_OUT)
@@ -236,6 +243,7 @@ def report(made: Prepared, found: FoundFiles, output: Path) -> str:
     rows += [("empty documents", skipped.empty)] * bool(skipped.empty)
     lines = [line.removeprefix("skipped ") for line in skipped_lines(skipped)]
     rows += [("skipped", line) for line in lines or ["nothing"]]
+    rows += [("read as text", line) for line in found.told_json(field)]
     if found.left_out:
         rows.append(("left out", f"{len(found.left_out):,} hidden or leftover, first {found.left_out[0]}"))
     if counts.left_out:

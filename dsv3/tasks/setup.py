@@ -1,5 +1,6 @@
 """Set up what several tasks need: the data, the tokenizer, the mesh, and a model with its weights."""
 
+import os
 import platform
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -19,7 +20,8 @@ from dsv3.launch.trained_on import checkpoint_tokenizer, tokenizer_folder, train
 from dsv3.metrics.progress import entering, phase
 from dsv3.parallel.mesh import ParallelMesh, assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
-from dsv3.tokens.cache import CacheEntryError
+from dsv3.tokens.background_check import BACKGROUND
+from dsv3.tokens.cache import CacheEntryError, is_verified
 from dsv3.tokens.tokenizer import Tokenizer
 from dsv3.tokens.tokenizer_files import has_tokenizer, read_stop_ids
 
@@ -37,7 +39,8 @@ def prepare_data(
     """Return the configured data, tokenized by `tokenizer` or else by the configured one.
 
     Rank 0 reads the corpus and fills the data cache, where the others find the result: they wait as long as
-    that moves. On a node whose cache does not have it, the first rank does the same. Token ids that are given
+    that moves. On a node whose cache does not have it, or a damaged one, the first rank does the same; the
+    other ranks of the node read what it has verified. Token ids that are given
     are read once, a share by each rank. With `evaluate` only the held-out rows are needed. UserError, on all
     ranks alike, for token ids that the model's vocabulary lacks, and where nodes have different data.
     """
@@ -45,31 +48,43 @@ def prepare_data(
     tokenizer = tokenizer or build(config.tokenizer)
     how = (tokenizer, config.train.length, config.train.seed, evaluate)
     done: list[PreparedData] = []
+    BACKGROUND.reset()
 
     def prepare() -> str:
         done.append(source.prepare(*how))
         return done[0].fingerprint
 
-    def find(may_prepare: bool) -> None:
+    def find() -> bool:
         if not done and recipe is not None:
             with suppress(CacheEntryError):
                 done.append(source.reopen(recipe, *how))
-        if not done and may_prepare:
+        if not done:
             prepare()
-        if done and done[0].fingerprint != fingerprint:
+        if done[0].fingerprint != fingerprint:
             raise UserError(
                 f"the data of node {platform.node()} has the fingerprint {done[0].fingerprint}, rank 0's has "
                 f"{fingerprint}: give all nodes the same files"
             )
+        return done[0].is_shared
 
     with phase("preparing the data"):
         fingerprint = on_main(ranks, prepare)
         # A recipe may name thousands of files: it goes to every rank once, not from every rank to all.
         recipe = ranks.broadcast_object(done[0].recipe if done else None)
-        together(ranks, lambda: find(may_prepare=ranks.local_rank == 0))
-        together(ranks, lambda: find(may_prepare=True))
+        together(ranks, lambda: find() if ranks.local_rank == 0 else None)
+        with is_verified():
+            is_shared = all(together(ranks, find))
     share = (ranks.rank, ranks.world)
-    together(ranks, lambda: done[0].check_vocabulary(config.model.vocab_size, share))
+    # Copies are each node's own to compare, files that all nodes read are everybody's.
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_node = (ranks.local_rank % of_node, of_node)
+
+    def check() -> None:
+        done[0].check_vocabulary(config.model.vocab_size, share)
+        done[0].check_digests(share if is_shared else on_node)
+
+    together(ranks, check)
+    BACKGROUND.start()
     return done[0]
 
 

@@ -117,7 +117,8 @@ class RunFacts:
         first, *others = self.data.told or [""]
         if first:
             tokens = sum(counts.get(f"tokens_{side}", 0) for side in ("train", "held_out"))
-            told += f": {tokens:,} tokens in {first}"
+            about = "about " if config.data.sets_sequence_length and counts.get("tokens_padding") else ""
+            told += f": {about}{tokens:,} tokens in {first}"
         yield "data", told
         yield from (("", line) for line in others)
         if "rows_per_epoch" in counts:  # of a stream nobody knows them before they are read
@@ -129,8 +130,11 @@ class RunFacts:
     def _rows(self, train: TrainConfig, counts: Mapping[str, int]) -> Iterator[Fact]:
         """Yield what the data amounts to, and how much of it the run takes."""
         sides = {"train": "training", "held_out": "held out"}
-        documents = {side: amount(counts[f"documents_{side}"], "documents") for side in sides}
-        yield "", "; ".join(f"{sides[s]} {documents[s]}, {counts[f'tokens_{s}']:,} tokens" for s in sides)
+        is_table = self.job.config.data.sets_sequence_length
+        documents = {s: amount(counts[f"documents_{s}"], "rows" if is_table else "documents") for s in sides}
+        about = "about " if is_table and counts.get("tokens_padding") else ""
+        told = (f"{sides[s]} {documents[s]}, {about}{counts[f'tokens_{s}']:,} tokens" for s in sides)
+        yield "", "; ".join(told)
         length = self.data.sequence_length
         rows, asked = counts["rows_per_epoch"], BatchSchedule.of(train).samples_after(0, train.steps)
         left_out = counts.get("tokens_left_out")

@@ -3,43 +3,37 @@
 import math
 import os
 import shlex
+from collections import Counter
 from contextlib import ExitStack
 from multiprocessing import parent_process
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from dsv3.checkpoint.agreement import on_main
 from dsv3.checkpoint.directory import (
-    ASSETS_DIR,
     TOKENIZER_DIR,
     Progress,
+    complete_steps,
     find_checkpoint,
     newest_checkpoint,
 )
-from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manager import CheckpointManager
-from dsv3.checkpoint.manifest import verify_together
+from dsv3.checkpoint.retention import last_good
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.registry import command
-from dsv3.config.root import Config
 from dsv3.config.strict import build, to_yaml
 from dsv3.config.task import SamplingConfig
 from dsv3.config.training import TrainConfig
 from dsv3.convert.hf_assets import keep_assets
 from dsv3.convert.live_export import LiveExporter
-from dsv3.data.lanes import LaneRows
-from dsv3.data.loader import DataLoader
 from dsv3.data.mixture import PreparedMixture
-from dsv3.data.prefetch import Prefetcher
 from dsv3.data.sources import PreparedData
 from dsv3.distributed.process_group import RankContext, make_deterministic
 from dsv3.distributed.signals import NOTHING_SAVED, Stopped, StopSignal, stop_on_signal
-from dsv3.errors import UserError
+from dsv3.errors import RunOver, UserError
 from dsv3.fp8.convert_model import fp8_engine_name
-from dsv3.launch.job import Job, under_launcher
+from dsv3.launch.job import Job
 from dsv3.launch.run_dir import (
     check_same_data,
     data_recorded_at,
@@ -49,7 +43,8 @@ from dsv3.launch.run_dir import (
     write_run_files,
 )
 from dsv3.launch.trained_on import changed_data_notes, other_data_notes, other_order_notes
-from dsv3.metrics import jsonl
+from dsv3.metrics import accident_journal, jsonl
+from dsv3.metrics.accident_journal import ACCIDENTS_FILE, OVER
 from dsv3.metrics.console import Console
 from dsv3.metrics.loggers import Logger
 from dsv3.metrics.plots import plot_loss_curve
@@ -57,21 +52,23 @@ from dsv3.metrics.progress import phase
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 from dsv3.model.generation import TimeLimit
-from dsv3.parallel.mesh import assign_data_shard
-from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
+from dsv3.parallel.parallel_model import ParallelModel
 from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.parameters import training_flops_per_token
+from dsv3.tasks.assembly import Assembly, assemble, own_tokenizer
 from dsv3.tasks.generate import sample_text
-from dsv3.tasks.setup import build_mesh, join_ranks, load_own_tokenizer, prepare_data, stop_at_assets
+from dsv3.tasks.setup import join_ranks, prepare_data
 from dsv3.tasks.this_run import THIS_RUN_FILE, RunFacts
-from dsv3.tokens.tokenizer import Tokenizer
 from dsv3.training import callbacks
+from dsv3.training.accidents import AccidentWatch
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.evaluation import rows_to_score
 from dsv3.training.loop import Loop
-from dsv3.training.optimizer import build_optimizer
-from dsv3.training.schedule import build_schedule
+from dsv3.training.rewind import Rewinder
 from dsv3.training.step import TrainStep
+from dsv3.training.step_taker import StepTaker
+from dsv3.training.stragglers import StragglerWatch
+from dsv3.training.stragglers import summary as summary_of_stragglers
 from dsv3.training.throughput import Throughput
 
 SAMPLING = SamplingConfig()
@@ -88,11 +85,15 @@ class TrainTask:
         """Return the last held-out loss, a sweep's objective; raise Stopped when a signal ended the run."""
         make_deterministic(job.config.train.deterministic, job.config.train.seed)
         # The command that has started this process says it itself, and so do the jobs of a sweep.
-        silent = job.sweep is not None or parent_process() is not None or os.environ.get("RANK", "0") != "0"
+        main = os.environ.get("RANK", "0") == "0"
+        silent = job.sweep is not None or parent_process() is not None or not main
         with (
             # Here torch imports more of itself.
             stop_on_signal(
-                not under_launcher(), leaves=True, message="" if silent else NOTHING_SAVED
+                leaves=True,
+                message="" if silent else NOTHING_SAVED,
+                save_message="SIGUSR1: the run will save after its first step" if main else "",
+                then_ignore=job.sweep is None,
             ) as request,
             join_ranks(job) as ranks,
         ):
@@ -101,8 +102,8 @@ class TrainTask:
 
 def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
     """Train on this rank of `world`, which reads the data share that the layout gives it."""
-    config, own_tokenizer = job.config, _own_tokenizer(job)
-    data = prepare_data(config, world, own_tokenizer)
+    config, tokenizer = job.config, own_tokenizer(job)
+    data = prepare_data(config, world, tokenizer)
     change = None
     if config.run.resume:
 
@@ -113,36 +114,45 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
             return changed
 
         change = on_main(world, compare_data)
-    mesh = build_mesh(job, world)
     start = _starting_checkpoint(job, world)
-    model = build_parallel_model(config, mesh, world.device, initial=start is None)
-    optimizer = build_optimizer(config.optimizer, model.model_parts, config.precision.moments)
-    ranks = assign_data_shard(world, mesh)
+    built = assemble(job, world, data, initial=start is None)
+    model, ranks = built.model, built.ranks
     with phase("making the run directory"):  # ranks wait for one another here
-        job.run_dir = directory = world.broadcast_object(make_run_dir(job) if world.is_main else job.run_dir)
+        made = world.broadcast_object(make_run_dir(job) if world.is_main else job.run_dir)
+        directory = job.enter_run_dir(made)
     world.watch(directory)
     fingerprints = data.fingerprint, data.tokenizer_fingerprint
     record = record_run(job, *fingerprints, change) if world.is_main else None
-    manager = CheckpointManager(directory, config.checkpoint, world, record)
-    progress = _restore(config, start, world, manager, model, optimizer)
-    if isinstance(data.train, LaneRows):
-        data.train.go_on(progress.bookmarks)
+    manager = CheckpointManager(
+        directory, config.checkpoint, world, record, config.train.check_replicas_every > 0
+    )
+    progress = _restore(built, start, manager)
+    built.go_on(progress)
+    if world.is_main and job.restart is not None:
+        accident_journal.append(directory / ACCIDENTS_FILE, {**job.restart, "step": progress.step})
     job.notes += manager.notes
     log_path = directory / "log.txt"
     console = Console(config.train.log_every, log_path=log_path, quiet=not ranks.is_main)
-    run = TrainingRun(config, directory, ranks, model.forward_backward, optimizer, progress, console)
+    run = TrainingRun(config, directory, ranks, model.forward_backward, built.optimizer, progress, console)
     with ExitStack() as stack:
         stack.callback(console.close)
         if ranks.is_main:
             assert record is not None
-            _describe(RunFacts(job, run, data, record, own_tokenizer is not None))
+            _describe(RunFacts(job, run, data, record, tokenizer is not None))
             run.logger = _open_logger(run, stack, record)
-        layers = config.model.moe_layers()
+        steps = built.steps(progress.statistics, config.train.accidents)
+        watch = _watch_accidents(run, steps.step)
         metrics = directory / "metrics.jsonl"
-        recorder = Recorder(metrics, ranks, config.train.log_every, console, run.logger, layers)
-        listed = _build_callbacks(run, model, data, manager, recorder)
+        recorder = Recorder(metrics, ranks, config.train.log_every, console, run.logger, watch)
+        listed = _build_callbacks(run, model, data, manager, recorder, watch)
         console.start(config.train.steps, progress.step, _tokens_to_come(config.train, progress))
-        if not _build_loop(job, run, data, listed, stop).train():
+        finished = _build_loop(job, run, steps, listed, stop, Rewinder(watch, manager)).train()
+        if watch.over is not None:
+            if ranks.is_main:
+                entry = {"kind": OVER, "step": progress.step, "reason": watch.over}
+                accident_journal.append(directory / ACCIDENTS_FILE, entry)
+            raise RunOver(watch.over)
+        if not finished:
             resume = shlex.join([*command("train"), f"resume={directory}", *job.resume_flags])
             raise Stopped(f"stopped after step {progress.step} and saved; go on: {resume}")
         if ranks.is_main:
@@ -151,10 +161,17 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
 
 
 def _build_callbacks(
-    run: TrainingRun, model: ParallelModel, data: PreparedData, manager: CheckpointManager, recorder: Recorder
+    run: TrainingRun,
+    model: ParallelModel,
+    data: PreparedData,
+    manager: CheckpointManager,
+    recorder: Recorder,
+    watch: AccidentWatch,
 ) -> list[Callback]:
     """Return what happens between two steps, in this order; train.callbacks come last."""
     train, profile, tokenizer = run.config.train, run.config.profile, data.tokenizer
+    replicas = manager.replicas
+    watcher = StragglerWatch(run.ranks, model.mesh.degrees.pp if model.mesh else 1)
     exporter = LiveExporter(model, run.directory, run.ranks, train.export_hf_dtype)
 
     def export(folder: Path) -> None:
@@ -163,8 +180,11 @@ def _build_callbacks(
     listed: list[Callback] = [
         callbacks.Evaluate(data.held_out, train.evaluate_every),
         *([callbacks.CountSources(data, train.log_every)] if isinstance(data, PreparedMixture) else []),
+        *([callbacks.WatchStragglers(watcher, train.log_every)] if run.ranks.world > 1 else []),
         callbacks.RecordMetrics(recorder, train.log_every),
-        callbacks.SaveCheckpoint(manager, recorder, train.checkpoint_every, data.train),
+        callbacks.HeedAccidents(watch),
+        *([callbacks.CompareReplicas(replicas, train.check_replicas_every)] if replicas else []),
+        callbacks.SaveCheckpoint(manager, recorder, train.checkpoint_every, data.train, watch),
     ]
     if tokenizer is not None:  # data that is token ids already has no text to show
 
@@ -186,13 +206,24 @@ def _build_callbacks(
     return listed
 
 
+def _watch_accidents(run: TrainingRun, step: TrainStep) -> AccidentWatch:
+    """Return what judges the rows of the run."""
+    assert step.guard is not None
+    config, parts = run.config, run.forward_backward.model_parts
+    about = (config.train, config.model, run.directory, run.ranks, parts)
+    return AccidentWatch(*about, step.guard, run.progress, run.console)
+
+
 def _build_loop(
-    job: Job, run: TrainingRun, data: PreparedData, listed: list[Callback], stop: StopSignal
+    job: Job,
+    run: TrainingRun,
+    steps: StepTaker,
+    listed: list[Callback],
+    stop: StopSignal,
+    rewinder: Rewinder,
 ) -> Loop:
     """Return the loop over the training rows."""
-    config, ranks = run.config, run.ranks
-    train, length = config.train, data.sequence_length
-    assert data.train is not None
+    config, ranks, length = run.config, run.ranks, run.config.train.length
     kind = config.precision.matmul_type(fp8_engine_name(run.forward_backward.model_parts))
     peak = getattr(job.hardware, f"peak_flops_{kind}")
     throughput = Throughput(
@@ -200,11 +231,7 @@ def _build_loop(
         peak_flops=peak and peak * ranks.world,
         device=ranks.device,
     )
-    step = TrainStep(run.forward_backward, run.optimizer, ranks, train.clip_norm)
-    batch, pinned = BatchSchedule.of(train), ranks.device.type == "cuda"
-    loader = DataLoader(data.train, batch, train.microbatch, ranks.data_rank, ranks.data_world, pinned)
-    batches = Prefetcher(loader, train.prefetch, ranks.device)
-    return Loop(run, step, batches, build_schedule(config), throughput, listed, stop)
+    return Loop(run, steps, throughput, listed, stop, rewinder)
 
 
 def _tokens_to_come(train: TrainConfig, progress: Progress) -> tuple[int, int]:
@@ -212,20 +239,6 @@ def _tokens_to_come(train: TrainConfig, progress: Progress) -> tuple[int, int]:
     steps = train.steps - progress.step
     samples = BatchSchedule.of(train).samples_after(progress.samples, steps) - progress.samples
     return progress.tokens, progress.tokens + samples * train.length
-
-
-def _own_tokenizer(job: Job) -> Tokenizer | None:
-    """Return the tokenizer whose ids the weights know: the run's own, or that of checkpoint.load."""
-    if job.config.run.resume:
-        folder = job.run_dir / TOKENIZER_DIR
-        if not folder.is_dir():
-            return None
-        tokenizer = Tokenizer.from_file(folder)
-        stop_at_assets(tokenizer, job.run_dir / ASSETS_DIR)
-        return tokenizer
-    if job.config.checkpoint.load:
-        return load_own_tokenizer(job.config, find_checkpoint(job.config.checkpoint.load))
-    return None
 
 
 def _starting_checkpoint(job: Job, world: RankContext) -> Path | None:
@@ -239,23 +252,16 @@ def _starting_checkpoint(job: Job, world: RankContext) -> Path | None:
     return on_main(world, find)
 
 
-def _restore(
-    config: Config,
-    start: Path | None,
-    world: RankContext,
-    manager: CheckpointManager,
-    model: ParallelModel,
-    optimizer: torch.optim.Optimizer,
-) -> Progress:
+def _restore(built: Assembly, start: Path | None, manager: CheckpointManager) -> Progress:
     """Continue from the newest checkpoint, or take the weights of checkpoint.load, or start at step 0."""
-    progress = manager.restore(model.model_parts, optimizer) if config.run.resume else None
-    if progress is None and start is not None:
-        verify_together(start, world)
-        load_weights(model.model_parts, start, world)
-    progress = progress or Progress()
+    parts = built.model.model_parts
+    progress = manager.restore(parts, built.optimizer) if built.config.run.resume else None
+    progress = progress or built.begin_with(start)
     metrics = manager.run_dir / "metrics.jsonl"
-    if world.is_main and metrics.exists():
+    if built.ranks.is_main and metrics.exists():
         jsonl.truncate_after(metrics, progress.step)
+    if built.ranks.is_main:
+        accident_journal.cut_back(manager.run_dir / ACCIDENTS_FILE, progress.samples)
     return progress
 
 
@@ -325,8 +331,10 @@ def _results(rows: list[MetricsRow], directory: Path, steps: int) -> list[tuple[
     evaluations = [row.evaluation_loss for row in rows if row.evaluation_loss is not None]
     rates = [row.tokens_per_second for row in rows if row.tokens_per_second is not None]
     of = f" of {steps:,}" if rows[-1].step < steps else ""  # train.stop_after
+    padding = _padding(rows)
+    holds = f", {padding:.1%} of them padding" if padding else ""
     results = [
-        ("steps", f"{rows[-1].step:,}{of}, {rows[-1].tokens:,} tokens"),
+        ("steps", f"{rows[-1].step:,}{of}, {rows[-1].tokens:,} tokens{holds}"),
         ("first loss", shown(rows[0].loss)),
         ("last loss", shown(rows[-1].loss)),
     ]
@@ -339,9 +347,37 @@ def _results(rows: list[MetricsRow], directory: Path, steps: int) -> list[tuple[
         trained = f"{own.get('tokens') or 0:,.0f} tokens, {own.get('epochs') or 0:.3g} epochs"
         results.append((f"  {name}", f"{shown(own.get('evaluation_loss'))}, {trained}"))
     if rates:
-        results.append(("tokens/s", f"{median(rates):,.0f}"))
+        included = ", padding included" if padding else ""
+        results.append(("tokens/s", f"{median(rates):,.0f}{included}"))
+    slow = [(row.straggler_rank, row.straggler) for row in rows]
+    told = summary_of_stragglers([(rank, share) for rank, share in slow if rank is not None and share is not None])
+    results += [("slowest rank", told)] if told else []
+    results += _accidents(rows[-1], directory)
     results.append(("peak memory", f"{max(row.memory_gib or 0.0 for row in rows):.2f} GiB"))
     results.append(("written to", f"{directory}"))
     files = f"config.yaml, {THIS_RUN_FILE}, plan.txt, log.txt"
     results.append(("", f"metrics.jsonl, loss.png, checkpoints/, {files}"))
     return results
+
+
+def _padding(rows: list[MetricsRow]) -> float:
+    """Return the share of all places trained on that hold no token, as far as rows tell."""
+    sizes = [row.tokens - before for row, before in zip(rows, [0, *(row.tokens for row in rows)], strict=False)]
+    return sum((row.padding or 0.0) * size for row, size in zip(rows, sizes, strict=True)) / max(1, sum(sizes))
+
+
+def _accidents(last: MetricsRow, directory: Path) -> list[tuple[str, str]]:
+    """Return what the table says of bad numbers; nothing where there were none."""
+    told = []
+    entries = accident_journal.read(directory / ACCIDENTS_FILE)
+    counts = Counter(entry["kind"] for entry in entries)
+    if entries:
+        names = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        told.append(("accidents", f"{names}: {ACCIDENTS_FILE}"))
+    if last.skipped:
+        told.append(("skipped steps", f"{last.skipped:,} of {last.step:,}"))
+    if last.alarm:
+        good = last_good(complete_steps(directory))
+        where = "there is no good checkpoint" if good is None else f"the last good checkpoint is {good.name}"
+        told.append(("ALARM", f"the loss is above its past; {where}"))
+    return told

@@ -36,7 +36,7 @@ class BlockCache:
         self._blocks_file = os.open(directory / "blocks", os.O_RDWR | os.O_CLOEXEC)
         self._map = mmap.mmap(self._slots_file, 0)
         self._sets = np.frombuffer(self._map, _SLOT).reshape(-1, WAYS)
-        self._is_full = False
+        self._is_full = self._is_damaged = False
 
     @staticmethod
     def make(directory: Path, nbytes: int) -> None:
@@ -69,6 +69,9 @@ class BlockCache:
             if _check(content, key) == entry["check"]:
                 ways["used"][way] = _now()
                 return content
+            if not self._is_damaged and entry["check"]:
+                tell("a block of the cache of remote data is damaged, or was half-written: it is read again")
+                self._is_damaged = True
         return None
 
     def put(self, key: bytes, content: bytes) -> None:

@@ -5,7 +5,8 @@ rename, so a reader never sees half of it. The process that builds holds a lock,
 process has left is gone on with by the next one. Where a file system has no locks, every process builds for
 itself and the first to finish wins: correctness rests on the rename alone.
 
-    NAME/             an entry; NAME/entry.json says what it was made from, its time is that of the last use
+    NAME/             an entry; NAME/entry.json says what it was made from, its time is that of the last use,
+                      and NAME/seal.json the digests by which damage is noticed
     .NAME.lock        held while the entry is built
     .NAME.work/       what is built
     .NAME.progress    how far that is, for the processes that wait
@@ -21,16 +22,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from dsv3.distributed.directory_lock import kernel_lock
 from dsv3.distributed.heartbeat import HEARTBEAT
 from dsv3.errors import UserError
 from dsv3.metrics import progress
 from dsv3.metrics.progress import Phase, duration, phase
+from dsv3.tokens.cache_seal import BrokenSeal, check_seal, write_seal
+from dsv3.untrusted_files import read_json
 
 ENTRY_FILE = "entry.json"
 
@@ -61,6 +66,7 @@ def load_or_build(
     build: Callable[[Path], None],
     made_from: str = "",
     work: str = "",
+    sealed: bool = True,
 ) -> Value:
     """Read the entry at the directory `target`, and build it first where there is no sound one.
 
@@ -73,17 +79,18 @@ def load_or_build(
         build: writes an entry into a directory, which holds what a killed build of the same entry has left.
         made_from: what it is made from, for people.
         work: which work it is; what a killed build of other work has left is removed.
+        sealed: its files are compared with their digests (cache_seal.py); False for an entry that changes.
 
     Raises:
         UserError: the cache cannot be written.
     """
     with contextlib.suppress(CacheEntryError):
-        return read_entry(target, read)
+        return read_entry(target, read, sealed)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target) as is_locked:
             try:
-                return read_entry(target, read)  # another process has built it while this one waited
+                return read_entry(target, read, sealed)  # another has built it while this process waited
             except CacheEntryError as error:
                 if target.exists():
                     why = f": {error}" if str(error) else ""
@@ -92,12 +99,14 @@ def load_or_build(
                 known = {"made_from": made_from, "work": work}
                 (new / ENTRY_FILE).write_text(json.dumps(known), "utf-8")
                 build(new)
+                if sealed:
+                    write_seal(new, apart=[ENTRY_FILE])
                 known["made"] = datetime.now(UTC).isoformat(timespec="seconds")
                 (new / ENTRY_FILE).write_text(json.dumps(known), "utf-8")
-                _publish(new, target, read)
+                _publish(new, target, lambda folder: read_entry(folder, read, sealed))
             if (descriptor := _USED.pop(target, None)) is not None:  # that of the entry before
                 os.close(descriptor)
-            return read_entry(target, read)
+            return read_entry(target, read, sealed=False)  # the digests are those of a moment ago
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
@@ -106,12 +115,19 @@ def load_or_build(
         ) from error
 
 
-def read_entry(target: Path, read: Callable[[Path], Value]) -> Value:
+def read_entry(target: Path, read: Callable[[Path], Value], sealed: bool = True) -> Value:
     """Read the entry at the directory `target`, and note that it is in use.
+
+    It is compared with its seal first, unless `sealed` is False or it `is_verified`.
 
     Raises:
         CacheEntryError: it is missing, incomplete or damaged.
     """
+    if sealed and not _VERIFIED.get():
+        try:
+            check_seal(target)
+        except BrokenSeal as error:
+            raise CacheEntryError(str(error)) from error
     value = read(target)
     # The first process of a node speaks for the others; a cache that cannot be written is read all the same.
     if os.environ.get("LOCAL_RANK", "0") == "0" and target not in _USED:
@@ -123,6 +139,19 @@ def read_entry(target: Path, read: Callable[[Path], Value]) -> Value:
     return value
 
 
+_VERIFIED: ContextVar[bool] = ContextVar("verified", default=False)
+
+
+@contextlib.contextmanager
+def is_verified() -> Iterator[None]:
+    """Let this process read entries that another one of its node has just compared with their seals."""
+    token = _VERIFIED.set(True)
+    try:
+        yield
+    finally:
+        _VERIFIED.reset(token)
+
+
 _USED: dict[Path, int] = {}
 """Entries that this process has opened. It keeps a shared lock on each, so that nobody clears them."""
 
@@ -130,8 +159,7 @@ _USED: dict[Path, int] = {}
 @contextlib.contextmanager
 def _lock(target: Path) -> Iterator[bool]:
     """Hold the lock of an entry, once no other process does; False where there are no locks."""
-    # flock only: filelock's fallback, a file that must not exist, would outlive a process that is killed.
-    lock = FileLock(target.with_name(f".{target.name}.lock"), fallback_to_soft=False)
+    lock = kernel_lock(target.with_name(f".{target.name}.lock"))
     is_locked = True
     try:
         lock.acquire(timeout=0)
@@ -176,7 +204,7 @@ def _read_progress(target: Path) -> dict[str, Any]:
 def _read_object(file: Path) -> dict[str, Any]:
     """Return a JSON object, an empty one where the file has none."""
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = read_json(file)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -233,7 +261,10 @@ def _directory(target: Path, is_locked: bool, work: str) -> Iterator[Path]:
 
 
 def _publish(new: Path, target: Path, read: Callable[[Path], object]) -> None:
-    """Rename `new` to `target`, unless another process has published a sound entry there in the meantime."""
+    """Rename `new` to `target`, unless another process has published a sound entry there in the meantime.
+
+    `read` raises CacheEntryError for one that is not.
+    """
     while True:
         try:
             new.rename(target)

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -12,11 +11,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from dsv3.distributed.directory_lock import kernel_lock
 from dsv3.errors import UserError, did_you_mean
 from dsv3.metrics.progress import phase
 from dsv3.tokens.cache import ENTRY_FILE
+from dsv3.untrusted_files import read_json
 
 _OLD_ENTRY = re.compile(r"\.?(tokenizer|tokens)-[0-9a-f]{16}(-.*)?")
 """Names of entries without an entry.json, which earlier versions made."""
@@ -85,7 +86,7 @@ def remove_entry(entry: CacheEntry) -> bool:
         UserError: its files cannot be removed.
     """
     root = entry.path.parent
-    lock = FileLock(root / f".{entry.name}.lock", fallback_to_soft=False)
+    lock = kernel_lock(root / f".{entry.name}.lock")
     try:
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):  # no locks here
@@ -129,7 +130,7 @@ def _entry(path: Path) -> CacheEntry | None:
         return None
     made_from = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        made_from = str(json.loads(known.read_text("utf-8"))["made_from"])
+        made_from = str(read_json(known)["made_from"])
     return CacheEntry(name, path, made_from, sum(each.st_size for each in status), used, not unfinished)
 
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from dsv3.untrusted_files import read_json
+
 LIMIT = 4096
 """Entries of a record: less than 1 MB of JSON, and in memory."""
 
@@ -109,7 +111,7 @@ class DataRecord:
     def read(cls, file: Path) -> "DataRecord | None":
         """Return the record in a file, None where there is none that can be read: it is told, not needed."""
         try:
-            content: Any = json.loads(file.read_text("utf-8"))
+            content: Any = read_json(file)
             if (content["format"], content["version"]) != (FORMAT, VERSION):
                 return None
             entries = [
@@ -118,7 +120,7 @@ class DataRecord:
             ]
             layout = content["layout"]
             return cls(str(content["noun"]), layout and str(layout), min(int(content["level"]), 64), entries)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
 

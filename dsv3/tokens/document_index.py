@@ -18,8 +18,10 @@ import numpy as np
 from dsv3.metrics.progress import Phase, phase
 from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build
 from dsv3.tokens.file_array import FileArray
+from dsv3.tokens.file_digests import digest
 from dsv3.tokens.shuffle import Ids
 from dsv3.tokens.token_store import Segment
+from dsv3.untrusted_files import read_text
 
 CHUNK = 1 << 24
 """Ids that are scanned at once; a thread needs 200 MB for them at worst, where each id ends a document."""
@@ -97,11 +99,14 @@ def _read(path: Path, total: int) -> FileArray:
 
 
 def _write(path: Path, array: FileArray, eos_id: int, threads: ThreadPoolExecutor, work: Phase) -> None:
-    """Write the offsets of the documents of one file, where a build that was killed has not done it."""
-    if path.exists():
+    """Write the offsets of the documents of one file, where a build that was killed has not done it.
+
+    The digest beside them tells whether they are still as that one has written them.
+    """
+    partial, noted = path.with_suffix(".partial"), path.with_suffix(".xxh3")
+    if path.exists() and noted.exists() and read_text(noted) == digest(path):
         work.advance(len(array))
         return
-    partial = path.with_suffix(".partial")
     last = 0
     with partial.open("wb") as file:
         file.write(np.zeros(1, _LONG).tobytes())
@@ -111,7 +116,8 @@ def _write(path: Path, array: FileArray, eos_id: int, threads: ThreadPoolExecuto
             work.advance(count)
         if last < len(array):
             file.write(np.array([len(array)], _LONG).tobytes())
-    partial.rename(path)
+    noted.write_text(digest(partial), "utf-8")
+    partial.replace(path)
 
 
 def _scanned(array: FileArray, eos_id: int, threads: ThreadPoolExecutor) -> Iterator[tuple[Ids, int]]:

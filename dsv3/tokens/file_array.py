@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.errors import UserError
+from dsv3.tokens.background_check import BACKGROUND
+from dsv3.untrusted_files import BadFile, open_descriptor, open_file
 
 OPEN_FILES = 256
 
@@ -49,7 +51,14 @@ class FileArray:
         return self.length
 
     def __getitem__(self, part: slice) -> npt.NDArray[Any]:
-        """Return the values of a slice; UserError where the file cannot be read or has become shorter."""
+        """Return the values of a slice.
+
+        Raises:
+            UserError: the file cannot be read or has become shorter, or the background check has found damage
+                in one of the run's files.
+        """
+        if BACKGROUND.damage:
+            raise UserError(BACKGROUND.damage)
         first, end, _ = part.indices(self.length)
         width = self.dtype.itemsize
         wanted = max(end - first, 0) * width
@@ -80,11 +89,38 @@ def find_missing(arrays: Sequence[ArrayLike], most: int = 256) -> str | None:
     return None
 
 
+def read_head(path: str | Path, nbytes: int) -> tuple[bytes, int]:
+    """Return up to `nbytes` bytes from the start of a file, and its size.
+
+    Raises:
+        UserError: there is none, it is no regular file, or it cannot be read.
+    """
+    with open_file(path) as file:
+        try:
+            return file.read(nbytes), os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def map_array(path: Path) -> npt.NDArray[Any]:
+    """Return the array in an .npy file of the cache, memory-mapped.
+
+    Raises:
+        ValueError: it is none, such as one of Python objects.
+        OSError: it cannot be read.
+    """
+    with open_file(path) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path} is no file of this cache")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(file, dtype, "r", file.tell(), shape)
+
+
 class _OpenFile:
     """A file descriptor that is closed when nobody holds the object: also not while another thread reads."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = open_descriptor(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -104,6 +140,8 @@ def _read(path: str, begin: int, count: int) -> bytes:
             if not more:
                 break
             content += more
+    except BadFile:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return content

@@ -10,7 +10,6 @@ All numbers are little-endian. Sources: dev/data/data_common.py of llm.c; packed
 TinyLlama and their like; streaming/writer.py and TokensLoader of litdata, which litgpt writes today.
 """
 
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from dsv3.errors import UserError, quoted
-from dsv3.tokens.file_array import FileArray
+from dsv3.tokens.file_array import FileArray, read_head
 from dsv3.tokens.megatron_files import DTYPES
 from dsv3.tokens.npy_file import NpyFile
+from dsv3.tokens.shard_index import INDEX_FILE
 from dsv3.tokens.shuffle import Ids
 from dsv3.tokens.token_store import Segment
+from dsv3.untrusted_files import parse_json
 
 LLM_C: dict[int, np.dtype[Any]] = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
 """Dtypes by magic number: of GPT-2's ids and of Llama 3's."""
@@ -54,11 +55,7 @@ def open_flat(path: Path, dtype: str | None) -> Segment:
     Raises:
         UserError: the file is empty, cut off, compressed or damaged, or does not say its dtype.
     """
-    try:
-        with path.open("rb") as file:
-            head, size = file.read(_SAMPLE), path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    head, size = read_head(path, _SAMPLE)
     if path.suffix == ".npy" or head.startswith(np.lib.format.MAGIC_PREFIX):
         found = NpyFile.read(path, WANTED)
         if len(found.shape) != 1:
@@ -193,11 +190,7 @@ def open_litdata(folder: Path, index: dict[str, Any]) -> list[Segment]:
 
 def _chunk(path: Path, items: int, dim: Any, dtype: np.dtype[Any]) -> Segment:
     """Return the documents of a chunk of `items` documents and `dim` ids."""
-    try:
-        with path.open("rb") as file:
-            head, size = file.read(4), path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    head, size = read_head(path, 4)
     begin = 4 * (items + 2)
     count, rest = divmod(size - begin, dtype.itemsize)
     told = struct.unpack("<I", head)[0] if len(head) == 4 else None
@@ -216,7 +209,7 @@ def _chunk(path: Path, items: int, dim: Any, dtype: np.dtype[Any]) -> Segment:
 def is_litdata(content: bytes) -> dict[str, Any] | None:
     """Return the object of an index.json where it is litdata's; None where it is not."""
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
+        found = parse_json(content, INDEX_FILE, "listing")
+    except ValueError:
         return None
     return found if isinstance(found, dict) and {"chunks", "config"} <= found.keys() else None

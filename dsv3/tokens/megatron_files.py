@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dsv3.errors import UserError
-from dsv3.tokens.file_array import FileArray
+from dsv3.tokens.file_array import FileArray, read_head
 from dsv3.tokens.shuffle import Ids
 from dsv3.tokens.token_store import Segment
 
@@ -122,13 +122,9 @@ def open_megatron(index: Path) -> Segment:
     Raises:
         UserError: one of the files is missing, cut off or damaged, or holds other than whole numbers.
     """
-    try:
-        with index.open("rb") as file:
-            head, size = file.read(64), index.stat().st_size
-        content = index.with_suffix(".bin")
-        num_bytes = content.stat().st_size
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    content = index.with_suffix(".bin")
+    head, size = read_head(index, 64)
+    _, num_bytes = read_head(content, 0)
     if head.startswith(MAGIC):
         dtype, offsets = _current(index, head, size, num_bytes)
     elif head.startswith(OLD_MAGIC):

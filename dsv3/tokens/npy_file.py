@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dsv3.errors import UserError, quoted
-from dsv3.tokens.file_array import FileArray
+from dsv3.tokens.file_array import FileArray, read_head
 
 HEAD = 4096
 """Bytes at the start of a file that hold its header: numpy's own have 128."""
@@ -51,11 +51,7 @@ class NpyFile:
         Raises:
             UserError: the file cannot be read, or is not such a file from its first byte to its last.
         """
-        try:
-            with Path(path).open("rb") as file:
-                head, size = file.read(HEAD), file.seek(0, io.SEEK_END)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        head, size = read_head(path, HEAD)
         return cls.parse(head, size, str(path), wanted)
 
     @classmethod

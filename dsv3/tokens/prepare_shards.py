@@ -8,23 +8,26 @@ At the end the shards move one level up and index.json is written: until then no
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from dsv3.distributed.directory_lock import DirectoryLock
 from dsv3.documents.byte_blocks import Report
 from dsv3.documents.document_files import FIRST_PIECE, Document, ReadOptions, read_documents
 from dsv3.documents.input_files import Unit
 from dsv3.documents.skip_limit import Skipped
 from dsv3.documents.unit_pool import IN_PROCESS_BELOW, JOURNAL_FILE, run_units
 from dsv3.errors import UserError
+from dsv3.metrics.jsonl import read_whole_lines
 from dsv3.metrics.progress import Phase
+from dsv3.tokens.file_digests import digest
 from dsv3.tokens.shard_index import (
     DTYPES,
     HELD_OUT,
@@ -44,6 +47,32 @@ UNFINISHED = "unfinished"
 """Folder of the output that holds the work until it is done."""
 
 TOKENIZER_FOLDER = "tokenizer"
+
+
+@contextmanager
+def claimed_output(output: Path, key: str) -> Iterator[None]:
+    """Own a folder that can be written, before anything is done for it; leave no empty one on an error.
+
+    Raises:
+        UserError: `output`, which the config calls `key`, cannot be made or written, or is another command's.
+    """
+    work_folder = output / UNFINISHED
+    new = list(takewhile(lambda folder: not folder.exists(), (work_folder, output, *output.parents)))
+    try:
+        try:
+            work_folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=work_folder) as file:
+                file.write(bytes(1))  # a full disk shows here
+                file.flush()
+        except OSError as error:
+            raise UserError(unwritable(f"{key}={output}", error)) from error
+        with DirectoryLock(output, f"{key}={output}", "being prepared", stays=False):
+            yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):  # it holds what a later command goes on with
+                folder.rmdir()
+        raise
 
 
 @dataclass(frozen=True)
@@ -103,6 +132,7 @@ def prepare_shards(
     splits: Sequence[str] = (TRAIN, HELD_OUT),
     before: Skipped | None = None,
     key: str = "task.output",
+    compare: bool = False,
 ) -> Prepared:
     """Make token shards in the folder `output` of all documents of `source`, in the order of the units.
 
@@ -120,6 +150,8 @@ def prepare_shards(
         before: what was skipped before the units were made.
         splits: the splits that the index has, also where they are empty.
         key: the config key of `output`, for messages.
+        compare: compare the shards that a killed process has left with their digests, and not their sizes
+            alone: for tokens that are trained on at once.
 
     Raises:
         UserError: of `check`; the folder holds other work, is in use, or cannot be written.
@@ -128,21 +160,22 @@ def prepare_shards(
     work_folder = output / UNFINISHED
     skipped, counts = Skipped(), Counts()
     skipped.merge(before or Skipped())
-    seen: list[Mapping[str, Any]] = []
+    is_held = False
 
     def count(result: Mapping[str, Any]) -> None:
-        seen[:] = [result]
         skipped.merge(Skipped.from_json(result["skipped"]))
         counts.merge(result["counts"])
         check(skipped, False)
 
     try:
         work_folder.mkdir(parents=True, exist_ok=True)
-        with _locked(work_folder, key):
+        with DirectoryLock(work_folder, f"{key}={output}", "being prepared"):
+            is_held = True
             tokenizer_folder = work_folder / TOKENIZER_FOLDER
             journal = work_folder / JOURNAL_FILE
             if not (journal.exists() and tokenizer_folder.exists()):
                 keep_tokenizer(tokenizer, tokenizer_folder)
+            told_identity = {"ids": tokenizer.fingerprint(), **identity}
             dtype_name = dtype_for(tokenizer.size)
             cores = workers or len(os.sched_getaffinity(0))
             work = TokenizeUnit(source, tokenizer_folder, dtype_name, cores, note_every, shard_tokens)
@@ -151,11 +184,11 @@ def prepare_shards(
                 units,
                 work,
                 work_folder,
-                {"ids": tokenizer.fingerprint(), **identity},
+                told_identity,
                 workers,
                 progress,
                 in_process_below,
-                lambda result: _is_intact(result, output, DTYPES[dtype_name].itemsize),
+                lambda result: _is_intact(result, output, DTYPES[dtype_name].itemsize, compare),
                 count,
             )
             skipped = (
@@ -177,15 +210,35 @@ def prepare_shards(
                 settings=settings or {},
             )
             _publish(output, index)
+            with suppress(OSError):  # the index is there: what is left does no harm
+                shutil.rmtree(work_folder)
     except OSError as error:
         raise UserError(unwritable(f"{key}={output}", error)) from error
-    except UserError:
-        if seen and not skipped.documents:  # nothing is lost, and a command with another field may follow
-            shutil.rmtree(work_folder, ignore_errors=True)
+    except UserError as error:
+        kept = _bytes_done(journal, told_identity, units) if is_held else None
+        if kept is not None and kept < in_process_below:
+            shutil.rmtree(work_folder, ignore_errors=True)  # in the way of a command with other keys
+        elif kept is not None:
+            raise UserError(f"{error} (what is done stays in {work_folder})") from error
         raise
-    with suppress(OSError):  # the index is there: what is left does no harm
-        shutil.rmtree(work_folder)
     return Prepared(index, skipped, counts)
+
+
+def _bytes_done(journal: Path, identity: Mapping[str, str], units: Sequence[Unit]) -> int | None:
+    """Return the bytes of input that a refused command has done and another one can go on with.
+
+    None where what lies there is another command's.
+    """
+    first, *lines = read_whole_lines(journal) or [None]
+    if first is not None and first != identity:
+        return None
+    try:
+        for file in {part.file for unit in units for part in unit.parts}:
+            file.check_unchanged()
+    except UserError:
+        return 0
+    done = {line.get("unit") for line in lines if line is not None}
+    return sum(unit.nbytes for unit in units if unit.number in done)
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -205,29 +258,21 @@ def unwritable(what: str, error: OSError) -> str:
     return f"{what} cannot be written ({error.strerror or error}): {way}"
 
 
-def _locked(folder: Path, key: str) -> Any:
-    """Return a lock on the work in a folder, held; UserError where another process holds it."""
-    lock = FileLock(folder / "lock", fallback_to_soft=False)
-    try:
-        return lock.acquire(timeout=5, poll_interval=0.1)
-    except Timeout:
-        raise UserError(f"{key}={folder.parent} is being prepared by another process: wait for it") from None
-    except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", None) in (None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return nullcontext()  # a file system without locks
-        raise
+def _is_intact(result: Mapping[str, Any], output: Path, itemsize: int, compare: bool) -> bool:
+    """Return whether the files of a result are there, in the work folder or moved up.
 
-
-def _is_intact(result: Mapping[str, Any], output: Path, itemsize: int) -> bool:
-    """Return whether the files of a result are there with their sizes, in the work folder or moved up."""
+    With their sizes, or where `compare` is set with their digests.
+    """
     for shard in (Shard(**each) for shards in result["shards"].values() for each in shards):
-        for name, size in (
-            (shard.tokens, shard.num_tokens * itemsize),
-            (shard.offsets, (shard.num_documents + 1) * 8),
+        for kind, name, size in (
+            ("tokens", shard.tokens, shard.num_tokens * itemsize),
+            ("offsets", shard.offsets, (shard.num_documents + 1) * 8),
         ):
             path = output / UNFINISHED / name
             path = path if path.exists() else output / name
             if not path.exists() or not size < path.stat().st_size <= size + 1024:  # the header
+                return False
+            if compare and digest(path) != shard.digests.get(kind):
                 return False
     return True
 

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -22,9 +23,10 @@ import numpy.typing as npt
 import xxhash
 
 from dsv3.errors import RunFailed, UserError
-from dsv3.metrics.progress import phase
+from dsv3.metrics.progress import phase, tell
 from dsv3.tokens.block_cache import BLOCK, BlockCache
 from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build
+from dsv3.tokens.cache_seal import BrokenSeal, check_seal, write_seal
 
 ATTEMPTS = 8
 
@@ -81,7 +83,7 @@ class RemoteFolder:
         def build(directory: Path) -> None:
             BlockCache.make(directory, self.cache_bytes)
 
-        return load_or_build(cache_root(self.cache_dir) / name, read, build, self.url)
+        return load_or_build(cache_root(self.cache_dir) / name, read, build, self.url, sealed=False)
 
     @cached_property
     def blocks(self) -> BlockCache:
@@ -97,12 +99,17 @@ class RemoteFolder:
         version = self.version(name)
         key = xxhash.xxh3_64_hexdigest(f"{name} {version}".encode())
         copy = self._directory / "files" / key / PurePosixPath(name).name
-        if not copy.is_file():
-            content = self.read(name, 0, None)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            partial = copy.with_name(f".{copy.name}-{os.getpid()}-{threading.get_ident()}")
-            partial.write_bytes(content)
-            partial.replace(copy)
+        with contextlib.suppress(BrokenSeal):
+            check_seal(copy.parent)
+            return copy
+        if copy.parent.exists():
+            tell(f"the cache's copy of {self.url}/{name} is damaged, and is fetched again")
+            shutil.rmtree(copy.parent, ignore_errors=True)
+        partial = copy.parent.with_name(f".{key}-{os.getpid()}-{threading.get_ident()}")
+        partial.mkdir(parents=True)
+        (partial / copy.name).write_bytes(self.read(name, 0, None))
+        write_seal(partial)
+        _publish(partial, copy.parent)
         return copy
 
     def fetch_folder(self, folder: str, names: Iterable[str]) -> Path:
@@ -113,14 +120,17 @@ class RemoteFolder:
                 copies[name] = self.fetch(f"{folder}/{name}")
         key = xxhash.xxh3_64_hexdigest(repr(sorted(copies.items())).encode())
         target = self._directory / "folders" / key
-        if not target.is_dir():
-            partial = target.with_name(f".{key}-{os.getpid()}-{threading.get_ident()}")
-            for name, copy in copies.items():
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                (partial / name).write_bytes(copy.read_bytes())
-            partial.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # another process was faster
-                partial.rename(target)
+        with contextlib.suppress(BrokenSeal):
+            check_seal(target)
+            return target
+        shutil.rmtree(target, ignore_errors=True)
+        partial = target.with_name(f".{key}-{os.getpid()}-{threading.get_ident()}")
+        partial.mkdir(parents=True)
+        for name, copy in copies.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(copy, partial / name)
+        write_seal(partial)
+        _publish(partial, target)
         return target
 
     def version(self, name: str) -> str:
@@ -254,6 +264,16 @@ class RemoteArray:
 
     def _key(self, number: int) -> bytes:
         return xxhash.xxh3_128_digest(f"{self.url}\0{self.version}\0{number}".encode())
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Rename a folder to its place, unless another process was faster."""
+    try:
+        partial.rename(target)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not target.is_dir():
+            raise
 
 
 class RemoteFileMissing(UserError):

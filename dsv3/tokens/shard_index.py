@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dsv3.errors import UserError, quoted
+from dsv3.untrusted_files import BadFile, MissingFile, parse_json, read_bytes
 
 INDEX_FILE = "index.json"
 
@@ -136,23 +137,21 @@ class ShardIndex:
         """Return the index of a directory; UserError where there is none, or one that is damaged."""
         file = folder / INDEX_FILE
         try:
-            content = file.read_bytes()
-        except FileNotFoundError:
+            content = read_bytes(file, "listing")
+        except MissingFile:
             raise UserError(
                 f"{folder} holds no {INDEX_FILE}: it is no directory of token shards, or its task=prepare is "
                 "not finished; the same command goes on with it"
             ) from None
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
         return cls.parse(content, str(file))
 
     @classmethod
     def parse(cls, content: bytes, where: str) -> "ShardIndex":
         """Return what an index.json says; UserError, which names it as `where`, for what cannot be."""
         try:
-            found = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is damaged: {error}") from None
+            found = parse_json(content, where, "listing")
+        except BadFile as error:
+            raise UserError(f"{where} is damaged: it {error.reason}") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise UserError(f"{where} is no index of token shards: its format is not {FORMAT!r}")
         if found.get("version") != VERSION:

@@ -31,28 +31,45 @@ _IDS_AT_ONCE = 1 << 18
 class NpyFile:
     """A 1-D .npy file that grows; its header tells the length once it is closed."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], length: int = 0) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[Any], length: int = 0, noted: str | None = None) -> None:
         """Create the file, or open it and cut it back to `length` values where it has that many.
 
-        ValueError where it has fewer.
+        ValueError where it has fewer, or others than those whose digest was `noted`.
         """
         self.path = path
         self.dtype = dtype
         self._file: IO[bytes] = path.open("r+b" if length else "w+b", buffering=_BUFFER)
-        if length and path.stat().st_size < self._begin(0) + length * dtype.itemsize:
+        self._header = self._begin(0)
+        self._state: xxhash.xxh3_128 | None
+        if length and path.stat().st_size < self._header + length * dtype.itemsize:
             self._file.close()
             raise ValueError(f"{path} is shorter than was noted")
         self.cut(length)
+        if noted is not None and self.digest() != noted:
+            self._file.close()
+            raise ValueError(f"{path} is not what was noted")
 
     def write(self, values: bytes) -> None:
         """Append values as bytes of the dtype."""
+        if self._state is not None:
+            self._state.update(values)
         self._file.write(values)
+
+    def digest(self) -> str:
+        """Return the digest of the values so far as they were written; after a cut they are read for it."""
+        if self._state is None:
+            self._state = xxhash.xxh3_128()
+            self._file.seek(self._header)
+            while block := self._file.read(8 << 20):
+                self._state.update(block)
+        return self._state.hexdigest()
 
     def cut(self, length: int) -> None:
         """Forget what stands behind the first `length` values."""
-        end = self._begin(0) + length * self.dtype.itemsize
+        end = self._header + length * self.dtype.itemsize
         self._file.truncate(end)
         self._file.seek(end)
+        self._state = None if length else xxhash.xxh3_128()
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""
@@ -110,6 +127,7 @@ class ShardWriter:
         self.done = [Shard(**each) for each in noted["done"]]
         self._tokens, self._documents = int(noted["tokens"]), int(noted["documents"])
         self._begin = int(noted["begin"])
+        self._noted: list[str] = list(noted.get("digests", ()))
         self._files: tuple[NpyFile, NpyFile] | None = None
         self._waiting: list[Sequence[int]] = []  # ids that are not written yet; one conversion for many
         self._written = self._tokens
@@ -156,6 +174,7 @@ class ShardWriter:
             "tokens": self._tokens,
             "documents": self._documents,
             "begin": self._begin,
+            "digests": [file.digest() for file in self._files or ()],
         }
 
     def close(self) -> list[Shard]:
@@ -179,10 +198,10 @@ class ShardWriter:
     def _open(self) -> None:
         stem = f"{self._name}-{len(self.done):03d}"
         resumed = self._written > 0
-        tokens = NpyFile(self._folder / f"{stem}.tokens.npy", self._dtype, self._written)
-        offsets = NpyFile(
-            self._folder / f"{stem}.offsets.npy", _OFFSETS, self._documents + 1 if resumed else 0
-        )
+        digests = self._noted if resumed and self._noted else [None, None]
+        tokens = NpyFile(self._folder / f"{stem}.tokens.npy", self._dtype, self._written, digests[0])
+        documents = self._documents + 1 if resumed else 0
+        offsets = NpyFile(self._folder / f"{stem}.offsets.npy", _OFFSETS, documents, digests[1])
         if not resumed:
             offsets.write(np.zeros(1, _OFFSETS).tobytes())
         self._files = tokens, offsets

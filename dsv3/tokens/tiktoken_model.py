@@ -24,7 +24,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from dsv3.errors import UserError, quoted, refuse_lfs_pointer
+from dsv3.errors import UserError, quoted
+from dsv3.untrusted_files import refuse_lfs_pointer
 
 _LINE = re.compile(rb"(\S+) (\d{1,9})\s*")
 

@@ -27,6 +27,7 @@ from dsv3.tokens.remote_files import RemoteFolder, is_remote
 from dsv3.tokens.shard_index import HELD_OUT, INDEX_FILE, TRAIN, Shard, ShardIndex
 from dsv3.tokens.token_store import Segment, TokenStore
 from dsv3.tokens.tokenizer_files import READABLE
+from dsv3.untrusted_files import BadFile, open_file, read_bytes
 
 HELD_OUT_WORDS = frozenset({"val", "valid", "validation", "dev", "test", "eval", "heldout"})
 """Words of a name, among those of others, that mark a file to score, not to train on."""
@@ -144,7 +145,7 @@ def open_remote_shards(url: str, cache_dir: str | None, cache_bytes: int) -> Tok
         UserError: there is no index of token shards, or it cannot be read.
     """
     folder, found = RemoteFolder(url, cache_dir, cache_bytes), TokenFiles()
-    described = ShardIndex.parse(folder.fetch(INDEX_FILE).read_bytes(), f"{url}/{INDEX_FILE}")
+    described = ShardIndex.parse(read_bytes(folder.fetch(INDEX_FILE), "listing"), f"{url}/{INDEX_FILE}")
     if (reference := described.tokenizer) is not None:
         own = reference.folder
         local = None if own is None else TokenizerPlace(url, folder.fetch_folder(own, TOKENIZER_NAMES))
@@ -238,10 +239,7 @@ def _words(name: Path) -> list[str]:
 def _open(place: Path, root: Path, dtype: str | None, only_held_out: bool) -> TokenFiles:
     """Open one file, or the directory of an index.json."""
     if place.name == INDEX_FILE:
-        try:
-            content = place.read_bytes()
-        except OSError as error:
-            raise UserError(f"{place} cannot be read: {error.strerror}") from error
+        content = read_bytes(place, "listing")
         foreign = is_litdata(content)
         if foreign is None:
             return _open_shards(place, ShardIndex.parse(content, str(place)), root, only_held_out)
@@ -348,7 +346,7 @@ def _digest(path: Path) -> str:
     """Return the XXH128 of a file's size and content; of a large file of samples from all over it."""
     state = xxhash.xxh3_128()
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             state.update(f"{size} ".encode())
             if size <= DIGESTED_WHOLE:
@@ -358,6 +356,8 @@ def _digest(path: Path) -> str:
             for begin, count in samples:
                 file.seek(begin)
                 state.update(file.read(count))
+    except BadFile:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     return state.hexdigest()

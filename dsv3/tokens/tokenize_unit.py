@@ -16,6 +16,7 @@ from dsv3.tokens.document_encoder import DocumentEncoder, Window, document_ends
 from dsv3.tokens.shard_index import DTYPES, sync_folder
 from dsv3.tokens.shard_writer import SHARD_TOKENS, ShardWriter
 from dsv3.tokens.tokenizer import Tokenizer
+from dsv3.untrusted_files import read_json
 
 BATCH_CHARACTERS = 1 << 20
 """Characters that are encoded at once per core."""
@@ -211,10 +212,10 @@ class _UnitRun:
     def _resume(self) -> int:
         """Set up the writers as they were noted; return the windows that they have, 0 at the beginning."""
         try:
-            found = json.loads(self.notes.read_text())
+            found = read_json(self.notes)
             for side, noted in found["writers"].items():
                 self._writer(side, noted)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             for writer in self.writers.values():
                 writer.abandon()
             self.writers = {}

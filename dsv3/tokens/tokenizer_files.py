@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dsv3.errors import UserError, quoted, refuse_lfs_pointer, repository_hint
+from dsv3.errors import UserError, quoted, repository_hint
+from dsv3.untrusted_files import refuse_lfs_pointer
 
 TOKENIZER_JSON, TIKTOKEN_MODEL = "tokenizer.json", "tiktoken.model"
 READABLE = (TOKENIZER_JSON, TIKTOKEN_MODEL)

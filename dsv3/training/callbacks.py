@@ -5,6 +5,7 @@ The loop knows none of them by name. A user's own class joins the list from the 
 """
 
 import gc
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.manager import CheckpointManager
+from dsv3.checkpoint.replicas import Replicas
 from dsv3.config.launch import ProfileConfig
 from dsv3.config.root import Config
 from dsv3.data.lanes import LaneRows, newest
@@ -27,8 +29,10 @@ from dsv3.metrics.loggers import Logger
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 from dsv3.model.generation import TimeLimit
+from dsv3.training.accidents import AccidentWatch
 from dsv3.training.evaluation import evaluate
 from dsv3.training.step import ForwardBackward, StepMetrics
+from dsv3.training.stragglers import StragglerWatch
 
 MEMORY_EVENTS = 100_000
 """Allocations and frees that a memory snapshot holds at most, each with its stack of several KB."""
@@ -78,11 +82,17 @@ class Callback:
     def on_step_end(self, run: TrainingRun) -> None:
         """Act after an optimizer step; `run.row` and `run.metrics` are of that step."""
 
+    def on_save_request(self, run: TrainingRun) -> None:
+        """Save what a resume needs, after a step: SIGUSR1 has asked for it, and the run goes on."""
+
     def on_train_end(self, run: TrainingRun, finished: bool) -> None:
         """Act after the last step of this process; `finished` is False where a signal ended the run early."""
 
     def close(self, failed: bool) -> None:
         """Release what is held; called in any case, `failed` where an exception ends the run."""
+
+    def on_rewind(self, run: TrainingRun) -> None:
+        """Forget what is later than `run.step`: the run has gone back to it (train.accidents.on_alarm)."""
 
     @property
     def wants_stop(self) -> bool:
@@ -110,7 +120,8 @@ class Evaluate(Callback):
                 for name, source in found.sources.items()
             }
             run.row.sources = of_sources or None
-        run.progress.evaluation_loss = run.row.evaluation_loss
+        found_loss = run.row.evaluation_loss
+        run.progress.evaluation_loss = found_loss if found_loss is None or math.isfinite(found_loss) else None
 
 
 class CountSources(Callback):
@@ -135,6 +146,32 @@ class CountSources(Callback):
             }
 
 
+class WatchStragglers(Callback):
+    """Finds the slowest rank every `every` steps, and names one that the others go on waiting for."""
+
+    def __init__(self, watch: StragglerWatch, every: int) -> None:
+        self.watch = watch
+        self.every = every
+
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Begin to measure what ranks wait for."""
+        self.watch.start(compiled=run.config.compile.enabled)
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Fill the row's straggler where it is due."""
+        self.watch.count(run.row.data_wait or 0.0)
+        if is_due(run.step, self.every):
+            found, told = self.watch.compare()
+            if found is not None:
+                run.row.straggler, run.row.straggler_rank = found.share, found.rank
+            if told:
+                run.console.message(told)
+
+    def close(self, failed: bool) -> None:
+        """Measure no more."""
+        self.watch.stop()
+
+
 class RecordMetrics(Callback):
     """Hands every step's row to metrics.jsonl, the console and the logger."""
 
@@ -149,9 +186,29 @@ class RecordMetrics(Callback):
         if is_due(run.step, self.every):
             self.recorder.flush()
 
+    def on_rewind(self, run: TrainingRun) -> None:
+        """Remove the rows of the steps that are taken again."""
+        self.recorder.go_back(run.step)
+
     def close(self, failed: bool) -> None:
         """Write what is queued and close metrics.jsonl."""
         self.recorder.close()
+
+
+class HeedAccidents(Callback):
+    """Ends the run where its watch (accidents.py) finds that it must; the run then saves."""
+
+    def __init__(self, watch: AccidentWatch) -> None:
+        self.watch = watch
+
+    def on_train_end(self, run: TrainingRun, finished: bool) -> None:
+        """Judge the run as a whole."""
+        self.watch.finish(run.step)
+
+    @property
+    def wants_stop(self) -> bool:
+        """Return True where too many steps were skipped, or no rewind is left."""
+        return self.watch.over is not None
 
 
 class SaveCheckpoint(Callback):
@@ -161,9 +218,16 @@ class SaveCheckpoint(Callback):
     """
 
     def __init__(
-        self, manager: CheckpointManager, recorder: Recorder, every: int, rows: RowDataset | None = None
+        self,
+        manager: CheckpointManager,
+        recorder: Recorder,
+        every: int,
+        rows: RowDataset | None = None,
+        watch: AccidentWatch | None = None,
     ) -> None:
         self.manager = manager
+        self.watch = watch
+        """Knows the statistics that a checkpoint carries."""
         self.recorder = recorder
         self.every = every
         self.rows = rows
@@ -172,6 +236,11 @@ class SaveCheckpoint(Callback):
         """Save where it is due; the last step's checkpoint is `on_train_end`'s."""
         if is_due(run.step, self.every) and not run.is_last_step:
             self._save(run)
+
+    def on_save_request(self, run: TrainingRun) -> None:
+        """Save now, unless this step has just been saved."""
+        run.console.message(f"SIGUSR1: saving step {run.step}")
+        self._save(run)
 
     def on_train_end(self, run: TrainingRun, finished: bool) -> None:
         """Save, and wait until it is written."""
@@ -191,6 +260,8 @@ class SaveCheckpoint(Callback):
     def _save(self, run: TrainingRun, wait: bool = False) -> None:
         # Rows first: a checkpoint must never be ahead of metrics.jsonl.
         self.recorder.flush()
+        if self.watch is not None:
+            self.watch.fill(run.progress)
         if isinstance(self.rows, LaneRows):
             known = run.ranks.all_gather_object(self.rows.bookmarks(run.progress.samples))
             run.progress.bookmarks = {lane: list(place) for lane, place in newest(known).items()}
@@ -246,6 +317,19 @@ class ExportHF(Callback):
         """Export where it is due."""
         if is_due(run.step, self.every):
             self.export(run.directory / "hf" / f"step-{run.step}")
+
+
+class CompareReplicas(Callback):
+    """Compares what ranks hold alike every `every` steps; a save does it too (checkpoint/replicas.py)."""
+
+    def __init__(self, replicas: Replicas, every: int) -> None:
+        self.replicas = replicas
+        self.every = every
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Compare where it is due; RunFailed on all ranks where some differ."""
+        if is_due(run.step, self.every):
+            self.replicas.compare(run.forward_backward.model_parts, run.optimizer, run.progress)
 
 
 class CollectGarbage(Callback):

@@ -33,15 +33,19 @@ def take_expert_load(
 
 
 @torch.no_grad()
-def update_expert_bias(routers: dict[int, Router], load: Tensor, speed: float) -> None:
+def update_expert_bias(
+    routers: dict[int, Router], load: Tensor, speed: float, skip: Tensor | None = None
+) -> None:
     """Move each bias by `speed`: up for an expert below its layer's mean load, down for one above.
 
     b += speed * sign(mean load - load), with the `load` [all MoE layers, experts] of the global batch.
-    Routers without a bias, and those whose bias is frozen, stay as they are.
+    Routers without a bias, and those whose bias is frozen, stay as they are, and so do all where `skip`, a
+    bool on the device, is true.
     """
     for place, router in routers.items():
         if router.selection_bias is not None and router.bias_moves:
-            router.selection_bias += speed * torch.sign(load[place].mean() - load[place])
+            bias, change = router.selection_bias, speed * torch.sign(load[place].mean() - load[place])
+            bias.copy_(bias + change if skip is None else torch.where(skip, bias, bias + change))
 
 
 def stack_expert_bias(routers: dict[int, Router], device: torch.device | str = "cpu") -> Tensor:

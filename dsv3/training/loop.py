@@ -1,18 +1,17 @@
 """The training loop: take optimizer steps, and call the callbacks between them."""
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 
-from dsv3.data.prefetch import Prefetcher
 from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
 from dsv3.distributed.signals import StopEarly, StopSignal, obey
+from dsv3.distributed.step_waits import STEP_WAITS
 from dsv3.metrics.progress import phase
 from dsv3.metrics.row import MetricsRow
 from dsv3.training.callbacks import Callback, TrainingRun
-from dsv3.training.schedule import Schedule, StepHyperparameters
-from dsv3.training.step import TrainStep
+from dsv3.training.rewind import Rewinder
+from dsv3.training.step_taker import StepTaker
 from dsv3.training.throughput import Throughput
 
 
@@ -25,12 +24,12 @@ class Loop:
     """
 
     run: TrainingRun
-    step: TrainStep
-    batches: Prefetcher
-    schedule: Schedule
+    steps: StepTaker
     throughput: Throughput
     callbacks: Sequence[Callback]
     stop: StopSignal
+    rewinder: Rewinder | None = None
+    """Takes the run back where its loss has gone wrong; None: it goes on as it is."""
 
     def train(self) -> bool:
         """Train to train.steps or train.stop_after; return False when a signal ended the run early."""
@@ -40,8 +39,8 @@ class Loop:
             for callback in self.callbacks:
                 stack.push(lambda kind, *_, close=callback.close: close(kind is not None))
                 callback.on_train_start(self.run)
-            stack.callback(self.batches.close)
-            self.batches.start(progress.samples, max(0, last - progress.step))
+            stack.callback(self.steps.batches.close)
+            self.steps.batches.start(progress.samples, max(0, last - progress.step))
             with phase("waiting for the other ranks to be ready"):  # rank 0 has started the logger meanwhile
                 ranks.meet()
             compiles = self.run.config.compile.enabled
@@ -61,6 +60,11 @@ class Loop:
                             callback.on_step_end(self.run)
                 wants_stop = any(callback.wants_stop for callback in self.callbacks)
                 finished = not self.stop.poll(wants_stop)
+                if finished and self.rewinder is not None and self.rewinder.is_due:
+                    self.steps.batches.go_on(self.rewinder.rewind(self.run, self.callbacks))
+                if self.stop.take_save() and finished and progress.step < last:  # the end saves in any case
+                    for callback in self.callbacks:
+                        callback.on_save_request(self.run)
             with obey(self.stop):
                 for callback in self.callbacks:
                     with suppress(StopEarly):  # finished, or saved
@@ -70,23 +74,17 @@ class Loop:
     def _take_step(self) -> None:
         """Take one step, and begin its row of metrics."""
         run, progress = self.run, self.run.progress
-        size, length = self.batches.batch.size(progress.samples), run.config.train.length
+        size, length = self.steps.sequences(progress), run.config.train.length
         self.throughput.start()
-        asked = time.perf_counter()
-        microbatches = self.batches.microbatches(progress.samples)
-        waited = time.perf_counter() - asked
-        step = progress.step + 1
-        lr = run.config.optimizer.lr * self.schedule(step)
-        now = StepHyperparameters.at(self.schedule.share(step), lr, run.config.train)
-        run.metrics = self.step(microbatches, now)
-        progress.step = step
-        progress.samples += size
-        progress.tokens += size * length
-        run.row = MetricsRow(step=step, tokens=progress.tokens, lr=now.lr, data_wait=waited)
+        with STEP_WAITS.step():
+            run.metrics = self.steps.take(progress)
+        lr = self.steps.hyperparameters(progress.step).lr
+        waited = self.steps.waited
+        run.row = MetricsRow(step=progress.step, tokens=progress.tokens, lr=lr, data_wait=waited)
         run.fill_throughput = self.throughput.stop(run.row, size * length)
         HEARTBEAT.beat()
-        if (following := self.batches.batch.size(progress.samples)) != size:
-            run.console.message(f"from step {step + 1} on the batch has {following:,} sequences")
+        if (following := self.steps.sequences(progress)) != size:
+            run.console.message(f"from step {progress.step + 1} on the batch has {following:,} sequences")
 
     def _begin_to_save(self) -> None:
         """Save at a stop from now on: every rank has taken a step. What compiles has compiled."""

@@ -60,6 +60,9 @@ class Muon(torch.optim.Optimizer):
     `fused_matrices` of a group is the number of matrices that lie one below the other in its parameters. The
     state is one fp32 momentum per element of a hidden matrix, and AdamW's two moments for the rest, in the
     layout of the parameter. With `hidden` groups `step` is a collective of the ranks of each shard group.
+
+    Where `found_inf`, a scalar on the device, is 1, a step leaves all as it is. That needs AdamW's fused
+    kernel, which counts its steps on the device: it is used where all parameters are on a GPU.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Muon(torch.optim.Optimizer):
             "betas": tuple(adamw_betas), "eps": adamw_eps, "hidden": False, "fused_matrices": 1,
         }  # fmt: skip
         super().__init__(params, defaults)
+        self.fused = all(p.is_cuda for group in self.param_groups for p in group["params"])
+        self._step_supports_amp_scaling = self.fused  # what GradScaler asks, and training/step_guard.py
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -100,17 +105,23 @@ class Muon(torch.optim.Optimizer):
                 self._step_adamw(trained, group)
         return loss
 
+    @property
+    def _found_inf(self) -> Tensor | None:
+        return getattr(self, "found_inf", None)
+
     def _step_adamw(self, trained: list[nn.Parameter], group: dict[str, Any]) -> None:
         for parameter in trained:
             if not self.state[parameter]:
                 moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                self.state[parameter] = {"step": torch.zeros(()), **moments}
+                steps = torch.zeros((), device=parameter.device if self.fused else "cpu")
+                self.state[parameter] = {"step": steps, **moments}
         states = [self.state[parameter] for parameter in trained]
         beta1, beta2 = group["betas"]
         adamw(
             list(trained), [parameter.grad for parameter in trained if parameter.grad is not None],
             [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
             [state["step"] for state in states],
+            fused=self.fused or None, found_inf=self._found_inf,
             amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
             lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
@@ -172,11 +183,23 @@ class Muon(torch.optim.Optimizer):
         self, gradient: Tensor, momentum: Tensor, group: dict[str, Any], device: torch.device
     ) -> Tensor:
         """Return what is to be orthogonalised, in the dtype of the iteration; the momentum moves."""
+        before = self._kept(momentum)
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         automatic = self.ns_dtype is ComputeType.auto
         chosen = default_compute(device.type) if automatic else self.ns_dtype
-        return update.to(device, getattr(torch, chosen.value))
+        found = update.to(device, getattr(torch, chosen.value), copy=update is momentum and before is not None)
+        self._put_back(momentum, before)
+        return found
+
+    def _kept(self, tensor: Tensor) -> Tensor | None:
+        """Return a copy of what a step is about to change, for `_put_back`; None where none is skipped."""
+        return None if self._found_inf is None else tensor.clone()
+
+    def _put_back(self, tensor: Tensor, before: Tensor | None) -> None:
+        """Undo what has happened to `tensor` since `before`, if the step is skipped."""
+        if before is not None and self._found_inf is not None:
+            torch.where(self._found_inf.bool(), before, tensor, out=tensor)
 
     def _orthogonalize(self, stack: Tensor) -> Tensor:
         return orthogonalize(stack, self.ns_coefficients, self.ns_steps, self.ns_eps)
@@ -190,8 +213,10 @@ class Muon(torch.optim.Optimizer):
             scale = 0.2 * math.sqrt(max(rows, columns))
         else:
             scale = math.sqrt(max(1, rows / columns))
+        before = self._kept(parameter)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.to(parameter.device), alpha=-group["lr"] * scale)
+        self._put_back(parameter, before)
 
 
 def orthogonalize(stack: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:

@@ -53,6 +53,8 @@ class BF16MomentAdamW(torch.optim.AdamW):
     A step updates the parameters by the fp32 moments and then rounds those (to nearest, ties to even).
     Parameters are fp32 tensors, or DTensors whose gradients have the same placements. The update is
     elementwise, so a rank updates its own shards without communication.
+
+    Where `found_inf`, a scalar on the device, is 1, a fused step leaves all as it is.
     """
 
     def __init__(
@@ -79,10 +81,11 @@ class BF16MomentAdamW(torch.optim.AdamW):
                 continue
             steps = [self._get_state(parameter, group)["step"] for parameter in trained]
             slices = (rows for parameter in trained for rows in _split_rows(parameter, self.state[parameter]))
+            found_inf = getattr(self, "found_inf", None)
             for chunk in _group_into_chunks(slices):
-                _update(chunk, group)
+                _update(chunk, group, found_inf)
             # Each slice counted a step on a copy of its own: all slices of a parameter take the same step.
-            foreach_add_(steps, 1)
+            foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,8 +131,11 @@ def _group_into_chunks(slices: Iterable[RowSlice]) -> Iterator[list[RowSlice]]:
         yield chunk
 
 
-def _update(chunk: list[RowSlice], group: dict[str, Any]) -> None:
-    """Take one step of PyTorch's AdamW with fp32 copies of the moments; round the new moments to bf16."""
+def _update(chunk: list[RowSlice], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    """Take one step of PyTorch's AdamW with fp32 copies of the moments; round the new moments to bf16.
+
+    With `found_inf` of 1 the kernel leaves the copies as they are, which bf16 holds without rounding.
+    """
     # Multi-tensor kernels throughout: on a GPU a launch per slice would take longer than its work.
     stored = [rows.exp_avg for rows in chunk] + [rows.exp_avg_sq for rows in chunk]
     moments = [torch.empty_like(moment, dtype=torch.float32) for moment in stored]
@@ -140,7 +146,7 @@ def _update(chunk: list[RowSlice], group: dict[str, Any]) -> None:
     adamw(
         [rows.parameter for rows in chunk], [rows.gradient for rows in chunk],
         exp_avgs, exp_avg_sqs, [], steps,
-        fused=group["fused"], foreach=group["foreach"],
+        fused=group["fused"], foreach=group["foreach"], found_inf=found_inf,
         amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
@@ -205,26 +211,41 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-@torch.no_grad()
 def clip_gradients(model_parts: Sequence[nn.Module], max_norm: float, ranks: RankContext) -> Tensor:
-    """Clip all gradients to a common norm of at most `max_norm`; return the norm before clipping.
+    """Clip all gradients to a common norm of at most `max_norm`; return the norm before clipping."""
+    norm = gradient_norm(model_parts, ranks)
+    scale_gradients(model_parts, norm, max_norm)
+    return norm
 
-    The norm (an fp32 scalar) is that of the whole model's gradient, on any layout: ranks add the squared
-    norms of their shards, each divided by the number of ranks that hold the same shard.
+
+@torch.no_grad()
+def gradient_norm(model_parts: Sequence[nn.Module], ranks: RankContext) -> Tensor:
+    """Return the norm of the whole model's gradient, an fp32 scalar, on any layout.
+
+    Ranks add the squared norms of their shards, each divided by the number of ranks that hold the same shard.
     """
-    trained = [p for part in model_parts for p in part.parameters() if p.grad is not None]
     # A parameter of two pipeline stages (the embedding, which MTP shares) counts on one of them only.
-    counted = [p.grad for p in trained if p.grad is not None and not getattr(p, "is_replica", False)]
+    counted = [p.grad for p in _trained(model_parts) if not getattr(p, "is_replica", False)]
     squares = torch.zeros((), device=ranks.device)
     # A pipeline rank whose layers are all frozen has no gradient; offloaded ones are on the CPU.
     for (copies, _), gradients in _grouped(counted, lambda g: (replicas(g), local_tensor(g).device)).items():
         of_group = torch.stack(foreach_norm(gradients)).square().sum() / copies
         squares = squares + of_group.to(ranks.device)
-    norm = ranks.sum(squares).sqrt()
+    return ranks.sum(squares).sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(model_parts: Sequence[nn.Module], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients, whose common norm is `norm`, such that it is at most `max_norm`."""
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for device, gradients in _grouped([p.grad for p in trained], lambda g: local_tensor(g).device).items():
-        foreach_mul_(gradients, scale.to(device))
-    return norm
+    gradients = [p.grad for p in _trained(model_parts)]
+    for device, of_device in _grouped(gradients, lambda g: local_tensor(g).device).items():
+        foreach_mul_(of_device, scale.to(device))
+
+
+def _trained(model_parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Return the parameters that have a gradient."""
+    return [p for part in model_parts for p in part.parameters() if p.grad is not None]
 
 
 def _grouped(tensors: Iterable[Tensor | None], key: Callable[[Tensor], Any]) -> dict[Any, list[Tensor]]:

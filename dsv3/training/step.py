@@ -21,8 +21,10 @@ from dsv3.model.transfers import upload
 from dsv3.model.transformer import ModelOutput, Transformer
 from dsv3.training.expert_bias import stack_expert_bias, take_expert_load, update_expert_bias
 from dsv3.training.loss import LossDenominators, LossSums, head_targets, loss_terms, valid_tokens
-from dsv3.training.optimizer import clip_gradients, set_learning_rate
+from dsv3.training.gradient_places import GradientPlaces
+from dsv3.training.optimizer import gradient_norm, scale_gradients, set_learning_rate
 from dsv3.training.schedule import StepHyperparameters
+from dsv3.training.step_guard import StepGuard, Verdict
 
 
 class ForwardBackward(Protocol):
@@ -91,7 +93,7 @@ class LocalForwardBackward:
 class StepMetrics(NamedTuple):
     """Measurements of one optimizer step; scalars on the device, None where the model has no such thing.
 
-    The names are those of metrics/row.py. Reading a value makes the host wait for the device.
+    Scalars are the same on all ranks. The names are those of metrics/row.py. Reading a value makes the host wait for the device.
     """
 
     loss: Tensor
@@ -102,8 +104,17 @@ class StepMetrics(NamedTuple):
     moe_entropy: Tensor | None = None
     moe_bias_range: Tensor | None = None
     fp8_broken_tiles: Tensor | None = None
+    padding: Tensor | None = None
     first_nonfinite_router: Tensor | None = None
     """Place among all MoE layers of the first router whose logits were not finite, -1 for none."""
+    accident: Tensor | None = None
+    """Verdict on the step: GOOD, NONFINITE or SPIKE (step_guard.py)."""
+    skip: Tensor | None = None
+    """Whether the step was kept out of parameters, optimizer and biases; bool."""
+    spike_limit: Tensor | None = None
+    """Norm from which on the step would have been a spike."""
+    gradient_places: Tensor | None = None
+    """Norms of this rank's gradients [places] (gradient_places.py); None on CPU unless the step is skipped."""
 
     def known(self) -> dict[str, Tensor]:
         """Return by name what this model has."""
@@ -119,12 +130,16 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         ranks: RankContext,
         clip_norm: float,
+        guard: StepGuard | None = None,
     ) -> None:
         self.forward_backward = forward_backward
         self.model_parts = forward_backward.model_parts
         self.optimizer = optimizer
         self.ranks = ranks
         self.clip_norm = clip_norm
+        self.guard = guard
+        """Keeps bad steps out; None takes every step."""
+        self.places = GradientPlaces(self.model_parts)
         self.config = self.model_parts[0].config
         self.routers = routers_by_place(self.model_parts)
         self.in_fp8 = fp8_engine_name(self.model_parts) is not None
@@ -136,7 +151,8 @@ class TrainStep:
         for router in self.routers.values():
             router.z_loss = step.z_loss_weight > 0
         microbatches = [batch.to(self.ranks.device) for batch in microbatches]
-        local = self.forward_backward.train(microbatches, self._count(microbatches), step)
+        denominators = self._count(microbatches)
+        local = self.forward_backward.train(microbatches, denominators, step)
         # Every rank of a tensor-parallel group computes the same cross-entropies.
         local = local._replace(
             main=local.main / self.ranks.loss_replicas, mtp=local.mtp / self.ranks.loss_replicas
@@ -145,11 +161,22 @@ class TrainStep:
         counts = [take_nonfinite_tiles(self.model_parts, self.ranks.device).view(1)] if self.in_fp8 else []
         summed = self.ranks.sum(torch.cat([flat, *counts]))  # the count travels with the losses
         sums = LossSums.from_flat(summed[: len(flat)])
-        grad_norm = clip_gradients(self.model_parts, self.clip_norm, self.ranks)
+        metrics = StepMetrics(
+            sums.main,
+            gradient_norm(self.model_parts, self.ranks),
+            fp8_broken_tiles=summed[-1] if counts else None,
+            padding=self._padding(microbatches, denominators),
+        )
         set_learning_rate(self.optimizer, step.lr)
-        self.optimizer.step()
+        if self.guard is None:
+            scale_gradients(self.model_parts, metrics.grad_norm, self.clip_norm)
+            self.optimizer.step()
+        else:
+            finite = summed[:3].isfinite().all()  # the three losses
+            if counts:
+                finite = finite & ~(summed[-1] > 0)  # NaN: their number is unknown
+            metrics = self._update(self.guard, self.guard.judge(finite, metrics.grad_norm), metrics)
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = StepMetrics(sums.main, grad_norm, fp8_broken_tiles=summed[-1] if counts else None)
         if self.config.mtp_depths:
             metrics = metrics._replace(mtp_loss=sums.mtp)
         if self.config.num_moe_layers:
@@ -157,8 +184,22 @@ class TrainStep:
             metrics = metrics._replace(
                 balance_loss=sums.balance * step.balance_weight,
                 first_nonfinite_router=torch.where(nonfinite.any(), nonfinite.int().argmax(), -1),
-                **self._balance_experts(step.bias_speed),
+                **self._balance_experts(step.bias_speed, metrics.skip),
             )
+        return metrics
+
+    def _update(self, guard: StepGuard, verdict: Verdict, metrics: StepMetrics) -> StepMetrics:
+        """Clip the gradients and take the optimizer's step, unless the verdict is to skip it."""
+        metrics = metrics._replace(accident=verdict.kind, skip=verdict.skip, spike_limit=verdict.limit)
+        if guard.asks_host:
+            if verdict.skip.item():
+                return metrics._replace(gradient_places=self.places.measure())
+            scale_gradients(self.model_parts, metrics.grad_norm, self.clip_norm)
+            self.optimizer.step()
+            return metrics
+        metrics = metrics._replace(gradient_places=self.places.measure())
+        scale_gradients(self.model_parts, metrics.grad_norm, self.clip_norm)
+        guard.step(verdict.skip)
         return metrics
 
     def _count(self, microbatches: list[Batch]) -> LossDenominators:
@@ -172,11 +213,16 @@ class TrainStep:
         total = self.ranks.sum(torch.cat([valid.view(1), counts])) // self.ranks.row_replicas
         return LossDenominators(*total.clamp(min=1).unbind())
 
-    def _balance_experts(self, bias_speed: float) -> dict[str, Tensor]:
-        """Move the expert bias by the global batch's load; return the metrics of the load."""
+    def _padding(self, microbatches: list[Batch], denominators: LossDenominators) -> Tensor:
+        """Return the share of the global batch's places that hold no token."""
+        places = sum(batch.tokens.numel() for batch in microbatches) * self.ranks.data_world
+        return 1 - torch.as_tensor(denominators.routed) / places
+
+    def _balance_experts(self, bias_speed: float, skip: Tensor | None) -> dict[str, Tensor]:
+        """Move the expert bias by the global batch's load unless `skip`; return the metrics of the load."""
         shape = (self.config.num_moe_layers, self.config.moe.num_experts)
         load = take_expert_load(self.routers, shape, self.ranks.sum, self.ranks.device)
-        update_expert_bias(self.routers, load, bias_speed)
+        update_expert_bias(self.routers, load, bias_speed, skip)
         metrics = {
             "moe_max_violation": expert_load.max_violation(load),
             "moe_entropy": expert_load.entropy(load),

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dsv3.checkpoint import dcp_metadata
 from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
+from dsv3.checkpoint.metadata_pickle import load_records
 from dsv3.errors import UserError
 from tests.checkpoint import hostile
 
@@ -88,14 +89,12 @@ def test_no_garbage_is_looked_for_among_millions_of_new_records(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collects: list[bool] = []
-    load = pickle.Unpickler.load
 
-    class Watched(dcp_metadata._MetadataUnpickler):
-        def load(self) -> Any:
-            collects.append(gc.isenabled())
-            return load(self)
+    def watched(*arguments: Any) -> Any:
+        collects.append(gc.isenabled())
+        return load_records(*arguments)
 
-    monkeypatch.setattr(dcp_metadata, "_MetadataUnpickler", Watched)
+    monkeypatch.setattr(dcp_metadata, "load_records", watched)
     read_metadata(directory)
     assert collects == [False]
     assert gc.isenabled()

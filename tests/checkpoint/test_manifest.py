@@ -7,15 +7,10 @@ import xxhash
 
 from dsv3.checkpoint import manifest
 from dsv3.checkpoint.directory import Progress
-from dsv3.checkpoint.manifest import (
-    FileEntry,
-    digest,
-    read_manifest,
-    verify,
-    verify_description,
-    write_manifest,
-)
+from dsv3.checkpoint.manifest import read_manifest, verify, verify_description, write_manifest
 from dsv3.errors import UserError
+from dsv3.tokens import file_digests
+from dsv3.tokens.file_digests import FileEntry, digest
 
 CONTENTS = {"a.distcp": b"one" * 100, "b.distcp": b"two" * 100, "tokenizer/tokenizer.json": b"{}"}
 
@@ -35,7 +30,7 @@ def test_a_digest_is_the_xxh3_128_of_the_content_however_it_is_read(
 ) -> None:
     content = bytes(range(256)) * 41
     (tmp_path / "file").write_bytes(content)
-    monkeypatch.setattr(manifest, "_BUFFER_BYTES", 1000)
+    monkeypatch.setattr(file_digests, "_BUFFER_BYTES", 1000)
     told: list[int] = []
     assert digest(tmp_path / "file", told.append) == xxhash.xxh3_128_hexdigest(content)
     assert sum(told) == len(content)

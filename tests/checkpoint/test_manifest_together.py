@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint.directory import complete_steps
-from dsv3.checkpoint.manifest import FileEntry, check_newest, shares, verify_together, with_way_out
+from dsv3.checkpoint.manifest import check_newest, shares, verify_together, with_way_out
 from dsv3.errors import RunFailed, UserError
+from dsv3.tokens.file_digests import FileEntry
 from tests.checkpoint import hostile
 from tests.harness.checkpoints import seal, unseal
 from tests.harness.commands import TrainCommand

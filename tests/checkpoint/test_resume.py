@@ -9,10 +9,10 @@ import pytest
 
 from dsv3.checkpoint.directory import Progress, complete_steps
 from dsv3.checkpoint.manager import CheckpointManager
-from dsv3.training.step import TrainStep
 from tests.harness.checkpoints import last_tensors
 from tests.harness.commands import TrainCommand
 from tests.harness.runs import rows
+from tests.harness.trained import killed_in_step
 
 pytestmark = pytest.mark.slow
 
@@ -54,18 +54,8 @@ def test_a_kill_between_checkpoints_leaves_each_step_once(
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     settings = ["train.checkpoint_every=3", "train.log_every=1"]
     commands.train(straight, *settings)
-    step, calls = TrainStep.__call__, []
-
-    def kill(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return step(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", kill)
-        with pytest.raises(AssertionError):
-            commands.train(killed, *settings)
+    with killed_in_step(monkeypatch, 6):
+        commands.train(killed, *settings)
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "los')

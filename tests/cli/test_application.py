@@ -13,7 +13,7 @@ import pytest
 from dsv3.cli.application import Application
 from dsv3.cli.flags import flags_first
 from dsv3.cli.help import train_help
-from dsv3.distributed.signals import Stopped
+from dsv3.distributed.signals import STOP_SIGNALS, Stopped
 from dsv3.errors import STOPPED
 from dsv3.programs import TRAIN
 from tests.harness.commands import ConvertCommand, PlannedCommand, run_here
@@ -65,21 +65,34 @@ def test_flags_come_to_stand_before_overrides(typed: list[str], read: list[str])
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["task=train"], "stopped before the first step; nothing was saved\n"),
-        (["task=plan"], ""),  # takes no steps
+        (["task=train"], "stopped before the first step; nothing was saved"),
+        (["task=plan"], "stopped"),  # takes no steps
         (["-m", "train.steps=1,2"], r"job 1 of multirun/\S+ was not run\n"),  # earlier jobs may have saved
     ],
 )
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_stop_before_a_job_has_begun_tells_what_was_not_saved(
-    planned: PlannedCommand, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str
+    planned: PlannedCommand, monkeypatch: pytest.MonkeyPatch, arguments: list[str], told: str, number: int
 ) -> None:
-    def stopped(job: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    said: list[str] = []
 
+    def stopped(job: object) -> None:
+        os.kill(os.getpid(), number)
+
+    def leave(message: str) -> None:
+        said.append(message)
+        raise KeyboardInterrupt
+
+    found = signal.signal(number, signal.SIG_DFL)  # whatever has started the tests
     monkeypatch.setattr("tests.harness.commands.check", stopped)
-    outcome = planned.run(*arguments, "logger=none")
+    monkeypatch.setattr("dsv3.distributed.signals.leave", leave)
+    try:
+        outcome = planned.run(*arguments, "logger=none")
+    finally:
+        signal.signal(number, found)
     assert outcome.code == 130
-    assert re.fullmatch(told, outcome.err)
+    assert re.fullmatch(told, said[0] if said else outcome.err)
+    assert bool(said) == ("-m" not in arguments)
 
 
 @pytest.mark.parametrize(("rank", "local_rank", "told"), [(0, 0, True), (1, 1, False), (8, 0, True)])

@@ -35,7 +35,7 @@ from dsv3.parallel.parallel_model import build_parallel_model
 from dsv3.parallel.parallelize import build_on_meta
 from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.tasks.setup import load_parts, prepare_data
-from dsv3.training.callbacks import Profile
+from dsv3.training.callbacks import CompareReplicas, Profile
 from dsv3.training.evaluation import evaluate
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.schedule import StepHyperparameters, build_schedule
@@ -136,6 +136,21 @@ def held_out_tokens(job: Job) -> object:
     rows = prepare_data(job.config, ALONE).held_out
     train = job.config.train
     return evaluate(model.forward_backward, rows, train.microbatch, ALONE, train.evaluate_tokens)
+
+
+def comparisons(job: Job) -> object:
+    """Return the steps after which replicas are compared."""
+    compared: list[int] = []
+    callback = CompareReplicas(
+        SimpleNamespace(compare=lambda parts, optimizer, step: compared.append(step)),  # type: ignore[arg-type]
+        job.config.train.check_replicas_every,
+    )
+    for step in range(1, 100):
+        here: Any = SimpleNamespace(
+            forward_backward=SimpleNamespace(model_parts=[]), optimizer=None, progress=step, step=step
+        )
+        callback.on_step_end(here)
+    return compared
 
 
 def made_ahead(job: Job) -> object:
@@ -313,6 +328,7 @@ EFFECTS: dict[str, Effect] = {
     "train.generate_seconds": Effect("samples in log.txt", "train.generate_seconds"),
     "train.export_hf_every": Effect("hf/ in the run directory", "train.export_hf_every"),
     "train.export_hf_dtype": Effect("hf/ in the run directory", "train.export_hf_dtype"),
+    "train.check_replicas_every": Effect("a run ends where its ranks differ", comparisons),
     "train.collect_garbage_every": Effect("memory_gib in metrics.jsonl", "train.collect_garbage_every"),
     "train.balance": Effect("weights, moe_* and balance_loss in metrics.jsonl", training),
     "train.balance.bias_speed": Effect("moe_bias_range in metrics.jsonl", training, values=("null", "0.5")),

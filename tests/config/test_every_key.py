@@ -57,6 +57,7 @@ class SchemaKey(NamedTuple):
             "task/verify": ["task.path=x"],
             "task/compare": ["task.runs=x"],
             "task/prepare": ["task.input=[x]", "task.output=x"],
+            "task/replay": ["task.run=x", "task.step=1"],
             "precision": ["precision=fp8"] if ".fp8" in self.name else [],
             "parallel": ["parallel=tp_ep"] if self.name.count(".") > 1 else [],
         }

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.checkpoint.manifest import FileEntry
 from dsv3.convert.output_file import HashingWriter
+from dsv3.tokens.file_digests import FileEntry
 from tests.harness.commands import ConvertCommand
 from tests.harness.outcome import refused
 from tests.harness.processes import run_program

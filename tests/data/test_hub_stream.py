@@ -20,12 +20,12 @@ from dsv3.errors import RunFailed, UserError
 from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.tokens.data_record import DataChange
 from dsv3.tokens.tokenizer import Tokenizer
-from dsv3.training.step import TrainStep
 from tests.data.texts import sentence
 from tests.harness.checkpoints import last_tensors
 from tests.harness.commands import TrainCommand
 from tests.harness.runs import rows
 from tests.harness.tiny import MODEL, TRAINING
+from tests.harness.trained import killed_in_step
 
 datasets = pytest.importorskip("datasets")
 
@@ -99,6 +99,7 @@ def test_no_held_out_document_is_trained_on_and_no_other_is_left_out(
     with (folder / "train-2.jsonl").open("a") as out:  # the same text in another file stays on its side
         for number in range(DOCUMENTS):
             out.write(json.dumps({"text": sentence(number)}) + "\n")
+            out.write(json.dumps({"text": f"{sentence(number)}\0"}) + "\n")  # no text, as in files
     data = prepared(tokenizer, folder, held_out=0.2, lanes=2, lane_rows=1)
     assert data.train is not None
     scored = [data.held_out.row(index) for index in range(len(data.held_out))]
@@ -106,6 +107,7 @@ def test_no_held_out_document_is_trained_on_and_no_other_is_left_out(
     trained = set()
     for lane in range(2):
         stream = [data.train.row(index).tokens[:-1] for index in range(lane, 1100, 2)]
+        assert "\0" not in tokenizer.decode(np.concatenate(stream).tolist())
         trained |= split_texts(tokenizer, np.concatenate(stream))
     everything = {sentence(number) for number in range(DOCUMENTS)}
     assert not held_out & trained
@@ -244,18 +246,8 @@ def test_a_killed_run_goes_on_bit_for_bit(
         commands.must(*settings, f"run.dir={place}")
 
     run(straight)
-    step, calls = TrainStep.__call__, []
-
-    def kill(*arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return step(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", kill)
-        with pytest.raises(AssertionError):
-            run(killed)
+    with killed_in_step(monkeypatch, 6):
+        run(killed)
     assert [path.name for path in complete_steps(killed)] == ["step-3"]
     stored = json.loads((killed / "checkpoints" / "step-3" / "state.json").read_text())
     assert set(stored["bookmarks"]) == {"0", "1"}

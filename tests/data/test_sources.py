@@ -100,7 +100,7 @@ def test_what_was_read_and_skipped_is_told(folder: Path) -> None:
         "127 documents of 129 files of text (a file is a document), 3 duplicates dropped, "
         f"the largest, b.txt, has {1000 * len(sentence(7)) / total:.1%} of the text",
         "skipped 1 document: not UTF-8, first latin.txt",
-        "skipped 1 document: NUL bytes (no text), first zeros.bin",
+        "skipped 1 document: NUL characters (no text), first zeros.bin",
         "1 file begins with a byte order mark of UTF-16-LE, and is read as that, first u.txt",
         "2 files begin with a byte order mark of UTF-8, which is left out, first v.txt",
         f"left out 1 file: hidden, or left behind by an editor or a download, first {folder}/notes.txt~",

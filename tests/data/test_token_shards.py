@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from dsv3.data.token_shards import PreparedShards, ShardsData, ShardsRecipe
 from dsv3.errors import UserError
 from dsv3.model.head import IGNORE_INDEX
 from dsv3.tokens import document_index, token_store
+from dsv3.tokens.background_check import BACKGROUND
 from dsv3.tokens.cache import CacheEntryError
 from dsv3.tokens.file_array import FileArray
 from dsv3.tokens.megatron_files import open_megatron
@@ -295,31 +295,21 @@ def test_ids_outside_the_vocabulary_are_named_at_start_or_when_they_are_read(
         prepare(path, held_out=0.01, verify=Verify.all).check_vocabulary(121)
 
 
-def test_digests_are_compared_where_that_is_asked_for(tmp_path: Path) -> None:
-    path = formats.shards(tmp_path / "own", DOCUMENTS, files=2)
-    index = ShardIndex.read(path)
-    entry = index.to_json()
-    for shard in entry["splits"]["train"]:
-        shard["digests"] = {
-            kind: xxhash.xxh3_128_hexdigest((path / shard[kind]).read_bytes())
-            for kind in ("tokens", "offsets")
-        }
-    ShardIndex._of(entry).write(path)
-    prepare(path, verify=Verify.all).check_vocabulary(1000)
+def test_digests_are_compared_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = formats.with_digests(formats.shards(tmp_path / "own", DOCUMENTS, files=2))
+    prepare(path, verify=Verify.all).check_digests()
     tokens = path / "train-00001.tokens.npy"
     content = bytearray(tokens.read_bytes())
     content[-2] ^= 1  # another id of the vocabulary
     tokens.write_bytes(content)
     prepare(path).check_vocabulary(1000)
-    shares = [prepare(path, verify=Verify.all) for _ in range(3)]
-    told = []
-    for number, prepared in enumerate(shares):
-        try:
-            prepared.check_vocabulary(1000, (number, 3))
-        except UserError as error:
-            told.append(str(error))
-    assert len(told) == 1
-    assert "train-00001.tokens.npy has the digest" in told[0]
+    monkeypatch.setattr(token_shards, "AT_START", 0)
+    prepare(path).check_digests()  # later, in the background
+    BACKGROUND.reset()
+    with pytest.raises(UserError, match=r"train-00001\.tokens\.npy has the digest"):
+        prepare(path, verify=Verify.all).check_digests()
 
     changed = tokens.stat().st_mtime
     prepare(path).verify_newer(changed)
@@ -330,7 +320,7 @@ def test_digests_are_compared_where_that_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda p: (p / "train-00000.tokens.npy").unlink(), "train-00000.tokens.npy cannot be read: No such"),
+        (lambda p: (p / "train-00000.tokens.npy").unlink(), "train-00000.tokens.npy does not exist"),
         (lambda p: cut(p / "train-00000.tokens.npy", 1), "train-00000.tokens.npy is cut off"),
         (lambda p: cut(p / "train-00000.offsets.npy", 8), "train-00000.offsets.npy is cut off"),
         (lambda p: (p / "train-00000.offsets.npy").write_bytes(b""), "offsets.npy is empty"),

@@ -238,6 +238,7 @@ def test_padding_is_cut_out_and_fills_up_the_end(tmp_path: Path, pad: int, pad_i
     assert targets[targets != IGNORE_INDEX].tolist() == [i for ids in kept for i in ids[1:]]
     holes = 6 * len(kept) - sum(map(len, kept))
     assert (prepared.summary["tokens_padding"], prepared.summary["rows_of_padding"]) == (holes, 1)
+    assert prepared.summary["tokens_held_out"] == 240 - holes
     assert f"{holes / 240:.1%} of the places are padding" in prepared.told[1]
 
 

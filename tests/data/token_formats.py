@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from dsv3.tokens.shard_index import Shard, ShardIndex, TokenizerReference
 
@@ -131,3 +132,16 @@ FLAT: dict[str, Callable[[Path, Documents], Path]] = {
     "npy": npy,
 }
 """Writers of the kinds that do not."""
+
+
+def with_digests(shards: Path) -> Path:
+    """Write the digests of all files into the index of token shards, as task=prepare does."""
+    found = ShardIndex.read(shards).to_json()
+    for entries in found["splits"].values():
+        for entry in entries:
+            entry["digests"] = {
+                kind: xxhash.xxh3_128_hexdigest((shards / entry[kind]).read_bytes())
+                for kind in ("tokens", "offsets")
+            }
+    (shards / "index.json").write_text(json.dumps(found))
+    return shards

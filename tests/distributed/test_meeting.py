@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from dsv3.distributed.meeting import Meeting
-from dsv3.distributed.signals import StopRequest, StopSignal
+from dsv3.distributed.signals import SAVE_SIGNAL, StopRequest, StopSignal
 
 T = TypeVar("T")
 
@@ -72,6 +72,36 @@ def test_all_ranks_stop_at_the_same_point_one_after_the_first_that_was_asked(see
 
     results, _ = on_every_rank(work)
     assert results == [min(asked.values()) + 1] * WORLD
+
+
+def test_a_request_to_save_reaches_all_ranks_once_at_the_same_point_and_stops_nobody() -> None:
+    asked = {1: [3], 3: [3, 4], 4: [11]}  # by rank; 3 hears the same signal again a little later
+
+    def work(rank: int, meeting: Meeting) -> list[int]:
+        request, saves = StopRequest(), []
+        stop = StopSignal(request, meeting)
+        for point in range(1, 16):
+            time.sleep(random.Random(rank * 100 + point).uniform(0, 0.003))
+            if point in asked.get(rank, ()):
+                request.hear(SAVE_SIGNAL)
+            assert not stop.poll()
+            if stop.take_save():
+                saves.append(point)
+        return saves
+
+    results, _ = on_every_rank(work)
+    assert results == [[4, 12]] * WORLD
+
+
+def test_a_stop_and_a_request_to_save_do_not_mix() -> None:
+    def work(rank: int, meeting: Meeting) -> list[tuple[bool, bool]]:
+        request = StopRequest()
+        stop = StopSignal(request, meeting)
+        request.requested, request.save_requested = rank == 2, rank == 3
+        return [(stop.poll(), stop.take_save()) for _ in range(3)]
+
+    results, _ = on_every_rank(work)
+    assert results == [[(False, False), (True, True), (True, False)]] * WORLD
 
 
 def test_what_a_callback_wants_counts_as_a_signal_and_alone_it_counts_at_once() -> None:

@@ -31,6 +31,10 @@ def json_lines(texts: list[str]) -> bytes:
     return "".join(f"{line}\r\n" for line in lines).encode()
 
 
+def objects(texts: list[str]) -> list[dict[str, object]]:
+    return [{"body": text, "meta": {"tags": ["[", "}", '\\"'], "n": None}} for text in texts]
+
+
 def write_parquet(path: Path, texts: list[str | None]) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -54,6 +58,16 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "mark.ndjson": lambda path: path.write_bytes(b"\xef\xbb\xbf" + json_lines(TEXTS)),
     "a.json": lambda path: path.write_bytes(json_lines(TEXTS)),
     "a.json.gz": lambda path: path.write_bytes(gzip.compress(json_lines(TEXTS))),
+    "array.json": lambda path: path.write_bytes(json.dumps(objects(TEXTS)).encode()),
+    "lines.json": lambda path: path.write_text(
+        "[\n" + ",\n".join(json.dumps(each) for each in objects(TEXTS)) + "\n]\n"
+    ),
+    "pretty.json": lambda path: path.write_bytes(
+        "".join(json.dumps(each, indent=2, ensure_ascii=False) + "\n" for each in objects(TEXTS)).encode()
+    ),
+    "pretty.json.gz": lambda path: path.write_bytes(
+        gzip.compress(json.dumps(objects(TEXTS), indent=2).encode())
+    ),
     "a.jsonl.zst": lambda path: path.write_bytes(zstandard.ZstdCompressor().compress(json_lines(TEXTS))),
     "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(json_lines(TEXTS))),
     "a.jsonl.xz": lambda path: path.write_bytes(lzma.compress(json_lines(TEXTS))),
@@ -137,6 +151,8 @@ BAD_LINES = [
     (b'{"body": 7}', Reason.NO_TEXT),
     (b'{"body": null}', Reason.NO_TEXT),
     (b'{"body": "\\ud83d"}', Reason.LONE_SURROGATE),
+    (b'{"body": "a\\u0000b"}', Reason.NUL),
+    (b'{"body": "a\0b"}', Reason.NUL),
     (b'{"body": ""}', None),
 ]
 
@@ -185,6 +201,36 @@ def test_files_that_are_no_text_are_counted_by_reason(tmp_path: Path) -> None:
     assert "'id', 'body'" in skipped.first[Reason.NO_FIELD]
     assert len(find_files([str(tmp_path)]).left_out) == 4
     assert read(tmp_path / "g.parquet")[1].counts == {Reason.NO_TEXT: 1}
+    write_parquet(tmp_path / "h.parquet", ["row", "a\0b"])
+    assert read(tmp_path / "h.parquet")[1].counts == {Reason.NUL: 1}
+
+
+def test_json_files_are_documents_where_the_first_object_has_the_field_and_else_told(tmp_path: Path) -> None:
+    contents = {
+        "array": '[{"body": "one"}, 7, ["x"], {"body": "two"}, {"id": 1}]',
+        "one": '\n {\n "id": 1,\n "body": "three"}',
+        "cut": '[{"body": "four"}, {"body": "fi',
+        "open": '[{"body": "six"}',
+        "behind": '[{"body": "seven"}] {"body": "eight"}',
+        "other": '[{"name": "package"}]',
+        "config": '{\n "name": "package"}',
+        "number": "3",
+        "nothing": "",
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(content)
+    found = find_files([str(tmp_path)], "body")
+    as_text = {file.path.stem for file in found.files if file.kind is FileKind.text}
+    assert as_text == {"other", "config", "number", "nothing"}
+    [line] = found.told_json("body")
+    assert "4 files named .json are read as text, first " in line
+    assert "config.json: no object with data.field=body" in line
+    texts, skipped = read([file for file in found.files if file.kind is not FileKind.text])
+    assert sorted(texts) == ["four", "one", "seven", "six", "three", "two"]
+    assert skipped.counts == {Reason.NO_OBJECT: 2, Reason.NO_FIELD: 1}
+    assert skipped.files == {Reason.DAMAGED: 3}
+    assert "array.json: document 2" in skipped.first[Reason.NO_OBJECT]
+    assert find_files([str(tmp_path / "array.json")], "body").told_json("body") == []
 
 
 def test_a_file_that_cannot_be_opened_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

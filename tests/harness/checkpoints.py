@@ -8,7 +8,8 @@ import torch
 
 from dsv3.checkpoint.dcp_metadata import load_tensors, read_metadata
 from dsv3.checkpoint.directory import MANIFEST_FILE, complete_steps
-from dsv3.checkpoint.manifest import FileEntry, write_manifest
+from dsv3.checkpoint.manifest import write_manifest
+from dsv3.tokens.file_digests import FileEntry
 
 
 def tensors(step: Path) -> dict[str, bytes]:

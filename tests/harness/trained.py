@@ -1,9 +1,12 @@
 """The tiny model with a past: an optimizer with moments, and steps that cost nothing."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dsv3.checkpoint.directory import Progress
@@ -12,11 +15,28 @@ from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.strict import build
 from dsv3.distributed.process_group import RankContext
 from dsv3.model.transformer import Transformer
+from dsv3.training.step import TrainStep
 from tests.harness.checkpoints import as_bytes
 from tests.harness.tiny import model_config
 
 ALONE = RankContext(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 """The only rank of a world of one."""
+
+
+@contextmanager
+def killed_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
+    """Let the run inside be broken off in its step `number`, counted from 1, as it fails a TrainCommand."""
+    step, calls = TrainStep.__call__, []
+
+    def kill(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return step(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(TrainStep, "__call__", kill)
+        yield
 
 
 class Trained:

@@ -42,18 +42,6 @@ def test_a_second_signal_ends_everything_with_130(command_line: CommandLine, tmp
     assert gone(workers, 10)
 
 
-def test_a_killed_worker_ends_the_run_and_is_named(command_line: CommandLine, tmp_path: Path) -> None:
-    process = command_line.start(*command_line.training(tmp_path / "run", ENDLESS, *TWO))
-    process.wait_for_steps(tmp_path / "run", 1)
-    workers = process.workers()
-    workers[1].send_signal(KILL)
-    ended = process.wait()
-    assert ended.code == 1
-    assert f"rank 1 (pid {workers[1].pid}) was ended by SIGKILL" in ended.err
-    assert "Traceback" not in ended.err
-    assert gone(workers, 0)
-
-
 def test_workers_do_not_outlive_a_killed_launcher(command_line: CommandLine, tmp_path: Path) -> None:
     process = command_line.start(*command_line.training(tmp_path / "run", ENDLESS, *TWO))
     process.wait_for_steps(tmp_path / "run", 1)

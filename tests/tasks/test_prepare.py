@@ -1,5 +1,6 @@
 """task=prepare from the command line: the input found, the tokenizer made, the table, and what is refused."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_skips_beyond_the_bound_are_refused_until_allowed(source: Path, command:
         "data.field=body",
         "data.max_skipped=0.04",
     )
-    assert not (source.parent / "out" / "index.json").exists()
+    assert not (source.parent / "out").exists()
     told = command.must(*arguments(source, "data.max_skipped=0.04")).out
     assert "1 document: no JSON, first" in told
     assert ShardIndex.read(source.parent / "out").skipped == {"the field is missing": 1, "no JSON": 1}
@@ -142,8 +143,34 @@ def test_skips_beyond_the_bound_are_refused_until_allowed(source: Path, command:
 
 def test_a_wrong_field_leaves_nothing_that_is_in_the_way(source: Path, command: TrainCommand) -> None:
     only = f"task.input={source}/a.jsonl"
-    refused(command.run(*arguments(source, only, "data.field=text")), "it has 'body'", "Name the field")
+    deep = source.parent / "some" / "deep"
+    wrong = (only, "data.field=text", f"task.output={deep}")
+    refused(command.run(*arguments(source, *wrong)), "it has 'body'", "Name the field")
+    assert not deep.parent.exists()
     command.must(*arguments(source, only))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_done(
+    source: Path, command: TrainCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreached(*args: object, **how: object) -> None:
+        raise AssertionError("the input was looked at")
+
+    monkeypatch.setattr(task, "find_files", unreached)
+    refused(command.run(*arguments(source, f"task.output={source}/a.jsonl/x")), "cannot be written")
+
+    class Full:
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def write(self, content: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare_shards.tempfile, "TemporaryFile", lambda **_: Full())
+    refused(command.run(*arguments(source)), "No space left", "make room")
+    assert not (source.parent / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Make token shards in two processes, slowly, to be killed: python -m tests.tokens.killed_prepare IN OUT."""
 
+import errno
 import os
 import signal
 import sys
@@ -42,6 +43,15 @@ class DyingSides(HashedSides):
             if number == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield found
+
+
+class FullSides(HashedSides):
+    """Sides of documents that are written to a full disk."""
+
+    def documents(self, *args: Any) -> Any:
+        """Fail as a write does."""
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
 
 
 def prepare(

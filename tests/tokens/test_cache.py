@@ -20,6 +20,7 @@ from dsv3.errors import UserError
 from dsv3.metrics.progress import Phase, phase
 from dsv3.tokens import cache
 from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build
+from dsv3.tokens.cache_seal import write_seal
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -108,6 +109,7 @@ def test_whoever_finishes_second_takes_what_is_there(tmp_path: Path) -> None:
     def overtaken(directory: Path) -> None:
         target.mkdir()
         (target / "content").write_text("the other's")
+        write_seal(target)
         build(directory)
 
     assert load_or_build(target, read, overtaken) == "the other's"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from dsv3.tokens.tokenize_unit import TokenizeUnit
 from dsv3.tokens.tokenizer import Tokenizer, TrainedTokenizer
 from tests.data.texts import sentence
 from tests.harness.processes import ROOT
-from tests.tokens.killed_prepare import DyingSides, prepare
+from tests.tokens.killed_prepare import DyingSides, FullSides, prepare
 
 
 def long_text(seed: int) -> str:
@@ -258,6 +259,37 @@ def test_a_full_or_read_only_disk_is_told_and_gone_on_from(
         told = "it goes on where it was" if code == errno.ENOSPC else "give a folder that can be written"
         with pytest.raises(UserError, match=f"task.output=.*the reason.*{told}"):
             prepare(source, tmp_path / "out")
+    prepare(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_full_disk_of_a_process_is_told_as_one(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"task.output=.* cannot be written \(No space left.*make room"):
+        prepare(source, tmp_path / "out", workers=2, kind=FullSides)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_refused_work_stays_where_it_is_large_and_can_be_gone_on_with(
+    is_large: bool, source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    def refuse(skipped: Skipped, at_end: bool) -> None:
+        if skipped.documents > 60:
+            raise UserError("too many are skipped")
+
+    bound = 1 if is_large else 64 << 20
+    with pytest.raises(UserError, match=r"skipped \(what is done stays" if is_large else "skipped$"):
+        prepare(source, tmp_path / "out", check=refuse, in_process_below=bound)
+    assert (tmp_path / "out" / UNFINISHED).exists() is is_large
+    if is_large:  # of no use once a file has another time
+        file = source / "b.jsonl"
+        stat = file.stat()
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        units = plan_units(find_files([f"{source}/*.jsonl"]).files, ReadOptions(), 12_000)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        journal = tmp_path / "out" / UNFINISHED / JOURNAL_FILE
+        identity = json.loads(journal.read_text().splitlines()[0])
+        assert prepare_shards._bytes_done(journal, identity, units) == 0
+        assert prepare_shards._bytes_done(journal, {}, units) is None
     prepare(source, tmp_path / "out")
     assert contents(tmp_path / "out") == expected
 

@@ -144,7 +144,9 @@ def test_errors_name_the_url(store: ObjectStore, tmp_path: Path) -> None:
         RemoteFolder("nosuch://x", str(tmp_path), ROOM).fetch("y")
 
 
-def test_whole_files_are_fetched_once_per_version(store: ObjectStore, tmp_path: Path) -> None:
+def test_whole_files_are_fetched_once_per_version(
+    store: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store.objects |= {"data/index.json": b"one", "data/tokenizer/tokenizer.json": b"{}"}
     folder = RemoteFolder(f"{store.address}/data", str(tmp_path), ROOM)
     first = folder.fetch("index.json")
@@ -155,7 +157,16 @@ def test_whole_files_are_fetched_once_per_version(store: ObjectStore, tmp_path: 
     assert folder.fetch("index.json").read_bytes() == b"two"
     assert first.read_bytes() == b"one"  # another process may be reading it
     kept = folder.fetch_folder("tokenizer", ["tokenizer.json", "tokenizer_config.json"])
-    assert [path.name for path in kept.iterdir()] == ["tokenizer.json"]
+    assert sorted(path.name for path in kept.iterdir()) == ["seal.json", "tokenizer.json"]
+    # A copy whose bits have flipped is fetched again, told, and so is the folder of such copies made anew.
+    for copy in (first, kept / "tokenizer.json"):
+        copy.write_bytes(b"x" * copy.stat().st_size)
+    store.objects["data/index.json"] = b"one"
+    assert folder.fetch("index.json").read_bytes() == b"one"
+    told = f"the cache's copy of {store.address}/data/index.json is damaged, and is fetched again"
+    assert told in capsys.readouterr().err
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    assert (folder.fetch_folder("tokenizer", names) / "tokenizer.json").read_bytes() == b"{}"
 
 
 def test_the_same_from_an_s3_bucket(

@@ -175,5 +175,5 @@ def test_few_files_are_open_and_a_file_that_shrinks_is_told(
     with pytest.raises(UserError, match=r"8\.bin has become shorter .* 2 of the 8 bytes from byte 12"):
         arrays[8][4:8]
     (tmp_path / "0.bin").unlink()
-    with pytest.raises(UserError, match=r"0\.bin cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"0\.bin does not exist"):
         arrays[0][0:1]

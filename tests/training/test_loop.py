@@ -25,6 +25,7 @@ from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.loop import Loop
 from dsv3.training.schedule import WarmupCosine
+from dsv3.training.step_taker import StepTaker
 from dsv3.training.throughput import Throughput
 from tests.harness.trained import ALONE
 
@@ -61,6 +62,10 @@ class Work(Callback):
                 self.act("batch", run.step)
                 work.advance()
         self.act("evaluated", run.step)
+
+    def on_save_request(self, run: TrainingRun) -> None:
+        """Save and go on."""
+        self.act("save asked for", run.step)
 
     def on_train_end(self, run: TrainingRun, finished: bool) -> None:
         """Save."""
@@ -119,11 +124,10 @@ class Run:
             self.seen += [int(row[0]) for batch in batches for row in batch.tokens]
             note("step", self.run.step + 1)
 
+        batches = Prefetcher(DataLoader(NumberedRows(), batch, 1), 2, ALONE.device)
         self.loop = Loop(
             self.run,
-            cast(Any, take),
-            Prefetcher(DataLoader(NumberedRows(), batch, 1), 2, ALONE.device),
-            WarmupCosine(1, STEPS, 0.1),
+            StepTaker(cast(Any, take), batches, WarmupCosine(1, STEPS, 0.1), config),
             Throughput(1.0, None, torch.device("cpu")),
             [Work(note), self.record],
             StopSignal(self.request),
@@ -149,7 +153,7 @@ def test_a_row_has_the_seconds_that_its_step_waited_for_data_and_the_tokens_of_i
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([0.0, 1.5, 2.0, 2.25])
-    monkeypatch.setattr("dsv3.training.loop.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("dsv3.training.step_taker.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     rows: list[MetricsRow] = []
 
     def act(run: Run, what: str, step: int) -> None:
@@ -191,6 +195,29 @@ def test_after_the_last_step_a_stop_cuts_nothing_off_because_a_resume_would_not_
     run = Run(act)
     assert not run.loop.train()
     assert run.events[-6:] == [*whole_step(STEPS)[1:], ("saved", STEPS)]
+
+
+@pytest.mark.parametrize("asked_in", ["step", "batch", "recorded"])
+def test_a_request_to_save_is_met_behind_the_step_and_the_run_goes_on(asked_in: str) -> None:
+    def act(run: Run, what: str, step: int) -> None:
+        run.request.save_requested |= (what, step) == (asked_in, 2)
+
+    run = Run(act)
+    assert run.loop.train()
+    expected = [event for step in range(1, 6) for event in whole_step(step)] + [("finished", 5)]
+    expected.insert(2 * len(whole_step(1)), ("save asked for", 2))
+    assert run.events == expected
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_request_to_save_at_the_end_asks_for_no_second_save(stops: bool) -> None:
+    def act(run: Run, what: str, step: int) -> None:
+        if (what, step) == ("step", STEPS - stops):
+            run.request.save_requested, run.request.requested = True, stops
+
+    run = Run(act)
+    assert run.loop.train() is not stops
+    assert "save asked for" not in dict(run.events)
 
 
 def test_a_callback_may_want_the_run_to_stop() -> None:

@@ -214,6 +214,7 @@ def test_padded_rows_train_as_the_rows_cut_to_their_tokens_do(
     (mine, my_loads, moved, routers), (right, loads, expected, others) = found
     # 39 tokens, beside which the rows have 41 positions of padding.
     assert {int(load.sum()) for load in my_loads} == {39 * MODEL.moe.top_k}
+    assert (mine.pop("padding").item(), right.pop("padding").item()) == (pytest.approx(41 / 80), 0)
     assert all(map(torch.equal, my_loads, loads))
     assert {name: pytest.approx(value.item(), rel=1e-5) for name, value in mine.items()} == {
         name: value.item() for name, value in right.items()
@@ -274,7 +275,7 @@ def test_figures_are_those_of_the_metrics_row_that_the_model_has(
     config: ModelConfig, unknown: set[str]
 ) -> None:
     known = {"loss", "mtp_loss", "balance_loss", "grad_norm"}
-    known |= {"moe_max_violation", "moe_entropy", "moe_bias_range"}
+    known |= {"moe_max_violation", "moe_entropy", "moe_bias_range", "padding"}
     assert known <= {f.name for f in fields(MetricsRow)}
     metrics = step_of(tiny_model(config))([batch(0, 1)], WEIGHTS).known()
     broken = metrics.pop(FIRST_NONFINITE_ROUTER, None)

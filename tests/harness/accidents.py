@@ -1,0 +1,112 @@
+"""Put bad numbers into chosen steps of a run: a callback for train.callbacks, and the faults that it makes.
+
+Steps are known by the first sequence of their batch, so that a step which is taken again, by a resume or a
+replay, meets the same fault.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.checkpoint.state import local_tensor
+from dsv3.distributed.torch_private import local_shape_and_offset
+from dsv3.training.callbacks import Callback, TrainingRun
+from dsv3.training.loss import LossSums
+
+
+def spoil(parts: Any, sums: LossSums, fault: dict[str, Any], rank: int = 0) -> LossSums:
+    """Do to the gradients and losses of a rank what `fault` says, and return the losses.
+
+    kind: nan (the gradient of a parameter, or everything), loss, mtp (that loss alone), spike (all gradients
+    times `factor`). parameter, expert: where, of the whole model. rank: the only rank that it happens on,
+    None for all.
+    """
+    if fault.get("rank") not in (None, rank):
+        return sums
+    kind, name, expert = fault["kind"], fault.get("parameter"), fault.get("expert")
+    if kind in ("loss", "mtp"):
+        field = "main" if kind == "loss" else "mtp"
+        return sums._replace(**{field: getattr(sums, field) * math.nan})
+    factor = math.nan if kind == "nan" else float(fault.get("factor", 1000.0))
+    for found, parameter in (item for part in parts for item in part.named_parameters()):
+        if parameter.grad is None or (name is not None and found != name):
+            continue
+        gradient = local_tensor(parameter.grad)
+        if expert is None:
+            gradient.mul_(factor)
+        elif 0 <= (here := expert - _first(parameter)) < len(gradient):
+            gradient[here].mul_(factor)
+    if kind == "nan" and name is None:
+        return sums._replace(main=sums.main * math.nan)
+    return sums
+
+
+class Inject(Callback):
+    """Spoils the steps that begin at given sequences: `faults` by the number of the first sequence."""
+
+    def __init__(self, faults: dict[Any, Any]) -> None:
+        self.faults = {int(first): dict(fault) for first, fault in faults.items()}
+        self.kick: float | None = None
+
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Wrap the forward and backward pass of the run."""
+        inner, parts = run.forward_backward.train, run.forward_backward.model_parts
+
+        def train(*arguments: Any) -> LossSums:
+            sums = inner(*arguments)
+            fault = self.faults.get(run.progress.samples)
+            if fault is not None and fault["kind"] == "weights":
+                self.kick = float(fault["factor"])
+                return sums
+            return sums if fault is None else spoil(parts, sums, fault, run.ranks.rank)
+
+        run.forward_backward.train = train  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Multiply all weights after a step with a fault of kind `weights`, from which the loss goes up."""
+        if self.kick is not None:
+            for part in run.forward_backward.model_parts:
+                for parameter in part.parameters():
+                    local_tensor(parameter).mul_(self.kick)
+            self.kick = None
+
+
+class PassOver(Callback):
+    """Takes no update at the steps that begin at given sequences, by means of its own."""
+
+    def __init__(self, first: list[int]) -> None:
+        self.first = [int(each) for each in first]
+
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Let the optimizer and the biases stand still at these steps."""
+        update = run.optimizer.step
+        routers = [router for part in run.forward_backward.model_parts for router in part.routers()]
+
+        def step(*arguments: Any) -> Any:
+            takes = run.progress.samples not in self.first
+            for router in routers:
+                router.bias_moves = takes
+            return update(*arguments) if takes else None
+
+        run.optimizer.step = step  # type: ignore[method-assign]
+
+
+def injected(faults: dict[int, dict[str, Any]], passed: list[int] | None = None) -> list[str]:
+    """Return the overrides that let a run meet `faults`, or pass over the steps `passed`."""
+    told = ", ".join(
+        f"{first}: {{{', '.join(f'{key}: {value}' for key, value in fault.items())}}}"
+        for first, fault in faults.items()
+    )
+    node = f"{{_target_: tests.harness.accidents.Inject, faults: {{{told}}}}}"
+    if passed is not None:
+        node = f"{{_target_: tests.harness.accidents.PassOver, first: {passed}}}"
+    return [f"+train.callbacks.inject={node}", "run.allow_targets=[tests.harness.accidents]"]
+
+
+def _first(parameter: Tensor) -> int:
+    """Return the number of the first expert of a stack that is on this rank."""
+    return local_shape_and_offset(parameter)[1][0] if hasattr(parameter, "placements") else 0  # type: ignore[arg-type]
+
