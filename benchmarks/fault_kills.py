@@ -5,9 +5,9 @@ resumed, until its layout's kills are spent; a run that gets to its end in betwe
 victim is drawn: one rank, the launcher, or every process of the run at once, as by a power cut. Of each
 layout's kills a half is spent on ranks of runs with launch.max_restarts, which go on by themselves.
 
-Every finished run must equal one of the same layout that was never interrupted: each row of metrics.jsonl and
-each tensor of the last checkpoint (weights, optimizer, random state), bit for bit. No process of a run may live
-10 s after a kill that ends it.
+Every finished run must equal one of the same layout that was never interrupted: each row of metrics.jsonl
+and each tensor of the last checkpoint (weights, optimizer, random state), bit for bit. No process of a run
+may live 10 s after a kill that ends it.
 """
 
 import json
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ SETTINGS = (
     "train.generate_every=0",
     "train.log_every=5",
 )
+RESTARTING = ("launch.max_restarts=1000",)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "none": (1, ()),
     "fsdp": (2, ("parallel=fsdp", "launch.nproc=2")),
@@ -98,23 +99,27 @@ class Trial:
         # One thread per rank: a model this small gains nothing from more.
         self.environment = os.environ | {"DSV3_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
 
-    def command(self, run: Path, restarts: int = 0) -> list[str]:
-        """Return the command that starts the run, or goes on with it where config.yaml says there is one."""
+    def command(self, run: Path, more: Sequence[str] = ()) -> list[str]:
+        """Return the command that starts the run, or goes on with it where config.yaml says there is one.
+
+        `more` are further overrides of a run that starts.
+        """
         program = [sys.executable, str(ROOT / "train.py")]
         if (run / "config.yaml").exists():
             self.resumes += 1
             return [*program, f"resume={run}"]
-        again = [f"launch.max_restarts={restarts}"] if restarts else []
-        return [*program, *SETTINGS, *self.layout, *again, f"data.path={self.text}", f"run.dir={run}"]
+        return [*program, *SETTINGS, *self.layout, *more, f"data.path={self.text}", f"run.dir={run}"]
 
     @contextmanager
-    def started(self, run: Path, restarts: int = 0) -> Iterator["subprocess.Popen[bytes]"]:
-        """Start the command in a session of its own; what it says goes to a file beside the run."""
-        with run.with_suffix(".log").open("ab") as log:
+    def started(
+        self, run: Path, more: Sequence[str] = (), log: Path | None = None
+    ) -> Iterator["subprocess.Popen[bytes]"]:
+        """Start the command in a session of its own; what it says goes to `log`, or a file beside the run."""
+        with (log or run.with_suffix(".log")).open("ab") as said:
             process = subprocess.Popen(
-                self.command(run, restarts),
-                stdout=log,
-                stderr=log,
+                self.command(run, more),
+                stdout=said,
+                stderr=said,
                 env=self.environment,
                 start_new_session=True,
             )
@@ -157,7 +162,7 @@ class Trial:
     def kill_ranks(self, run: Path, number: int, kills: int, moments: random.Random) -> list[Kill]:
         """Start a run that restarts by itself and kill ranks of it; return the kills until it has ended."""
         done: list[Kill] = []
-        with self.started(run, restarts=1000) as process:
+        with self.started(run, RESTARTING) as process:
             while len(done) < kills:
                 began, after = time.time(), moments.uniform(0.5, 12.0)
                 try:
@@ -185,19 +190,26 @@ def write_text(folder: Path) -> None:
 
 
 def strike(process: "subprocess.Popen[bytes]", victim: str) -> bool:
-    """Kill the victim; return False where it does not exist, which in a run's first seconds a rank does not."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    """Kill the victim; return False where it is a rank that has not been started."""
     if victim == "all":
         os.killpg(process.pid, signal.SIGKILL)
     elif victim == "launcher":
         os.kill(process.pid, signal.SIGKILL)
     else:
-        wanted = victim.removeprefix("rank ")
-        found = [one for one in family if _rank(one) == wanted]
-        if not found:
+        worker = find_rank(process, int(victim.removeprefix("rank ")))
+        if worker is None:
             return False
-        os.kill(found[0].pid, signal.SIGKILL)
+        worker.kill()
     return True
+
+
+def find_rank(process: "subprocess.Popen[bytes]", rank: int) -> psutil.Process | None:
+    """Return the worker of a rank; None where there is none at the moment."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return None
+    return next((one for one in family if _rank(one) == str(rank)), None)
 
 
 def _rank(process: psutil.Process) -> str | None:
@@ -283,7 +295,7 @@ def trace(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of the last checkpoint as raw bytes, so that even a NaN or a -0.0 must be the same."""
+    """Return every tensor of the last checkpoint as raw bytes: even a NaN or a -0.0 must be the same."""
     directory = complete_steps(run)[-1]
     entries: dict[str, Any] = dict(read_metadata(directory).state_dict_metadata)
     loaded = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items()}
@@ -304,11 +316,15 @@ def kill_layout(
     trial.finish(root / "warm-up")  # fills the data cache, which all other runs share
     whole = trial.finish(reference)
     startup = min(whole, trial.finish(reference))  # nothing left to train: what a resume costs by itself
-    print(f"{layout}: uninterrupted {whole:.1f} s, of which about {startup:.1f} s are no training", flush=True)
+    print(
+        f"{layout}: uninterrupted {whole:.1f} s, of which about {startup:.1f} s are no training", flush=True
+    )
     trial.resumes = 0
     done: list[Kill] = []
     number, by_itself = 1, kills // 2 if trial.ranks > 1 else 0
-    victims = ["launcher", "all", *(f"rank {rank}" for rank in range(trial.ranks))] if trial.ranks > 1 else ["all"]
+    victims = (
+        ["launcher", "all", *(f"rank {rank}" for rank in range(trial.ranks))] if trial.ranks > 1 else ["all"]
+    )
 
     def next_run() -> Path:
         return root / f"run-{number}"
@@ -358,7 +374,7 @@ def _counts(names: Iterator[str]) -> dict[str, int]:
 def _show(layout: str, count: int, kill: Kill) -> None:
     gone = "goes on" if kill.gone is None else f"gone after {kill.gone:.2f} s"
     print(
-        f"{layout} kill {count:3}  run {kill.run}  {kill.victim:8}  at {kill.seconds:5.1f} s  {kill.phase:20}  "
-        f"rows {kill.rows:3}  checkpoint {kill.newest:3}  {gone}",
+        f"{layout} kill {count:3}  run {kill.run}  {kill.victim:8}  at {kill.seconds:5.1f} s  "
+        f"{kill.phase:20}  rows {kill.rows:3}  checkpoint {kill.newest:3}  {gone}",
         flush=True,
     )

@@ -3,8 +3,8 @@
     python -m benchmarks.fuzz_readers npy --seconds 600     one reader; needs `pip install atheris`
     python -m benchmarks.fuzz_readers --list
 
-A reader may only return or raise UserError. Anything else ends the search, as do a turn of 5 s and 2 GB of memory;
-the input that did it is kept in tests/faults/cases/READER-DIGEST and stays a test (tests/faults/test_readers.py).
+A reader may only return or raise UserError. Anything else ends the search, as do a turn of 5 s and 2 GB of
+memory. Put the input that did it into tests/faults/cases/READER-NAME: there it stays a test.
 """
 
 import argparse
@@ -48,11 +48,12 @@ def _read_metadata(folder: Path) -> None:
 
 def _metadata_seeds() -> list[bytes]:
     import torch
-    from torch.distributed.checkpoint import FileSystemWriter, save
+    from torch.distributed.checkpoint import state_dict_saver
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     with tempfile.TemporaryDirectory() as folder:
         state = {"weight": torch.zeros(4, 3), "step": torch.zeros(())}
-        save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
+        state_dict_saver.save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
         return [(Path(folder) / ".metadata").read_bytes(), pickle.dumps({"a": [1, (2, "b")]})]
 
 
@@ -78,7 +79,11 @@ def _read_npy(folder: Path) -> None:
 
 def _npy_seeds() -> list[bytes]:
     found = []
-    for array in (np.zeros(9, np.uint16), np.zeros((3, 4), ">i4"), np.asfortranarray(np.zeros((3, 4), np.int64))):
+    for array in (
+        np.zeros(9, np.uint16),
+        np.zeros((3, 4), ">i4"),
+        np.asfortranarray(np.zeros((3, 4), np.int64)),
+    ):
         np.save(buffer := BytesIO(), array)
         found.append(buffer.getvalue())
     return found
@@ -93,8 +98,9 @@ def _read_config(folder: Path) -> None:
 def _config_seeds() -> list[bytes]:
     values = {
         "model_type": "deepseek_v3", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256,
-        "num_attention_heads": 2, "intermediate_size": 128, "moe_intermediate_size": 32, "n_routed_experts": 4,
-        "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+        "num_attention_heads": 2, "intermediate_size": 128, "moe_intermediate_size": 32,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "kv_lora_rank": 16,
+        "first_k_dense_replace": 1,
         "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_group": 1,
         "topk_group": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
         "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
@@ -145,7 +151,11 @@ def _read_megatron(folder: Path) -> None:
 
 
 def _megatron_seeds() -> list[bytes]:
-    lengths, offsets, documents = np.array([3, 5], "<i4"), np.array([0, 12], "<i8"), np.array([0, 1, 2], "<i8")
+    lengths, offsets, documents = (
+        np.array([3, 5], "<i4"),
+        np.array([0, 12], "<i8"),
+        np.array([0, 1, 2], "<i8"),
+    )
     head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, len(lengths), len(documents))
     return [head + lengths.tobytes() + offsets.tobytes() + documents.tobytes()]
 
@@ -189,7 +199,7 @@ def try_input(reader: Reader, content: bytes, folder: Path) -> str | None:
 
 def fuzz(name: str, seconds: int) -> None:
     """Search for `seconds`; never returns: libFuzzer ends the process, with 0 where nothing was found."""
-    import atheris  # type: ignore[import-not-found]
+    import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     with atheris.instrument_imports(include=INSTRUMENTED):
         reader = READERS[name]
@@ -203,8 +213,11 @@ def fuzz(name: str, seconds: int) -> None:
     for content in [*reader.seeds(), *kept]:
         (corpus / hashlib.sha256(content).hexdigest()).write_bytes(content)
     atheris.Setup(
-        [sys.argv[0], str(corpus), f"-max_total_time={seconds}", f"-timeout={SLOWEST}", "-max_len=4096"]
-        + [f"-rss_limit_mb={LARGEST}", f"-artifact_prefix={work}/", "-print_final_stats=1"],
+        [
+            *(sys.argv[0], str(corpus), "-max_len=4096", "-print_final_stats=1"),
+            *(f"-max_total_time={seconds}", f"-timeout={SLOWEST}", f"-rss_limit_mb={LARGEST}"),
+            f"-artifact_prefix={work}/",
+        ],
         lambda content: try_input(reader, content, inputs),
     )
     atheris.Fuzz()

@@ -4,17 +4,32 @@ cli/application.py prints an error and returns its exit code.
 """
 
 import difflib
+import errno
+import os
 import re
+import shutil
 from collections.abc import Iterable
 from reprlib import Repr
 
 DONE, FAILED, MISTAKE, STOPPED, KILLED = 0, 1, 2, 75, 130
 """Exit codes: done; the run failed (RunFailed, and anything unforeseen); the user's mistake (UserError);
-stopped by SIGTERM or Ctrl-C after saving (distributed/signals.py); stopped at once, by a second signal."""
+stopped by a signal after saving (distributed/signals.py); stopped at once, by a second signal."""
+
+
+LONGEST_MESSAGE = 500
+"""Characters of a message at most, besides the paths of more than _LONGEST_WORD that it names."""
+
+_LONGEST_WORD = 100
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: the commands print one or two lines and exit with code 2."""
+    """A mistake that the user can fix: the commands print one or two lines and exit with code 2.
+
+    The text is as short as LONGEST_MESSAGE says, whatever a file or a library has put into it.
+    """
+
+    def __str__(self) -> str:
+        return shortened(super().__str__())
 
 
 class InvalidValue(UserError):
@@ -33,7 +48,32 @@ class InvalidValue(UserError):
     def __str__(self) -> str:
         value = "null" if self.value is None else str(self.value)
         shown = value if len(value) <= 120 else value[:117] + "..."
-        return f"{self.key}={shown} is not possible: {self.allowed}"
+        return shortened(f"{self.key}={shown} is not possible: {self.allowed}")
+
+
+def shortened(text: str) -> str:
+    """Return a message with the middle of what is too long left out, of words first and then of its lines.
+
+    A word with a slash may be a path, or part of a command to type: it stays whole up to 4,096 characters.
+    """
+    if len(text) <= LONGEST_MESSAGE:
+        return text
+    words = re.split(r"(\s)", text)
+    paths = 0
+    for number, word in enumerate(words):
+        if len(word) > (4096 if "/" in word else _LONGEST_WORD):
+            words[number] = f"{word[:60]}...{word[-20:]}"
+        elif len(word) > _LONGEST_WORD:
+            paths += len(word)
+    text = "".join(words)
+    lines = text.splitlines()
+    excess = len(text) - paths - LONGEST_MESSAGE
+    if excess > 0:
+        longest = max(range(len(lines)), key=lambda number: len(lines[number]))
+        line, middle = lines[longest], len(lines[longest]) // 2
+        half = max(0, min(excess + 5, len(line) - 40)) // 2 + 1
+        lines[longest] = f"{line[: middle - half]} ... {line[middle + half :]}"
+    return "\n".join(lines)
 
 
 class RunFailed(Exception):
@@ -41,7 +81,42 @@ class RunFailed(Exception):
 
 
 class RunOver(RunFailed):
-    """The run failed in a way that a restart would repeat (launch.max_restarts), such as too many accidents."""
+    """The run failed in a way that a restart would repeat (launch.max_restarts): too many accidents."""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
+
+_FAILING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def refused_by_system(error: BaseException) -> UserError | None:
+    """Return the mistake behind an OSError of a file: a full, failing or read-only disk, an impossible path.
+
+    None for any other error, such as a file that is missing: who opened it knows why it should be there.
+    """
+    if not isinstance(error, OSError) or isinstance(error, UserError):
+        return None
+    error = first_of_copy(error)
+    name, code, reason = error.filename2 or error.filename, error.errno, error.strerror
+    place = "a file" if name is None else os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    if code in _FULL:
+        return UserError(f"{place} cannot be written ({reason}): make room, and repeat the command")
+    if code in _REFUSED:
+        return UserError(f"{place} cannot be read or written ({reason}): name another place, or mend it")
+    if code in _FAILING:
+        return UserError(f"{place} cannot be read or written: {reason}")
+    return None
+
+
+def first_of_copy(error: OSError) -> OSError:
+    """Return the first error of those that shutil.copytree collects as texts; any other error as it is."""
+    if not isinstance(error, shutil.Error) or not error.args or not isinstance(error.args[0], list):
+        return error
+    _, name, told = error.args[0][0]
+    found = re.match(r"\[Errno (\d+)\] ([^:]*)", str(told))
+    return OSError(int(found[1]), found[2], str(name)) if found else OSError(0, str(told)[:200], str(name))
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:

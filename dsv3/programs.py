@@ -16,11 +16,18 @@ from dsv3.config.strict import build
 from dsv3.config.task import SamplingConfig
 from dsv3.convert.request import prepare_conversion
 from dsv3.distributed.device import use_expandable_segments
-from dsv3.distributed.signals import NOTHING_TO_SAVE, die_with_parent, stop_on_signal
+from dsv3.distributed.signals import (
+    NOTHING_SAVED,
+    NOTHING_TO_SAVE,
+    die_with_parent,
+    leave_on_signal,
+    stop_on_signal,
+)
 from dsv3.launch.checkpoint_defaults import Composition
 from dsv3.launch.job import Job, SweepJob, is_first_on_node, under_launcher
 from dsv3.launch.nearest_fix import require_fits
 from dsv3.launch.prepare import prepare_job
+from dsv3.launch.restarts import allowed_restarts, run_in_workers
 from dsv3.launch.run_dir import check_can_make, check_run_dir, check_same_run, owned_run_dir
 from dsv3.launch.slurm import in_slurm_step
 from dsv3.launch.sweep import FAILED_FILE
@@ -57,19 +64,19 @@ def _start(job: Job, sweep: SweepJob | None) -> float | None:
     if not task.writes_run and os.environ.get("RANK", "0") == "0":  # a run tells them itself, and keeps them
         for note in job.notes:
             print(note, file=sys.stderr)
-    restarts = task.writes_run and settings.max_restarts > 0
+    restarts = allowed_restarts(job) > 0
     if not task.uses_model or (job.plan.world_size == 1 and not restarts) or under_launcher():
         if "TORCHELASTIC_RUN_ID" in os.environ:
             die_with_parent()  # or a kill -9 of torchrun would leave this rank behind
-        with phase(f"importing {'torch' if task.uses_model else 'the task'}"):
+        first = is_first_on_node()
+        words = "" if sweep is not None or not first else NOTHING_SAVED if task.writes_run else "stopped"
+        importing = phase(f"importing {'torch' if task.uses_model else 'the task'}")
+        with leave_on_signal(lambda: words), importing:
             todo = build(task)
         if task.writes_run:  # training listens itself
             return todo.run(job)  # type: ignore[no-any-return]
-        words = ("stopped", NOTHING_TO_SAVE) if is_first_on_node() else ("", "")
-        with stop_on_signal(True, *words, then_ignore=sweep is None):
+        with stop_on_signal(True, words, NOTHING_TO_SAVE if first else "", then_ignore=sweep is None):
             return todo.run(job)  # type: ignore[no-any-return]
-    from dsv3.launch.restarts import run_in_workers
-
     return run_in_workers(job)
 
 

@@ -168,28 +168,51 @@ def read_yaml(path: Path | str) -> Any:
 
 def parse_yaml(text: str, path: Path | str) -> Any:
     """Return the YAML in `text`, which came from `path`; BadFile for what is none or passes the limits."""
-    loader = _BoundedLoader(text, path)
     try:
-        return loader.get_single_data()
+        return _BoundedLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise _no_yaml(error, path) from None
-    finally:
-        loader.dispose()
 
 
 def compose_yaml(path: Path | str) -> yaml.Node | None:
-    """Return the nodes of a YAML file with their lines; errors as of `read_yaml`.
-
-    A file that passes may be handed to another reader of YAML: its aliases lead to no more than the limits.
-    """
-    loader = _BoundedLoader(read_text(path, "yaml"), path)
+    """Return the nodes of a YAML file with their lines; errors as of `read_yaml`."""
+    text = read_text(path, "yaml")
     try:
-        node: yaml.Node | None = loader.get_single_node()
+        node: yaml.Node | None = _BoundedLoader(text).get_single_node()
         return node
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _no_yaml(error, path) from None
-    finally:
-        loader.dispose()
+
+
+def require_bounded_yaml(path: Path | str) -> None:
+    """Raise BadFile unless a file may be handed to another reader of YAML.
+
+    It is a regular file within the bytes, depth and values that LIMITS allow, those that aliases stand for
+    included. A text that is no YAML passes: that reader will tell.
+    """
+    text = read_text(path, "yaml", errors="replace")
+    try:
+        _BoundedLoader(text).get_single_node()
+    except _TooMuch as error:
+        raise _no_yaml(error, path) from None
+    except (yaml.YAMLError, ValueError):
+        return
+
+
+def require_no_pipes(directory: Path) -> None:
+    """Raise BadFile for a pipe, device or socket in a directory in which a command is going to write.
+
+    A log or a journal that is appended to would wait for its reader, or write into the device.
+    """
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError, NotADirectoryError):  # a link that leads nowhere
+                try:
+                    mode = entry.stat().st_mode
+                except OSError as error:
+                    raise _unopened(entry.path, error) from None
+                if not stat.S_ISDIR(mode):
+                    _require_regular(entry.path, entry.stat())
 
 
 def refuse_lfs_pointer(path: Path) -> None:
@@ -230,7 +253,7 @@ def _decoded(content: bytes, path: Path | str, errors: str = "strict") -> str:
     try:
         return content.decode("utf-8", errors)
     except UnicodeDecodeError as error:
-        raise BadFile(path, f"is damaged: byte {error.start} is not UTF-8") from None
+        raise BadFile(path, f"is not UTF-8 at byte {error.start}") from None
 
 
 def _whole_number(digits: str) -> int:
@@ -266,10 +289,13 @@ def _require_depth(value: Any, depth: int, path: Path | str) -> None:
     raise BadFile(path, f"is nested more than {depth} deep")
 
 
+_INT = "tag:yaml.org,2002:int"
+
+
 class _BoundedLoader(yaml.SafeLoader):
     """PyYAML's SafeLoader within LIMITS["yaml"]; `size` counts what aliases stand for."""
 
-    def __init__(self, text: str, path: Path | str) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(text)
         self.limits = LIMITS["yaml"]
         self.nodes = self.depth = 0
@@ -278,18 +304,21 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Return the next node; a ConstructorError once the limits are passed."""
-        event: Any = self.peek_event()
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         before, is_alias = self.nodes, isinstance(event, yaml.AliasEvent)
         if is_alias:
             # An alias of the node around it would have no end: it is not complete, so it is not in here.
             self._count(self.anchored.get(event.anchor, self.limits.nodes + 1), event)
         else:
             self._count(1, event)
-        self.depth += 1
-        if self.depth > self.limits.depth + 1:
+        is_container = isinstance(event, yaml.CollectionStartEvent)
+        self.depth += is_container
+        if self.depth > self.limits.depth:
             self._refuse(f"is nested more than {self.limits.depth} deep", event)
         node = super().compose_node(parent, index)
-        self.depth -= 1
+        self.depth -= is_container
+        if isinstance(node, yaml.ScalarNode) and node.tag == _INT and len(node.value) > LONGEST_NUMBER:
+            self._refuse(f"has a number of {len(node.value):,} characters", event)
         if not is_alias and event.anchor is not None:
             self.anchored[event.anchor] = self.nodes - before
         return node
@@ -302,16 +331,6 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def _refuse(self, reason: str, event: Any) -> None:
         raise _TooMuch(reason, event.start_mark.line + 1)
-
-    def construct_yaml_int(self, node: Any) -> int:
-        """Return a whole number of at most LONGEST_NUMBER characters."""
-        text: str = self.construct_scalar(node)
-        if len(text) > LONGEST_NUMBER:
-            self._refuse(f"has a number of {len(text):,} characters", node)
-        return super().construct_yaml_int(node)
-
-
-_BoundedLoader.add_constructor("tag:yaml.org,2002:int", _BoundedLoader.construct_yaml_int)
 
 
 class _TooMuch(yaml.YAMLError):

@@ -47,8 +47,8 @@ def on_main(ranks: RankContext, work: Callable[[], T]) -> T:
 
 def _portable(error: Exception, rank: int) -> Exception:
     """Return an error as it can be sent to other ranks: any others may hold what cannot be pickled."""
+    if isinstance(error, UserError | RunFailed):  # before OSError: a file that is missing is both
+        return (UserError if isinstance(error, UserError) else RunFailed)(str(error))
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror or str(error), error.filename)
-    if isinstance(error, UserError | RunFailed):
-        return (UserError if isinstance(error, UserError) else RunFailed)(str(error))
     return RunFailed(f"rank {rank} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

@@ -9,17 +9,18 @@ JSON or YAML. A file may be a link to elsewhere, as in a hub's cache: it is read
 import math
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
@@ -34,6 +35,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dsv3.checkpoint.metadata_pickle import Record, load_records
+from dsv3.checkpoint.tensor_archive import require_tensor_archive
 from dsv3.config.limits import LARGEST
 from dsv3.distributed.garbage import without_collections
 from dsv3.distributed.torch_private import chunk_location
@@ -41,7 +43,7 @@ from dsv3.errors import UserError, quoted
 from dsv3.hf.names import MODEL_PREFIX
 from dsv3.hf.nonfinite import require_finite
 from dsv3.metrics.progress import Phase, phase
-from dsv3.untrusted_files import BadFile, MissingFile, read_bytes
+from dsv3.untrusted_files import BadFile, MissingFile, open_file, read_bytes
 
 
 class _Metadata(Record):
@@ -99,12 +101,35 @@ def _stand_in(module: str, name: str) -> Any:
     raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
 
 
+class _RegularFiles(FileSystem):
+    """DCP's file system, with regular files alone: a pipe among the tensors would wait for its writer."""
+
+    @contextmanager
+    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[Any]:
+        """Yield a file that is open for reading."""
+        with open_file(Path(path)) as file:
+            yield file
+
+
+class _SoundArchives:
+    """What DCP does with the stream of a tensor before torch.load gets it: here the archive is looked at."""
+
+    def transform_load_stream(
+        self, read_item: ReadItem, transform_descriptors: Sequence[str], raw_stream: IO[bytes]
+    ) -> IO[bytes]:
+        """Return the stream of a tensor's archive as it is."""
+        require_tensor_archive(raw_stream)
+        return raw_stream
+
+
 class SafeReader(FileSystemReader):
     """FileSystemReader with the metadata that `read_metadata` returned."""
 
     def __init__(self, directory: Path, metadata: Metadata) -> None:
         super().__init__(directory)
         self.metadata = metadata
+        self.fs = _RegularFiles()
+        self.transforms: Any = _SoundArchives()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the metadata, marked as DCP wants it."""

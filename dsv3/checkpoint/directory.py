@@ -240,7 +240,7 @@ def sweep_leftovers(run_dir: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears complete or not at all."""
     partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:  # names may be no UTF-8
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

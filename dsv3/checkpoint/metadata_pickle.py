@@ -1,4 +1,4 @@
-"""Load the pickle of a `.metadata` with an interpreter of our own: no code, no class, and bounded memory.
+"""Load the pickle of a `.metadata` or a tensor with an interpreter of our own: no code, and bounded memory.
 
 Python's unpickler is no reader for strangers' files even where no class can be named. A `put` of 5 bytes lets
 it allocate a table of 2^29 places. A key of tuples that hold one another twice never ends its hash, and one
@@ -168,6 +168,8 @@ def _load(raw: bytes, find_class: Callable[[str, str], Any]) -> Any:
             place = ends[1] + 1
             if code == 0x69:
                 raise ValueError("it makes an object as protocol 0 does")
+        elif code == 0x51:  # BINPERSID: a storage, in the pickle of a tensor
+            stack[-1] = Record(stack[-1])
         elif code == 0x30:  # POP
             stack.pop()
         elif code == 0x95:  # FRAME: only says how many bytes belong together

@@ -1,7 +1,7 @@
 """Compare what several ranks hold of the same: replicas of the training state must be equal, bit for bit.
 
-A device that computes wrongly now and then, or memory that loses a bit, does not stop a run: it trains on, and
-replicas drift apart. What has replicas follows from the placements of the tensors (docs/reliability.md):
+A device that computes wrongly now and then, or memory that loses a bit, does not stop a run: it trains on,
+and replicas drift apart. What has replicas follows from the placements of the tensors (docs/reliability.md):
 
 - a DTensor has one on each rank of its replicated mesh axes: under dp_replicate every weight and moment;
 - a plain tensor is the same on every rank of its pipeline stage: expert biases, step counts of the optimizer;
@@ -46,7 +46,7 @@ GROUPS_PER_PART = 16
 """Groups of a part of the model at most: plain tensors and those of three meshes, the embedding's apart. The
 statistics of Adafactor have no part in some axes, and make up more groups."""
 
-SMALL = 2**16
+SMALL = 2**20
 """Words of a tensor up to which it is summed together with others: a launch per tensor would take longer."""
 
 PACK = 2**24
@@ -153,9 +153,7 @@ class Replicas:
         self.run_dir = run_dir
         self._equal_at: tuple[int, int] | None = None
 
-    def compare(
-        self, model_parts: ModelParts, optimizer: torch.optim.Optimizer, progress: Progress
-    ) -> None:
+    def compare(self, model_parts: ModelParts, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Compare all replicas, once per step; the host waits for the device.
 
         Raises:
@@ -170,8 +168,9 @@ class Replicas:
             told = "; ".join(self._describe(holders, groups) for holders in found[:NAMED])
             more = f" and {len(found) - NAMED} more groups of tensors" if len(found) > NAMED else ""
             told = told if len(told) <= LONGEST else f"{told[: LONGEST - 3]}..."
+            step = self.ranks.broadcast_object(progress.step)
             raise RunFailed(
-                f"after step {progress.step} ranks differ in what they must hold alike: {told}{more}. Nothing "
+                f"after step {step} ranks differ in what they must hold alike: {told}{more}. Nothing "
                 "is saved; a device, memory or link of theirs may be broken. Go on from the last checkpoint: "
                 f"resume={self.run_dir}"
             )
@@ -206,7 +205,7 @@ class Replicas:
         hosts, sums = {}, {}
         for holder in [reference, *odd_ones[:ODD_ONES]]:
             own = holder.rank == self.ranks.rank
-            mine = (socket.gethostname(), groups[holder.slot].checksum_of_each()) if own else None
+            mine: Any = (socket.gethostname(), groups[holder.slot].checksum_of_each()) if own else None
             hosts[holder], sums[holder] = self.ranks.broadcast_object(mine, holder.rank)
         expected, first = sums[reference], odd_ones[0]
         differing = [n for n in range(len(expected)) if any(each[n] != expected[n] for each in sums.values())]
@@ -228,7 +227,7 @@ class Replicas:
 
     def _bit_sums_of(self, holder: _Holder, groups: list[ReplicaGroup], number: int) -> BitSums:
         """Return the sums of a holder's tensor of the group, on the CPU and on all ranks."""
-        mine = None
+        mine: Any = None
         if holder.rank == self.ranks.rank:
             tensor = list(groups[holder.slot].tensors.values())[number]
             mine = [each.cpu().numpy() for each in bit_sums(words_of(local_tensor(tensor)))]
@@ -285,7 +284,7 @@ def _where(tensor: Tensor, other: BitSums) -> str:
 
 
 def _odd(text: str) -> int:
-    """Return an odd number that stands for a text: a factor of checksums, so that swapped ones are noticed."""
+    """Return an odd number that stands for a text: as a factor of checksums it notices exchanged ones."""
     return _hash(text) | 1
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from dsv3.checkpoint.directory import (
     BEST,
     LATEST,
+    STATE_FILE,
     Progress,
     complete_steps,
     point,
@@ -44,10 +45,10 @@ def update_pointers(run_dir: Path, config: CheckpointConfig) -> None:
 
 
 def kept(steps: Sequence[Path], config: CheckpointConfig) -> set[Path]:
-    """Return those of `steps`, oldest first, that stay: the last, the last good one, every Mth and the best."""
+    """Return those of `steps`, oldest first, that stay: the last, the last good, every Mth and the best."""
     stay = set(steps[-config.keep_last :])
     if (good := last_good(steps)) is not None:
-        stay.add(good)
+        stay |= {good}
     if config.keep_every is not None:
         stay |= {step for step in steps if step_number(step) % config.keep_every == 0}
     if config.keep_best and (best := best_step(steps)) is not None:
@@ -72,6 +73,19 @@ def last_good(steps: Sequence[Path], before: int | None = None) -> Path | None:
     """
     earlier = [step for step in steps if before is None or step_number(step) < before]
     return next((step for step in reversed(earlier) if _is_good(step)), None)
+
+
+def doubt_notes(step: Path) -> list[str]:
+    """Return a line for the user of a checkpoint that was saved while the loss was above its past; else none.
+
+    A converted checkpoint, and one of another tool, has no past.
+    """
+    if not (step / STATE_FILE).is_file() or _is_good(step):
+        return []
+    steps = complete_steps(step.parent.parent)
+    good = last_good(steps)
+    better = "" if good is None else f"; {good} is the last good one"
+    return [f"{step} was saved while its loss was above its past (docs/reliability.md, bad numbers){better}"]
 
 
 def _loss(step: Path) -> float | None:

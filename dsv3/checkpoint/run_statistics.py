@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-LONGEST = 10_000
-"""Entries of a list that are read back at most; train.accidents allows no longer windows."""
+from dsv3.config.limits import ITEMS
 
 
 @dataclass
@@ -59,7 +58,7 @@ class RunStatistics:
             raise ValueError("its statistics have unknown names")
         found = cls(**stored)
         lists = (found.norms, found.losses, found.recent)
-        right = all(isinstance(values, list) and len(values) <= LONGEST for values in lists)
+        right = all(isinstance(values, list) and len(values) <= ITEMS for values in lists)
         right = right and all(map(_is_number, [*found.norms, *found.losses]))
         right = right and all(map(_is_count, [*found.recent, found.skipped, found.rewinds]))
         right = right and (found.lowest is None or _is_number(found.lowest))
@@ -70,7 +69,7 @@ class RunStatistics:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_count(value: object) -> bool:

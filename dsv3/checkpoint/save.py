@@ -43,7 +43,7 @@ from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.config.model import ModelConfig
 from dsv3.config.strict import to_yaml
 from dsv3.distributed.process_group import RankContext
-from dsv3.errors import RunFailed
+from dsv3.errors import RunFailed, first_of_copy
 from dsv3.metrics.progress import Phase, phase
 from dsv3.tokens.file_digests import FileEntry
 
@@ -115,6 +115,7 @@ def reason(error: BaseException, partial: Path) -> str:
     """Return one line on the cause of an error, the disk's own words if it was the disk."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    error = first_of_copy(error) if isinstance(error, OSError) else error
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename or partial})"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

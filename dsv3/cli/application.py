@@ -28,8 +28,8 @@ from dsv3.cli.user_files import UserFiles
 from dsv3.config.overrides import is_multirun, job_overrides, literal_notes
 from dsv3.config.registry import CONF, ROOT, command, register
 from dsv3.distributed.signals import NOTHING_SAVED, Stopped, leave_on_signal
-from dsv3.distributed.streams import discard
-from dsv3.errors import DONE, FAILED, KILLED, MISTAKE, InvalidValue, RunFailed, UserError
+from dsv3.distributed.streams import discard, print_any_name
+from dsv3.errors import DONE, FAILED, KILLED, MISTAKE, InvalidValue, RunFailed, UserError, refused_by_system
 from dsv3.launch.job import SweepJob, is_first_on_node
 from dsv3.launch.line_prefix import prefix_lines
 from dsv3.launch.search import continue_search
@@ -98,6 +98,7 @@ class Application:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print errors itself and exit with 1
         os.environ.update(srun_variables(os.environ))
         register_resolvers(self.sweep)
+        print_any_name()
         # Until training handles signals there is nothing to save. A sweep reports what its jobs have done.
         with leave_on_signal(self._last_words, self._is_sweep, over=lambda: self.ended):
             try:
@@ -272,7 +273,7 @@ def user_files(argv: Sequence[str]) -> UserFiles:
     """Return the user's YAML files of a command, of one whose flags are wrong too."""
     try:
         return UserFiles(argv, user_config_dir(argv))
-    except UserError:
+    except (UserError, OSError):
         return UserFiles(argv, None)
 
 
@@ -297,6 +298,7 @@ def report(error: BaseException, argv: Sequence[str], root: str = "config") -> i
         return int(error.code or 0)
     if isinstance(error, KeyboardInterrupt):
         return KILLED
+    error = refused_by_system(error) or error
     if isinstance(error, UserError | HydraException | OmegaConfBaseException):
         if is_first_on_node():
             files = user_files(argv)

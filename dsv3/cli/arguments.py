@@ -1,6 +1,7 @@
 """The arguments before Hydra parses them: quoting, and resume=DIR."""
 
 import importlib
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +111,11 @@ def _expand_replay(argv: Sequence[str], multirun: bool) -> list[str] | None:
     told = next((a for a in argv if override_key(a) == "task.run"), "")
     directory = Path(typed_text(told)).absolute() if typed.get("task.run") else None
     number = quote_texts([f"task.step={typed.get('task.step', '')}"])[0].partition("=")[2]
-    if directory is None or not (directory / CONFIG_FILE).is_file() or not number.isdecimal():
+    if (
+        directory is None
+        or not (directory / CONFIG_FILE).is_file()
+        or not re.fullmatch("[0-9]{1,15}", number)
+    ):
         return list(argv)
     run = ReplayedRun.read(directory, max(1, int(number)))
     root = register_stored("config", run.defaults(argv, _allowed_modules(argv)))

@@ -21,6 +21,7 @@ from dsv3.config.overrides import split_commas, split_override
 from dsv3.config.registry import CONF, SCHEMAS, config_groups
 from dsv3.config.strict import plain_reason, unknown_key
 from dsv3.errors import did_you_mean
+from dsv3.untrusted_files import read_bytes, read_text
 
 _EXTRAS = {
     "hydra/launcher": {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"},
@@ -57,7 +58,9 @@ def explain_error(
     if isinstance(error, MissingConfigException):
         return _missing_choice(error, arguments, groups, files)
     if isinstance(error, OSError):  # as the last one is, too
-        return f"{error.filename or 'a file'}: {error.strerror or error}"
+        name = str(error.filename or "a file")
+        name = name if len(name) <= 300 else f"{name[:150]}...{name[-150:]}"
+        return f"{name}: {error.strerror or error}"
     if isinstance(error, ConfigCompositionException) and (found := _IN_FILE.match(str(error))):
         return _bad_file(found[1], error, groups, files)
     cause = error.__cause__ if isinstance(error, HydraException) else error
@@ -92,7 +95,7 @@ def _bad_yaml(error: yaml.YAMLError | UnicodeDecodeError, files: UserFiles | Non
         problem = getattr(error, "problem", None) or getattr(error, "context", None) or "it cannot be read"
         return f"{shown(Path(mark.name))}:{mark.line + 1}: not YAML: {problem}"
     for file in files.used if files else []:  # these two errors do not say where they arose
-        content = file.read_bytes()
+        content = read_bytes(file, "yaml")
         try:
             yaml.compose(content.decode())
         except UnicodeDecodeError as problem:
@@ -142,7 +145,8 @@ def _missing_choice(
     place = f"{shown(file)}:{find_word(file, choice)}: " if file else ""
     typed = {override.partition("=")[0].lstrip("+") for override in arguments}
     if files and not file and group not in typed:
-        named = (each for each in files.used if re.search(rf"\b{re.escape(choice)}\b", each.read_text()))
+        word = re.compile(rf"\b{re.escape(choice)}\b")
+        named = (each for each in files.used if word.search(read_text(each, "yaml")))
         place = next((f"{shown(each)}:{find_word(each, choice)}: " for each in named), "")
     within, _, last = group.rpartition("/")
     if file and within and last in groups:

@@ -60,8 +60,8 @@ Keys (* is the default):
 The output appears once it is complete. What is unfinished waits in .NAME.partial beside it: the same
 command continues it, after a kill too. An output that holds anything is refused.
 
-Exit codes: 0 done, 1 failed (a full disk), 2 a mistake in the command or its files, 75 stopped by Ctrl-C
-or SIGTERM, where the same command continues; a second one: 130.
+Exit codes: 0 done, 1 failed (a full disk), 2 a mistake in the command or its files, 75 stopped by a
+signal (Ctrl-C, SIGTERM, ...), where the same command continues; a second one: 130.
 
 Try:
   {program} direction=hf_to_dcp input=DeepSeek-V3.1-Base output=dcp verify=true

@@ -16,6 +16,7 @@ from dsv3.config.key_types import KeyType, key_types
 from dsv3.config.overrides import split_commas, split_override
 from dsv3.config.registry import CONF, config_groups
 from dsv3.errors import UserError
+from dsv3.untrusted_files import BadFile, compose_yaml, read_text, require_bounded_yaml
 
 _PACKAGE = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
 
@@ -55,6 +56,7 @@ class UserFiles:
                 if name != choice.strip():
                     raise UserError(f"{key}={value}: a choice is named without its suffix: {key}={name}")
         for file in self.used:
+            require_bounded_yaml(file)
             _require_keys(file)
         self.check_texts()
 
@@ -93,12 +95,12 @@ class UserFiles:
 
 def find_key(file: Path, key: str) -> tuple[int, yaml.Node] | None:
     """Return the line of a dotted key in `file`, and the YAML node of its value; None where it has none."""
-    package = _package(file)
-    if package and not key.startswith(f"{package}."):
-        return None
+    node: Any
     try:
-        node: Any = yaml.compose(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        package, node = _package(file), compose_yaml(file)
+    except BadFile:
+        return None
+    if package and not key.startswith(f"{package}."):
         return None
     line = 1
     for part in key.removeprefix(f"{package}.").partition("[")[0].split("."):
@@ -112,7 +114,7 @@ def find_key(file: Path, key: str) -> tuple[int, yaml.Node] | None:
 
 def find_word(file: Path, word: str) -> int:
     """Return the number of the first line of `file` that holds `word`, or 1."""
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_text(file, "yaml", errors="replace").splitlines()
     whole = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
     return next((number for number, line in enumerate(lines, 1) if whole.search(line)), 1)
 
@@ -127,8 +129,8 @@ def shown(file: Path) -> str:
 def _require_keys(file: Path) -> None:
     """Raise UserError for a file that holds a list, a value or nothing where keys belong."""
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        root = compose_yaml(file)
+    except BadFile:
         return  # Hydra cannot read it either
     experiment = file.parent.name == "experiments"
     if isinstance(root, yaml.MappingNode) or (root is None and not (experiment and _package(file))):
@@ -142,7 +144,7 @@ def _require_keys(file: Path) -> None:
 def _package(file: Path) -> str:
     """Return the dotted node that the keys of a file belong to; nothing for the root."""
     group = ".".join(file.parent.parts[-1:])
-    found = _PACKAGE.search(file.read_text(encoding="utf-8", errors="replace"))
+    found = _PACKAGE.search(read_text(file, "yaml", errors="replace"))
     package = found[1] if found else "_group_"
     return {"_global_": "", "_group_": group}.get(package, package)
 
@@ -150,6 +152,7 @@ def _package(file: Path) -> str:
 def _content(file: Path) -> Any:
     """Return a file's values as Hydra reads them; nothing where it cannot, of which Hydra will tell."""
     try:
+        require_bounded_yaml(file)
         return OmegaConf.to_container(OmegaConf.load(file))
     except Exception:
         return None

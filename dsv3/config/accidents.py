@@ -19,7 +19,7 @@ class AccidentsConfig:
     """Steps with bad numbers, and a loss that stays above its past."""
 
     skip: bool = True
-    """Skip steps whose loss or gradient is not finite, and spikes; false ends the run at the first of them."""
+    """Skip steps whose loss or gradient is not finite, and spikes; false: the former end the run."""
     spike_factor: float = field(default=10.0, metadata={"unbounded": True})
     """A gradient norm above so many times the median of the last good ones is a spike; inf: none is."""
     spike_window: int = 100
@@ -35,7 +35,7 @@ class AccidentsConfig:
     alarm_steps: int = 20
     """Steps in a row on which the mean loss exceeds the lowest one by so much, for an alarm."""
     on_alarm: OnAlarm = OnAlarm.tell
-    """tell, or rewind: go back to the last good checkpoint, and go on with the data behind the bad stretch."""
+    """tell, or rewind: go back to the last good checkpoint, and on with the data behind the bad stretch."""
     max_rewinds: int = 3
     """Rewinds of a run; an alarm behind the last of them ends it."""
 
@@ -45,14 +45,7 @@ class AccidentsConfig:
         require(self.most >= 0, "most", self.most, "must be 0 or more")
         require(self.most < self.within, "most", self.most, f"must be below within={self.within}")
         require(self.max_rewinds >= 0, "max_rewinds", self.max_rewinds, "must be 0 or more")
-        # The norms and losses of the windows lie in every checkpoint's state.json.
-        for key in ("spike_window", "within", "alarm_window"):
-            value = getattr(self, key)
-            require(value <= LONGEST, key, value, f"must be at most {LONGEST:,}")
 
-
-LONGEST = 10_000
-"""Steps of a window at most."""
 
 _OFF = AccidentsConfig(skip=False, spike_factor=math.inf, alarm_rise=math.inf)
 

@@ -31,8 +31,7 @@ class LaunchConfig:
     world_size: int | None = None
     """Ranks of a world to plan with task=plan; processes are started by nproc and nnodes."""
     timeout: int = 600
-    """Seconds without progress of any rank after which a run of several ranks counts as hung; nodes that meet
-    wait as long for one another."""
+    """Seconds without progress of any rank after which a run counts as hung; nodes wait as long to meet."""
     max_restarts: int = 0
     """Restarts from the newest checkpoint, in a row without a new one, after a rank died, hung or failed."""
 

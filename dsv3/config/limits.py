@@ -44,6 +44,7 @@ LIMITS: dict[str, dict[str, int | float]] = {
         "dense_hidden_dim": 2**24,
         "mtp_depths": 64,
     },
+    "AccidentsConfig": dict.fromkeys(("spike_window", "within", "alarm_window"), ITEMS),
     "AttentionConfig": {
         "heads": 2**16,
         "q_lora_rank": _WIDTH,

@@ -174,7 +174,10 @@ def default_choices(root: str = "config") -> dict[str, str | None]:
 
 
 def register() -> None:
-    """Make schemas, choices, layouts, recipes and resolvers known to Hydra."""
+    """Make schemas, choices, layouts, recipes, resolvers and the limits of files known to Hydra."""
+    from dsv3.config.preset_source import bound_presets
+
+    bound_presets(CONF)
     register_resolvers()
     for name, node in SCHEMAS.items():
         group, _, last = f"schema/{name}".rpartition("/")

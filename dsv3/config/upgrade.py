@@ -74,8 +74,8 @@ def upgrade_node(node: Any, path: str = "") -> Any:
         current = _name(KEYS[place]) if place in KEYS else key
         upgraded[current] = upgrade_target(value) if key == "_target_" else upgrade_node(value, place)
     target = upgraded.get("_target_")
-    added = ADDED.get(target, {}) if isinstance(target, str) else {}
-    added = added | ADDED_NODES.get(path, {})
+    added: dict[str, Any] = dict(ADDED.get(target, {})) if isinstance(target, str) else {}
+    added |= ADDED_NODES.get(path, {})
     return upgraded | {key: value for key, value in added.items() if key not in upgraded}
 
 

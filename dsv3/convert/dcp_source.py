@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from dsv3.checkpoint.dcp_metadata import read_metadata
 from dsv3.checkpoint.directory import HF_DIR
 from dsv3.checkpoint.load import require_no_others
+from dsv3.checkpoint.tensor_archive import require_tensor_archive
 from dsv3.config.model import ModelConfig
 from dsv3.convert.hf_assets import SCALES_FILE, read_import_metadata
 from dsv3.distributed.torch_private import locate_saved_tensor
@@ -241,6 +242,7 @@ class EntryReader:
             with self._lock:
                 try:
                     entry = io.BufferedReader(_FileRange(file, chunk.begin, chunk.length))
+                    require_tensor_archive(entry)
                     stored, storage_offset = locate_saved_tensor(entry)
                 except Exception as error:
                     what = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -21,6 +21,7 @@ from dsv3.distributed.directory_lock import DirectoryLock
 from dsv3.errors import RunFailed, UserError, quoted
 from dsv3.metrics.progress import Phase, phase
 from dsv3.tokens.tokenizer_files import is_tokenizer_file
+from dsv3.untrusted_files import open_file
 
 _CONFIG = (
     "config.json",
@@ -229,7 +230,7 @@ def _is_sound(path: Path, listed: Any, work: Phase) -> bool:
     if not path.is_file() or path.stat().st_size != size:
         return False
     digest = hashlib.sha256() if listed.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             work.advance(len(chunk))

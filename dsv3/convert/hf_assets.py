@@ -27,7 +27,7 @@ from dsv3.tokens.tokenizer_files import (
     has_tokenizer,
     has_vocabulary,
     is_tokenizer_file,
-    read_json,
+    read_object,
     tokenizer_files,
 )
 from dsv3.untrusted_files import BadFile, MissingFile, refuse_lfs_pointer
@@ -88,7 +88,7 @@ def require_assets(source: Path, tokenizer: bool = True) -> None:
         if tokenizer or not is_tokenizer_file(name):
             refuse_lfs_pointer(path)
             if name in _OBJECTS:
-                read_json(path)
+                read_object(path)
 
 
 def asset_warnings(source: Path, model: ModelConfig, ids: bool = True) -> list[str]:
@@ -109,7 +109,7 @@ def asset_warnings(source: Path, model: ModelConfig, ids: bool = True) -> list[s
             "the files beside it, convert.py direction=download assets=tokenizer"
         )
     for name in (GENERATION_FILE, "config.json") if ids else ():
-        values = read_json(source / name)
+        values = read_object(source / name)
         for key in _NO_TOKENS:
             told = values.get(key)
             for each in told if isinstance(told, list) else [told]:
@@ -195,7 +195,7 @@ class ExportAssets:
         warnings = [] if origin is None else asset_warnings(origin, model, ids=not ids)
         if not ids:
             return cls(origin, config, warnings=warnings)
-        stops = {} if origin is None else read_json(origin / GENERATION_FILE)
+        stops = {} if origin is None else read_object(origin / GENERATION_FILE)
         return cls(origin, config | ids, tokenizer, stops | ids, warnings)
 
     def write(self, directory: Path) -> None:
@@ -203,13 +203,13 @@ class ExportAssets:
         if self.origin is not None:
             copy_assets(self.origin, directory)
         stored = directory / "config.json"
-        if not stored.is_file() or read_json(stored) != self.config:
+        if not stored.is_file() or read_object(stored) != self.config:
             write_json(stored, self.config)
         if self.tokenizer is not None:
             copy_tokenizer_files(self.tokenizer, directory)
             write_json(directory / GENERATION_FILE, self.generation)
             file = directory / "tokenizer_config.json"
-            named = read_json(file)
+            named = read_object(file)
             # Older code wrote less beside a tokenizer that was trained here, or that came as a bare file.
             own = "tokenizer_class" not in named or named.get("bos_token") == BOS
             if own and FAST_CONFIG.keys() - named.keys():

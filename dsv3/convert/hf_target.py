@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv3.checkpoint.directory import TOKENIZER_DIR
+from dsv3.checkpoint.retention import doubt_notes
 from dsv3.config.convert import ConvertConfig, ScaleFormat, StoredType, parse_size
 from dsv3.config.model import ModelConfig
 from dsv3.convert.dcp_source import DcpSource
@@ -23,6 +24,7 @@ from dsv3.convert.hf_assets import ExportAssets, assets_folder, copy_record
 from dsv3.convert.output_file import HashingWriter, OutputFile, row_slices, view_buffer
 from dsv3.fp8.quantize import quantize
 from dsv3.hf.names import SCALE_SUFFIX, HFTensor, stored_dtype, with_mtp_duplicates
+from dsv3.hf.nonfinite import require_finite_in_bf16
 from dsv3.hf.safetensors_reader import INDEX
 from dsv3.hf.safetensors_writer import Entry, SafetensorsPlan, SafetensorsWriter, index_json, plan_files
 from dsv3.hf.storage_reader import HFSource
@@ -119,7 +121,10 @@ class QuantizedHFSlice:
             return stored
         height, known = source.block[0], source.read_scales(name)
         kept = None if known is None else known[first // height : -(-(first + count) // height)]
-        return quantize(self.rows.load(buffer), source.block, kept, conversion.power_of_two)
+        values = self.rows.load(buffer)
+        if values.numel():
+            require_finite_in_bf16(values, name, first)
+        return quantize(values, source.block, kept, conversion.power_of_two)
 
     def write(self, loaded: tuple[Tensor, Tensor], file: HashingWriter) -> None:
         """Append the codes, and after the last of them the scales."""
@@ -260,4 +265,5 @@ def to_hf(config: ConvertConfig, source: HFSource | DcpSource, model: ModelConfi
         copy_record(source.directory, directory)
 
     told = choice.warning() if choice else None
-    return Conversion(files, complete, [*([told] if told else []), *assets.warnings])
+    doubts = doubt_notes(source.directory)
+    return Conversion(files, complete, [*doubts, *([told] if told else []), *assets.warnings])

@@ -28,7 +28,7 @@ from dsv3.convert.output_file import HashingWriter
 from dsv3.convert.shard_exchange import ShardExchange, local_box
 from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.signals import StopEarly, stop_requested
-from dsv3.errors import RunFailed
+from dsv3.errors import RunFailed, UserError
 from dsv3.hf.names import HFTensor, hf_layout, stored_dtype, with_mtp_duplicates
 from dsv3.hf.nonfinite import require_finite_export
 from dsv3.hf.safetensors_header import byte_view
@@ -207,7 +207,7 @@ class LiveExporter:
                 file = file or HashingWriter(folder / each.output.plan.name, lambda _: None, Event())
                 each.write(file)
             except Exception as problem:
-                error = problem
+                error = RunFailed(str(problem)) if isinstance(problem, UserError) else problem
                 if file is not None:
                     file.discard()
         error = error or exchange.error

@@ -156,9 +156,7 @@ def read_layout(directory: Path) -> Layout:
         for name, size in told["sizes"].items():
             if (directory / name).stat().st_size != size:
                 raise CacheEntryError(f"{directory / name} does not have the size it was written with")
-        pieces, ends = (
-            map_array(directory / name) for name in ("pieces.npy", "ends.npy")
-        )
+        pieces, ends = (map_array(directory / name) for name in ("pieces.npy", "ends.npy"))
         return Layout(np.asarray(pieces), np.asarray(ends), told["padding"], told["documents_cut"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheEntryError(str(error)) from error

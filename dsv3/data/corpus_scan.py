@@ -101,7 +101,7 @@ class CorpusScan:
         """Write what `read` reads."""
         content = {name: value for name, value in vars(self).items() if name != "folder"}
         content |= {"split": asdict(self.split), "skipped": self.skipped.to_json()}
-        (self.folder / SCAN_FILE).write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+        (self.folder / SCAN_FILE).write_text(json.dumps(content), "utf-8")
 
     @property
     def record(self) -> DataRecord | None:

@@ -152,7 +152,8 @@ class CorpusData:
         def entry(stamp: Stamp) -> Path:
             what = f"{SCAN_FORMAT} {type(corpus).__qualname__} {corpus.identity} {corpus.options!r}"
             told = f"{what} {self.options.held_out!r} {stamp.digest}"
-            return root / f"corpus-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+            digest = hashlib.sha256(told.encode("utf-8", "surrogateescape"))  # names may be no UTF-8
+            return root / f"corpus-{digest.hexdigest()[:16]}"
 
         stamp = corpus.stamp()
         try:

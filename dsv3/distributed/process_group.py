@@ -24,8 +24,8 @@ from dsv3.distributed.device import choose_gpu, cpu_threads
 from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
 from dsv3.distributed.meeting import Meeting
 from dsv3.distributed.signals import Stopped
-from dsv3.distributed.store import rank_store, stay_on_this_node
 from dsv3.distributed.step_waits import STEP_WAITS
+from dsv3.distributed.store import rank_store, stay_on_this_node
 from dsv3.distributed.torch_private import connect_to_store, set_group_timeouts, shorten_gather_name
 from dsv3.distributed.watchdog import Watchdog, enable_flight_recorder
 from dsv3.errors import STOPPED, RunFailed, UserError
@@ -105,7 +105,7 @@ class RankContext:
         return bool(self.max(torch.tensor(float(flag), device=self.device)).item())
 
     def all_gather(self, value: Tensor) -> Tensor:
-        """Return `value` of every rank [ranks, ...], on every rank; the same shape and type on all of them."""
+        """Return every rank's `value` as [ranks, ...], on every rank; its shape and type are the same."""
         if self.world == 1:
             return value.unsqueeze(0)
         gathered = value.new_empty(self.world, *value.shape)
@@ -233,6 +233,8 @@ def join_process_group(
             where = {} if store is None else {"store": store, "rank": rank, "world_size": world}
             dist.init_process_group(backend, timeout=limit, device_id=device_id, **where)
         except RuntimeError as error:  # PyTorch's errors about stores and networks are some of these
+            if multiprocessing.parent_process() is not None:
+                raise  # another rank has died, and our launcher knows why
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise RunFailed(
                 f"rank {rank} did not meet the {world - 1} other{'s' if world > 2 else ''}: {reason}"

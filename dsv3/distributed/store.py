@@ -43,13 +43,16 @@ def listen(host: str, port: int, source: str) -> socket.socket:
         UserError: the address is taken, or is none of this node.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{source}: {host} is no address ({reason})") from None
+    family, kind, protocol, _, given = found[0]
+    address: tuple[Any, ...] = given
     place = str(address[0])
-    if ipaddress.ip_address(place.partition("%")[0]).is_loopback and not _is_local_name(host):
-        address = ("::" if family == socket.AF_INET6 else "0.0.0.0", *address[1:])  # noqa: S104
+    loops = ipaddress.ip_address(place.partition("%")[0]).is_loopback
+    if loops and not _is_local_name(host):
+        address = ("::" if ":" in place else "0.0.0.0", port)
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -79,7 +82,7 @@ def _is_local_name(host: str) -> bool:
 
 def serve_store(bound: socket.socket, host: str, timeout: timedelta) -> Any:
     """Return a store whose server listens on the socket, and which takes the socket over."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     port = bound.getsockname()[1]
     return TCPStore(
@@ -89,22 +92,21 @@ def serve_store(bound: socket.socket, host: str, timeout: timedelta) -> Any:
 
 def connect_store(host: str, port: int, timeout: timedelta) -> Any:
     """Return a store whose server is elsewhere; DistStoreError where none answers in time."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def rank_store(rank: int, timeout: timedelta) -> Any:
-    """Return the store that the environment describes, for init_process_group; None under torchrun.
+    """Return the store that the environment describes, for init_process_group; None where it describes none.
 
-    Workers of this command find the store in its launcher. Under srun, and where the user has set RANK and
-    the other variables, rank 0 serves it on MASTER_ADDR. torchrun has one of its own, as it likes.
+    Workers of this command and of torchrun find the store in their launcher, which may restart them: each
+    attempt has keys of its own. Under srun, and where the user has set RANK and the other variables, rank 0
+    serves the store on MASTER_ADDR.
     """
-    from torch.distributed import PrefixStore
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if served and ATTEMPT not in os.environ:
-        return None
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
@@ -113,4 +115,5 @@ def rank_store(rank: int, timeout: timedelta) -> Any:
         store = connect_store(host, port, timeout)
     else:
         store = serve_store(listen(host, port, f"MASTER_ADDR={host} MASTER_PORT={port}"), host, timeout)
-    return PrefixStore(os.environ.get(ATTEMPT, "ranks"), store)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(os.environ.get(ATTEMPT, f"ranks {restarts}"), store)

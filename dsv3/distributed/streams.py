@@ -4,6 +4,7 @@ Python raises BrokenPipeError at the next print, wherever that is, and once more
 command has its work to finish, a training run above all, and loses nothing: the run directory has it too.
 """
 
+import contextlib
 import os
 import sys
 from typing import Any, TextIO, cast
@@ -47,3 +48,14 @@ def discard(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def print_any_name() -> None:
+    """Let stdout and stderr print what their encoding lacks as escapes, here and in processes started here.
+
+    Names of files may be no UTF-8, and Python's own setting is to raise.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a stream that stands in for a file
+            cast(Any, stream).reconfigure(errors="backslashreplace")
+    os.environ.setdefault("PYTHONIOENCODING", ":backslashreplace")

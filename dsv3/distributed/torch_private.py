@@ -276,11 +276,11 @@ def wrap_waits(
     wait, wait_tensor = Work.wait, COLLECTIVES.wait_tensor
     Work.wait = wrap(wait)  # type: ignore[method-assign]
     if functional:
-        COLLECTIVES.wait_tensor = wrap(wait_tensor)
+        COLLECTIVES.wait_tensor = wrap(wait_tensor)  # type: ignore[attr-defined]
 
     def undo() -> None:
         Work.wait = wait  # type: ignore[method-assign]
-        COLLECTIVES.wait_tensor = wait_tensor
+        COLLECTIVES.wait_tensor = wait_tensor  # type: ignore[attr-defined]
 
     return undo
 

@@ -6,6 +6,7 @@ LONG_RECORD bytes of one: memory does not grow with a file or with a line.
 
 import bz2
 import codecs
+import errno
 import gzip
 import lzma
 import zlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsv3.errors import UserError
+from dsv3.untrusted_files import BadFile, open_file
 
 BLOCK = 1 << 20
 
@@ -58,6 +60,14 @@ class UnreadFile(Exception):
     """A file is of a kind that is not read; the argument names the kind."""
 
 
+def _open(path: Path) -> IO[bytes]:
+    """Return a file open for reading; OSError where it is none, such as a pipe that has taken its place."""
+    try:
+        return open_file(path)
+    except BadFile as error:
+        raise OSError(errno.EINVAL, error.reason, str(path)) from error
+
+
 def file_form(path: Path) -> str:
     """Return how a file's bytes are to be read: plain, gz, zst, bz2, xz, or an encoding such as utf-16-le.
 
@@ -65,7 +75,7 @@ def file_form(path: Path) -> str:
         UnreadFile: it is an archive, or compressed in another way.
         OSError: it cannot be opened.
     """
-    with path.open("rb") as file:
+    with _open(path) as file:
         head = file.read(10)
     for magic, form in (
         (b"\x1f\x8b", "gz"),
@@ -89,7 +99,7 @@ def read_blocks(path: Path, report: Report, start: int = 0, end: int | None = No
         OSError: it cannot be read.
     """
     form = file_form(path)
-    with path.open("rb") as file:
+    with _open(path) as file:
         if form == "plain":
             file.seek(start)
             yield from _counted(file, report, None if end is None else end - start)
@@ -250,7 +260,7 @@ def record_start(path: Path, near: int, size: int, separator: bytes) -> int:
     width = len(separator)
     place = max(near - width, 0)
     begin = max(place - width + 1, 0)  # an occurrence that begins here may overlap the first that counts
-    with path.open("rb") as file:
+    with _open(path) as file:
         file.seek(begin)
         data, offset = b"", begin
         free = 0  # the last byte behind an occurrence that has been seen

@@ -138,7 +138,8 @@ class FoundFiles:
         names = [file.name for file in self.files if file.kind is FileKind.text and _is_json(file.path)]
         if not names:
             return []
-        read = f"{amount(len(names), 'files')} named {_JSON} {'is' if len(names) == 1 else 'are'} read as text"
+        are = "is" if len(names) == 1 else "are"
+        read = f"{amount(len(names), 'files')} named {_JSON} {are} read as text"
         return [f"{read}, first {names[0]}: no object with data.field={field} stands at the begin"]
 
 

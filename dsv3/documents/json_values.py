@@ -1,7 +1,7 @@
-"""The values of a JSON file that has no line for each: the elements of an array, or objects one after the other.
+"""The values of a JSON file that has no line for each: an array's elements, or objects one after the other.
 
-A value ends where its brackets do, so that nothing is parsed to find it, and no more than LONG_RECORD bytes of
-one are held.
+A value ends where its brackets do, so that nothing is parsed to find it, and no more than LONG_RECORD bytes
+of one are held.
 """
 
 import re
@@ -19,7 +19,7 @@ _CUT_OFF = DamagedFile("its last value has no end")
 
 
 class JsonValues:
-    """Iterate over the values in blocks of a file: (bytes, None), or (first bytes, LongValue) where one is long.
+    """Iterate over the values in blocks of a file: (bytes, None), or (first bytes, LongValue) of a long one.
 
     A LongValue is to be read before the next value is asked for; what is not read then is read over. What
     stands between brackets is not checked.
@@ -32,7 +32,7 @@ class JsonValues:
         self._blocks = blocks
         self._data = b""
         self._start = self._at = 0
-        """Places in the data: where the value begins, or what of it has not been given, and how far it is read."""
+        """Places in the data: where what has not been given of the value begins, and how far it is read."""
         self._depth = 0
         self._in_string = False
 
@@ -83,7 +83,8 @@ class JsonValues:
         while True:
             found = _WORD.match(self._data, self._start)
             assert found is not None
-            self._at = max(found.end(), self._start + 1)  # a bracket that closes nothing is a value of its own
+            # A bracket that closes nothing is a value of its own.
+            self._at = max(found.end(), self._start + 1)
             if self._at < len(self._data) or len(found[0]) > byte_blocks.LONG_RECORD or not self._more():
                 return self._data[self._start : self._at]
 

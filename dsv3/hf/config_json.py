@@ -194,12 +194,12 @@ def read_hf_model(directory: Path) -> tuple[ModelConfig, list[str]]:
         norm_eps=hf.get("rms_norm_eps", float),
         init_std=hf.get("initializer_range", float, 0.02),
     )
-    _check_layer_types(hf, model)
     try:
         validate(model)
     except InvalidValue as wrong:
         key = _HF_KEYS.get(wrong.key, wrong.key.rpartition(".")[2])
         raise UserError(f"{hf.file}: {key}={wrong.value} is not possible: {wrong.allowed}") from None
+    _check_layer_types(hf, model)  # counts the layers: only now is their number known to be possible
     known = hf.used | NEUTRAL_KEYS
     return model, [key for key, value in hf.values.items() if key not in known and value is not None]
 

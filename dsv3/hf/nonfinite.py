@@ -62,7 +62,22 @@ def require_finite_export(rounded: Tensor, weights: Tensor, name: str, origin: S
     if overflows:
         what += f", which overflows in {str(rounded.dtype).removeprefix('torch.')}"
         raise RunFailed(f"{what}: train.export_hf_dtype=fp32 keeps it")
-    raise RunFailed(f"{what}, {int(wrong.sum())} of {wrong.numel()} there are not finite: the model is broken")
+    raise RunFailed(
+        f"{what}, {int(wrong.sum())} of {wrong.numel()} there are not finite: the model is broken"
+    )
+
+
+def require_finite_in_bf16(values: Tensor, name: str, first: int) -> None:
+    """Raise UserError for a value of rows from `first` on of a matrix that overflows in bf16.
+
+    Readers of fp8 weights compute with them in bf16, which has a smaller largest number than fp32.
+    """
+    low, high = torch.aminmax(values)
+    if bool(torch.stack([low, high]).bfloat16().isfinite().all()):
+        return
+    row, column = (~values.bfloat16().isfinite()).nonzero()[0].tolist()
+    what = f"'{name}' has the value {values[row, column].item():.6g} at {[first + row, column]}"
+    raise UserError(f"{what}, which overflows in bf16, in which fp8 weights are read: the type fp32 keeps it")
 
 
 def nonfinite(values: Tensor, stored: Tensor, place: Path, name: str, origin: tuple[int, ...]) -> UserError:

@@ -23,6 +23,9 @@ _METHODS = {
 }
 """quant_method of other formats -> what the weights are stored as."""
 
+LARGEST_BLOCK = 2**20
+"""Rows or columns of a block that shares a scale; DeepSeek's have 128."""
+
 _WAY_ON = "take the release in bf16 or in DeepSeek's block-fp8"
 
 _QUANTIZATION_FILES = {
@@ -53,13 +56,14 @@ def block_size(hf: HFValues) -> tuple[int, int]:
     if stored is None:
         return FP8_BLOCK, FP8_BLOCK
     method, block, form = map(stored.values.get, ("quant_method", "weight_block_size", "fmt"))
-    sides = block if isinstance(block, list) and all(type(side) is int and side > 0 for side in block) else []
+    listed = block if isinstance(block, list) else []
+    sides = listed if all(type(side) is int and 0 < side <= LARGEST_BLOCK for side in listed) else []
     if method != "fp8" or len(sides) != 2 or form not in (None, "e4m3"):
-        known = f" ({_METHODS[method]})" if method in _METHODS else ""
+        known = f" ({_METHODS[method]})" if isinstance(method, str) and method in _METHODS else ""
+        told = f"quant_method={quoted(method)}, weight_block_size={quoted(block)}, fmt={quoted(form)}"
         raise UserError(
-            f"{hf.file}: quantization_config with quant_method={method!r}, weight_block_size={block}, "
-            f"fmt={form!r} is not supported{known}; supported: none, or fp8 with two block sides and e4m3; "
-            f"{_WAY_ON}"
+            f"{hf.file}: quantization_config with {told} is not supported{known}; "
+            f"supported: none, or fp8 with two block sides and e4m3; {_WAY_ON}"
         )
     return sides[0], sides[1]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dsv3.checkpoint.directory import MODEL_FILE, find_checkpoint, is_hf_checkpoint
 from dsv3.checkpoint.manifest import verify_description
@@ -92,7 +93,8 @@ def read_model(path: Path) -> ModelConfig:
         validate(model)
         return model
     except Exception as error:
-        raise UserError(f"{path} is not a model: {str(error).splitlines()[0][:300]}") from None
+        place = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
+        raise UserError(f"{path} is not a model: {place}{str(error).splitlines()[0][:300]}") from None
 
 
 def checkpoint_model(checkpoint: Path) -> ModelConfig:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsv3.checkpoint.directory import HF_DIR, find_checkpoint, is_hf_checkpoint
 from dsv3.checkpoint.training_record import TrainingRecord
@@ -37,9 +37,6 @@ from dsv3.planning.layout import (
 from dsv3.planning.parameter_groups import check_groups
 from dsv3.planning.pipeline_stages import min_microbatches, stage_count, supports_microbatches
 from dsv3.planning.plan import Plan, make_plan
-
-if TYPE_CHECKING:
-    from dsv3.launch.replayed_run import ReplayedRun
 
 # Unless set, a microbatch has as many sequences as make about this many tokens ...
 MICROBATCH_TOKENS = 4096
@@ -186,8 +183,6 @@ class Job:
     """The data is what checkpoint.load was trained on, and its held-out rows are those of its run."""
     recipe: list[str] = field(default_factory=list)
     """Lines on what a run took from its model's recipe, and what else the model's report did."""
-    replayed: "ReplayedRun | None" = None
-    """The run and the step that task=replay computes again."""
     notes: list[str] = field(default_factory=list)
     """Lines that the run prints before its first step: what it took without being told."""
     restart: dict[str, Any] | None = None

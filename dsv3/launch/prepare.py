@@ -12,6 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3.checkpoint.directory import CONFIG_FILE, find_checkpoint, newest_checkpoint, step_number
+from dsv3.checkpoint.retention import doubt_notes
 from dsv3.config.convergence import flatten, shown
 from dsv3.config.logger import LoggerConfig, RunOrigin
 from dsv3.config.overrides import job_overrides, override_key, split_override
@@ -71,13 +72,14 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
     job = plan_job(config, run.merged(overrides) if run else overrides, in_sweep)
     if config.schedule.warmup_steps != warmup:
         job.reasons["schedule.warmup_steps"] = "a tenth of the schedule"
-    job.replayed = replayed
     job.sweep, job.choices = sweep, {group: str(choice) for group, choice in hydra.runtime.choices.items()}
     job.notes += model_notes + (replayed.notes if replayed is not None else [])
     job.typed, job.config_dirs = overrides, [path.removeprefix("file://") for path in command.search]
     job.resume_flags = [each for each, (key, _) in typed.items() if key.lstrip("+") == "run.allow_targets"]
     if record is not None and own_data:
         job.own_data, job.config = True, with_own_microbatch(job, record, config.train.microbatch_size)
+    if load:
+        job.notes += doubt_notes(find_checkpoint(load))
     if load and record is None:
         job.notes.append(untold_note(job.config, find_checkpoint(load)))
     if run is not None:

@@ -32,16 +32,17 @@ BACKEND = "dsv3"
 _REQUEST = timedelta(seconds=60)
 """Seconds that one request to the store may take: it is answered at once, or node 0 is gone."""
 
-# Seconds between two looks for the others; that node 0 takes to decide, beyond launch.timeout; and that it
-# waits for the others to learn of the end.
-_LOOK_EVERY, _DECIDES, _FAREWELL = 0.2, 120.0, 10.0
+# Seconds between two looks for the others; that node 0 takes to decide, beyond launch.timeout, with a pause;
+# and that it waits for the others to learn of the end.
+_LOOK_EVERY, _DECIDES, _FAREWELL = 0.2, 600.0, 10.0
+
+_WATCH_EVERY = 1.0
+"""Seconds between two looks for the failure of another node: 256 nodes make as many requests a second."""
 
 _MOST_BYTES = 1 << 16
 """Bytes of an entry of a launcher."""
 
 _DONE = "done"
-
-_NODE_0_GONE = "the launcher of node 0 has ended (launch.rendezvous={})"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Rendezvous:
         """Tell the other nodes that this was the last attempt, where node 0 has not told them a reason."""
         if self.launch.nnodes == 1:
             return
-        with contextlib.suppress(RuntimeError):  # of a node 0 that is gone
+        with contextlib.suppress(RuntimeError, RunFailed):  # of a node 0 that is gone
             if self.node == 0:
                 if not self.store.check(["end"]):
                     stopped = None if kind is None else RunFailed("node 0 was stopped, and with it the run")
@@ -102,11 +103,16 @@ class Rendezvous:
             else:
                 self.store.add("left", 1)
 
-    def meet(self, number: int, failure: BaseException | None = None) -> dict[int, dict[str, Any]]:
+    def meet(
+        self, number: int, failure: BaseException | None = None, patience: float = 0.0
+    ) -> dict[int, dict[str, Any]]:
         """Come to attempt `number`; on node 0 return the others by node, as far as they come in time.
 
-        `failure` is how the attempt before has ended here. All must come to the first attempt: UserError that
-        names those that are missing.
+        All must come to the first attempt: UserError that names those that are missing.
+
+        Args:
+            failure: how the attempt before has ended here.
+            patience: seconds that node 0 waits for the others, where that is not launch.timeout.
         """
         own = {"ranks": self.ranks, "nnodes": self.launch.nnodes, "host": platform.node(), "id": self.id}
         if failure is not None:
@@ -115,12 +121,14 @@ class Rendezvous:
             return {0: own}
         key = f"{number}: node {self.node}"
         if self._write_first(key, own) != own and number == 0:
-            raise UserError(f"launch.node_rank={self.node} is another launcher's: each node has a number of its own")
+            raise UserError(
+                f"launch.node_rank={self.node} is another launcher's: each node has a number of its own"
+            )
         self._write(key, own)
         if self.node > 0:
             return {}
         self._write("attempt", {"number": number})
-        here, deadline = {0: own}, time.monotonic() + self.launch.timeout
+        here, deadline = {0: own}, time.monotonic() + (patience or self.launch.timeout)
         with phase("waiting for the other nodes"):
             while len(here) < self.launch.nnodes and time.monotonic() < deadline:
                 for node in range(1, self.launch.nnodes):
@@ -134,8 +142,9 @@ class Rendezvous:
             nodes = f"node{'s' if len(missing) > 1 else ''} {comma_separated(missing[:8])}"
             more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             raise UserError(
-                f"launch.rendezvous={self.launch.rendezvous}: {nodes}{more} of {self.launch.nnodes} did not come in "
-                f"{self.launch.timeout} s (launch.timeout): start the same command there with its launch.node_rank"
+                f"launch.rendezvous={self.launch.rendezvous}: {nodes}{more} of {self.launch.nnodes} did not "
+                f"come in {self.launch.timeout} s (launch.timeout): start the same command there with its "
+                "launch.node_rank"
             )
         return here
 
@@ -158,7 +167,9 @@ class Rendezvous:
                         return None
                     raise _as_error(end)
                 if time.monotonic() > deadline:
-                    raise RunFailed(f"node 0 says nothing: is launch.rendezvous={self.launch.rendezvous} its own?")
+                    raise RunFailed(
+                        f"node 0 says nothing: is launch.rendezvous={self.launch.rendezvous} its own?"
+                    )
                 time.sleep(_LOOK_EVERY)
         nodes = found.pop("nodes", None)
         known = range(self.launch.nnodes)
@@ -177,7 +188,7 @@ class Rendezvous:
             return 0
         number = (self._read("attempt") or {}).get("number", 0)
         number = number if type(number) is int and number >= 0 else 0
-        return number + int(bool(self.store.check([f"{number}: go"])))
+        return number + int(self._read(f"{number}: go") is not None)
 
     @contextlib.contextmanager
     def watch(self, number: int, end_workers: Callable[[], None]) -> Iterator[Callable[[], bool]]:
@@ -194,7 +205,7 @@ class Rendezvous:
 
         def look() -> None:
             with contextlib.suppress(RuntimeError):
-                while not done.wait(2 * _LOOK_EVERY):
+                while not done.wait(_WATCH_EVERY):
                     if store.check([key]):
                         seen.set()
                         end_workers()
@@ -209,7 +220,7 @@ class Rendezvous:
         try:
             yield seen.is_set
         except Exception:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RunFailed):
                 self._write(key, {"node": self.node})
             raise
         finally:
@@ -218,7 +229,7 @@ class Rendezvous:
 
     def handler(self, attempt: Attempt) -> "RendezvousHandler":
         """Return what torch's agent asks for the place of its node; the nodes have met already."""
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
         from torch.distributed.elastic.rendezvous import (
             RendezvousHandler,
             RendezvousInfo,
@@ -271,8 +282,9 @@ class Rendezvous:
                 except OSError as error:
                     if time.monotonic() > deadline:
                         raise UserError(
-                            f"launch.rendezvous={self.launch.rendezvous} did not answer in {timeout} s (launch.timeout): "
-                            f"{error.strerror or error}; start the same command on node 0 with launch.node_rank=0"
+                            f"launch.rendezvous={self.launch.rendezvous} did not answer in {timeout} s "
+                            f"(launch.timeout): {error.strerror or error}; start the same command on node 0 "
+                            "with launch.node_rank=0"
                         ) from None
                     time.sleep(_LOOK_EVERY)
         try:
@@ -290,25 +302,35 @@ class Rendezvous:
             own = self.launch.nnodes if key == "nnodes" else self.ranks
             if found.get(key) != own:
                 raise UserError(
-                    f"{name}: node {node} has {quoted(found.get(key))}, node 0 has {own}: type the same on every node"
+                    f"{name}: node {node} has {quoted(found.get(key))}, node 0 has {own}: "
+                    "type the same on every node"
                 )
 
     def _nodes_seen(self) -> int:
         return sum(self.store.check([f"0: node {node}"]) for node in range(1, self.launch.nnodes))
 
     def _write(self, key: str, value: Mapping[str, Any]) -> None:
-        self.store.set(key, json.dumps(value))
+        with self._found():
+            self.store.set(key, json.dumps(value))
 
     def _write_first(self, key: str, value: Mapping[str, Any]) -> Any:
         """Write an entry unless there is one; return the one that is there then."""
-        return _parsed(self.store.compare_set(key, "", json.dumps(value)))
+        with self._found():
+            return _parsed(self.store.compare_set(key, "", json.dumps(value)))
 
     def _read(self, key: str) -> dict[str, Any] | None:
-        """Return an entry, None where there is none; RunFailed once node 0 is gone."""
-        try:
+        """Return an entry, None where there is none."""
+        with self._found():
             return _parsed(self.store.get(key)) if self.store.check([key]) else None
+
+    @contextlib.contextmanager
+    def _found(self) -> Iterator[None]:
+        """Raise RunFailed where a request of the body finds no node 0 any more."""
+        try:
+            yield
         except RuntimeError:
-            raise RunFailed(_NODE_0_GONE.format(self.launch.rendezvous)) from None
+            where = f"launch.rendezvous={self.launch.rendezvous}"
+            raise RunFailed(f"the launcher of node 0 has ended ({where})") from None
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from dsv3.errors import UserError
 from dsv3.launch.job import under_launcher
 from dsv3.launch.resume import ResumedRun
 from dsv3.launch.trained_on import run_data, run_record, training_record
+from dsv3.launch.typed_keys import matches
 from dsv3.metrics import accident_journal
 from dsv3.metrics.row import MetricsRow
 from dsv3.untrusted_files import MissingFile, open_file
@@ -45,10 +46,16 @@ _ROUNDING = (
 )
 """Keys by which the same step is computed with other sums or other roundings."""
 
+_NO_ROUNDING = ("parallel.min_world_size",)
+"""Keys below these by which it is not."""
+
+_BY_DEGREE = tuple(f"parallel.{node}" for node in ("tensor", "expert", "context", "pipeline"))
+"""Nodes that act where the degree of their axis is above 1, which parallel.degrees and the ranks tell."""
+
 
 @dataclass(frozen=True)
 class Timeline:
-    """What of a run's history a replay must repeat, as accidents.jsonl tells it."""
+    """The history of a run that a replay repeats, as accidents.jsonl tells it."""
 
     skipped: dict[int, dict[str, Any]] = field(default_factory=dict)
     """The entries of the steps that were skipped, by step."""
@@ -75,10 +82,21 @@ class Timeline:
         before, after = self.jumps.get(progress.step, (0, 0))
         return after if before <= progress.samples < after else progress.samples
 
-    def holds(self, progress: Progress) -> bool:
-        """Return whether a checkpoint is part of this history: not of steps that a rewind has undone."""
-        passed = [after for step, (_, after) in self.jumps.items() if step < progress.step]
-        return progress.samples > max(passed, default=-1)
+    def between(self, first: int, last: int) -> "Timeline":
+        """Return what concerns the steps `first` to `last`, which is little enough to send to every rank."""
+        skipped = {step: entry for step, entry in self.skipped.items() if first <= step <= last}
+        return Timeline(
+            skipped, {step: jump for step, jump in self.jumps.items() if first - 1 <= step < last}
+        )
+
+    def holds(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is part of this history: not of steps that a rewind has undone.
+
+        Its progress is read only where there was a rewind before its step: a run may keep thousands.
+        """
+        step = step_number(checkpoint)
+        passed = [after for number, (_, after) in self.jumps.items() if number < step]
+        return not passed or Progress.read(checkpoint).samples > max(passed)
 
 
 @dataclass(frozen=True)
@@ -117,9 +135,10 @@ class ReplayedRun:
         except UserError as error:
             raise UserError(str(error).replace(f"resume={directory}", where, 1)) from None
         timeline = read_timeline(directory)
-        steps = [each for each in complete_steps(directory) if timeline.holds(Progress.read(each))]
-        later = next((each for each in steps if step_number(each) >= step), None)
-        checkpoint = next((each for each in reversed(steps) if step_number(each) < step), None)
+        steps = complete_steps(directory)
+        later = next((each for each in steps if step_number(each) >= step and timeline.holds(each)), None)
+        before = (each for each in reversed(steps) if step_number(each) < step and timeline.holds(each))
+        checkpoint = next(before, None)
         record = (training_record(later) if later is not None else None) or _newest_record(directory)
         world = stored.environment.get("world_size")
         same = all(stored.config.get(node) == record.config.get(node) for node in ("parallel", "launch"))
@@ -164,6 +183,9 @@ class ReplayedRun:
             values.setdefault("train", {})["microbatch_size"] = train["microbatch_size"]
         values.setdefault("checkpoint", {})["async_save"] = False  # nothing is saved: no room for copies
         values.get("train", {}).pop("callbacks", None)  # none is called
+        moments = flatten(self.stored.config).get("precision.moments")
+        if "precision" in keys and moments is not None:  # the optimizer's state is as the run has stored it
+            values.setdefault("precision", {})["moments"] = moments
         if "launch" not in keys:
             world = self.world_size if own_layout and not under_launcher() else None
             launch = LaunchConfig(nproc=world)
@@ -194,8 +216,14 @@ class ReplayedRun:
         found: dict[str, list[Any]] = {}
         now = flatten(to_absolute_yaml(config))
         for each in differences(flatten(self.stored.config), now):
-            if any(each.key == key or each.key.startswith(f"{key}.") for key in _ROUNDING):
-                found[each.key] = [None if value == ABSENT else value for value in (each.a, each.b)]
+            if each.key in _NO_ROUNDING or not matches(each.key, _ROUNDING):
+                continue
+            pair = [None if value == ABSENT else value for value in (each.a, each.b)]
+            node = ".".join(each.key.split(".")[:2])
+            if None not in pair or node == each.key or not node.startswith("parallel."):
+                found[each.key] = pair
+            elif node not in _BY_DEGREE:  # it is there on one side alone
+                found[node] = ["off" if value is None else "on" for value in pair]
         before = _flat_environment(self.stored.environment)
         for key, value in _flat_environment(here).items():
             if before.get(key) != value:

@@ -30,11 +30,11 @@ _PAUSE, _LONGEST_PAUSE = 10.0, 300.0
 The first restart is immediate. A file system that is away for some minutes must not use all of them up.
 """
 
+_ASKS = 5.0
+"""Seconds that the other nodes have to say why the last attempt failed."""
+
 _TELLING = ["UserError", "InvalidValue", "RunOver", "RunFailed", "RankRaised", "EndedElsewhere"]
 """Kinds of failures, the one that says most about the cause first: a killed rank makes others raise."""
-
-_AUTOMATIC = ("train.microbatch_size",)
-"""What is filled in to suit the number of ranks, and is filled in anew on fewer nodes."""
 
 
 def run_in_workers(job: Job) -> float | None:
@@ -44,7 +44,7 @@ def run_in_workers(job: Job) -> float | None:
         UserError, RunFailed: the last failure, where no restart is left or none would help.
         Stopped: the run was asked to stop, and has saved.
     """
-    launch, allowed = job.config.launch, _allowed(job)
+    launch, allowed = job.config.launch, allowed_restarts(job)
     with Rendezvous(launch, job.plan.world_size // launch.nnodes) as rendezvous:
         run = _Run(job, rendezvous, allowed)
         try:
@@ -52,7 +52,7 @@ def run_in_workers(job: Job) -> float | None:
             with leave_on_signal(raises=lambda: True):
                 return _attempts(run)
         except KeyboardInterrupt:
-            if run.step < 0 or run.directory is None:
+            if run.step < 0 or run.directory is None or not (run.directory / CONFIG_FILE).is_file():
                 raise
             resume = shlex.join([*command("train"), f"resume={run.directory}", *job.resume_flags])
             raise Stopped(f"stopped before another step; nothing is lost, go on: {resume}") from None
@@ -70,7 +70,9 @@ def _attempts(run: "_Run") -> float | None:
             return None
         number = attempt.number + 1
         if node not in attempt.nodes:
-            print(f"node {node} is not needed now: it waits for the next restart", file=sys.stderr, flush=True)
+            print(
+                f"node {node} is not needed now: it waits for the next restart", file=sys.stderr, flush=True
+            )
             failure = None
             continue
         try:
@@ -81,9 +83,13 @@ def _attempts(run: "_Run") -> float | None:
             failure = error
 
 
-def _allowed(job: Job) -> int:
-    """Return the restarts that the job may have: a task that writes no run has nothing to go on from."""
-    return job.config.launch.max_restarts if job.config.task.writes_run else 0
+def allowed_restarts(job: Job) -> int:
+    """Return the restarts that the job may have: a task that writes no run has nothing to go on from.
+
+    Under Slurm the batch script restarts.
+    """
+    launch = job.config.launch
+    return launch.max_restarts if job.config.task.writes_run and not launch.submits else 0
 
 
 @dataclass
@@ -117,9 +123,10 @@ class _Run:
             self.rendezvous.meet(number, failure)
             return self.rendezvous.wait(number)
         told: dict[str, Any] = {}
-        if failure is not None:
-            self._require_restartable(failure)
-        here = self.rendezvous.meet(number, failure)
+        if isinstance(failure, UserError | RunOver):
+            raise failure
+        # Where none is left, the others are only asked for the cause.
+        here = self.rendezvous.meet(number, failure, 0.0 if failure is None or self._may_restart() else _ASKS)
         nodes = tuple(sorted(here))
         if failure is not None:
             cause = _most_telling(here.values(), failure)
@@ -130,7 +137,7 @@ class _Run:
         return attempt
 
     def job_of(self, attempt: Attempt) -> Job:
-        """Return the job of an attempt: the run's own, or one that resumes it, on as many nodes as there are."""
+        """Return the job of an attempt: the run's own, or one that resumes it, on the nodes there are."""
         job = self._planned(len(attempt.nodes))
         restart = attempt.told.get("restart")
         if not isinstance(restart, dict):
@@ -150,12 +157,15 @@ class _Run:
         """Raise `failure` where another attempt would end as this one, or none is left."""
         if isinstance(failure, UserError | RunOver):
             raise failure
-        newest = self._newest()
-        if self.used >= self.allowed and newest <= self.step:
+        if not self._may_restart():
             raise type(failure)(
                 f"{failure}\nlaunch.max_restarts={self.allowed}: "
                 f"{self.used} restart{'s' if self.used > 1 else ''} led to no new checkpoint"
             )
+
+    def _may_restart(self) -> bool:
+        """Return whether there is a restart left: while a new checkpoint comes there is."""
+        return self.used < self.allowed or self._newest() > self.step
 
     def _newest(self) -> int:
         """Return the step of the run's newest checkpoint, 0 where there is none."""
@@ -165,7 +175,7 @@ class _Run:
     def _restart(
         self, cause: UserError | RunFailed, here: tuple[int, ...]
     ) -> tuple[dict[str, Any], tuple[int, ...]]:
-        """Decide how the run goes on after `cause` with the nodes that are here; return what to tell, and nodes.
+        """Decide how the run goes on after `cause`; return what to tell, and the nodes that it goes on with.
 
         Raises:
             UserError: the newest checkpoint is damaged.
@@ -207,8 +217,9 @@ class _Run:
             return here[:count]
         lost = sorted({*range(self.job.config.launch.nnodes)} - {*here})
         raise RunFailed(
-            f"{cause}\nnode {comma_separated(lost[:8])} did not come back in {self.job.config.launch.timeout} s "
-            f"(launch.timeout), and the layout does not go on fewer nodes: {first}"
+            f"{cause}\nnode {comma_separated(lost[:8])} did not come back in "
+            f"{self.job.config.launch.timeout} s (launch.timeout), and the layout does not go on fewer "
+            f"nodes: {str(first).partition(chr(10))[0]}"
         )
 
     def _planned(self, nodes: int) -> Job:
@@ -221,26 +232,29 @@ class _Run:
 
 
 def on_nodes(job: Job, nodes: int) -> Job:
-    """Plan the job anew on another number of nodes, with the same global batch; UserError where it cannot be."""
+    """Plan the job anew on another number of nodes, with its global batch; UserError where it cannot be."""
     config, whole = job.config, job.config.launch.nnodes
-    launch = replace(config.launch, nnodes=nodes, nproc=job.plan.world_size // whole, world_size=None, node_rank=0)
-    train = replace(config.train, **{key.partition(".")[2]: None for key in _AUTOMATIC if key in job.reasons})
+    launch = replace(
+        config.launch, nnodes=nodes, nproc=job.plan.world_size // whole, world_size=None, node_rank=0
+    )
+    train = config.train
+    if "train.microbatch_size" in job.reasons:  # it was filled in to suit the number of ranks
+        train = replace(train, microbatch_size=None)
     planned = plan_job(replace(config, launch=launch, train=train), job.overrides, job.run_dir)
     require_fits(planned)
     reasons = job.reasons | planned.reasons
     return replace(job, config=planned.config, plan=planned.plan, hardware=planned.hardware, reasons=reasons)
 
 
-def _most_telling(
-    records: Iterable[Mapping[str, Any]], own: UserError | RunFailed
-) -> UserError | RunFailed:
+def _most_telling(records: Iterable[Mapping[str, Any]], own: UserError | RunFailed) -> UserError | RunFailed:
     """Return the failure of a node that says most about the cause, of what the nodes have come with."""
-    failures = [(_TELLING.index(kind), text) for kind, text in map(as_failure, records) if kind in _TELLING]
-    place, text = min(failures, default=(len(_TELLING), ""), key=lambda failure: failure[0])
-    if place >= min(_TELLING.index(kind) for kind in (type(own).__name__,) if kind in _TELLING):
+    told = [failure for failure in map(as_failure, records) if failure[0] in _TELLING]
+    kind, text = min(told, key=lambda failure: _TELLING.index(failure[0]), default=("", ""))
+    if kind in ("", type(own).__name__):
         return own
-    kind = _TELLING[place]
-    return UserError(text) if kind in ("UserError", "InvalidValue") else RunOver(text) if kind == "RunOver" else RunFailed(text)
+    if kind in ("UserError", "InvalidValue"):
+        return UserError(text)
+    return RunOver(text) if kind == "RunOver" else RunFailed(text)
 
 
 def restart_line(restart: Mapping[str, Any]) -> str:
@@ -248,6 +262,5 @@ def restart_line(restart: Mapping[str, Any]) -> str:
     missing = restart.get("missing") or []
     fewer = f" without node {comma_separated(missing[:8])}" if missing else ""
     reason = str(restart.get("reason", "")).partition("\n")[0]
-    return (
-        f"restart {restart.get('restart')} of {restart.get('of')} from step {restart.get('step')}{fewer}: {reason}"
-    )
+    count = f"restart {restart.get('restart')} of {restart.get('of')}"
+    return f"{count} from step {restart.get('step')}{fewer}: {reason}"

@@ -42,7 +42,7 @@ from dsv3.config.upgrade import RECOUNTED, recounted_values, upgrade_node, upgra
 from dsv3.errors import UserError, quoted
 from dsv3.launch.checkpoint_defaults import filled
 from dsv3.launch.run_dir import OVERRIDES_FILE, git_commit, read_environment
-from dsv3.untrusted_files import BadFile, read_yaml
+from dsv3.untrusted_files import BadFile, read_yaml, require_no_pipes
 
 _PLAIN = ("train", "checkpoint")
 """Nodes of the root that a run keeps and that are no group; `run` and `task` are those of the command."""
@@ -74,6 +74,7 @@ class ResumedRun:
         file = directory / CONFIG_FILE
         if not file.is_file():
             raise UserError(f"resume={directory} {_no_run(directory)}")
+        require_no_pipes(directory)
         stored = read_yaml(file)
         try:
             config, recounted = upgrade_node(stored), recounted_values(stored)

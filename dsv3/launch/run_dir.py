@@ -251,9 +251,8 @@ def write_run_files(
 
 def read_origin(directory: Path) -> dict[str, Any]:
     """Return the overrides and the git commit that a run has stored, for its logger."""
-    environment = read_json(directory / ENVIRONMENT_FILE, "listing")
     overrides = read_yaml(directory / OVERRIDES_FILE)
-    return {"overrides": overrides, "git_commit": environment["git_commit"]}
+    return {"overrides": overrides, "git_commit": read_environment(directory).get("git_commit")}
 
 
 def check_same_run(config: Config, directory: Path) -> None:

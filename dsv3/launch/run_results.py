@@ -25,7 +25,7 @@ from dsv3.metrics import jsonl
 from dsv3.metrics.console import format_table
 from dsv3.metrics.progress import phase
 from dsv3.metrics.row import MetricsRow
-from dsv3.untrusted_files import BadFile, read_yaml
+from dsv3.untrusted_files import BadFile, MissingFile, read_yaml
 
 _NAMED = 3
 """Runs that a message names for each value."""
@@ -59,6 +59,8 @@ class RunSummary:
     """The whole resolved config, by today's names; empty where it cannot be read."""
     environment: dict[str, Any] = field(default_factory=dict, repr=False)
     """The content of environment.json."""
+    damage: list[str] = field(default_factory=list, repr=False)
+    """What is wrong with files that cannot be read; their values are unknown."""
 
     @property
     def step(self) -> int:
@@ -254,26 +256,34 @@ def _is_run_dir(folder: Path) -> bool:
 
 
 def read_run(folder: Path, name: str) -> RunSummary:
-    """Read a run's files; a file that is missing or damaged leaves its values unknown."""
+    """Read a run's files; a file that is missing or damaged leaves its values unknown, and is told of."""
     failure, failed_overrides = read_failure(folder)
-    stored: Any = _read_yaml(folder / OVERRIDES_FILE)
+    damage: list[str] = []
+    stored: Any = _read_yaml(folder / OVERRIDES_FILE, damage)
     typed = [str(override) for override in stored] if isinstance(stored, list) else failed_overrides
     overrides = dict(pair for pair in map(split_override, typed) if pair)
-    config: Any = _read_yaml(folder / CONFIG_FILE)
+    config: Any = _read_yaml(folder / CONFIG_FILE, damage)
     config = upgrade_node(config) if isinstance(config, dict) else {}
     try:
         steps = int(config["train"]["steps"])
     except (KeyError, TypeError, ValueError, OverflowError):
         steps = None
-    rows = jsonl.read_rows(folder / "metrics.jsonl")
-    return RunSummary(name, folder, overrides, steps, failure, rows, config, read_environment(folder))
+    try:
+        rows = jsonl.read_rows(folder / "metrics.jsonl")
+    except (OSError, BadFile) as error:
+        rows = []
+        damage.append(str(error))
+    return RunSummary(name, folder, overrides, steps, failure, rows, config, read_environment(folder), damage)
 
 
-def _read_yaml(path: Path) -> object:
-    """Return the content of a YAML file, None where it cannot be read."""
+def _read_yaml(path: Path, damage: list[str]) -> object:
+    """Return the content of a YAML file; None where it cannot be read, which `damage` then tells."""
     try:
         return read_yaml(path)
-    except BadFile:
+    except MissingFile:  # of a job that failed before it began
+        return None
+    except BadFile as error:
+        damage.append(str(error))
         return None
 
 

@@ -235,6 +235,11 @@ CONDITIONS = [
         lambda job: job.config.launch.nnodes > 1 and not (job.config.launch.submits or under_launcher()),
         "one node is used, or a launcher numbers them",
     ),
+    Condition(
+        ("launch.max_restarts",),
+        lambda job: job.config.task.writes_run and (job.config.launch.submits or not under_launcher()),
+        "the processes are another launcher's, or write no run to go on from",
+    ),
     Condition(("launch.timeout",), lambda job: job.plan.world_size > 1, "one rank waits for nobody"),
     Condition(
         ("hardware.devices_per_node",),

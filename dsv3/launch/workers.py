@@ -25,11 +25,12 @@ from dsv3.distributed.signals import (
     Stopped,
     die_with_parent,
     kill_children,
+    leave_on_signal,
     obey_launcher_alone,
 )
 from dsv3.distributed.store import ATTEMPT
 from dsv3.distributed.streams import outlive_readers
-from dsv3.errors import KILLED, STOPPED, RunFailed, RunOver, UserError
+from dsv3.errors import KILLED, STOPPED, RunFailed, RunOver, UserError, refused_by_system
 from dsv3.launch.job import Job
 from dsv3.launch.rendezvous import BACKEND, Attempt, Rendezvous
 from dsv3.launch.worker_signals import WorkerSignals, pass_signals_on
@@ -142,8 +143,8 @@ def start_workers(
     Args:
         on_run_dir: is told the run directory once rank 0 has made it, where that is on this node.
     """
-    untouched = job.config.task.writes_run and job.sweep is None
-    with phase("importing torch"):
+    words = "" if job.sweep is not None else NOTHING_SAVED if job.config.task.writes_run else "stopped"
+    with leave_on_signal(lambda: words), phase("importing torch"):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -157,7 +158,7 @@ def start_workers(
     before = {child.pid for child in _children()}
     try:
         with (
-            pass_signals_on(count, before, NOTHING_SAVED if untouched else "stopped") as signals,
+            pass_signals_on(count, before, words) as signals,
             _spawning(),
             _agent_environment(attempt),
             rendezvous.watch(attempt.number, lambda: kill_children(before)) as failed_elsewhere,
@@ -172,7 +173,9 @@ def start_workers(
                     raise KeyboardInterrupt from None
                 failure = _first_failure(error)
                 if isinstance(failure, RunFailed) and failed_elsewhere():
-                    raise EndedElsewhere("the workers of another node failed, and with them the run") from None
+                    raise EndedElsewhere(
+                        "the workers of another node failed, and with them the run"
+                    ) from None
                 raise failure from None
     finally:
         if run_dir.poll() and on_run_dir is not None:
@@ -276,6 +279,10 @@ def _work(job: Job, launcher: int, pids: Any, telling: Connection) -> float | St
         return result
     except Stopped as stopped:
         return stopped
+    except OSError as error:  # a full disk is the same mistake here as in a process that is alone
+        if mistake := refused_by_system(error):
+            raise mistake from error
+        raise
 
 
 def _was_stopped(error: "ChildFailedError", signals: WorkerSignals) -> bool:

@@ -6,7 +6,6 @@ cuts the journal back by them.
 """
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def cut_back(path: Path, samples: int) -> None:
     replacement.touch()
     for line in kept:
         append_line(replacement, line)
-    os.replace(replacement, path)
+    replacement.replace(path)
 
 
 def _is_entry(line: Mapping[str, Any]) -> bool:

@@ -36,7 +36,7 @@ class LogFile:
         self._file: TextIO | None = None
         if path is not None:
             with suppress(OSError):
-                self._file = path.open("a", encoding="utf-8", errors="replace", buffering=1)
+                self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
 
     def write(self, line: str) -> None:
         """Append one line."""

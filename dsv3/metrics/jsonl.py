@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.metrics.row import MetricsRow
+from dsv3.untrusted_files import BadFile, open_file, parse_json, read_bytes, read_text
 
 
 class JsonlWriter:
@@ -76,7 +77,7 @@ def truncate_after(path: Path, step: int) -> None:
 def _latest(path: Path) -> list[tuple[MetricsRow, str]]:
     """Return rows with their lines in the order of their steps; of a step written twice, the later line."""
     found: dict[int, tuple[MetricsRow, str]] = {}
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = read_text(path, "rows", errors="replace") if path.exists() else ""
     for line in text.split("\n"):
         try:
             row = MetricsRow.from_json(line)
@@ -90,7 +91,7 @@ def _ends_torn(path: Path) -> bool:
     data_size = path.stat().st_size
     if data_size == 0:
         return False
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(data_size - 1)
         return file.read(1) != b"\n"
 
@@ -111,15 +112,15 @@ def read_whole_lines(path: Path, repair: bool = True) -> list[dict[str, Any] | N
     """
     if not path.is_file():
         return []
-    raw = path.read_bytes()
+    raw = read_bytes(path, "rows")
     whole = raw.rfind(b"\n") + 1
     if whole < len(raw) and repair:
         os.truncate(path, whole)
     lines: list[dict[str, Any] | None] = []
     for text in raw[:whole].splitlines():
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text, path)
+        except BadFile:
             line = None
         lines.append(line if isinstance(line, dict) else None)
     return lines

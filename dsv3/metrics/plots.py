@@ -56,9 +56,14 @@ def plot_loss_curve(
     _draw_losses(loss_axes, rows)
     _draw_learning_rate(lr_axes, rows)
     text: dict[str, Any] = {"x": 0.075, "parse_math": False, "va": "baseline"}
-    figure.text(y=0.94, s=title, color=INK, size=15, weight="bold", **text)
+    figure.text(y=0.94, s=drawable(title), color=INK, size=15, weight="bold", **text)
     figure.text(y=0.895, s=_summarize(rows), color=QUIET, size=10.5, **text)
     write_png(figure, png_path)
+
+
+def drawable(text: str) -> str:
+    """Return a text with a mark in place of what is no character: bytes of a name that is no UTF-8."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def write_png(figure: "Figure", png_path: Path) -> None:
@@ -178,7 +183,7 @@ def plot_comparison(
         color = colormaps["viridis"](index / max(1, len(curves)))
         steps, losses = finite_points(rows, lambda row: row.loss)
         # A leading underscore keeps a line out of the legend, a dollar sign would begin mathematics.
-        label = f"{index + 1}. {name}".replace("$", r"\$") if index < NAMED_CURVES else "_"
+        label = f"{index + 1}. {drawable(name)}".replace("$", r"\$") if index < NAMED_CURVES else "_"
         alone: dict[str, Any] = {"marker": "o"} if len(losses) == 1 else {}
         window = max(1, min(len(losses) // 15, 400))
         axes.plot(steps, running_mean(losses, window), color=color, lw=1.8, label=label, **alone)
@@ -190,5 +195,6 @@ def plot_comparison(
     if below:
         style_axes(last, "difference from the reference")
     axes.legend(loc="upper right", fontsize=9, labelcolor=INK, edgecolor="none", framealpha=0.9)
-    figure.text(x=0.075, y=0.94, s=title, color=INK, size=15, weight="bold", parse_math=False, va="baseline")
+    text: dict[str, Any] = {"x": 0.075, "parse_math": False, "va": "baseline"}
+    figure.text(y=0.94, s=drawable(title), color=INK, size=15, weight="bold", **text)
     write_png(figure, png_path)

@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from dsv3.untrusted_files import parse_json
+
 SourceMetrics = dict[str, float | None]
 """`tokens` and `epochs` since step 0, and `evaluation_loss`, None but on evaluation steps."""
 
@@ -22,10 +24,11 @@ class MetricsRow:
         balance_loss: sequence-wise load balance loss of the report's eq. 17, its factor alpha included.
         grad_norm: L2 norm of the whole gradient, before clipping.
         lr: learning rate of this step.
-        tokens: places of the sequences trained on since step 0, this step included: sequences x length. Schedules
-            go by them. `padding` says how many of a step's hold no token.
-        tokens_per_second: places that all ranks together processed per second of this step, from the call for its data to its
-            last operation, on a GPU by the device's clock; what is done between steps does not count.
+        tokens: places of the sequences trained on since step 0, this step included: sequences x length.
+            Schedules go by them. `padding` says how many of a step's hold no token.
+        tokens_per_second: places that all ranks together processed per second of this step, from the call
+            for its data to its last operation, on a GPU by the device's clock; what is done between steps is
+            left out.
         mfu: model FLOPs utilization (MFU), from 0 to 1; places of padding count like the others.
         memory_gib: peak memory of the busiest rank, GiB.
         evaluation_loss: held-out loss, defined like `loss`; None except on evaluation steps.
@@ -38,16 +41,17 @@ class MetricsRow:
             schedule that splits the backward pass.
         data_wait: seconds that rank 0's host waited in this step for its batch; they are part of the step's
             time. Where another rank waits longer the console says so.
-        straggler: share of a step's time, from 0 to 1, for which other ranks wait for the slowest one, mean over
-            the steps since the last value; None but at multiples of train.log_every, and on one rank.
+        straggler: share of a step's time, from 0 to 1, for which other ranks wait for the slowest one, mean
+            over the steps since the last value; None but at multiples of train.log_every, and on one rank.
         straggler_rank: the slowest rank, as long as straggler is known.
         skipped: steps that were skipped for bad numbers since step 0, this one included; accidents.jsonl has
             each.
         alarm: 1 while the loss is an alarm, above its past for train.accidents.alarm_steps steps; else 0.
-        sources: by source of a mixture its tokens (places) and epochs since step 0, and its held-out loss; None
-            without a mixture, and at steps that are neither an evaluation nor a multiple of train.log_every.
         padding: share of this step's places that hold no token, from 0 to 1: above 0 for rows of best-fit
             packing and of padded tables.
+        sources: by source of a mixture its tokens (places) and epochs since step 0, and its held-out loss;
+            None without a mixture, and at steps that are neither an evaluation nor a multiple of
+            train.log_every.
     """
 
     step: int
@@ -70,8 +74,8 @@ class MetricsRow:
     straggler_rank: int | None = None
     skipped: int | None = None
     alarm: int | None = None
-    sources: dict[str, SourceMetrics] | None = None
     padding: float | None = None
+    sources: dict[str, SourceMetrics] | None = None
 
     def scalars(self) -> dict[str, int | float]:
         """Return the known, finite values by name, without the step: the values that a logger can draw.
@@ -98,7 +102,7 @@ class MetricsRow:
         Raises:
             ValueError: the line is not a row, such as a line torn by a kill.
         """
-        data = json.loads(line)
+        data = parse_json(line, "a row of metrics.jsonl")
         if not isinstance(data, dict) or not _is_count(data.get("step")) or not _is_count(data.get("tokens")):
             raise ValueError(f"not a row of metrics: {line[:80]!r}")
         return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from dsv3.config.logger import WandbMode
 from dsv3.metrics.loggers import Notify, print_to_stderr
 from dsv3.metrics.row import MetricsRow
+from dsv3.untrusted_files import read_text
 
 # Seconds that an unreachable server may delay the start and the end of a run.
 INIT_TIMEOUT = 30.0
@@ -182,7 +183,7 @@ def logged_in(environ: Mapping[str, str]) -> bool:
 def run_id(run_dir: Path) -> str:
     """Return the wandb id of a run; the first call creates it and stores it in `run_dir/wandb/run-id.txt`."""
     path = run_dir / "wandb" / "run-id.txt"
-    kept = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    kept = read_text(path).strip() if path.exists() else ""
     if kept:
         return kept
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,20 +56,15 @@ class Assembly:
         if isinstance(self.data.train, LaneRows):
             self.data.train.go_on(progress.bookmarks)
 
-    def steps(
-        self, statistics: RunStatistics | None = None, accidents: AccidentsConfig | None = None
-    ) -> StepTaker:
+    def steps(self, statistics: RunStatistics, accidents: AccidentsConfig) -> StepTaker:
         """Return what takes the optimizer steps, on this rank's share of the training rows.
 
-        `statistics` are those of the run's progress, by which steps with bad numbers are known and kept out;
-        `accidents` is the rule, by default the run's.
+        `statistics` are those of the run's progress; by them and the rule `accidents` steps with bad numbers
+        are kept out.
         """
         train, ranks = self.config.train, self.ranks
         assert self.data.train is not None
-        guard = None
-        if statistics is not None:
-            rule = accidents or train.accidents
-            guard = StepGuard(rule, statistics, ranks.device, self.optimizer)
+        guard = StepGuard(accidents, statistics, ranks.device, self.optimizer)
         step = TrainStep(self.model.forward_backward, self.optimizer, ranks, train.clip_norm, guard)
         batch, pinned = BatchSchedule.of(train), ranks.device.type == "cuda"
         share = (ranks.data_rank, ranks.data_world)

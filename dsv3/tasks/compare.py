@@ -26,6 +26,9 @@ from dsv3.metrics.console import replace_control_characters
 from dsv3.metrics.plots import plot_comparison
 from dsv3.metrics.progress import phase
 
+NAMED = 5
+"""Damaged runs that are named."""
+
 
 class CompareTask:
     """Prints the runs below a directory, the best first, and draws their loss curves.
@@ -49,7 +52,14 @@ class CompareTask:
         self.mixed_data = mixed_data
 
     def run(self, job: Job) -> None:
-        """Print to stdout, as a table or as one JSON object; nothing is written into a run's directory."""
+        """Print to stdout, as a table or as one JSON object; nothing is written into a run's directory.
+
+        A run with a file that cannot be read is compared by what its other files tell.
+
+        Raises:
+            UserError: such a run is there, once all is printed; held-out data differ; the picture cannot be
+                written.
+        """
         runs = find_runs(self.directory)
         mixed = held_out_differences(runs)
         if mixed and not self.mixed_data:
@@ -78,6 +88,7 @@ class CompareTask:
             ]
             found = {"runs": entries, "differences": told, "held_out_data": mixed, "plot": plot and str(plot)}
             print(json.dumps(found, indent=1))
+            _require_sound(runs)
             return
         print(format_runs(runs, keys, farthest if reference else None, mixed))
         differing = config_differences(runs)
@@ -91,6 +102,7 @@ class CompareTask:
             if run.failure:
                 print(f"{run.name} failed: {replace_control_characters(run.failure)}")
         print(f"curves: {plot}" if plot else "no curves: no run has made a step")
+        _require_sound(runs)
 
     def _draw(
         self, runs: Sequence[RunSummary], keys: Sequence[str], apart: Sequence[list[tuple[int, float]]]
@@ -110,6 +122,18 @@ class CompareTask:
                 "name another file, task.output=FILE.png"
             ) from None
         return self.output
+
+
+def _require_sound(runs: Sequence[RunSummary]) -> None:
+    """Raise UserError that names the runs with files that cannot be read, and says what is wrong."""
+    damaged = [run for run in runs if run.damage]
+    if damaged:
+        names = ", ".join(run.name for run in damaged[:NAMED])
+        more = f" and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+        raise UserError(
+            f"{len(damaged)} of {len(runs)} runs ({names}{more}) lack what cannot be read, all others are "
+            f"compared: {damaged[0].damage[0]}"
+        )
 
 
 def loss_differences(run: RunSummary, reference: RunSummary) -> list[tuple[int, float]]:
@@ -132,6 +156,7 @@ def _to_json(run: RunSummary, keys: Sequence[str], farthest: float | None) -> di
         "tokens_per_second": run.tokens_per_second,
         "state": run.state.value,
         "reason": run.failure or None,
+        "damage": run.damage,
         "largest_difference": farthest,
         "convergence": run.convergence,
         "data_changes": run.data_changes,

@@ -6,6 +6,7 @@ the hardware. The run is read alone: it may go on meanwhile, lie on a read-only 
 
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dsv3.checkpoint.agreement import on_main
@@ -19,7 +20,6 @@ from dsv3.data.sources import PreparedData
 from dsv3.distributed.heartbeat import FIRST_CALL, HEARTBEAT
 from dsv3.distributed.process_group import RankContext, make_deterministic
 from dsv3.errors import UserError
-from dsv3.launch.held_out import precision_choice
 from dsv3.launch.job import Job
 from dsv3.launch.replayed_run import ReplayedRun, Timeline, read_rows, read_timeline
 from dsv3.launch.run_dir import data_recorded_at, environment_here
@@ -27,7 +27,7 @@ from dsv3.metrics.progress import phase
 from dsv3.metrics.row import MetricsRow
 from dsv3.tasks.assembly import Assembly, assemble, own_tokenizer
 from dsv3.tasks.replay_report import Found, tell
-from dsv3.tasks.replay_verdict import COMPARED, ComparedStep, Setup
+from dsv3.tasks.replay_verdict import COMPARED, ComparedStep, Setup, matmul_precision
 from dsv3.tasks.setup import join_ranks, prepare_data
 from dsv3.tokens.tokenizer import Tokenizer
 from dsv3.training.gradient_places import Place, ranked
@@ -40,38 +40,46 @@ class ReplayTask:
     """Prints a table to stderr and one JSON object as stdout's last line; its `verdict` is what was found."""
 
     def __init__(self, run: str, step: int, text: int) -> None:
-        self.run_dir, self.step = run, step
-        """What `job.replayed` has been made from."""
+        self.run_dir, self.step = Path(run).absolute(), step
         self.text = text
 
     def run(self, job: Job) -> None:
         """Replay the step of `job`; write nothing but the data cache."""
         make_deterministic(job.config.train.deterministic, job.config.train.seed)
         with join_ranks(job) as ranks:
-            assert job.replayed is not None
-            _replay(job, job.replayed, ranks, self.text)
+            found: list[ReplayedRun] = []
+            on_main(ranks, lambda: found.append(ReplayedRun.read(self.run_dir, self.step)))
+            _replay(job, ranks.broadcast_object(found[0] if found else None), ranks, self.text)
 
 
-def _replay(job: Job, run: ReplayedRun, world: RankContext, text: int) -> None:
+def _replay(job: Job, run: ReplayedRun | None, world: RankContext, text: int) -> None:
     """Compute the steps from the checkpoint to the one asked for; rank 0 tells what was found."""
+    assert run is not None
     tokenizer = own_tokenizer(job)
     data = prepare_data(job.config, world, tokenizer)
-    rows, timeline, setup = on_main(world, lambda: _what_the_run_says(job, run, data))
+    recorded: list[tuple[dict[int, MetricsRow], Setup]] = []  # for rank 0, which compares
+
+    def read() -> Timeline:
+        rows, timeline, setup = _what_the_run_says(job, run, data, world.device.type)
+        recorded.append((rows, setup))
+        return timeline
+
+    timeline = on_main(world, read)
     load = job.config.checkpoint.load if run.checkpoint is None else None
     start = on_main(world, lambda: find_checkpoint(load)) if load else None
     built = assemble(job, world, data, initial=run.checkpoint is None and start is None)
     progress = built.begin_with(start) if run.checkpoint is None else _restore(run, built)
     built.go_on(progress)
-    setup = replace(setup, is_deterministic=built.ranks.device.type == "cpu" or setup.is_deterministic)
+    rows = recorded[0][0] if recorded else {}
     steps = _take_steps(run, built, progress, timeline, rows)
-    found = Found(run, steps.compared, timeline.skipped.get(run.step), setup, steps.samples, steps.places)
     texts = _texts(steps, built.ranks, text, data.tokenizer or tokenizer)
-    if built.ranks.is_main:
-        tell(found, texts)
+    if recorded:
+        entry = timeline.skipped.get(run.step)
+        tell(Found(run, steps.compared, entry, recorded[0][1], steps.samples, steps.places), texts)
 
 
 def _what_the_run_says(
-    job: Job, run: ReplayedRun, data: PreparedData
+    job: Job, run: ReplayedRun, data: PreparedData, device: str
 ) -> tuple[dict[int, MetricsRow], Timeline, Setup]:
     """Return the rows of the steps to come, what to skip of them, and how this command computes otherwise.
 
@@ -88,11 +96,11 @@ def _what_the_run_says(
     config = job.config
     setup = Setup(
         run.setup_differences(config, environment_here(job)),
-        precision_choice(run.stored.config),
-        precision_choice(to_yaml(config)),
-        config.train.deterministic,
+        matmul_precision(run.stored.config),
+        matmul_precision(to_yaml(config)),
+        config.train.deterministic or device == "cpu",
     )
-    return rows, read_timeline(run.directory), setup
+    return rows, read_timeline(run.directory).between(run.first_step, run.step), setup
 
 
 def _restore(run: ReplayedRun, built: Assembly) -> Progress:
@@ -114,7 +122,7 @@ def _restore(run: ReplayedRun, built: Assembly) -> Progress:
 
 
 class _Steps:
-    """What the steps have given: every step beside its record, and more of the last one."""
+    """The result of the steps: every step beside its record, and more of the last one."""
 
     def __init__(self) -> None:
         self.compared: list[ComparedStep] = []
@@ -150,7 +158,8 @@ def _take_steps(
                 steps.pass_over(progress)
                 found.compared.append(ComparedStep(number, rows.get(number), None))
             else:
-                if is_last and steps.step.guard is not None:
+                if is_last:
+                    assert steps.step.guard is not None
                     steps.step.guard.config = replace(rule, skip=True)
                 begin = progress.samples
                 with HEARTBEAT.patient(FIRST_CALL if first and compiles else 0.0):

@@ -10,7 +10,6 @@ from dsv3.metrics.accident_journal import plain
 from dsv3.metrics.console import Console, format_table
 from dsv3.tasks.replay_verdict import (
     COMPARED,
-    DIFFERS,
     REPEATS,
     ComparedStep,
     Setup,
@@ -27,7 +26,7 @@ MOST_TOLD = 1000
 
 
 class Found:
-    """What a replay has found, for the table and the JSON."""
+    """The findings of a replay, for the table and the JSON."""
 
     def __init__(
         self,
@@ -132,8 +131,9 @@ def tell(found: Found, texts: list[str]) -> None:
     ]
     rows += [("verdict", found.verdict.outcome), ("cause", found.verdict.cause)]
     console.table("Replay", rows)
-    if found.verdict.outcome in (REPEATS, DIFFERS) and found.accident is not None:
-        console.next_command(shlex.join(_next(found)))
+    following = _next(found) if found.accident is not None else []
+    if following:
+        console.next_command(shlex.join(following))
     console.close()
     print(json.dumps(plain(found.to_json())), flush=True)
 
@@ -147,16 +147,13 @@ def _accident(entry: dict[str, Any] | None) -> str:
 
 
 def _next(found: Found) -> list[str]:
-    """Return the command that tells more of an accident: in fp32, or with the text of the batch."""
+    """Return the command that tells more of an accident, if any: in fp32, in the run's own, with its text."""
     words = [
         *command("train"),
         "task=replay",
         f"task.run={found.run.directory}",
         f"task.step={found.run.step}",
     ]
-    if found.verdict.outcome == REPEATS and found.setup.precision != "fp32":
-        return [*words, "precision=fp32"]
     if found.verdict.outcome == REPEATS:
-        return [*words, "task.text=400"]
-    own = found.setup.run_precision
-    return [*words, f"precision={own}"] if found.setup.precision != own else words
+        return [*words, "task.text=400" if found.setup.precision == "fp32" else "precision=fp32"]
+    return words if found.setup.precision != found.setup.run_precision else []

@@ -9,17 +9,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsv3.launch.held_out import precision_choice
 from dsv3.metrics.row import MetricsRow
 
 COMPARED = ("loss", "grad_norm", "mtp_loss", "balance_loss")
 """Columns of metrics.jsonl that a step is compared by; a verdict names the first two."""
 
-ROUNDING = {"fp32": (1e-4, 1e-3), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1)}
+ROUNDING = {"fp32": (1e-4, 1e-3), "tf32": (1e-3, 1e-2), "bf16": (5e-3, 5e-2), "fp8": (1e-2, 1e-1)}
 """Largest relative differences (of losses, of the gradient norm) that rounding explains, by the coarsest
-precision of the two. docs/reliability.md has what was measured; these are above it tenfold."""
+precision of the two. docs/reliability.md has what was measured: far less, over 12 steps of a small model. But
+differences grow with the steps from the checkpoint on, and with a model's depth."""
 
 REPEATS, ROUNDED, DIFFERS = "repeats", "rounding", "differs"
 """The verdicts."""
+
+
+def matmul_precision(config: Mapping[str, Any]) -> str | None:
+    """Return the number format in which a stored config multiplies: a choice of `precision`, or tf32."""
+    choice, node = precision_choice(config), config.get("precision")
+    in_tf32 = choice == "fp32" and isinstance(node, Mapping) and node.get("matmul") == "high"
+    return "tf32" if in_tf32 else choice
 
 
 def coarsest(*precisions: str | None) -> str:
@@ -92,7 +101,7 @@ class ComparedStep:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the replay computes, beside the run."""
+    """The ways in which the replay computes, beside those of the run."""
 
     differs: Mapping[str, Sequence[Any]]
     """What may let it round otherwise: {what: [in the run, here]}."""
@@ -114,7 +123,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a replay has found."""
+    """The outcome of a replay, and its cause."""
 
     outcome: str
     """REPEATS, ROUNDED or DIFFERS."""
@@ -149,9 +158,7 @@ def judge(steps: Sequence[ComparedStep], accident: Mapping[str, Any] | None, set
     if first is None:
         return Verdict(REPEATS, "the step is as recorded, bit for bit", None)
     if beyond is None:
-        how = (
-            _what_differs(setup) or "operations whose order is not fixed (train.deterministic=true fixes it)"
-        )
+        how = _what_differs(setup) or "sums in no fixed order (train.deterministic=true fixes it)"
         return Verdict(ROUNDED, f"no more than rounding explains: {how}", first)
     return Verdict(DIFFERS, _hardware(setup, beyond, last.step), first)
 
@@ -163,7 +170,7 @@ def _judge_accident(
     if not _is_bad_again(last, accident, setup):
         return Verdict(DIFFERS, _hardware(setup, min(beyond or last.step, last.step), last.step), first)
     if is_finer(setup.precision, setup.run_precision):
-        cause = f"data, or the weights before it: precision={setup.precision} has it too"
+        cause = f"data, or the weights before it: {setup.precision} has it too"
     elif setup.precision == "fp32":
         cause = "data, or the weights before it"
     else:
@@ -187,7 +194,7 @@ def _hardware(setup: Setup, since: int, step: int) -> str:
     where = "" if since == step else f" (from step {since} on: task.step={since} looks at that one)"
     if setup.precision != setup.run_precision:
         own = setup.run_precision
-        return f"numerics of precision={own}, or hardware: a replay in {own} tells which{where}"
+        return f"numerics of {own}, or hardware: a replay in {own} tells which{where}"
     others = _what_differs(setup)
     besides = f"; besides {others}" if others else ""
     return f"hardware: the same step gives other numbers here{where}{besides}"

@@ -133,8 +133,8 @@ class RunFacts:
         is_table = self.job.config.data.sets_sequence_length
         documents = {s: amount(counts[f"documents_{s}"], "rows" if is_table else "documents") for s in sides}
         about = "about " if is_table and counts.get("tokens_padding") else ""
-        told = (f"{sides[s]} {documents[s]}, {about}{counts[f'tokens_{s}']:,} tokens" for s in sides)
-        yield "", "; ".join(told)
+        both = (f"{sides[s]} {documents[s]}, {about}{counts[f'tokens_{s}']:,} tokens" for s in sides)
+        yield "", "; ".join(both)
         length = self.data.sequence_length
         rows, asked = counts["rows_per_epoch"], BatchSchedule.of(train).samples_after(0, train.steps)
         left_out = counts.get("tokens_left_out")

@@ -283,7 +283,7 @@ def _describe(facts: RunFacts) -> None:
     lines = facts.lines()
     for line in lines:
         run.console.message(line)
-    with (run.directory / THIS_RUN_FILE).open("a", encoding="utf-8") as file:
+    with (run.directory / THIS_RUN_FILE).open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("\n".join(lines) + "\n")
 
 
@@ -349,8 +349,7 @@ def _results(rows: list[MetricsRow], directory: Path, steps: int) -> list[tuple[
     if rates:
         included = ", padding included" if padding else ""
         results.append(("tokens/s", f"{median(rates):,.0f}{included}"))
-    slow = [(row.straggler_rank, row.straggler) for row in rows]
-    told = summary_of_stragglers([(rank, share) for rank, share in slow if rank is not None and share is not None])
+    told = summary_of_stragglers([(row.straggler_rank, row.straggler) for row in rows])
     results += [("slowest rank", told)] if told else []
     results += _accidents(rows[-1], directory)
     results.append(("peak memory", f"{max(row.memory_gib or 0.0 for row in rows):.2f} GiB"))
@@ -362,8 +361,11 @@ def _results(rows: list[MetricsRow], directory: Path, steps: int) -> list[tuple[
 
 def _padding(rows: list[MetricsRow]) -> float:
     """Return the share of all places trained on that hold no token, as far as rows tell."""
-    sizes = [row.tokens - before for row, before in zip(rows, [0, *(row.tokens for row in rows)], strict=False)]
-    return sum((row.padding or 0.0) * size for row, size in zip(rows, sizes, strict=True)) / max(1, sum(sizes))
+    before, padding = 0, 0.0
+    for row in rows:
+        padding += (row.padding or 0.0) * (row.tokens - before)
+        before = row.tokens
+    return padding / max(1, before)
 
 
 def _accidents(last: MetricsRow, directory: Path) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import xxhash
 
+from dsv3.errors import UserError
 from dsv3.metrics.progress import phase, tell
 from dsv3.tokens.file_digests import digest
 from dsv3.untrusted_files import BadFile, open_file
@@ -123,6 +124,11 @@ class BackgroundCheck:
         random.SystemRandom().shuffle(self._waiting)  # runs that end early compare other files each time
         self._thread = threading.Thread(target=self._run, name="digests of the data", daemon=True)
         self._thread.start()
+
+    def require_sound(self) -> None:
+        """Raise UserError once the thread has found damage."""
+        if self.damage:
+            raise UserError(self.damage)
 
     def wait(self) -> None:
         """Wait until the thread is done."""

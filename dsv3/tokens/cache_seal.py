@@ -48,9 +48,7 @@ def check_seal(directory: Path) -> None:
         except OSError as error:
             raise BrokenSeal(f"{directory / name} cannot be read: {error.strerror}") from error
         if size != entry.size:
-            raise BrokenSeal(
-                f"{directory / name} has {size:,} bytes, its seal tells of {entry.size:,}"
-            )
+            raise BrokenSeal(f"{directory / name} has {size:,} bytes, its seal tells of {entry.size:,}")
 
     def mark(wrong: str) -> None:
         try:

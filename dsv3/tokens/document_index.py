@@ -50,9 +50,8 @@ def with_documents(segments: Sequence[Segment], eos_id: int, cache_dir: str | No
     for array in arrays:
         told = Path(array.path).stat()
         # As for make, names, sizes and times decide whether the entry is current.
-        key.update(
-            f"{array.path}\0{array.dtype.str} {array.begin} {told.st_size} {told.st_mtime_ns}\n".encode()
-        )
+        state = f"{array.dtype.str} {array.begin} {told.st_size} {told.st_mtime_ns}\n"
+        key.update(f"{array.path}\0{state}".encode("utf-8", "surrogateescape"))
 
     def read(folder: Path) -> list[FileArray]:
         return [_read(_place(folder, number), len(array)) for number, array in enumerate(arrays)]

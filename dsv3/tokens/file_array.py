@@ -57,8 +57,7 @@ class FileArray:
             UserError: the file cannot be read or has become shorter, or the background check has found damage
                 in one of the run's files.
         """
-        if BACKGROUND.damage:
-            raise UserError(BACKGROUND.damage)
+        BACKGROUND.require_sound()
         first, end, _ = part.indices(self.length)
         width = self.dtype.itemsize
         wanted = max(end - first, 0) * width

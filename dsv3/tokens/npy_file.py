@@ -7,7 +7,6 @@ or of another kind is a UserError that names it, and no file can run code: no pi
 import io
 import math
 import threading
-import tokenize
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,9 @@ from dsv3.tokens.file_array import FileArray, read_head
 
 HEAD = 4096
 """Bytes at the start of a file that hold its header: numpy's own have 128."""
+
+_DIMENSIONS = 64
+"""Of an array of numpy's at most."""
 
 _PARSING = threading.Lock()
 """Held while warnings are off: that is one setting of the process, and headers are read in threads."""
@@ -61,7 +63,7 @@ class NpyFile:
             kinds = (told for begin, told in _KINDS.items() if head.startswith(begin))
             found = next(kinds, "empty" if size == 0 else "no .npy file")
             raise UserError(f"{path} is {found}: {wanted}")
-        shape, is_fortran, dtype, begin = _parse(head, path, wanted)
+        shape, is_fortran, dtype, begin = parse_header(head, path, wanted)
         if dtype.kind not in "iu":
             found = "Python objects" if dtype.hasobject else dtype.name
             raise UserError(f"{path} holds {found} {list(shape)}: {wanted}")
@@ -85,8 +87,12 @@ class NpyFile:
         return cls(path, dtype, shape, begin)
 
 
-def _parse(head: bytes, path: str, wanted: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Return shape, order and dtype of a header by numpy's own reader, and the byte behind the header."""
+def parse_header(head: bytes, path: str, wanted: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Return shape, order and dtype of a header by numpy's own reader, and the byte behind the header.
+
+    UserError, with `wanted` at its end, for a header that is damaged. numpy's words are not passed on: they
+    advise to load the file in unsafe ways.
+    """
     file = io.BytesIO(head)
     try:
         version = np.lib.format.read_magic(file)
@@ -96,14 +102,17 @@ def _parse(head: bytes, path: str, wanted: str) -> tuple[tuple[int, ...], bool, 
             (3, 0): np.lib.format.read_array_header_2_0,  # the same but for names of fields, in UTF-8
         }
         if version not in readers:
-            raise ValueError(f"its version {version[0]}.{version[1]} is not one of plain numbers")
+            raise UserError(
+                f"{path} has a damaged header (its version {version[0]}.{version[1]} is not one of plain "
+                f"numbers): {wanted}"
+            )
         with _PARSING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's about headers of Python 2, Python's about odd literals
             shape, is_fortran, dtype = readers[version](file)
-        if any(length < 0 for length in shape):
-            raise ValueError(f"its shape is {shape}")
-    except (ValueError, TypeError, SyntaxError, EOFError, tokenize.TokenError, OverflowError) as error:
-        raise UserError(f"{path} has a damaged header ({quoted(str(error))}): {wanted}") from error
-    except (MemoryError, RecursionError) as error:  # of Python's parser, on deeply nested brackets
+    except UserError:
+        raise
+    except Exception as error:  # of numpy and of Python's parser, on a text that numpy has not written
         raise UserError(f"{path} has a damaged header: {wanted}") from error
+    if len(shape) > _DIMENSIONS or any(not 0 <= length < 1 << 62 for length in shape):
+        raise UserError(f"{path} has a damaged header (its shape is {quoted(shape)}): {wanted}")
     return shape, is_fortran, dtype, file.tell()

@@ -160,7 +160,7 @@ def prepare_shards(
     work_folder = output / UNFINISHED
     skipped, counts = Skipped(), Counts()
     skipped.merge(before or Skipped())
-    is_held = False
+    journal, told_identity = work_folder / JOURNAL_FILE, {"ids": tokenizer.fingerprint(), **identity}
 
     def count(result: Mapping[str, Any]) -> None:
         skipped.merge(Skipped.from_json(result["skipped"]))
@@ -169,13 +169,13 @@ def prepare_shards(
 
     try:
         work_folder.mkdir(parents=True, exist_ok=True)
-        with DirectoryLock(work_folder, f"{key}={output}", "being prepared"):
-            is_held = True
+        with (
+            DirectoryLock(work_folder, f"{key}={output}", "being prepared"),
+            _refusing(journal, told_identity, units, in_process_below),
+        ):
             tokenizer_folder = work_folder / TOKENIZER_FOLDER
-            journal = work_folder / JOURNAL_FILE
             if not (journal.exists() and tokenizer_folder.exists()):
                 keep_tokenizer(tokenizer, tokenizer_folder)
-            told_identity = {"ids": tokenizer.fingerprint(), **identity}
             dtype_name = dtype_for(tokenizer.size)
             cores = workers or len(os.sched_getaffinity(0))
             work = TokenizeUnit(source, tokenizer_folder, dtype_name, cores, note_every, shard_tokens)
@@ -214,14 +214,26 @@ def prepare_shards(
                 shutil.rmtree(work_folder)
     except OSError as error:
         raise UserError(unwritable(f"{key}={output}", error)) from error
-    except UserError as error:
-        kept = _bytes_done(journal, told_identity, units) if is_held else None
-        if kept is not None and kept < in_process_below:
-            shutil.rmtree(work_folder, ignore_errors=True)  # in the way of a command with other keys
-        elif kept is not None:
-            raise UserError(f"{error} (what is done stays in {work_folder})") from error
-        raise
     return Prepared(index, skipped, counts)
+
+
+@contextmanager
+def _refusing(
+    journal: Path, identity: Mapping[str, str], units: Sequence[Unit], worth_keeping: int
+) -> Iterator[None]:
+    """Remove the work beside a journal where a UserError ends it, or say that it stays.
+
+    It stays where at least `worth_keeping` bytes of input are done, and where it is another command's.
+    """
+    try:
+        yield
+    except UserError as error:
+        done = _bytes_done(journal, identity, units)
+        if done is not None and done >= worth_keeping:
+            raise UserError(f"{error} (what is done stays in {journal.parent})") from error
+        if done is not None:
+            shutil.rmtree(journal.parent, ignore_errors=True)  # in the way of a command with other keys
+        raise
 
 
 def _bytes_done(journal: Path, identity: Mapping[str, str], units: Sequence[Unit]) -> int | None:

@@ -6,7 +6,6 @@ in passing is tried again. Blocks are kept by URL, version and number: a file th
 """
 
 import contextlib
-import io
 import os
 import random
 import shutil
@@ -27,6 +26,7 @@ from dsv3.metrics.progress import phase, tell
 from dsv3.tokens.block_cache import BLOCK, BlockCache
 from dsv3.tokens.cache import CacheEntryError, cache_root, load_or_build
 from dsv3.tokens.cache_seal import BrokenSeal, check_seal, write_seal
+from dsv3.tokens.npy_file import parse_header
 
 ATTEMPTS = 8
 
@@ -37,6 +37,9 @@ _PASSING_STATUS = (408, 425, 429)
 """Answers of a web server in the range of the client's mistakes that another attempt may change."""
 
 _TIMEOUT = 60.0
+
+LOOK_EVERY = 60.0
+"""Seconds between two looks at the version of a file that is being read, at least."""
 
 T = TypeVar("T")
 
@@ -175,7 +178,8 @@ class RemoteArray:
     begin: int | None
     """Byte at which the values begin; None: behind the header of an .npy file, read with the first values."""
     ends: tuple[int, int] | None
-    _checked: bool = field(default=False, init=False)
+    _seen: tuple[str, float] | None = field(default=None, init=False)
+    """Version that the store told at the last look, and when that was."""
 
     def __len__(self) -> int:
         return self.length
@@ -214,20 +218,15 @@ class RemoteArray:
 
     def _read_header(self) -> int:
         """Return the byte at which the values of an .npy file begin; UserError where it is another array."""
-        file = io.BytesIO(self._bytes(0, 1))  # the whole block comes with it
-        try:
-            version = np.lib.format.read_magic(file)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, fortran, dtype = read(file)
-        except (ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{self.url} is no .npy file: {error}") from None
+        head = self._bytes(0, 1)  # the whole block comes with it
+        wanted = f"the index says {self.dtype.name} [{self.length}]"
+        if not head.startswith(np.lib.format.MAGIC_PREFIX):
+            raise UserError(f"{self.url} is no .npy file: {wanted}")
+        shape, fortran, dtype, begin = parse_header(head, self.url, wanted)
         if shape != (self.length,) or dtype != self.dtype or fortran:
             found, wanted = f"{dtype.name} {list(shape)}", f"{self.dtype.name} [{self.length}]"
             raise UserError(f"{self.url} holds {found}, the index says {wanted}: it is another file")
-        return file.tell()
+        return begin
 
     def _bytes(self, start: int, end: int) -> bytes:
         """Return the bytes from `start` to `end`, which lie in the file: from the cache, or from the store.
@@ -247,6 +246,7 @@ class RemoteArray:
                 if missing:  # in one request, as they are neighbours but for what lies in the cache
                     first, last = missing[0], missing[-1]
                     content = self.folder.read(self.name, first * BLOCK, (last + 1) * BLOCK)
+                    self._look()
                     for number in range(first, last + 1):
                         begin = (number - first) * BLOCK
                         block = content[begin : begin + BLOCK]
@@ -261,6 +261,25 @@ class RemoteArray:
                 f"{self.dtype.name} [{self.length:,}] goes on behind byte {end:,}"
             )
         return content if (start, end) == (0, 1) else content[begin : begin + end - start]
+
+    def _look(self) -> None:
+        """Ask the store, at most once in LOOK_EVERY, whether the file is still the one of the last look.
+
+        Its blocks in the cache would otherwise be mixed with those of another file of the same size.
+        """
+        now = time.monotonic()
+        if self._seen is not None and now - self._seen[1] < LOOK_EVERY:
+            return
+        try:
+            version = self.folder.version(self.name)
+        except (UserError, RunFailed):
+            return  # a store may refuse this and give the bytes
+        if self._seen is not None and self._seen[0] != version:
+            raise UserError(
+                f"{self.url} has changed while it was read: put back what was there, or give new data "
+                "a place of its own, and resume"
+            )
+        self._seen = version, now
 
     def _key(self, number: int) -> bytes:
         return xxhash.xxh3_128_digest(f"{self.url}\0{self.version}\0{number}".encode())

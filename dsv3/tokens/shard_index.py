@@ -6,6 +6,7 @@ directory without one holds nothing that is read.
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,8 @@ INDEX_FILE = "index.json"
 FORMAT, VERSION = "dsv3-token-shards", 1
 
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+_DIGEST = re.compile("[0-9a-fA-F]{32}")
 
 TRAIN, HELD_OUT = "train", "held_out"
 """Splits: documents to train on, and those set aside for the held-out loss."""
@@ -125,7 +128,7 @@ class ShardIndex:
         """Write index.json durably, by a rename: it is there whole or not at all."""
         new = folder / f".{INDEX_FILE}.new"
         with new.open("w", encoding="utf-8") as file:
-            json.dump(self.to_json(), file, indent=1, ensure_ascii=False)
+            json.dump(self.to_json(), file, indent=1)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -201,7 +204,10 @@ def _shard(entry: dict[str, Any]) -> Shard:
     counts = [entry["num_tokens"], entry["num_documents"]]
     if any(type(count) is not int or count < 0 for count in counts):
         raise ValueError(f"{quoted(entry['tokens'])}: num_tokens and num_documents must be whole numbers")
-    digests = {str(name): str(value) for name, value in (entry.get("digests") or {}).items()}
+    digests = dict(entry.get("digests") or {})
+    for name, value in digests.items():
+        if name not in ("tokens", "offsets") or not isinstance(value, str) or not _DIGEST.fullmatch(value):
+            raise ValueError(f"digests has {quoted(name)}: {quoted(value)}, must be 32 hexadecimal digits")
     return Shard(_inside(entry["tokens"]), _inside(entry["offsets"]), counts[0], counts[1], digests)
 
 

@@ -25,9 +25,11 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dsv3.errors import UserError, quoted
-from dsv3.untrusted_files import refuse_lfs_pointer
+from dsv3.untrusted_files import read_bytes, read_text, refuse_lfs_pointer
 
 _LINE = re.compile(rb"(\S+) (\d{1,9})\s*")
+
+_MODULE = re.compile(r"\w{1,100}")
 
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -81,7 +83,7 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     refuse_lfs_pointer(file)
     ranks: dict[bytes, int] = {}
     try:
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        for number, line in enumerate(read_bytes(file, "tokenizer").splitlines(), start=1):
             found = _LINE.fullmatch(line)
             if found is None or int(found[2]) != len(ranks):
                 raise ValueError(f"line {number} is not a token and the rank {len(ranks)}")
@@ -142,8 +144,13 @@ def added_token(told: Mapping[str, Any]) -> AddedToken:
 
 def _read_rules(file: Path, config: Mapping[str, Any]) -> Rules:
     """Return the rules of the release's Python file, which is parsed and never run."""
-    told = (config.get("auto_map") or {}).get("AutoTokenizer")
-    name = str(told[0] if isinstance(told, list) else told or "").rpartition("--")[2].partition(".")[0]
+    classes = config.get("auto_map")
+    told = classes.get("AutoTokenizer") if isinstance(classes, dict) else None
+    first = next(iter(told), "") if isinstance(told, list) else told
+    name = str(first or "").rpartition("--")[2].partition(".")[0]
+    if name and not _MODULE.fullmatch(name):
+        config_file = file.with_name("tokenizer_config.json")
+        raise UserError(f"{config_file}: auto_map names no Python file: {quoted(told)}")
     candidates = [file.with_name(f"{name}.py")] if name else sorted(file.parent.glob("tokenization_*.py"))
     sources = [path for path in candidates if path.is_file()]
     if not sources:
@@ -155,8 +162,8 @@ def _read_rules(file: Path, config: Mapping[str, Any]) -> Rules:
     for path in sources:
         refuse_lfs_pointer(path)
         try:
-            tree = ast.parse(path.read_text("utf-8"))
-        except (OSError, ValueError, SyntaxError, RecursionError) as error:
+            tree = ast.parse(read_text(path))
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise UserError(f"{path} is not Python that can be read: {error}") from None
         pattern = _plain_text(dict(_assigned(tree)).get("pat_str"))
         if pattern:

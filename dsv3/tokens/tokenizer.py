@@ -5,12 +5,14 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from dsv3.config.limits import LARGEST_VOCABULARY
 from dsv3.distributed.heartbeat import HEARTBEAT
 from dsv3.errors import UserError, quoted
 from dsv3.tokens.cache import CacheEntryError, load_or_build
@@ -24,6 +26,7 @@ from dsv3.tokens.tokenizer_files import (
     token_name,
     vocabulary_file,
 )
+from dsv3.untrusted_files import parse_json, read_bytes
 
 BOS, EOS, PAD = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>"
 
@@ -114,7 +117,8 @@ class Tokenizer:
         self.eos = self._special_id("eos_token", EOS_NAMES)
         self.pad = self._special_id("pad_token", ())
         self.stop: tuple[int, ...] = () if self.eos is None else (self.eos,)
-        self.add_bos = self.bos is not None and self._adds_bos()
+        with _in_words(f"the tokenizer {source or ''} cannot encode a text"):
+            self.add_bos = self.bos is not None and self._adds_bos()
         self.size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -129,10 +133,7 @@ class Tokenizer:
         if file.name == TIKTOKEN_MODEL:
             backend = convert_tiktoken(file, config)
         else:
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as error:  # the library raises plain Exception
-                raise UserError(f"{file} is not a tokenizer that can be read: {error}") from error
+            backend = _read_backend(file)
             _add_missing(backend, file, config)
         tokenizer = cls(backend, config, file)
         tokenizer.stop_also_at(read_stop_ids(file.parent))
@@ -164,13 +165,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without bos and eos; use one thread per core."""
-        with HEARTBEAT.patient(SLOWEST_START + sum(map(len, texts)) / SLOWEST_ENCODING):
+        patience = SLOWEST_START + sum(map(len, texts)) / SLOWEST_ENCODING
+        what = f"the tokenizer {self._source or ''} cannot encode a text"
+        with HEARTBEAT.patient(patience), _in_words(what):
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of ids; this inverts `encode` for every string, if the tokenizer works on bytes."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+        with _in_words(f"the tokenizer {self._source or ''} cannot decode ids"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
     def save(self, directory: str | Path) -> None:
         """Write the files which `from_file` and HF's AutoTokenizer read: of a tokenizer from disk its own.
@@ -242,6 +246,48 @@ class Tokenizer:
         """Return whether the files put bos before a text: tokenizer_config.json, else the post-processor."""
         told = self._config.get("add_bos_token")
         return told if isinstance(told, bool) else self.bos in self._backend.encode("").ids[:1]
+
+
+_LONG_NUMBER = re.compile(rb"[:\s]\d{8,}")
+"""May be an id above LARGEST_VOCABULARY."""
+
+
+def _read_backend(file: Path) -> Any:
+    """Return the tokenizer in a tokenizer.json; UserError where it is none."""
+    content = read_bytes(file, "tokenizer")
+    if _LONG_NUMBER.search(content):
+        _require_small_ids(parse_json(content, file, "tokenizer"), file)
+    with _in_words(f"{file} is not a tokenizer that can be read"):
+        return tokenizers.Tokenizer.from_buffer(content)
+
+
+def _require_small_ids(found: Any, file: Path) -> None:
+    """Raise UserError for an id that is too large: the library makes room for all ids below it."""
+    nodes = [found]
+    for node in nodes:  # it grows
+        inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        for value in inner:
+            if isinstance(value, dict | list):
+                nodes.append(value)
+            elif type(value) is int and value > LARGEST_VOCABULARY:
+                raise UserError(
+                    f"{file} has the number {quoted(value)}, and ids lie below {LARGEST_VOCABULARY:,}: it is "
+                    "damaged"
+                )
+
+
+@contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """Raise what the library raises, plain Exceptions and panics of Rust, as a UserError that says `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{' '.join(what.split())}: {reason[:200]}") from error
 
 
 def _add_missing(backend: Any, file: Path, config: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.errors import UserError, quoted, repository_hint
-from dsv3.untrusted_files import refuse_lfs_pointer
+from dsv3.untrusted_files import MissingFile, read_json, refuse_lfs_pointer
 
 TOKENIZER_JSON, TIKTOKEN_MODEL = "tokenizer.json", "tiktoken.model"
 READABLE = (TOKENIZER_JSON, TIKTOKEN_MODEL)
@@ -139,15 +139,15 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     itself.
     UserError for a file that is damaged.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
-        config |= read_json(folder / "special_tokens_map.json")
+        config |= read_object(folder / "special_tokens_map.json")
         special = {token_name(value) for key, value in config.items() if key.endswith("_token")}
         more = config.get("additional_special_tokens")
         special |= {token_name(value) for value in (more if isinstance(more, list) else [])}
         added = {
             str(index): {"content": name, "special": name in special}
-            for name, index in read_json(folder / "added_tokens.json").items()
+            for name, index in read_object(folder / "added_tokens.json").items()
         }
         config |= {"added_tokens_decoder": added} if added else {}
     listed = config.get("added_tokens_decoder", {})
@@ -175,7 +175,7 @@ def read_stop_ids(folder: Path) -> list[int]:
     where they say something else than ids.
     """
     for name in ("generation_config.json", "config.json"):
-        found = read_json(folder / name)
+        found = read_object(folder / name)
         if "eos_token_id" in found:
             told = found["eos_token_id"]
             ids = told if isinstance(told, list) else [] if told is None else [told]
@@ -187,15 +187,19 @@ def read_stop_ids(folder: Path) -> list[int]:
     return []
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one where it is missing; UserError for anything else."""
-    if not path.is_file():
-        return {}
-    refuse_lfs_pointer(path)
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read, it may be damaged: {error}") from None
+        refuse_lfs_pointer(path)
+        found = read_json(path)
+    except MissingFile:
+        if path.is_symlink():  # a download that is not complete
+            raise
+        return {}
     if not isinstance(found, dict):
         raise UserError(f"{path} is no JSON object: it may be damaged")
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path} holds half of a surrogate pair, no character: it may be damaged") from None
     return found

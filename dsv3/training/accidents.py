@@ -6,7 +6,6 @@ sees.
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from dsv3.training.gradient_places import MOST, GradientPlaces, Place, ranked
 from dsv3.training.step_guard import GOOD, NONFINITE, StepGuard
 
 _KINDS = {1: "nonfinite", 2: "spike"}
+
+_LEARNT, _BETTER = 5, 0.05
+"""After so many windows of steps the loss has to be lower by so many nats than that of guessing."""
 
 _REMEDY = "a lower optimizer.lr or longer warm-up may help"
 
@@ -74,7 +76,8 @@ class AccidentWatch:
             self._require_finite(row, figures)
         if kind != GOOD and self.config.skip:
             self._note_skipped(row, figures, kind, samples)
-        elif row.loss is not None:
+        # Also of skipped steps: the loss says how good the weights are, whatever the gradient is.
+        if row.loss is not None and math.isfinite(row.loss):
             self._watch_loss(row.step, row.loss, samples)
         if row.evaluation_loss is not None:
             self._watch_evaluation(row, samples)
@@ -95,8 +98,22 @@ class AccidentWatch:
 
     def finish(self, steps: int) -> None:
         """Say at the end of a run of `steps` what its result is worth."""
+        losses, window = self.statistics.losses, self.config.alarm_window
         if self.over is None and 0 < steps <= self.statistics.skipped:
             self.over = f"all {steps} steps were skipped, so nothing is learnt: {_REMEDY}"
+        # A model that has blown up may end there, too: its logits are all alike.
+        elif steps >= _LEARNT * window and math.fsum(losses) / window > self._guessing - _BETTER:
+            self.statistics.alarm = True
+            self.note("alarm", steps, loss=math.fsum(losses) / window, lowest=self._guessing, since=1)
+            self.console.message(
+                f"ALARM at the end: the mean loss of {window} steps is no lower than {self._guessing:.3f}, "
+                f"that of guessing every token alike, so nothing is learnt: {_REMEDY}"
+            )
+
+    @property
+    def _guessing(self) -> float:
+        """Return the loss of guessing every token alike, in nats."""
+        return math.log(self.model.vocab_size)
 
     def note(self, kind: str, step: int, **values: Any) -> None:
         """Write an entry into accidents.jsonl; on rank 0."""
@@ -113,7 +130,10 @@ class AccidentWatch:
             found = self.ranks.all_gather_object(self.places.report(own.tolist(), kind != NONFINITE))
         places = ranked((place for of_rank, _ in found for place in of_rank), kind != NONFINITE)
         bad = sum(count for _, count in found)
-        layer = self._layer(figures, places, kind)
+        # From a loss that is not finite NaN has gone everywhere: then the first router says more.
+        begun = all(value is None or math.isfinite(value) for value in (row.loss, row.mtp_loss))
+        culprit = places[0] if places and begun else None
+        layer = self._layer(figures, culprit)
         weights = self._nonfinite_weights() if kind == NONFINITE else []
         statistics = self.statistics
         statistics.skipped += 1
@@ -124,12 +144,11 @@ class AccidentWatch:
             _KINDS[kind], row.step, skipped=True, seed=self.train.seed, samples=samples, loss=row.loss,
             mtp_loss=row.mtp_loss, grad_norm=row.grad_norm, fp8_broken_tiles=row.fp8_broken_tiles,
             limit=None if kind == NONFINITE else limit, layer=layer,
-            parameter=places[0].parameter if places else None,
-            expert=places[0].expert if places else None,
+            parameter=culprit and culprit.parameter, expert=culprit and culprit.expert,
             parameters=[place.name for place in places], nonfinite_parameters=bad, weights=weights,
         )  # fmt: skip
         told = self._causes(row, figures, kind, limit)
-        where = f", at {places[0].name if places else layer}" if places or layer else ""
+        where = f", at {culprit.name if culprit else layer}" if layer else ""
         data = f"sequences {samples[0]:,} to {samples[1] - 1:,}"
         self.console.message(f"step {row.step} is skipped: {told}{where}; {data}, {ACCIDENTS_FILE}")
         if weights:
@@ -137,12 +156,12 @@ class AccidentWatch:
         elif len(statistics.recent) > self.config.most:
             self._end_with_too_many(row.step, samples)
 
-    def _layer(self, figures: dict[str, Tensor], places: Sequence[Place], kind: int) -> str | None:
-        """Return the first layer whose router met what is not finite, else that of the first place."""
+    def _layer(self, figures: dict[str, Tensor], culprit: Place | None) -> str | None:
+        """Return the first layer whose router met what is not finite, else that of the culprit."""
         router = int(figures["first_nonfinite_router"]) if "first_nonfinite_router" in figures else -1
-        if kind == NONFINITE and router >= 0:
+        if router >= 0:
             return self.model.moe_layers()[router]
-        return places[0].layer if places else None
+        return culprit and culprit.layer
 
     def _causes(self, row: MetricsRow, figures: dict[str, Tensor], kind: int, limit: float) -> str:
         """Return what is wrong with the numbers of a step."""
@@ -183,25 +202,26 @@ class AccidentWatch:
             raise RunFailed(f"step {row.step} is not finite: {causes}. {past}")
 
     def _end_with_too_many(self, step: int, samples: list[int]) -> None:
-        recent, config = self.statistics.recent, self.config
+        recent, config, since = self.statistics.recent, self.config, self.statistics.above_since
+        doubt = f", but marked: its loss is above its past since step {since}" if since else ""
         if self.over is None:
             self.note("too_many", step, samples=samples, skipped_steps=recent)
         self.over = (
             f"{len(recent)} of the last {config.within} steps were skipped, more than "
             f"train.accidents.most={config.most}; {ACCIDENTS_FILE} has each. Step {step} is saved with the "
-            f"weights of the last good step; {_REMEDY}"
+            f"weights of the last good step{doubt}; {_REMEDY}"
         )
 
     def _watch_loss(self, step: int, loss: float, samples: list[int]) -> None:
-        """Follow the mean loss of good steps; raise the alarm where it stays above its past."""
+        """Follow the mean loss; raise the alarm where it stays above its past."""
         config, statistics = self.config, self.statistics
-        if not math.isfinite(config.alarm_rise) or not math.isfinite(loss):
+        if not math.isfinite(config.alarm_rise):
             return
         statistics.losses = [*statistics.losses, loss][-config.alarm_window :]
         mean = math.fsum(statistics.losses) / len(statistics.losses)
         full = len(statistics.losses) == config.alarm_window
         # A model that guesses every token alike has this loss; one that stays above it has learnt nothing.
-        lowest = math.log(self.model.vocab_size) if statistics.lowest is None else statistics.lowest
+        lowest = self._guessing if statistics.lowest is None else statistics.lowest
         if mean <= lowest + config.alarm_rise:
             if statistics.alarm:
                 self._tell_loss("recovered", step, mean, lowest, samples)

@@ -202,8 +202,9 @@ class HeedAccidents(Callback):
         self.watch = watch
 
     def on_train_end(self, run: TrainingRun, finished: bool) -> None:
-        """Judge the run as a whole."""
-        self.watch.finish(run.step)
+        """Judge a finished run as a whole."""
+        if finished:
+            self.watch.finish(run.step)
 
     @property
     def wants_stop(self) -> bool:

@@ -67,8 +67,8 @@ class GradientPlaces:
         named = [item for part in model_parts for item in part.named_parameters() if item[1].requires_grad]
         for order, (name, parameter) in enumerate(named):
             if parameter.ndim == 3:
-                sharded = isinstance(parameter, DTensor)
-                first = local_shape_and_offset(parameter)[1][0] if sharded else 0
+                whole: Tensor = parameter
+                first = local_shape_and_offset(whole)[1][0] if isinstance(whole, DTensor) else 0
                 self.stacks.append((name, order, parameter, first))
             else:
                 self.single.append((name, order, parameter))

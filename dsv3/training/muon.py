@@ -188,7 +188,9 @@ class Muon(torch.optim.Optimizer):
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         automatic = self.ns_dtype is ComputeType.auto
         chosen = default_compute(device.type) if automatic else self.ns_dtype
-        found = update.to(device, getattr(torch, chosen.value), copy=update is momentum and before is not None)
+        found = update.to(
+            device, getattr(torch, chosen.value), copy=update is momentum and before is not None
+        )
         self._put_back(momentum, before)
         return found
 

@@ -45,9 +45,7 @@ class Rewinder:
             return 0
         with phase(f"going back to {good.name}"):
             verify_together(good, run.ranks)
-            progress, _ = restore_training(
-                good, run.forward_backward.model_parts, run.optimizer, run.ranks
-            )
+            progress, _ = restore_training(good, run.forward_backward.model_parts, run.optimizer, run.ranks)
             on_main(run.ranks, lambda: self._forget(run.directory, good))
         self.manager.newest = good
         steps = run.step - progress.step

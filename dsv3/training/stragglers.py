@@ -2,8 +2,8 @@
 
 Every train.log_every steps ranks exchange four numbers each: how long they waited for others, for their data,
 how long a step took and, on GPUs, how long a fixed matmul took that needs no other rank. The slowest rank is
-the one that waits less than its peers, and its share is by how much, of a step's time: so much shorter would a
-step be if it were as fast as they are. docs/reliability.md says what is seen on CPU and on GPUs.
+the one that waits less than its peers, and its share is by how much, of a step's time: so much shorter would
+a step be if it were as fast as they are. docs/reliability.md says what is seen on CPU and on GPUs.
 """
 
 import socket
@@ -155,10 +155,11 @@ class StragglerWatch:
         )
 
 
-def summary(found: Sequence[tuple[int, float]]) -> str:
-    """Return a line on rank and share of the slowest of many times; "" where there are none."""
+def summary(times: Sequence[tuple[int | None, float | None]]) -> str:
+    """Return a line on rank and share of the slowest of many times; "" where none is known."""
+    found = [(rank, share) for rank, share in times if rank is not None and share is not None]
     if not found:
         return ""
-    (rank, times), *_ = Counter(rank for rank, _ in found).most_common(1)
+    (rank, count), *_ = Counter(rank for rank, _ in found).most_common(1)
     share = median(share for _, share in found)
-    return f"others wait {max(share, 0.0):.0%} of a step; rank {rank} in {times} of {len(found)} times"
+    return f"others wait {max(share, 0.0):.0%} of a step; rank {rank} in {count} of {len(found)} times"

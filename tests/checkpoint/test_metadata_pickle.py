@@ -109,7 +109,7 @@ def test_values_of_every_kind_are_those_of_pickle(protocol: int) -> None:
     deep: Any = 0
     for _ in range(200):
         deep = [deep]
-    value = {
+    value: dict[Any, Any] = {
         "a": [1, 255, 256, 65_536, -1, 2**31, 2**62],
         5: (),
         "b": ((1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)),

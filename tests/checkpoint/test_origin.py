@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dsv3.checkpoint.directory import complete_steps
+from tests.harness.accidents import injected
 from tests.harness.checkpoints import last_tensors
 from tests.harness.commands import TrainCommand
 from tests.harness.outcome import refused
@@ -182,18 +183,21 @@ def test_the_width_of_given_ids_is_the_length_everywhere(commands: TrainCommand,
     assert "16" in outcome.err
 
 
+BROKEN = injected({0: {"kind": "break"}})
+
+
 def test_numbers_that_are_none_are_not_saved(commands: TrainCommand, tmp_path: Path) -> None:
-    """The loss of the last step is still finite; the update after it breaks the weights."""
+    """The loss of the last step is still finite; its weights are not."""
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match="not finite, so it is not saved"):
-        commands.train(run, "train.stop_after=1", "optimizer.lr=1e39", "train.evaluate_every=0")
+        commands.train(run, "train.stop_after=1", "train.evaluate_every=0", *BROKEN)
     assert not complete_steps(run)
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(commands: TrainCommand, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match=r"step 1 is not finite: .*evaluation_loss nan"):
-        commands.train(run, "train.steps=2", "optimizer.lr=1e39", "train.evaluate_every=1")
+        commands.train(run, "train.steps=2", "train.evaluate_every=1", *BROKEN)
     assert json.loads((run / "metrics.jsonl").read_text())["evaluation_loss"] is None
 
 
@@ -225,7 +229,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_first_layer(
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match=r"step 2 is not finite: loss nan.*at the router of layers\.1"):
-        commands.train(run, "train.steps=3", "optimizer.lr=1e39", "train.evaluate_every=0")
+        commands.train(run, "train.steps=3", "train.evaluate_every=0", *BROKEN)
     assert not complete_steps(run)
 
 

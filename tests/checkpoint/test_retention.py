@@ -5,7 +5,7 @@ import pytest
 
 from dsv3.checkpoint import directory
 from dsv3.checkpoint.directory import Progress, complete_steps, find_checkpoint, step_directory
-from dsv3.checkpoint.retention import best_step, kept, prune, update_pointers
+from dsv3.checkpoint.retention import best_step, doubt_notes, kept, last_good, prune, update_pointers
 from dsv3.config.checkpoint import CheckpointConfig
 from dsv3.errors import InvalidValue, UserError
 
@@ -171,3 +171,26 @@ def test_a_copy_that_followed_a_link_becomes_its_step(tmp_path: Path, there: boo
     update_pointers(tmp_path, CheckpointConfig())
     assert numbers(tmp_path) == [2, 4]
     assert str((tmp_path / "checkpoints/latest").readlink()) == "step-4"
+
+
+def mark(steps: list[Path], *doubtful: int) -> None:
+    """Mark steps as saved while the loss was above its past."""
+    for step in steps:
+        progress = Progress.read(step)
+        progress.statistics.alarm = progress.step in doubtful
+        progress.write(step)
+
+
+def test_the_last_good_one_stays_and_one_saved_under_an_alarm_is_not_the_best(tmp_path: Path) -> None:
+    steps = make(tmp_path, {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0, 5: 9.0, 6: 9.0})
+    mark(steps, 4, 5, 6)
+    assert last_good(steps) == steps[2]
+    assert last_good(steps, before=3) == steps[1]
+    assert best_step(steps) == steps[1]
+    prune(tmp_path, CheckpointConfig(keep_last=2, keep_best=True))
+    assert numbers(tmp_path) == [2, 3, 5, 6]
+    told = f"{steps[5]} was saved while its loss was above its past (docs/reliability.md, bad numbers); "
+    assert doubt_notes(steps[5]) == [f"{told}{steps[2]} is the last good one"]
+    assert doubt_notes(steps[2]) == doubt_notes(tmp_path) == []
+    mark(complete_steps(tmp_path), 2, 3, 5, 6)
+    assert last_good(complete_steps(tmp_path)) is None

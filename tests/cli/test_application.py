@@ -28,6 +28,7 @@ def test_a_stop_signal_before_training_ends_the_command_without_a_traceback(
         return list(argv)
 
     monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("dsv3.distributed.signals.kill_children", lambda: None)  # the tests have some
     before = signal.getsignal(signal.SIGTERM)
     application = Application("train", "config", train_help, stopped, lambda config: None)
     application.run([])
@@ -86,6 +87,7 @@ def test_a_stop_before_a_job_has_begun_tells_what_was_not_saved(
     found = signal.signal(number, signal.SIG_DFL)  # whatever has started the tests
     monkeypatch.setattr("tests.harness.commands.check", stopped)
     monkeypatch.setattr("dsv3.distributed.signals.leave", leave)
+    monkeypatch.setattr("dsv3.distributed.signals.kill_children", lambda: None)
     try:
         outcome = planned.run(*arguments, "logger=none")
     finally:

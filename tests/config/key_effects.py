@@ -6,7 +6,6 @@ observation serves all its keys; the longest entry that a key begins with counts
 """
 
 import hashlib
-import json
 import tempfile
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 
 from dsv3.checkpoint.directory import Progress
 from dsv3.checkpoint.retention import kept
+from dsv3.checkpoint.run_statistics import RunStatistics
 from dsv3.config.logger import RunOrigin
 from dsv3.config.strict import build
 from dsv3.data.batch import collate
@@ -26,20 +26,24 @@ from dsv3.data.loader import DataLoader
 from dsv3.data.packing import PackedRow
 from dsv3.data.prefetch import Prefetcher
 from dsv3.distributed.process_group import make_deterministic
-from dsv3.errors import UserError
+from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
+from dsv3.launch.rendezvous import Rendezvous
+from dsv3.launch.restarts import allowed_restarts
 from dsv3.launch.run_dir import check_same_data
 from dsv3.launch.slurm import batch_script
-from dsv3.launch.workers import _rendezvous
+from dsv3.metrics.row import MetricsRow
 from dsv3.parallel.parallel_model import build_parallel_model
 from dsv3.parallel.parallelize import build_on_meta
 from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.tasks.setup import load_parts, prepare_data
+from dsv3.training.accidents import AccidentWatch
 from dsv3.training.callbacks import CompareReplicas, Profile
 from dsv3.training.evaluation import evaluate
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.schedule import StepHyperparameters, build_schedule
 from dsv3.training.step import TrainStep
+from dsv3.training.step_guard import StepGuard
 from tests.harness.checkpoints import as_bytes
 from tests.harness.trained import ALONE
 from tests.training.batches import row
@@ -153,6 +157,38 @@ def comparisons(job: Job) -> object:
     return compared
 
 
+def accidents(job: Job) -> object:
+    """Return what becomes of 16 steps with three long gradients, a loss that is NaN, and one that goes up."""
+    rules, told = job.config.train.accidents, list[Any]()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+    guard = StepGuard(rules, RunStatistics(), ALONE.device, optimizer)
+    with tempfile.TemporaryDirectory() as folder:
+        console: Any = SimpleNamespace(message=told.append)
+        about: tuple[Any, ...] = (
+            job.config.train,
+            job.config.model,
+            Path(folder),
+            ALONE,
+            [],
+            guard,
+            Progress(),
+            console,
+        )
+        watch = AccidentWatch(*about)
+        for step in range(1, 17):
+            loss, norm = (2.0 if step < 10 else 4.0), (1.0 if step not in (3, 4, 9) else 5.0)
+            loss = torch.nan if step == 8 else loss
+            verdict = guard.judge(torch.tensor(loss).isfinite(), torch.tensor(norm))
+            row = MetricsRow(step=step, tokens=step * job.config.train.length, loss=loss, grad_norm=norm)
+            try:
+                watch(row, {"accident": verdict.kind, "spike_limit": verdict.limit})
+            except RunFailed as error:
+                told.append(str(error))
+                break
+            told.append((row.skipped, row.alarm, watch.over, watch.wants_rewind))
+    return told
+
+
 def made_ahead(job: Job) -> object:
     """Return the rows that are read before a step asks for one."""
     came, read = threading.Condition(), []
@@ -174,8 +210,14 @@ def made_ahead(job: Job) -> object:
 
 
 def agent(job: Job) -> object:
-    """Return how the agents of the nodes find each other."""
-    return _rendezvous(job)
+    """Return how the launchers of the nodes find each other."""
+    meeting = Rendezvous(job.config.launch, 1)
+    return meeting.node, meeting.host, meeting.port, job.config.launch.timeout
+
+
+def restarts(job: Job) -> object:
+    """Return the restarts that a job may have."""
+    return allowed_restarts(job)
 
 
 def script(job: Job) -> object:
@@ -213,7 +255,7 @@ def retained(job: Job) -> object:
         for number, step in enumerate(steps, 1):
             step.mkdir()
             progress = Progress(step=number, evaluation_loss=float(abs(number - 2) + 1))
-            (step / "state.json").write_text(json.dumps(vars(progress)))
+            progress.write(step)
         return sorted(path.name for path in kept(steps, job.config.checkpoint))
 
 
@@ -261,6 +303,13 @@ PP = ("task=plan", "parallel=pp", "model.num_layers=8", "launch.world_size=4", "
 EP = ("task=plan", "parallel=tp_ep", "launch.world_size=16", "train.global_batch_size=16", "precision=bf16")
 
 SMALL = "train.microbatch_size=1"
+
+WATCHED = (
+    "train.accidents.spike_window=2",
+    "train.accidents.spike_factor=3.0",
+    "train.accidents.alarm_window=2",
+    "train.accidents.alarm_steps=2",
+)
 
 RAMP = ("train.global_batch_size=8", "train.batch_ramp.tokens=1000")
 
@@ -334,6 +383,20 @@ EFFECTS: dict[str, Effect] = {
     "train.balance.bias_speed": Effect("moe_bias_range in metrics.jsonl", training, values=("null", "0.5")),
     "train.balance.bias_until": Effect("moe_bias_range in metrics.jsonl", training, values=("1.0", "0.0")),
     "train.mtp_loss": Effect("weights, mtp_loss in metrics.jsonl", training, ("train.steps=3",)),
+    "train.accidents.skip": Effect("accidents.jsonl, or the end of the run", accidents, WATCHED),
+    "train.accidents.spike_factor": Effect("accidents.jsonl", accidents, WATCHED, ("10.0", "2.0")),
+    "train.accidents.spike_window": Effect("accidents.jsonl", accidents, WATCHED, ("2", "4")),
+    "train.accidents.most": Effect("the end of the run", accidents, WATCHED, ("10", "1")),
+    "train.accidents.within": Effect(
+        "the end of the run", accidents, (*WATCHED, "train.accidents.most=1"), ("100", "2")
+    ),
+    "train.accidents.alarm_rise": Effect("alarm in metrics.jsonl", accidents, WATCHED, ("1.0", "5.0")),
+    "train.accidents.alarm_window": Effect("alarm in metrics.jsonl", accidents, WATCHED, ("2", "4")),
+    "train.accidents.alarm_steps": Effect("alarm in metrics.jsonl", accidents, WATCHED, ("2", "4")),
+    "train.accidents.on_alarm": Effect("the checkpoint that a run goes back to", accidents, WATCHED),
+    "train.accidents.max_rewinds": Effect(
+        "the end of the run", accidents, (*WATCHED, "train.accidents.on_alarm=rewind"), ("3", "0")
+    ),
     "train.callbacks": Effect("what your class does", "train.callbacks"),
     "checkpoint.load": Effect("weights and loss", weights, (), ("null", "{run}")),
     "checkpoint.keep_last": Effect("checkpoints/", retained),
@@ -443,7 +506,12 @@ EFFECTS: dict[str, Effect] = {
     ),
     "launch=slurm.rendezvous": Effect("nowhere: Slurm names the nodes, and the run says so", "inert"),
     "launch=slurm.world_size": Effect("plan.txt", plan, ("task=plan", "parallel=fsdp", SMALL), ("2", "4")),
+    "launch.max_restarts": Effect(
+        "processes", restarts, ("parallel=fsdp", SMALL, "launch.nproc=2"), ("0", "2")
+    ),
     "launch=slurm.timeout": Effect("submit.sh", script),
+    "launch=slurm.max_restarts": Effect("submit.sh", script, values=("0", "2")),
+    "launch.requeue": Effect("submit.sh", script),
     "launch.partition": Effect("submit.sh", script),
     "launch.account": Effect("submit.sh", script),
     "launch.time": Effect("submit.sh", script),

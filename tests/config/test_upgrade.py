@@ -1,5 +1,6 @@
 """Configs that older code has stored in a run or a checkpoint are read by today's names."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from dsv3.config.accidents import AccidentsConfig, OnAlarm
+from dsv3.config.convergence import learnt_values
 from dsv3.config.overrides import split_override
 from dsv3.config.strict import check_target
 from dsv3.config.training import EVALUATE_TOKENS
@@ -198,3 +201,14 @@ def test_the_model_of_a_checkpoint_that_older_code_stored_is_read(
     assert isinstance(model, dict)
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({**model, "_target_": "dsv3.model.old.Old"}))
     assert read_model(tmp_path / "model.yaml")._target_ == "dsv3.model.transformer.Transformer"
+
+
+def test_a_run_from_before_bad_numbers_were_skipped_behaves_and_counts_as_it_did() -> None:
+    stored = {"train": {"steps": 5}}
+    upgraded = upgrade_node(stored)
+    accidents = AccidentsConfig(**upgraded["train"]["accidents"] | {"on_alarm": OnAlarm.tell})
+    assert (accidents.skip, accidents.spike_factor, accidents.alarm_rise) == (False, math.inf, math.inf)
+    assert learnt_values(upgraded) == learnt_values(stored)
+    new = {"train": {"steps": 5, "accidents": {"skip": True}}}
+    assert upgrade_node(new) == new
+    assert learnt_values(new) == {"train.accidents.skip": True}

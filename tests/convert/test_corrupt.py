@@ -249,9 +249,9 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "copy of another type": (change(COPY, lambda t: t.float()), (COPY, "not equal")),
     "no config.json": (lambda directory: (directory / "config.json").unlink(), ("holds no config.json",)),
-    "config.json is no JSON": (write("config.json", b"{"), ("config.json cannot be read",)),
+    "config.json is no JSON": (write("config.json", b"{"), ("config.json is not UTF-8",)),
     "config.json is a list": (write("config.json", b"[]"), ("config.json is no JSON object",)),
-    "config.json is not UTF-8": (write("config.json", b"\xff"), ("config.json cannot be read",)),
+    "config.json is not UTF-8": (write("config.json", b"\xff"), ("config.json is not UTF-8",)),
     "config.json nested without end": (write("config.json", b"[" * 99999), ("config.json",)),
     "unknown model_type": (
         config(model_type="llama", architectures=...),
@@ -449,7 +449,7 @@ DCP: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         lambda directory: save_file({QUERY: torch.ones(9, 9)}, directory / "hf/scales.safetensors"),
         ("hf/scales.safetensors", QUERY, "[9, 9]", "[1, 2]"),
     ),
-    "config.json is no JSON": (write("hf/config.json", b"{"), ("hf/config.json cannot be read",)),
+    "config.json is no JSON": (write("hf/config.json", b"{"), ("hf/config.json is not JSON",)),
 }
 
 

@@ -167,7 +167,7 @@ def test_assets_that_cannot_be_read_are_refused_before_weights_are_written(
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
         before = (tmp_path / "in" / name).read_bytes() if (tmp_path / "in" / name).exists() else None
         (tmp_path / "in" / name).write_text(content)
-        told = "is a Git-LFS pointer" if content == POINTER else "(cannot be read|is no JSON object)"
+        told = "is a Git-LFS pointer" if content == POINTER else "(is not JSON|is no JSON object)"
         with pytest.raises(UserError, match=f"{re.escape(f'{tmp_path}/in/{name}')} {told}"):
             keep_assets(tmp_path / "run", tmp_path / "in", tokenizer=True)
         assert not (tmp_path / "run").exists()
@@ -184,7 +184,7 @@ def test_assets_that_cannot_be_read_are_refused_before_weights_are_written(
     (tmp_path / "dcp" / "hf" / "generation_config.json").write_text("{")
     seal(tmp_path / "dcp")
     refused(
-        convert("dcp_to_hf", tmp_path / "dcp", tmp_path / "out"), "hf/generation_config.json cannot be read"
+        convert("dcp_to_hf", tmp_path / "dcp", tmp_path / "out"), "hf/generation_config.json is not JSON"
     )
     assert not (tmp_path / "out").exists()
     (tmp_path / "dcp" / "hf" / "generation_config.json").write_text('{"top_p": 0.9}')

@@ -2,19 +2,27 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dsv3.errors import UserError
+from dsv3.checkpoint.save import Saver, Snapshot
+from dsv3.checkpoint.state import model_state
+from dsv3.config.checkpoint import CheckpointConfig
+from dsv3.config.convert import StoredType
+from dsv3.convert.live_export import LiveExporter, stream
+from dsv3.errors import RunFailed, UserError
 from dsv3.hf.nonfinite import is_finite, require_finite
 from tests.convert.releases import random_weights, read_release, small_model, write_release
 from tests.convert.test_corrupt import change, first, replace_entry
 from tests.harness.checkpoints import seal
 from tests.harness.commands import ConvertCommand, TrainCommand
 from tests.harness.outcome import refused
+from tests.harness.trained import ALONE, Trained
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 NORM = "model.norm.weight"
@@ -179,3 +187,63 @@ def test_one_value_among_others_is_found(dtype: torch.dtype) -> None:
         assert not is_finite(values[:, 5:])
         with pytest.raises(UserError, match=r"'w' with the value -?(nan|inf) at \[104, 27\], 1 of 60"):
             require_finite(values, Path("x"), "w", (100, 20))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("direction", ["hf_to_hf", "hf_to_dcp"])
+def test_a_matrix_that_overflows_in_what_is_written_is_named(
+    convert: ConvertCommand, tmp_path: Path, direction: str, dtype: str
+) -> None:
+    if (direction, dtype) == ("hf_to_dcp", "fp8"):
+        return  # a DCP has no fp8
+    weights = random_weights(small_model())
+    weights[QUERY][2, 1] = -3.4e38
+    write_release(tmp_path / "in", small_model(), "fp32", weights=weights)
+    outcome = convert(direction, tmp_path / "in", tmp_path / "out", f"dtype={dtype}")
+    refused(outcome, f"'{QUERY}' ", "the value -3.4e+38 at [2, 1]", "overflows in bf16", "fp32 keeps it")
+    assert not (tmp_path / "out").exists()
+
+
+LIVE = "layers.1.ffn.experts.down_proj"
+
+
+@pytest.mark.parametrize("stored", list(StoredType), ids=lambda stored: stored.name)
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 3.4e38])
+def test_a_live_model_is_not_exported_with_a_value_that_is_not_finite_there(
+    tmp_path: Path, stored: StoredType, value: float
+) -> None:
+    trained = Trained(0)
+    parts = {"model_parts": [trained.model], "state_dict": trained.model.state_dict}
+    model: Any = SimpleNamespace(mesh=None, device=torch.device("cpu"), **parts)
+    exporter = LiveExporter(model, tmp_path, ALONE, stored)
+    with torch.no_grad():
+        trained.model.get_parameter(LIVE)[3, 2, 1] = value
+    if value == 3.4e38 and stored is StoredType.fp32:
+        exporter.write(tmp_path / "hf" / "step-1")
+        assert read_release(tmp_path / "hf" / "step-1")
+        return
+    with pytest.raises(RunFailed, match=r"cannot be written: '.*' has the value .* at \[") as failed:
+        exporter.write(tmp_path / "hf" / "step-1")
+    told = str(failed.value)
+    assert LIVE in told or "experts.3.down_proj" in told
+    assert ("overflows in bf" in told) == (value == 3.4e38)
+    assert list((tmp_path / "hf").iterdir()) == []
+    dtype = torch.float32 if stored is StoredType.fp32 else torch.bfloat16
+    with pytest.raises(RunFailed, match=r"'model\.layers\.1\.mlp\.experts\.3\.down_proj\.weight' has"):
+        list(stream(model, dtype))
+
+
+def test_a_checkpoint_of_a_run_is_not_converted_with_a_weight_that_is_not_finite(
+    convert: ConvertCommand, tmp_path: Path
+) -> None:
+    """One that went bad on its way to the disk: a run refuses to save it."""
+    run, trained = tmp_path / "run", Trained(0)
+    with torch.no_grad():
+        trained.model.get_parameter("norm.weight")[7] = -torch.inf
+    with pytest.raises(RunFailed, match=r"model\.norm\.weight is not finite"):
+        trained.save(run)
+    snapshot = Snapshot(dict(model_state([trained.model])), None, trained.model.config, trained.progress)
+    Saver(run, CheckpointConfig(), ALONE).write(snapshot)
+    for source in (run, run / "checkpoints" / "step-1"):
+        refused(convert("dcp_to_hf", source, tmp_path / "out"), f"'{NORM}' with the value -inf at [7]")
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from dsv3.convert import convert as conversion
 from dsv3.convert.destination import Destination
 from dsv3.convert.output_file import HashingWriter
 from dsv3.convert.request import prepare_conversion
+from dsv3.distributed.directory_lock import LOCK_FILE, NOTE_FILE
 from dsv3.launch.checkpoint_defaults import Composition
 from tests.harness.commands import ConvertCommand
 from tests.harness.composing import compose
@@ -53,6 +54,11 @@ def wait_for_files(process: "subprocess.Popen[str]", count: int) -> None:
 
 def asked(source: Path, output: Path) -> list[str]:
     return ["direction=hf_to_dcp", f"input={source}", f"output={output}", "workers=2"]
+
+
+def kept(partial: Path) -> dict[str, object]:
+    """Return the contents of an unfinished conversion, without who was at it last."""
+    return {name: content for name, content in contents(partial).items() if name != NOTE_FILE}
 
 
 def crash(
@@ -222,7 +228,7 @@ def test_leftovers_do_not_get_into_the_output(
 def test_another_conversion_is_refused_by_what_differs(
     convert: ConvertCommand, fp8_release: Path, bf16_release: Path, tmp_path: Path, stopped: Path
 ) -> None:
-    before = contents(stopped)
+    before = kept(stopped)
     cases = {
         (fp8_release, "dtype=fp32"): "dtype=bf16 instead of fp32",
         (bf16_release, "workers=1"): f"another {bf16_release / 'model-00001-of-00003.safetensors'}",
@@ -231,7 +237,7 @@ def test_another_conversion_is_refused_by_what_differs(
     for (source, more), said in cases.items():
         outcome = convert("hf_to_dcp", source, tmp_path / "out", more)
         refused(outcome, str(stopped), said, "repeat its command")
-        assert contents(stopped) == before
+        assert kept(stopped) == before
     refused(convert("hf_to_hf", fp8_release, tmp_path / "out"), "direction=hf_to_dcp instead of hf_to_hf")
     convert.must("hf_to_dcp", fp8_release, tmp_path / "out", "workers=1")
 
@@ -242,7 +248,7 @@ def test_another_export_is_refused_by_what_differs(
     typed = ("dtype=fp8", "max_shard_size=20KB")
     assert crash(convert, fp8_release, tmp_path / "out", 3, whole=True, command=("hf_to_hf", *typed))
     stopped = tmp_path / ".out.partial"
-    before = contents(stopped)
+    before = kept(stopped)
     cases = {
         ("max_shard_size=20KB", "dtype=bf16"): "dtype=fp8 instead of bf16",
         (*typed, "scale_fmt=ue8m0"): "scale_fmt=null instead of ue8m0",
@@ -251,7 +257,7 @@ def test_another_export_is_refused_by_what_differs(
     for more, said in cases.items():
         outcome = convert("hf_to_hf", fp8_release, tmp_path / "out", *more)
         refused(outcome, str(stopped), said, "repeat its command")
-        assert contents(stopped) == before
+        assert kept(stopped) == before
     convert.must("hf_to_hf", fp8_release, tmp_path / "out", *typed)
 
 
@@ -292,7 +298,8 @@ def test_ctrl_c_and_sigterm_keep_what_is_finished_and_two_at_once_are_refused(
         process = start(*asked(fp8_release, output))
         wait_for_files(process, 4)
         if number is signal.SIGTERM:
-            refused(convert("hf_to_dcp", fp8_release, output), f"{partial} is being written by another")
+            told = f"{output} is being written by process {process.pid}"
+            refused(convert("hf_to_dcp", fp8_release, output), told)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 75, err
@@ -301,7 +308,7 @@ def test_ctrl_c_and_sigterm_keep_what_is_finished_and_two_at_once_are_refused(
         )
         assert "Traceback" not in err
         assert not output.exists()
-        names = {path.name for path in partial.rglob("*") if path.is_file()} - {".lock", ".journal.jsonl"}
+        names = {path.name for path in partial.rglob("*") if path.is_file()} - {LOCK_FILE, ".journal.jsonl"}
         assert names == set(finished(partial))
         assert len(names) >= 3
     convert.must("hf_to_dcp", fp8_release, output, "verify=true")

@@ -37,6 +37,7 @@ def take_steps(config: Any, ranks: int, rank: int, device: Any) -> list[float]:
     """
     import numpy as np
 
+    from dsv3.checkpoint.run_statistics import RunStatistics
     from dsv3.data.batch import collate
     from dsv3.data.packing import PADDING, PackedRow
     from dsv3.distributed.process_group import RankContext, make_deterministic
@@ -46,6 +47,7 @@ def take_steps(config: Any, ranks: int, rank: int, device: Any) -> list[float]:
     from dsv3.training.optimizer import build_optimizer
     from dsv3.training.schedule import StepHyperparameters
     from dsv3.training.step import TrainStep
+    from dsv3.training.step_guard import StepGuard
     from tests.cuda.cases import ROWS, SEQUENCE, VOCAB
     from tests.cuda.ledger import LEDGER
 
@@ -56,7 +58,8 @@ def take_steps(config: Any, ranks: int, rank: int, device: Any) -> list[float]:
     context = assign_data_shard(RankContext(rank, rank, ranks, device), mesh)
     model = build_parallel_model(config, mesh, device)
     optimizer = build_optimizer(config.optimizer, model.model_parts, config.precision.moments)
-    step = TrainStep(model.forward_backward, optimizer, context, clip_norm=1.0)
+    guard = StepGuard(config.train.accidents, RunStatistics(), device, optimizer)
+    step = TrainStep(model.forward_backward, optimizer, context, 1.0, guard)
     hyperparameters = StepHyperparameters(
         lr=1e-3, mtp_weight=0.3, balance_weight=1e-3, bias_speed=1e-2, z_loss_weight=1e-3
     )

@@ -1,7 +1,10 @@
 """A bit that flips in the cache is noticed at the next start, told, and mended before it is trained on."""
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +14,12 @@ from dsv3.data import token_shards
 from dsv3.data.sources import PreparedData, TextData
 from dsv3.data.token_shards import ShardsData
 from dsv3.errors import UserError
-from dsv3.tokens import cache_seal
+from dsv3.metrics.progress import phase
+from dsv3.tokens import cache_seal, document_index, prepare_shards
 from dsv3.tokens.background_check import BACKGROUND
 from dsv3.tokens.cache import ENTRY_FILE
+from dsv3.tokens.file_array import FileArray
+from dsv3.tokens.shard_writer import ShardWriter
 from dsv3.tokens.tokenizer import TrainedTokenizer
 from tests.data import token_formats as formats
 
@@ -28,7 +34,11 @@ def flip(file: Path, place: int = -2) -> None:
 
 
 def prepare(folder: Path) -> PreparedData:
-    options = {"cache_dir": str(folder.parent / "cache"), "held_out": 0.2, "packing": Packing.best_fit}
+    options: dict[str, Any] = {
+        "cache_dir": str(folder.parent / "cache"),
+        "held_out": 0.2,
+        "packing": Packing.best_fit,
+    }
     return TextData(path=str(folder), **options).prepare(TrainedTokenizer(300), 32, 1)
 
 
@@ -139,3 +149,45 @@ def test_copies_of_shards_are_told_from_shared_ones(tmp_path: Path) -> None:
     Path(first).unlink()
     np.save(first, content)
     assert not source.reopen(recipe, None, 16, 1).is_shared  # type: ignore[arg-type]
+
+
+def test_what_a_killed_build_has_left_is_compared_before_it_is_gone_on_with(tmp_path: Path) -> None:
+    def writer(noted: dict[str, Any] | None = None) -> ShardWriter:
+        return ShardWriter(tmp_path, "train-00000", np.dtype("<u2"), noted)
+
+    begun = writer()
+    for ids in ([5, 6, 7], [8]):
+        begun.write(ids)
+        begun.end_document()
+    noted = begun.note()
+    begun.abandon()
+    writer(noted).abandon()
+    for kind in ("tokens", "offsets"):
+        file = tmp_path / f"train-00000-000.{kind}.npy"
+        flip(file)
+        with pytest.raises(ValueError, match="is not what was noted"):
+            writer(noted)
+        flip(file)
+    finished = writer(noted)
+    finished.write([9])
+    finished.end_document()
+    result = {"shards": {"train": [shard.to_json() for shard in finished.close()]}}
+    assert prepare_shards._is_intact(result, tmp_path, 2, True)
+    flip(tmp_path / "train-00000-000.tokens.npy")
+    assert prepare_shards._is_intact(result, tmp_path, 2, False)
+    assert not prepare_shards._is_intact(result, tmp_path, 2, True)
+
+
+def test_ends_of_documents_that_a_killed_build_has_left_are_compared_too(tmp_path: Path) -> None:
+    np.array([1, 2, 9, 3, 9, 4], "<u2").tofile(tmp_path / "ids.bin")
+    array, ends = FileArray(str(tmp_path / "ids.bin"), np.dtype("<u2"), 0, 6), tmp_path / "000000.i8"
+    spoils: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: flip(ends, 8),
+        (tmp_path / "000000.xxh3").unlink,
+    ]
+    for spoil in spoils:
+        with phase("ends", 6) as work, ThreadPoolExecutor(1) as threads:
+            document_index._write(ends, array, 9, threads, work)
+        assert np.fromfile(ends, "<i8").tolist() == [0, 3, 5, 6]
+        spoil()

@@ -170,3 +170,16 @@ def test_on_a_gpu_batches_are_made_in_pinned_memory_of_the_ranks_own_device(
     prefetcher.microbatches(0)
     prefetcher.close()
     assert seen == [("prefetch", gpu)] + [("prefetch", True)] * 3
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("gone_back_at", [2, 4])
+def test_a_run_that_goes_back_takes_more_steps_and_the_data_goes_on(depth: int, gone_back_at: int) -> None:
+    rows = Rows()
+    with prefetching(rows, depth, 4) as prefetcher:
+        for number in range(6):
+            if number == gone_back_at:
+                prefetcher.go_on(2)  # the thread may have made all of its batches by now
+            (one, two) = prefetcher.microbatches(2 * number)
+            assert [int(each.tokens[0, 0]) for each in (one, two)] == [2 * number, 2 * number + 1]
+    assert rows.read[:12] == list(range(12))

@@ -117,7 +117,6 @@ def test_it_is_free_only_when_the_workers_of_a_killed_command_are_gone(
     DirectoryLock(place, "run.dir=y").take(patience=0)
 
 
-
 def test_who_waits_for_the_workers_gets_it_as_soon_as_they_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def test_meetings_of_the_same_ranks_are_apart() -> None:
         else:
             others[0].arrive(False)
             second = others[1].meet()
-            first = others[0].outcome()
+            first = bool(others[0].outcome())
         return [first, second]
 
     results, _ = on_every_rank(work)

@@ -15,7 +15,7 @@ import zstandard
 
 from dsv3.documents import byte_blocks, document_files, input_units, table_files
 from dsv3.documents.document_files import ReadOptions, read_documents
-from dsv3.documents.input_files import FileKind, InputFile, find_files
+from dsv3.documents.input_files import FileKind, InputFile, Part, Unit, find_files
 from dsv3.documents.input_units import plan_units
 from dsv3.documents.skip_limit import BadDocument, Reason, Skipped
 from dsv3.documents.table_files import choose_split, hub_dataset, saved_dataset
@@ -32,7 +32,7 @@ def json_lines(texts: list[str]) -> bytes:
 
 
 def objects(texts: list[str]) -> list[dict[str, object]]:
-    return [{"body": text, "meta": {"tags": ["[", "}", '\\"'], "n": None}} for text in texts]
+    return [{"body": text, "meta": {"tags": ["{", "[", '\\"'], "n": None}} for text in texts]
 
 
 def write_parquet(path: Path, texts: list[str | None]) -> None:
@@ -365,6 +365,11 @@ def test_a_saved_dataset_among_files_is_named_and_its_files_are_no_text(tmp_path
 def test_a_pipe_is_refused_where_it_is_named_and_left_out_where_it_is_found(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     os.mkfifo(tmp_path / "pipe.txt")
+    skipped = Skipped()  # one that has taken a file's place meanwhile
+    replaced = InputFile(tmp_path / "pipe.txt", "pipe.txt", FileKind.text, 4, 0)
+    with pytest.raises(UserError, match="has changed while it was read"):
+        list(read_documents(Unit(0, (Part(replaced, 0, None, 4),)), ReadOptions(), skipped))
+    assert "is a pipe" in skipped.first[Reason.UNREADABLE]
     with pytest.raises(UserError, match=r"pipe\.txt is a pipe or a device"):
         find_files([str(tmp_path / "pipe.txt")])
     for path in (str(tmp_path), f"{tmp_path}/*.txt"):

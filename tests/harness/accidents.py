@@ -20,8 +20,8 @@ def spoil(parts: Any, sums: LossSums, fault: dict[str, Any], rank: int = 0) -> L
     """Do to the gradients and losses of a rank what `fault` says, and return the losses.
 
     kind: nan (the gradient of a parameter, or everything), loss, mtp (that loss alone), spike (all gradients
-    times `factor`). parameter, expert: where, of the whole model. rank: the only rank that it happens on,
-    None for all.
+    times `factor`), break (the weights become infinite, the step's numbers do not). parameter, expert: where,
+    of the whole model. rank: the only rank that it happens on, None for all.
     """
     if fault.get("rank") not in (None, rank):
         return sums
@@ -29,6 +29,10 @@ def spoil(parts: Any, sums: LossSums, fault: dict[str, Any], rank: int = 0) -> L
     if kind in ("loss", "mtp"):
         field = "main" if kind == "loss" else "mtp"
         return sums._replace(**{field: getattr(sums, field) * math.nan})
+    if kind == "break":
+        for parameter in (each for part in parts for each in part.parameters()):
+            local_tensor(parameter.detach()).mul_(math.inf)
+        return sums
     factor = math.nan if kind == "nan" else float(fault.get("factor", 1000.0))
     for found, parameter in (item for part in parts for item in part.named_parameters()):
         if parameter.grad is None or (name is not None and found != name):
@@ -44,10 +48,15 @@ def spoil(parts: Any, sums: LossSums, fault: dict[str, Any], rank: int = 0) -> L
 
 
 class Inject(Callback):
-    """Spoils the steps that begin at given sequences: `faults` by the number of the first sequence."""
+    """Spoils the steps that begin at given sequences, `first` of each of the `faults`.
 
-    def __init__(self, faults: dict[Any, Any]) -> None:
-        self.faults = {int(first): dict(fault) for first, fault in faults.items()}
+    A fault is text: `first:12 kind:nan parameter:head.weight`.
+    """
+
+    def __init__(self, faults: list[str]) -> None:
+        # A node of a callback takes values and lists of values alone.
+        found = [dict(pair.split(":") for pair in fault.split()) for fault in faults]
+        self.faults = {int(fault.pop("first")): _typed(fault) for fault in found}
         self.kick: float | None = None
 
     def on_train_start(self, run: TrainingRun) -> None:
@@ -62,7 +71,7 @@ class Inject(Callback):
                 return sums
             return sums if fault is None else spoil(parts, sums, fault, run.ranks.rank)
 
-        run.forward_backward.train = train  # type: ignore[method-assign]
+        run.forward_backward.train = train  # type: ignore[assignment,method-assign]
 
     @torch.no_grad()
     def on_step_end(self, run: TrainingRun) -> None:
@@ -91,16 +100,14 @@ class PassOver(Callback):
                 router.bias_moves = takes
             return update(*arguments) if takes else None
 
-        run.optimizer.step = step  # type: ignore[method-assign]
+        run.optimizer.step = step  # type: ignore[assignment,method-assign]
 
 
 def injected(faults: dict[int, dict[str, Any]], passed: list[int] | None = None) -> list[str]:
     """Return the overrides that let a run meet `faults`, or pass over the steps `passed`."""
-    told = ", ".join(
-        f"{first}: {{{', '.join(f'{key}: {value}' for key, value in fault.items())}}}"
-        for first, fault in faults.items()
-    )
-    node = f"{{_target_: tests.harness.accidents.Inject, faults: {{{told}}}}}"
+    texts = [" ".join(f"{key}:{value}" for key, value in fault.items()) for fault in faults.values()]
+    told = ", ".join(f"'first:{first} {text}'" for first, text in zip(faults, texts, strict=True))
+    node = f"{{_target_: tests.harness.accidents.Inject, faults: [{told}]}}"
     if passed is not None:
         node = f"{{_target_: tests.harness.accidents.PassOver, first: {passed}}}"
     return [f"+train.callbacks.inject={node}", "run.allow_targets=[tests.harness.accidents]"]
@@ -110,3 +117,8 @@ def _first(parameter: Tensor) -> int:
     """Return the number of the first expert of a stack that is on this rank."""
     return local_shape_and_offset(parameter)[1][0] if hasattr(parameter, "placements") else 0  # type: ignore[arg-type]
 
+
+def _typed(fault: dict[str, str]) -> dict[str, Any]:
+    """Return a fault with its numbers as numbers."""
+    numbers = {key: int(fault[key]) for key in ("expert", "rank") if key in fault}
+    return {**fault, **numbers}

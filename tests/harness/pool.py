@@ -3,6 +3,7 @@
 import faulthandler
 import gc
 import multiprocessing
+import os
 import pickle
 import tempfile
 import traceback
@@ -128,8 +129,10 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     from dsv3.distributed.garbage import collect_rarely
+    from dsv3.distributed.store import stay_on_this_node
     from dsv3.distributed.torch_private import shorten_gather_name
 
+    stay_on_this_node(os.environ)
     faulthandler.enable()
     gc.freeze()  # what was there before the fork stays: no collection looks at it, and its pages stay shared
     collect_rarely()

@@ -17,6 +17,7 @@ from tests.harness.tiny import MODEL, TRAINING
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP, INTERRUPT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+HANGUP, QUIT, SAVE = signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1
 PATIENCE = 120.0
 """The seconds after which a process that did not do its part fails the test."""
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_ID", "HYDRA_FULL_ERROR")
@@ -48,7 +49,13 @@ class Process:
         self.out, self.err = directory / ".stdout", directory / ".stderr"
         with self.out.open("w") as out, self.err.open("w") as err:
             self.popen = subprocess.Popen(
-                command, cwd=directory, env=environment, stdout=out, stderr=err, start_new_session=True
+                command,
+                cwd=directory,
+                env=environment,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                preexec_fn=_heed_all_signals,
             )
 
     def send(self, number: int) -> None:
@@ -84,6 +91,12 @@ class Process:
                 child.kill()
             self.popen.kill()
             self.popen.wait()
+
+
+def _heed_all_signals() -> None:
+    """Begin as in a shell's foreground: what is ignored stays so, and a test may run under nohup."""
+    for number in (STOP, INTERRUPT, HANGUP, QUIT, SAVE):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class CommandLine:

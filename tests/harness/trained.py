@@ -34,9 +34,10 @@ def killed_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[Non
             raise KeyboardInterrupt
         return step(*arguments)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patch, pytest.raises(AssertionError):
-        patch.setattr(TrainStep, "__call__", kill)
+    monkeypatch.setattr(TrainStep, "__call__", kill)
+    with pytest.raises(AssertionError):
         yield
+    monkeypatch.setattr(TrainStep, "__call__", step)
 
 
 class Trained:

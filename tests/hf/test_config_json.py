@@ -114,7 +114,7 @@ def test_latent_norms_keep_their_own_eps(tmp_path: Path) -> None:
         ({"q_lora_rank": ...}, ["no 'q_lora_rank'", "deepseek_v3"]),
         ({"n_shared_experts": ...}, ["no 'n_shared_experts'"]),
         ({"routed_scaling_factor": ...}, ["no 'routed_scaling_factor'"]),
-        ({"routed_scaling_factor": 10**400}, ["routed_scaling_factor=", "finite"]),
+        ({"routed_scaling_factor": 10**400}, ["config.json", "a number of 401 digits"]),
         ({"max_position_embeddings": ...}, ["no 'max_position_embeddings'"]),
         ({"norm_topk_prob": ...}, ["no 'norm_topk_prob'"]),
         ({"topk_group": ...}, ["no 'topk_group'"]),

@@ -27,10 +27,13 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "no header": (raw(b""), "no safetensors file: its header begins with b''"),
     "a pickle": (raw(b"\x80\x04}q\x00."), r"no safetensors file: its header begins with b'\\x80"),
     "leading space": (raw(b" {}"), "its header begins with b' {}'"),
-    "not UTF-8": (raw(b'{"a\xff": 1}'), "byte 3 of its header is not UTF-8"),
-    "not JSON": (raw(b'{"a": '), r"its header is not JSON \(Expecting value"),
-    "JSON twice": (raw(b"{}{}"), r"its header is not JSON \(Extra data"),
-    "endless number": (raw(b'{"a": ' + b"9" * 5000 + b"}"), "its header is not JSON .*limit"),
+    "not UTF-8": (raw(b'{"a\xff": 1}'), "its header is not UTF-8 at byte 3"),
+    "not JSON": (raw(b'{"a": '), r"its header is not JSON: Expecting value"),
+    "JSON twice": (raw(b"{}{}"), r"its header is not JSON: Extra data"),
+    "endless number": (
+        raw(b'{"a": ' + b"9" * 5000 + b"}"),
+        "its header is not JSON: a number of 5,000 digits",
+    ),
     "nested": (raw(b'{"a":' * 200_000), "its header is nested too deeply"),
     "a name twice": (raw(b'{"a": {"dtype": 1}, "b": 1, "a": 2}'), "its header has 'a' twice"),
     "a field twice": (raw(b'{"a": {"dtype": "F32", "dtype": "I32"}}'), "its header has 'dtype' twice"),
@@ -195,7 +198,7 @@ def test_a_tensor_in_two_files_is_refused(two: Path, indexed: bool) -> None:
     ("content", "words"),
     [
         (b"", "its index is not JSON"),
-        (b"\xff", "byte 0 of its index is not UTF-8"),
+        (b"\xff", "its index is not UTF-8 at byte 0"),
         (b"[1]", r"its index is \[1\] instead of a JSON object"),
         (b'"weight_map"', "its index is 'weight_map' instead of"),
         (b"{}", "has no 'weight_map', which says"),
@@ -212,7 +215,7 @@ def test_an_index_of_another_form_is_refused(two: Path, content: bytes, words: s
 
 def test_an_index_longer_than_any_is_not_read(two: Path) -> None:
     os.truncate(two / INDEX, 100_000_001)
-    assert f"{INDEX} has 100000001 bytes, an index may have 100000000" in refused(two)
+    assert f"{INDEX} has 100,000,001 bytes, at most 100,000,000" in refused(two)
 
 
 def test_linked_files_are_followed_as_hub_caches_need_it(two: Path) -> None:
@@ -238,9 +241,9 @@ def _folder(path: Path) -> None:
     ("put", "words"),
     [
         pytest.param(_folder, "is a directory, not a file", id="directory"),
-        pytest.param(os.mkfifo, "is a pipe or device, not a file", id="pipe"),
-        pytest.param(lambda path: path.symlink_to("/dev/null"), "is a pipe or device", id="device"),
-        pytest.param(lambda path: path.symlink_to(path), "cannot be opened: Too many levels", id="loop"),
+        pytest.param(os.mkfifo, "is a pipe, not a file", id="pipe"),
+        pytest.param(lambda path: path.symlink_to("/dev/null"), "is a device, not a file", id="device"),
+        pytest.param(lambda path: path.symlink_to(path), "is a link that leads back to itself", id="loop"),
     ],
 )
 def test_what_is_no_file_is_refused(two: Path, name: str, put: Callable[[Path], None], words: str) -> None:

@@ -2,8 +2,8 @@
 
     python -m tests.launch.stopped_commands CASES.json
 
-Each case is a fork of this process, which has imported everything, and runs the command from the first line of
-start.py on. The results are a line of JSON each on stdout.
+Each case is a fork of this process, which has imported everything, and runs the command from the first line
+of start.py on. The results are a line of JSON each on stdout.
 """
 
 import json
@@ -60,12 +60,13 @@ def carry_out(case: dict[str, Any]) -> int:
         sent.append(title)
         for number in case["signals"]:
             os.kill(os.getpid(), number)
+            time.sleep(0.1)  # until the thread has heard it
         if case["code"] == KILLED:
             time.sleep(PATIENCE)
             os._exit(GOES_ON)
-        time.sleep(0.1)  # until the thread has heard them
 
-    progress.Phase.__init__, progress.Phase.advance = begin, move  # type: ignore[method-assign]
+    progress.Phase.__init__ = begin  # type: ignore[method-assign,assignment]
+    progress.Phase.advance = move  # type: ignore[method-assign]
     for number in case["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     sys.argv = [f"{case['program']}.py", *case["arguments"]]

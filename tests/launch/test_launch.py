@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from dsv3.checkpoint.directory import complete_steps
-from tests.harness.processes import INTERRUPT, KILL, STOP, CommandLine, gone, rows
+from dsv3.distributed.directory_lock import DirectoryLock
+from tests.harness.processes import HANGUP, INTERRUPT, KILL, QUIT, SAVE, STOP, CommandLine, gone, rows, until
 
 TWO = ("parallel=fsdp", "launch.nproc=2")
 ENDLESS = "train.steps=1000000"
@@ -14,12 +15,16 @@ def test_a_stopped_run_saves_exits_75_and_goes_on_where_it_stopped_on_another_la
 ) -> None:
     run_dir = tmp_path / "a run, it's"
     arguments, steps = command_line.training(run_dir, ENDLESS, *TWO), 0
-    for ranks in (2, 1):
+    for ranks, number in ((2, HANGUP), (1, QUIT)):
         process = command_line.start(*arguments)
         process.wait_for_steps(run_dir, steps + 1)
         workers = process.workers()
         assert len(workers) == (2 if ranks == 2 else 0)
-        process.send(STOP)
+        saved = complete_steps(run_dir)
+        process.send(SAVE)
+        until(lambda saved=saved: complete_steps(run_dir) != saved)  # type: ignore[misc]
+        process.wait_for_steps(run_dir, len(rows(run_dir)))  # it goes on
+        process.send(number)
         stopped = process.wait()
         assert stopped.code == 75
         assert len(stopped.err.splitlines()) == 1
@@ -30,6 +35,21 @@ def test_a_stopped_run_saves_exits_75_and_goes_on_where_it_stopped_on_another_la
         assert steps > before
         assert [row["step"] for row in rows(run_dir)] == list(range(1, steps + 1))
         arguments = [f"resume={run_dir}", ENDLESS, "parallel=none", "launch.nproc=null"]
+
+
+def test_a_stop_behind_the_last_step_ends_the_run_as_if_none_had_come(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    last = ["train.steps=2", "train.generate_every=100"]
+    process = command_line.start(*command_line.training(run_dir, *TWO, *last))
+    until(lambda: bool(complete_steps(run_dir)))  # the sample, the plot, the logger, the workers follow
+    workers = process.workers()
+    process.send(STOP)
+    ended = process.wait()
+    assert ended.code == 0, ended.err
+    assert "Done" in ended.out
+    assert gone(workers, 0)
 
 
 def test_a_second_signal_ends_everything_with_130(command_line: CommandLine, tmp_path: Path) -> None:
@@ -47,8 +67,9 @@ def test_workers_do_not_outlive_a_killed_launcher(command_line: CommandLine, tmp
     process.wait_for_steps(tmp_path / "run", 1)
     workers = process.workers()
     process.send(KILL)
-    assert process.wait().code == -KILL
-    assert gone(workers, 10)
+    assert process.popen.wait() == -KILL
+    with DirectoryLock(tmp_path / "run", "run.dir=RUN"):  # a resume waits until they are gone
+        assert gone(workers, 0)
 
 
 def test_a_mistake_that_a_worker_finds_is_told_as_anywhere_else(

@@ -5,12 +5,14 @@ import pickle
 import socket
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from dsv3.distributed import process_group
 from dsv3.distributed.store import listen, rank_store, serve_store, stay_on_this_node
-from dsv3.errors import UserError
+from dsv3.errors import RunFailed, UserError
 from tests.harness.processes import KILL, CommandLine, gone
 from tests.launch.test_launch import ENDLESS, TWO
 
@@ -31,7 +33,8 @@ def listening(processes: list[psutil.Process]) -> list[tuple[int, str, int]]:
         (process.pid, connection.laddr.ip, connection.laddr.port)
         for process in processes
         for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN or (connection.type == socket.SOCK_DGRAM and connection.laddr)
+        if connection.status == psutil.CONN_LISTEN
+        or (connection.type == socket.SOCK_DGRAM and connection.laddr)
     ]
 
 
@@ -43,14 +46,14 @@ def other_addresses() -> list[str]:
 
 def poison(port: int, marker: Path) -> None:
     """Put a pickle under every key that a launcher, an agent of torch or its c10d rendezvous reads."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
     bare = ["attempt", "end", "left"]
     bare += [f"{attempt}: {name}" for attempt in (0, 1) for name in ("go", "failed", "node 0", "node 1")]
     agent = [f"torchelastic/{name}/0" for name in ("role_info", "assigned_ranks")]
     rendezvous = [f"torch.rendezvous.{run}" for run in ("dsv3", "dsv3-0", "dsv3-1", "none")]
-    payload = pickle.dumps(Payload(marker))
+    payload: Any = pickle.dumps(Payload(marker))
     for prefix in ("", "agent 0/", "agent 1/", "attempt 0/", "default_pg/"):
         for key in (*bare, *agent, *rendezvous):
             store.set(prefix + key, payload)
@@ -112,7 +115,7 @@ def test_an_address_that_cannot_be_listened_on_is_told_with_the_remedy() -> None
         )
     with pytest.raises(UserError, match=r"192\.0\.2\.77 is no address of this node"):
         listen("192.0.2.77", 0, "launch.rendezvous=192.0.2.77:1")
-    with pytest.raises(UserError, match="no-such-host.invalid is no address"):
+    with pytest.raises(UserError, match=r"no-such-host\.invalid is no address"):
         listen("no-such-host.invalid", 1, "launch.rendezvous=no-such-host.invalid:1")
 
 
@@ -124,6 +127,24 @@ def test_a_name_that_means_the_loopback_only_here_is_bound_to_all(monkeypatch: p
         assert bound.getsockname()[0] == "0.0.0.0"
     with listen("localhost", 0, "test") as bound:
         assert bound.getsockname()[0] == "127.0.1.1"
+
+
+def test_ranks_that_do_not_meet_are_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of srun, or started by hand; those of a launcher of ours leave it to that to say who died."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("[c10d] the client socket has timed out\nmore")
+
+    monkeypatch.setattr(process_group, "rank_store", fail)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(
+            RunFailed, match=r"rank 1 did not meet the 7 others: \[c10d\] the client .* timed out$"
+        ),
+        process_group.join_process_group(1, on_cpu=True),
+    ):
+        pass
 
 
 def test_a_served_store_takes_its_socket_over() -> None:

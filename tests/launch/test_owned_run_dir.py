@@ -18,7 +18,7 @@ from tests.launch import stubs
 WRITERS = {
     "resume": ["resume=RUN"],
     "a restart": ["resume=RUN", "launch.max_restarts=1"],
-    "workers": ["resume=RUN", "parallel=fsdp", "launch.nproc=2"],
+    "workers": ["resume=RUN", "parallel=fsdp", "launch.nproc=2", "train.microbatch_size=1"],
     "Slurm": ["resume=RUN", "launch=slurm"],
     "a new run": ["run.dir=NEW"],
     "a sweep": ["-m", "train.steps=1,2", "run.dir=NEW"],
@@ -28,10 +28,8 @@ WRITERS = {
 }
 READERS = {
     "plan": ["task=plan", "checkpoint.load=RUN"],
-    "compare": ["task=compare", "task.runs=[RUN]"],
     "evaluate": ["task=evaluate", "checkpoint.load=RUN", "train.evaluate_tokens=32"],
     "generate": ["task=generate", "checkpoint.load=RUN", "task.max_tokens=1", "task.prompt=a"],
-    "verify": ["task=verify", "checkpoint.load=RUN"],
     "replay": ["task=replay", "task.run=RUN", "task.step=1"],
     "fine-tuning": ["checkpoint.load=RUN", "train.steps=1", "run.dir=OTHER"],
 }
@@ -68,7 +66,7 @@ def carried_out(commands: TrainCommand, typed: list[str], places: dict[str, str]
     begins = any(each.startswith(("run.dir=", "-m")) for each in typed)
     tiny = [*MODEL, *TRAINING, "data=text", f"data.path={commands.text}"] if begins else []
     if "checkpoint.load=RUN" in typed:
-        tiny = ["logger=none"] if begins else []
+        tiny = [*TRAINING, "data=text", f"data.path={commands.text}"] if begins else []
     return commands.run(*tiny, *words)
 
 

@@ -96,6 +96,16 @@ def test_a_key_without_an_effect_in_this_job_is_told(planned: PlannedCommand, ty
     assert any(pair.partition("=")[0] in notes[0] for pair in typed.split())
 
 
+@pytest.mark.parametrize(
+    "typed",
+    ["task=prepare task.input=x task.output=y data.held_out=0", "task=plan", "task=cache", "task=train"],
+)
+def test_nothing_is_told_of_keys_that_nobody_typed(planned: PlannedCommand, typed: str) -> None:
+    assert not [note for note in planned.run(*typed.split()).job.notes if "nothing here" in note]
+    [note] = [note for note in planned.run("task=cache", "run.dir=z").job.notes if "nothing here" in note]
+    assert note.startswith("run.dir changes nothing here")
+
+
 def test_a_key_with_an_effect_is_not_told(planned: PlannedCommand) -> None:
     acting = ["model.rope.scaling=yarn", "model.rope.factor=8", "profile=on", "profile.steps=2"]
     job = planned.run(*acting).job

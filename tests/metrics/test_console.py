@@ -86,6 +86,14 @@ def test_a_wait_for_data_is_shown_where_it_is_a_notable_share_of_its_step(waited
     assert stream.getvalue() == f"step 1/50  100 tok/s{told}  eta 2:38\n"
 
 
+def test_padding_is_shown_where_there_is_any() -> None:
+    console, stream = _plain(log_every=1)
+    console.start(50)
+    for step, padding in ((1, 0.0), (2, 0.125), (3, None)):
+        console.step(MetricsRow(step=step, tokens=step, padding=padding))
+    assert [line.split("  ")[1:-1] for line in stream.getvalue().splitlines()] == [[], ["12.5% padding"], []]
+
+
 def test_a_held_out_loss_always_has_its_line_and_unknown_figures_are_left_out() -> None:
     console, stream = _plain(log_every=100)
     console.start(50)

@@ -1,10 +1,11 @@
+import os
 from pathlib import Path
 
 import matplotlib as mpl
 import pytest
 
 from dsv3.metrics.jsonl import JsonlWriter
-from dsv3.metrics.plots import plot_loss_curve, running_mean
+from dsv3.metrics.plots import plot_comparison, plot_loss_curve, running_mean
 from dsv3.metrics.row import MetricsRow
 
 
@@ -78,3 +79,10 @@ def test_smoothing_keeps_a_line_and_its_ends_and_averages_between() -> None:
     assert running_mean(line, 7) == pytest.approx(line)
     assert running_mean([3.0, 0.0, 0.0, 9.0, 6.0], 3) == pytest.approx([3.0, 1.0, 3.0, 5.0, 6.0])
     assert running_mean([], 3) == []
+
+
+def test_a_name_that_is_no_utf_8_is_drawn_and_written(tmp_path: Path) -> None:
+    name = os.fsdecode(b"r\xe9sum\xe9 \xff")
+    plot_loss_curve(_rows(2), tmp_path / f"{name}.png", name)
+    plot_comparison([(name, _rows(1)), ("$x", _rows(2))], tmp_path / f"{name} 2.png", name)
+    assert len(list(tmp_path.iterdir())) == 2

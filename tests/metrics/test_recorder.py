@@ -1,7 +1,6 @@
-"""The message that ends a run names the values that are not finite, and no more than is known."""
+"""The recorder reads rows together, shows them to the watch, and knows what the slowest rank waits for."""
 
 import io
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,39 +11,43 @@ import torch
 from dsv3.distributed.process_group import RankContext
 from dsv3.errors import RunFailed
 from dsv3.metrics.console import Console
+from dsv3.metrics.jsonl import read_rows
 from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 
 ALONE = RankContext(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    ("figures", "evaluation", "told"),
-    [
-        ({"loss": math.nan, "grad_norm": 2.0}, None, "loss nan, grad_norm 2.0."),
-        ({"loss": 0.0, "grad_norm": math.inf}, None, "loss 0.0, grad_norm inf."),
-        (
-            {"loss": 1.0, "grad_norm": math.nan, "fp8_broken_tiles": 3.0},
-            None,
-            "loss 1.0, grad_norm nan, 3 nonfinite FP8 tiles.",
-        ),
-        ({"loss": 1.0, "grad_norm": math.nan, "fp8_broken_tiles": 0.0}, None, "loss 1.0, grad_norm nan."),
-        (
-            {"loss": 1.0, "grad_norm": math.nan, "fp8_broken_tiles": math.nan},
-            None,
-            "loss 1.0, grad_norm nan.",
-        ),
-        ({"loss": 1.5}, math.nan, "loss 1.5, evaluation_loss nan."),
-    ],
-)
-def test_the_message_names_only_known_metrics(
-    tmp_path: Path, figures: dict[str, float], evaluation: float | None, told: str
+def test_each_row_is_shown_to_the_watch_with_what_has_no_column_and_is_written_where_that_raises(
+    tmp_path: Path,
 ) -> None:
-    recorder = Recorder(tmp_path / "metrics.jsonl", ALONE, 1, None, None)
-    row = MetricsRow(step=7, tokens=8, evaluation_loss=evaluation)
-    with pytest.raises(RunFailed) as failed:
-        recorder.add(row, {name: torch.tensor(value) for name, value in figures.items()})
-    assert str(failed.value).startswith(f"step 7 is not finite: {told} Checkpoints")
+    seen: list[tuple[int, float | None, list[str]]] = []
+
+    def watch(row: MetricsRow, figures: dict[str, torch.Tensor]) -> None:
+        seen.append((row.step, row.loss, sorted(figures)))
+        row.skipped = row.step - 1
+        if row.step == 2:
+            raise RunFailed("over")
+
+    file = tmp_path / "metrics.jsonl"
+    recorder = Recorder(file, ALONE, 1, None, None, watch)
+    figures = {"loss": torch.tensor(1.5), "accident": torch.tensor(1), "gradient_places": torch.ones(3)}
+    recorder.add(MetricsRow(step=1, tokens=8), figures)
+    with pytest.raises(RunFailed, match="over"):
+        recorder.add(MetricsRow(step=2, tokens=16), figures)
+    assert seen == [(step, 1.5, ["accident", "gradient_places"]) for step in (1, 2)]
+    assert [(row.step, row.skipped) for row in read_rows(file)] == [(1, 0), (2, 1)]
+
+
+def test_a_run_that_goes_back_has_each_step_once(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    recorder = Recorder(file, ALONE, 1, None, None)
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        recorder.add(MetricsRow(step=step, tokens=step), {"loss": torch.tensor(loss)})
+    recorder.go_back(1)
+    recorder.add(MetricsRow(step=2, tokens=4), {"loss": torch.tensor(4.0)})
+    recorder.close()
+    assert [(row.step, row.loss) for row in read_rows(file)] == [(1, 1.0), (2, 4.0)]
 
 
 @pytest.mark.parametrize(

@@ -12,33 +12,31 @@ ADAMW: list[str] = []
 BF16 = ["precision.moments=bf16"]
 MUON = ["optimizer=muon"]
 FEW = ["model.num_layers=3", "precision=fp32"]
-ZBV = ["parallel.schedule=ZBVZeroBubble"]
 
-LAYOUTS: list[tuple[str, ParallelDims, int, list[str], bool]] = [
-    ("fsdp", ParallelDims(dp_shard=8), 1, ADAMW, True),
-    ("fsdp, bf16 moments", ParallelDims(dp_shard=8), 1, BF16, True),
-    ("hsdp x tp x ep", ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, ADAMW, True),
-    ("hsdp x tp x ep, muon", ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, MUON, True),
-    ("pp x cp", ParallelDims(pp=2, dp_shard=2, cp=2), 1, ADAMW, True),
-    ("pp x cp, by the host", ParallelDims(pp=2, dp_shard=2, cp=2), 1, ["optimizer=adamw"], False),
+LAYOUTS: list[tuple[str, ParallelDims, int, list[str]]] = [
+    ("fsdp x ep, bf16 moments", ParallelDims(dp_shard=8, ep=4), 1, BF16),
+    ("hsdp x tp x ep, muon", ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, MUON),
+    ("pp x cp", ParallelDims(pp=2, dp_shard=2, cp=2), 1, ADAMW),
 ]
 
 
-@pytest.mark.parametrize(("name", "degrees", "microbatch", "overrides", "on_device"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("name", "degrees", "microbatch", "overrides"), LAYOUTS, ids=str)
 def test_a_bad_step_changes_nothing_on_any_rank(
-    pool: Pool, name: str, degrees: ParallelDims, microbatch: int, overrides: list[str], on_device: bool
+    pool: Pool, name: str, degrees: ParallelDims, microbatch: int, overrides: list[str]
 ) -> None:
+    """As on a GPU, where the optimizer skips; on CPU the host does not call it, which whole runs show."""
     config = configured(["parallel=fsdp", *FEW, *overrides], microbatch)
-    for rank, (seen, stayed) in enumerate(pool.run(skip_faults, config, degrees, microbatch, on_device)):
+    for rank, (seen, stayed) in enumerate(pool.run(skip_faults, config, degrees, microbatch, True)):
         for fault, skipped in zip(FAULTS, seen, strict=True):
             assert skipped.changed == [], (rank, fault)
             assert skipped.kind == (SPIKE if "too long" in fault else NONFINITE), (rank, fault)
         assert seen[0].named == f"{EXPERT}[5]", rank
-        assert [name for name in stayed if not name.endswith("_extra")] == [], rank
+        assert stayed == [], rank
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("overrides", [ADAMW, BF16, MUON], ids=str)
+@pytest.mark.parametrize(
+    ("overrides", "on_device"), [(ADAMW, False), (ADAMW, True), (BF16, True), (MUON, True)], ids=str
+)
 def test_and_on_one_process(overrides: list[str], on_device: bool) -> None:
     """Gradients add up over four microbatches, and their norm is judged as a whole."""
     seen, stayed = skip_faults(configured([*FEW, *overrides], 2), None, 2, on_device)

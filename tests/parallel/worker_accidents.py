@@ -13,6 +13,7 @@ from dsv3.config.accidents import AccidentsConfig
 from dsv3.config.root import Config
 from dsv3.planning.layout import ParallelDims
 from dsv3.training.gradient_places import ranked
+from dsv3.training.muon import Muon
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.step import StepMetrics, TrainStep
 from dsv3.training.step_guard import GOOD, NONFINITE, StepGuard
@@ -53,7 +54,7 @@ def skip_faults(
     assert setup is not None
     model, _, ranks = setup
     optimizer = build_optimizer(config.optimizer, model.model_parts, config.precision.moments)
-    if on_device and hasattr(optimizer, "ns_steps"):
+    if on_device and isinstance(optimizer, Muon):
         optimizer.fused = True  # Muon's choice on a GPU
     rules = AccidentsConfig(spike_window=1)
     guard = StepGuard(rules, RunStatistics(), ranks.device, optimizer)

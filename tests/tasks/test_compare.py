@@ -176,6 +176,22 @@ def test_a_reference_tells_how_far_the_others_are(sweep: Path, capsys: pytest.Ca
         CompareTask(str(sweep), None, OutputFormat.text, "7").run(None)  # type: ignore[arg-type]
 
 
+def test_a_damaged_run_is_named_and_the_others_are_compared(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sweep / "2" / "config.yaml").write_bytes(b"train: [\xff")
+    (sweep / "3" / "metrics.jsonl").unlink()
+    (sweep / "3" / "metrics.jsonl").mkdir()
+    task = CompareTask(str(sweep), None, OutputFormat.json)
+    with pytest.raises(UserError, match=r"2 of 6 runs \(2, 3\) lack what cannot be read.*config\.yaml"):
+        task.run(None)  # type: ignore[arg-type]
+    found = {run["job"]: run for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert len(found) == 6
+    assert (found["0"]["evaluation_loss"], found["2"]["evaluation_loss"]) == (3.5, 2.5)
+    assert "metrics.jsonl is a directory" in found["3"]["damage"][0]
+    assert not found["0"]["damage"]
+
+
 def test_runs_without_a_step_give_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(tmp_path / "0", [], [])
     (tmp_path / "0" / "config.yaml").write_text("{")

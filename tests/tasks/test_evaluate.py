@@ -228,6 +228,15 @@ def test_ids_of_another_tool_train_and_padding_is_no_target(commands: TrainComma
     np.save(tmp_path / "padded.npy", table)
     padded = result(commands, run, "data=tokens", f"data.path={tmp_path / 'padded.npy'}", "data.pad_id=0")
     assert padded["tokens"] == sum(max(0, row - 1) for row in (table != 0).sum(1).tolist())
+    # Of the places that a run counts as tokens, metrics and the table at its end tell the padding.
+    given = ["data=tokens", f"data.path={tmp_path / 'padded.npy'}", "data.pad_id=0"]
+    told = commands.train(tmp_path / "padded", *given, "train.steps=2", "train.sequence_length=null").out
+    shares = [row["padding"] for row in rows(tmp_path / "padded")]
+    assert all(0.1 < share < 0.5 for share in shares)
+    assert [row["padding"] for row in rows(run)] == [0.0] * len(rows(run))
+    assert f"tokens, {sum(shares) / 2:.1%} of them padding" in told
+    assert "padding included" in told
+    assert f"about {(table != 0).sum():,} tokens in 20 rows of 1 file" in told
 
 
 def test_a_checkpoint_that_says_nothing_tells_what_is_used(

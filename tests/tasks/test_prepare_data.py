@@ -30,10 +30,19 @@ def test_one_rank_reads_the_corpus_for_all(pool: Pool, tmp_path: Path) -> None:
     assert [rank.files for rank in first] == [4 * FILES, *[0] * 7]
     warm = pool.run(prepare, config, shared)
     assert [rank.files for rank in warm] == [0] * 8
+    # Scan, tokenizer and both sides once per node; the second node reads no scan.
+    assert [rank.verified for rank in warm] == [4, 0, 0, 0, 3, 0, 0, 0]
     # A node with a cache of its own fills it, once.
     apart = pool.run(prepare, config, [tmp_path / "shared", tmp_path / "own"])
     assert [rank.files for rank in apart] == [0, 0, 0, 0, 4 * FILES, 0, 0, 0]
-    for rank in (*first, *warm, *apart):
+    # A bit flips in one node's cache: its first rank reads the text anew, the others read sound tokens.
+    (tokens,) = (tmp_path / "own").glob("tokens-*-train/*.tokens.npy")
+    content = tokens.read_bytes()
+    tokens.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    mended = pool.run(prepare, config, [tmp_path / "shared", tmp_path / "own"])
+    assert [rank.files for rank in mended] == [0, 0, 0, 0, FILES, 0, 0, 0]
+    assert tokens.read_bytes() == content
+    for rank in (*first, *warm, *apart, *mended):
         assert (rank.error, rank.summary, rank.rows) == ("", first[0].summary, first[0].rows)
     # Other files on another node would train it on other data, in silence.
     other = text_config(tmp_path / "other", FILES - 1)

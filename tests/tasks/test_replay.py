@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from dsv3.tasks import replay
+from dsv3.checkpoint import manifest
+from dsv3.distributed.directory_lock import DirectoryLock
+from dsv3.metrics import accident_journal
 from dsv3.training.step import LocalForwardBackward
-from tests.harness.accidents import spoil
+from tests.harness.accidents import injected, spoil
 from tests.harness.commands import PlannedCommand, TrainCommand
 from tests.harness.outcome import refused
 from tests.harness.pool import Pool
@@ -77,7 +79,7 @@ def run(commands: TrainCommand, _runs: Path) -> Path:
     return _runs / "good"
 
 
-@pytest.mark.parametrize(("step", "begin"), [(1, None), (5, "step-3"), (4, "step-3"), (7, "step-6")])
+@pytest.mark.parametrize(("step", "begin"), [(1, None), (5, "step-3"), (7, "step-6")])
 def test_a_good_step_repeats_bit_for_bit_from_the_nearest_checkpoint_before_it(
     commands: TrainCommand, run: Path, step: int, begin: str | None
 ) -> None:
@@ -151,6 +153,33 @@ def test_a_bad_batch_repeats_and_its_layer_and_expert_are_named(
     assert told["layer"] is None
 
 
+def test_a_spike_repeats_and_the_largest_gradients_are_named(commands: TrainCommand, tmp_path: Path) -> None:
+    name = "layers.0.ffn.down_proj.weight"
+    with bad_batch({"kind": "spike", "parameter": name, "factor": 1e5}, BAD):
+        commands.train(tmp_path / "run", *STEPS, "train.accidents.spike_window=2")
+        told = replayed(commands, tmp_path / "run", BAD)
+    assert (told["verdict"], told["accident"]["kind"], told["parameter"]) == ("repeats", "spike", name)
+    assert told["grad_norm"]["difference"] == 0.0
+    again = replayed(commands, tmp_path / "run", BAD)
+    assert (again["verdict"], again["accident"]["kind"], again["layer"]) == ("differs", "spike", None)
+
+
+def test_steps_behind_a_rewind_are_taken_from_the_data_that_the_run_went_on_with(
+    commands: TrainCommand, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    alarm = ["train.accidents.alarm_window=2", "train.accidents.alarm_steps=3"]
+    rewinds = ["train.accidents.on_alarm=rewind", "train.steps=14", "train.checkpoint_every=3"]
+    kick = injected({24: {"kind": "weights", "factor": 30.0}})
+    commands.train(run, *alarm, *rewinds, "checkpoint.keep_last=9", *kick)
+    rewind = next(each for each in accident_journal.read(run / "accidents.jsonl") if each["kind"] == "rewind")
+    assert (rewind["step"], rewind["samples"][0]) == (6, 24)
+    told = replayed(commands, run, 8)
+    assert (told["verdict"], told["loss"]["difference"]) == ("repeats", 0.0)
+    assert told["samples"] == [rewind["samples"][1] + 4, rewind["samples"][1] + 8]
+    assert "train.callbacks.inject" in told["err"]
+
+
 def test_a_bad_step_that_ended_its_run_is_computed_again_as_well(
     commands: TrainCommand, tmp_path: Path
 ) -> None:
@@ -164,7 +193,7 @@ def test_a_bad_step_that_ended_its_run_is_computed_again_as_well(
     assert told["loss"] == {"run": None, "here": "nan", "difference": 0.0, "relative": 0.0}
 
 
-def test_a_run_in_a_read_only_place_without_tokenizer_changes_is_read(
+def test_a_run_that_is_owned_or_lies_in_a_read_only_place_is_read(
     commands: TrainCommand, run: Path, tmp_path: Path
 ) -> None:
     closed = Path(shutil.copytree(run, tmp_path / "closed", symlinks=True))
@@ -173,6 +202,8 @@ def test_a_run_in_a_read_only_place_without_tokenizer_changes_is_read(
         if not path.is_symlink():
             path.chmod(path.stat().st_mode & 0o555)
     try:
+        with DirectoryLock(run, f"run.dir={run}"):  # as it does while it trains
+            assert replayed(commands, run, 4)["verdict"] == "repeats"
         assert replayed(commands, closed, 4)["verdict"] == "repeats"
     finally:
         for path in paths:
@@ -192,22 +223,22 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_told(
     commands: TrainCommand, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other", symlinks=True))
-    verify = replay.verify_together
+    verify = manifest.verify_together
 
     def verify_late(directory: Path, ranks: Any) -> None:
         shutil.rmtree(directory)
         verify(directory, ranks)
 
-    monkeypatch.setattr(replay, "verify_together", verify_late)
+    monkeypatch.setattr("dsv3.tasks.replay.verify_together", verify_late)
     outcome = commands.run("task=replay", f"task.run={other}", "task.step=5")
-    assert refused(outcome, f"task.run={other}: step-3 was removed while it was read")
+    refused(outcome, f"task.run={other}: step-3 was removed while it was read")
     assert "checkpoints: step-6, step-7" in outcome.err
 
 
 MISTAKES = {
     "no run": (["task.step=1"], "task.run=null is not possible: give the directory of a run"),
     "no step": (["task.run={run}"], "task.step=null is not possible: give the step"),
-    "zero": (["task.run={run}", "task.step=0"], "task.step=0 is not possible: must be above 0"),
+    "a huge step": (["task.run={run}", f"task.step={'9' * 30}"], "task.step=999"),
     "a step to come": (
         ["task.run={run}", "task.step=8"],
         "task.step=8: {run} has steps 1 to 7 in metrics.jsonl; checkpoints: step-3, step-6, step-7",
@@ -218,10 +249,6 @@ MISTAKES = {
         ["task.run={run}", "task.step=5", "model=16b"],
         "model=16b does nothing with task=replay",
     ),
-    "another rate": (
-        ["task.run={run}", "task.step=5", "optimizer.lr=1"],
-        "optimizer.lr=1 does nothing with task=replay",
-    ),
     "other weights": (
         ["task.run={run}", "task.step=5", "checkpoint.load={run}"],
         "does nothing with task=replay",
@@ -231,6 +258,10 @@ MISTAKES = {
     "beside resume": (
         ["resume={run}"],
         "resume= continues training; to compute a step again: task=replay task.run={run} task.step=N",
+    ),
+    "too little memory": (
+        ["task.run={run}", "task.step=5", "hardware.memory_bytes=1000"],
+        "replay it where it was trained",
     ),
     "slurm": (["task.run={run}", "task.step=5", "launch=slurm"], "start it with srun in an allocation"),
     "other data": (
@@ -249,7 +280,7 @@ def test_what_cannot_be_replayed_is_refused_with_what_can(
     places = {"run": str(run), "other": str(tmp_path / "text.txt")}
     before = snapshot(run)
     outcome = commands.run("task=replay", *(each.format(**places) for each in arguments))
-    assert refused(outcome, message.format(**places))
+    refused(outcome, message.format(**places))
     assert snapshot(run) == before
     assert not list(commands_dir().iterdir())
 
@@ -264,17 +295,18 @@ def test_ranks_of_a_run_compute_its_step_again_bit_for_bit_and_one_alone_up_to_r
 ) -> None:
     run = tmp_path / "run"
     layout = ["parallel=fsdp", "launch.nproc=8", "hardware=cpu", "train.global_batch_size=8"]
+    layout += ["train.steps=3", "train.checkpoint_every=1", "train.generate_every=0"]
     settings = {each.partition("=")[0]: each for each in [*MODEL, *TRAINING, *STEPS, *layout]}
     data = ["data=text", f"data.path={text}", f"data.cache_dir={cache}", f"run.dir={run}"]
     pool.run(run_task, planned.run(*settings.values(), *data).job)
-    job = planned.run("task=replay", f"task.run={run}", "task.step=5", "hardware=cpu").job
+    job = planned.run("task=replay", f"task.run={run}", "task.step=3", "hardware=cpu").job
     assert job.plan.world_size == 8
     before = snapshot(run)
     told = json.loads(pool.run(run_task, job)[0].splitlines()[-1])
     assert snapshot(run) == before
     assert (told["verdict"], told["differs"]) == ("repeats", {})
-    assert told["checkpoint"].endswith("step-3")
-    alone = replayed(commands, run, 5, "parallel=none", "hardware=cpu")
+    assert told["checkpoint"].endswith("step-2")
+    alone = replayed(commands, run, 3, "parallel=none", "hardware=cpu")
     assert alone["verdict"] == "rounding"
     assert alone["differs"]["ranks"] == [8, 1]
     assert 0 <= alone["loss"]["relative"] < 1e-4

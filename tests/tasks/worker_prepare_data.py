@@ -16,6 +16,7 @@ from dsv3.documents import byte_blocks
 from dsv3.errors import UserError
 from dsv3.metrics.progress import Phase
 from dsv3.tasks.setup import prepare_data
+from dsv3.tokens import cache
 
 NODE = 4
 """Ranks of a node."""
@@ -27,6 +28,8 @@ class Prepared:
 
     files: int = 0
     """Files of the corpus."""
+    verified: int = 0
+    """Entries of the cache that were compared with their seals."""
     checked: int = 0
     """Bytes of token ids that were looked at."""
     summary: dict[str, int] | None = None
@@ -41,6 +44,7 @@ def prepare(config: Config, caches: list[Path], other: Config | None = None) -> 
     node = rank // NODE
     ranks = RankContext(rank, rank % NODE, dist.get_world_size(), torch.device("cpu"))
     done, form, advance = Prepared(), byte_blocks.file_form, Phase.advance
+    compare = cache.check_seal
 
     def file_form(path: Path) -> str:
         done.files += 1
@@ -50,7 +54,12 @@ def prepare(config: Config, caches: list[Path], other: Config | None = None) -> 
         done.checked += amount if phase.title == "checking the token ids" else 0
         advance(phase, amount)
 
+    def check_seal(directory: Path) -> None:
+        done.verified += directory.exists()
+        compare(directory)
+
     with (
+        patch.object(cache, "check_seal", check_seal),
         patch.dict(os.environ, DSV3_CACHE=str(caches[node])),
         patch.object(byte_blocks, "file_form", file_form),
         patch.object(Phase, "advance", count),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3.config.strict import build
+from dsv3.config.task import SamplingConfig
 from dsv3.distributed.meeting import Meeting
 from dsv3.distributed.process_group import RankContext
 from dsv3.distributed.torch_private import connect_to_store
@@ -35,6 +36,7 @@ def run_task(job: Job) -> str:
         patch.dict(os.environ, {**launched, "LOCAL_WORLD_SIZE": str(dist.get_world_size())}),
         patch("dsv3.tasks.train.join_ranks", join),
         patch("dsv3.tasks.train.plot_loss_curve", lambda *_: None),
+        patch("dsv3.tasks.train.SAMPLING", SamplingConfig(max_tokens=1)),
         patch("dsv3.tasks.replay.join_ranks", join),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(io.StringIO()),

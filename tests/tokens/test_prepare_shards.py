@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsv3.distributed.directory_lock import DirectoryLock
 from dsv3.documents import unit_pool
 from dsv3.documents.document_files import FIRST_PIECE, Document, ReadOptions
 from dsv3.documents.input_files import Unit, find_files
@@ -306,8 +307,8 @@ def test_unfinished_work_of_something_else_is_refused(source: Path, tmp_path: Pa
     TrainedTokenizer(310).prepare(TEXTS[:20]).save(other / "tokenizer")
     with pytest.raises(UserError, match=r"another command \(ids: .* there, .* now\)"):
         prepare(other, tmp_path / "out")
-    lock = prepare_shards._locked(tmp_path / "out" / UNFINISHED, "task.output")
-    with lock, pytest.raises(UserError, match="by another process"):
+    lock = DirectoryLock(tmp_path / "out" / UNFINISHED, "test")
+    with lock, pytest.raises(UserError, match="is being prepared by process"):
         prepare(source, tmp_path / "out")
 
 

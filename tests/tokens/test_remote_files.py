@@ -83,9 +83,14 @@ def test_any_slice_equals_that_of_the_file_and_is_asked_for_once(store: ObjectSt
 def test_a_random_row_takes_a_block_and_not_the_file(store: ObjectStore, tmp_path: Path) -> None:
     read = array(store, tmp_path)
     read[200_000:204_097]
-    assert [count for _, _, count in store.asked] == [BLOCK, BLOCK]  # the header, and the row
+    # The header, a look at the file's version, and the row.
+    assert [(method, count) for method, _, count in store.asked] == [
+        ("GET", BLOCK),
+        ("HEAD", 0),
+        ("GET", BLOCK),
+    ]
     read[200_000:204_097]
-    assert len(store.asked) == 2
+    assert len(store.asked) == 3
 
 
 def test_known_ends_take_no_request_and_are_compared(store: ObjectStore, tmp_path: Path) -> None:
@@ -105,6 +110,22 @@ def test_a_replaced_file_is_read_anew(store: ObjectStore, tmp_path: Path) -> Non
     store.objects["data/a.npy"] = npy(IDS[::-1].copy())
     assert np.array_equal(array(store, tmp_path, None)[0:9], IDS[::-1][:9])
     assert np.array_equal(array(store, tmp_path, "another digest")[0:9], IDS[::-1][:9])
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks in the cache would be mixed with those of another file of the same size."""
+    read = array(store, tmp_path)
+    read[0:9]
+    store.objects["data/a.npy"] = npy(IDS[::-1].copy())
+    asked = len(store.asked)
+    read[100_000:100_009]
+    assert len(store.asked) == asked + 1  # the last look was a moment ago
+    monkeypatch.setattr(remote_files, "LOOK_EVERY", 0.0)
+    with pytest.raises(UserError, match=rf"{store.address}/data/a.npy has changed while it was read"):
+        read[200_000:200_009]
+    assert np.array_equal(read[0:9], IDS[:9])  # from the cache
 
 
 @pytest.mark.parametrize("trouble", ["drop", "failing"])

@@ -205,7 +205,7 @@ def test_a_kind_that_is_not_read_is_refused_with_the_way_on(tmp_path: Path, name
 def test_a_damaged_file_beside_it_is_named(
     tokenizer: Tokenizer, tmp_path: Path, name: str, content: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"{name}\.json (cannot be read|is no JSON object|is a Git-LFS)"):
+    with pytest.raises(UserError, match=rf"{name}\.json (is not JSON|is no JSON object|is a Git-LFS)"):
         Tokenizer.from_file(save(tokenizer, tmp_path, **{name: content}))
 
 

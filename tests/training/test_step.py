@@ -16,7 +16,6 @@ from dsv3.config.training import BIAS_SPEED, BalanceConfig, TrainConfig
 from dsv3.data.batch import Batch, collate
 from dsv3.data.packing import PADDING
 from dsv3.fp8.convert_model import BlockFP8
-from dsv3.metrics.recorder import FIRST_NONFINITE_ROUTER
 from dsv3.metrics.row import MetricsRow
 from dsv3.model import transformer
 from dsv3.model.generation import inference
@@ -31,6 +30,7 @@ from tests.harness.trained import ALONE
 from tests.reference import MODEL, SOFTMAX_MOE, tiny_model
 from tests.training.batches import batch, row
 
+FIRST_NONFINITE_ROUTER = "first_nonfinite_router"
 # So large that a move is the gradient and not the rounding of the parameter it is added to.
 LR = 100.0
 WEIGHTS = StepHyperparameters(lr=LR, mtp_weight=0.3, balance_weight=0.05, bias_speed=0.01)
