@@ -536,8 +536,8 @@ self.$router.load.add_($routing.stats.load, alpha=0.5)
     Mutation(
         "the steps of bf16 moments do not count a skipped one",
         "dsv3.training.optimizer:BF16MomentAdamW.step",
-        "1 - $found_inf",
-        "1",
+        "foreach_subtract_(...)",
+        "",
         SKIPPED,
     ),
     Mutation(

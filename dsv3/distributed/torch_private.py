@@ -77,9 +77,17 @@ def keep_saved_tensors_when_compiled() -> None:
 # clip_grad_norm_, which knows no tensors of several meshes. torch 2.13 on CPU.
 
 
-def foreach_add_(tensors: list[Tensor], value: float | Tensor) -> None:
-    """Add `value`, a number or a scalar tensor, to each tensor in place."""
+def foreach_add_(tensors: list[Tensor], value: float) -> None:
+    """Add `value` to each tensor in place."""
     torch._foreach_add_(tensors, value)
+
+
+def foreach_subtract_(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Subtract from each tensor the other of the same place, in place.
+
+    A scalar tensor for all of them would be read by the host.
+    """
+    torch._foreach_sub_(tensors, others)
 
 
 def foreach_mul_(tensors: list[Tensor], factor: Tensor) -> None:

@@ -20,7 +20,13 @@ from dsv3.config.optimizer import TORCH, MuonConfig, OptimizerConfig, check_mome
 from dsv3.config.precision import MomentType
 from dsv3.config.strict import build
 from dsv3.distributed.process_group import RankContext
-from dsv3.distributed.torch_private import foreach_add_, foreach_copy_, foreach_mul_, foreach_norm
+from dsv3.distributed.torch_private import (
+    foreach_add_,
+    foreach_copy_,
+    foreach_mul_,
+    foreach_norm,
+    foreach_subtract_,
+)
 from dsv3.model.router import Router
 from dsv3.model.transformer import Transformer
 from dsv3.planning.parameter_groups import ParameterGroup, is_frozen, parameter_groups
@@ -85,7 +91,9 @@ class BF16MomentAdamW(torch.optim.AdamW):
             for chunk in _group_into_chunks(slices):
                 _update(chunk, group, found_inf)
             # Each slice counted a step on a copy of its own: all slices of a parameter take the same step.
-            foreach_add_(steps, 1 if found_inf is None else 1 - found_inf)
+            foreach_add_(steps, 1)
+            if found_inf is not None:
+                foreach_subtract_(steps, [found_inf] * len(steps))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

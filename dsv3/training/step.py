@@ -20,8 +20,8 @@ from dsv3.model.router import Router
 from dsv3.model.transfers import upload
 from dsv3.model.transformer import ModelOutput, Transformer
 from dsv3.training.expert_bias import stack_expert_bias, take_expert_load, update_expert_bias
-from dsv3.training.loss import LossDenominators, LossSums, head_targets, loss_terms, valid_tokens
 from dsv3.training.gradient_places import GradientPlaces
+from dsv3.training.loss import LossDenominators, LossSums, head_targets, loss_terms, valid_tokens
 from dsv3.training.optimizer import gradient_norm, scale_gradients, set_learning_rate
 from dsv3.training.schedule import StepHyperparameters
 from dsv3.training.step_guard import StepGuard, Verdict
@@ -93,7 +93,8 @@ class LocalForwardBackward:
 class StepMetrics(NamedTuple):
     """Measurements of one optimizer step; scalars on the device, None where the model has no such thing.
 
-    Scalars are the same on all ranks. The names are those of metrics/row.py. Reading a value makes the host wait for the device.
+    Scalars are the same on all ranks. The names are those of metrics/row.py. Reading a value makes the host
+    wait for the device.
     """
 
     loss: Tensor
@@ -114,7 +115,7 @@ class StepMetrics(NamedTuple):
     spike_limit: Tensor | None = None
     """Norm from which on the step would have been a spike."""
     gradient_places: Tensor | None = None
-    """Norms of this rank's gradients [places] (gradient_places.py); None on CPU unless the step is skipped."""
+    """Norms of this rank's gradients [places] (gradient_places.py); on CPU of a skipped step alone."""
 
     def known(self) -> dict[str, Tensor]:
         """Return by name what this model has."""

@@ -1,5 +1,6 @@
 """One owner of a directory: told by the kernel, between real processes."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -42,7 +43,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start a process that owns tmp_path/place; with `worker` a process that it has spawned as well."""
-    script, processes = tmp_path / "hold.py", list[subprocess.Popen[str]]()
+    script, processes, children = tmp_path / "hold.py", list[subprocess.Popen[str]](), list[psutil.Process]()
     script.write_text(HOLD)
 
     def start(*worker: str) -> subprocess.Popen[str]:
@@ -51,13 +52,17 @@ def hold(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         processes.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
+        children.extend(psutil.Process(process.pid).children())
         return process
 
     yield start
+    for each in (
+        *children,
+        *(psutil.Process(process.pid) for process in processes if process.poll() is None),
+    ):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     for process in processes:
-        for child in psutil.Process(process.pid).children() if process.poll() is None else ():
-            child.kill()
-        process.kill()
         process.communicate()
 
 

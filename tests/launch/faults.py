@@ -28,6 +28,16 @@ class Hanging(torch.optim.AdamW):
             oversleep()
 
 
+class HangingOnce(Hanging):
+    """Rank 1 does not come back, but for the next attempt of the run; a file `hung` says so."""
+
+    def go_wrong(self) -> None:
+        """What happens in the second step."""
+        if os.environ["RANK"] == "1" and not Path("hung").exists():
+            Path("hung").touch()
+            oversleep()
+
+
 class Raising(Hanging):
     """Rank 1 raises while rank 0 does not come back."""
 

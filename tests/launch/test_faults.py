@@ -55,10 +55,9 @@ def test_a_stop_in_the_first_step_ends_every_rank_at_once_in_whatever_it_waits(
 def test_a_rank_that_hangs_is_found_with_every_stack_and_the_run_goes_on(
     command_line: CommandLine, tmp_path: Path
 ) -> None:
-    """It hangs in the second step of its process: step 2 at first, which is the next one's first."""
     run_dir = tmp_path / "run"
     saved = ["train.steps=2", "train.checkpoint_every=1", "checkpoint.async_save=false"]
-    more = ["launch.timeout=6", "launch.max_restarts=1", *faulty("Hanging")]
+    more = ["launch.timeout=6", "launch.max_restarts=1", *faulty("HangingOnce")]
     ended = command_line.run(*command_line.training(run_dir, *saved, *TWO, *more))
     assert ended.code == 0
     assert ended.err.splitlines()[-1] == "restart 1 of 1 from step 1: no progress for 6 s (launch.timeout)"
