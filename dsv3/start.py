@@ -21,7 +21,7 @@ def convert() -> int:
 
 
 def _start(program: str) -> int:
-    # Blocked, SIGUSR1 waits in the kernel until training can save, here and in every process that this one starts.
+    # Blocked, SIGUSR1 waits in the kernel until training can save, here and in every child of this process.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     stops = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # STOP_SIGNALS of signals.py
     # `nohup`, or a script's `python train.py &`, has some ignored, and they stay so.

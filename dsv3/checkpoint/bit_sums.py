@@ -3,8 +3,8 @@
 A tensor is read as 32-bit words, laid out in rows of COLUMNS words. A sum is Σ row_i W_i + Σ column_j V_j,
 modulo 2^64, where row_i and column_j are the sums of a row's and a column's words modulo 2^32. The weights
 are pseudo-random, W odd and V even. So the sum of a tensor in which one word differs always differs: the
-change times an odd number is no multiple of 2^64. Other changes, such as two words that are swapped, escape with a
-chance of about 2^-64, but for those that leave every row's and every column's sum as it was.
+change times an odd number is no multiple of 2^64. Other changes, such as two words that are swapped, escape
+with a chance of about 2^-64, but for those that leave every row's and every column's sum as it was.
 
 The order in which a device adds does not matter, because integers wrap around. Two passes read the words and
 nothing of their size is written, so a GPU takes two reads of its memory. One core of a CPU sums 7 GB/s

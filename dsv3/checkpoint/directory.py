@@ -58,7 +58,7 @@ class Progress:
     bookmarks: dict[int, list[int]] = field(default_factory=dict)
     """Of data that streams, the place in each of its lanes from which the next sequences are read."""
     statistics: RunStatistics = field(default_factory=RunStatistics)
-    """The memory of bad steps and of the loss; a checkpoint whose statistics are `in_doubt` is no good one."""
+    """The memory of bad steps and of the loss; a checkpoint is no good one where they are `in_doubt`."""
 
     def write(self, directory: Path) -> None:
         """Write state.json, which also says that a manifest was written: a lost one is then noticed."""

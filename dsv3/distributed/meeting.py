@@ -10,8 +10,8 @@ from typing import Any
 
 from dsv3.distributed.heartbeat import HEARTBEAT
 
-# A round's counter of 64 bits has three fields: the ranks that have arrived, those that have raised flag 1, and
-# those with flag 2. Each counts to two million.
+# A round's counter of 64 bits has three fields: the ranks that have arrived, those that have raised flag 1,
+# and those with flag 2. Each counts to two million.
 _FIELD, _FLAGS = 21, 2
 
 # Seconds between two looks at the store: a rank that has waited for long looks rarely, as 2,048 others do.

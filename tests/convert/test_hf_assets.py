@@ -183,9 +183,7 @@ def test_assets_that_cannot_be_read_are_refused_before_weights_are_written(
     (tmp_path / "dcp" / "hf" / "chat_template.jinja").write_text("x")
     (tmp_path / "dcp" / "hf" / "generation_config.json").write_text("{")
     seal(tmp_path / "dcp")
-    refused(
-        convert("dcp_to_hf", tmp_path / "dcp", tmp_path / "out"), "hf/generation_config.json is not JSON"
-    )
+    refused(convert("dcp_to_hf", tmp_path / "dcp", tmp_path / "out"), "hf/generation_config.json is not JSON")
     assert not (tmp_path / "out").exists()
     (tmp_path / "dcp" / "hf" / "generation_config.json").write_text('{"top_p": 0.9}')
     seal(tmp_path / "dcp")

@@ -120,5 +120,5 @@ def _first(parameter: Tensor) -> int:
 
 def _typed(fault: dict[str, str]) -> dict[str, Any]:
     """Return a fault with its numbers as numbers."""
-    numbers = {key: int(fault[key]) for key in ("expert", "rank") if key in fault}
+    numbers: dict[str, Any] = {key: int(fault[key]) for key in ("expert", "rank") if key in fault}
     return {**fault, **numbers}

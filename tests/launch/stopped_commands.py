@@ -66,7 +66,7 @@ def carry_out(case: dict[str, Any]) -> int:
             os._exit(GOES_ON)
 
     progress.Phase.__init__ = begin  # type: ignore[method-assign,assignment]
-    progress.Phase.advance = move  # type: ignore[method-assign]
+    progress.Phase.advance = move  # type: ignore[method-assign,assignment]
     for number in case["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     sys.argv = [f"{case['program']}.py", *case["arguments"]]

@@ -168,7 +168,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_done(
         def write(self, content: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prepare_shards.tempfile, "TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
     refused(command.run(*arguments(source)), "No space left", "make room")
     assert not (source.parent / "out").exists()
 

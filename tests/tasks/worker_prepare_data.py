@@ -16,7 +16,7 @@ from dsv3.documents import byte_blocks
 from dsv3.errors import UserError
 from dsv3.metrics.progress import Phase
 from dsv3.tasks.setup import prepare_data
-from dsv3.tokens import cache
+from dsv3.tokens import cache, cache_seal
 
 NODE = 4
 """Ranks of a node."""
@@ -44,7 +44,7 @@ def prepare(config: Config, caches: list[Path], other: Config | None = None) -> 
     node = rank // NODE
     ranks = RankContext(rank, rank % NODE, dist.get_world_size(), torch.device("cpu"))
     done, form, advance = Prepared(), byte_blocks.file_form, Phase.advance
-    compare = cache.check_seal
+    compare = cache_seal.check_seal
 
     def file_form(path: Path) -> str:
         done.files += 1

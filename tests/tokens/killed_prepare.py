@@ -45,13 +45,16 @@ class DyingSides(HashedSides):
             yield found
 
 
+def _fails() -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 class FullSides(HashedSides):
     """Sides of documents that are written to a full disk."""
 
     def documents(self, *args: Any) -> Any:
-        """Fail as a write does."""
-        raise OSError(errno.ENOSPC, "No space left on device")
-        yield
+        """Fail as a write does, when the first document is asked for."""
+        yield from _fails()
 
 
 def prepare(

@@ -82,7 +82,7 @@ def test_it_goes_to_the_last_good_checkpoint_from_before_the_rise(
     statistics = rewinder.watch.statistics
     assert (statistics.rewinds, statistics.skipped, statistics.in_doubt) == (1, to, False)
     assert rewinder.watch.guard.good_norms() == [float(to)]
-    assert not rewinder.is_due
+    assert not rewinder.watch.wants_rewind
     (entry,) = accident_journal.read(tmp_path / ACCIDENTS_FILE)
     assert entry == {"kind": "rewind", "step": to, "from_step": 7, "samples": [4 * to, 28]}
     assert "goes on behind sequence 27" in told[-1]

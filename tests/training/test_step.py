@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv3.checkpoint.run_statistics import RunStatistics
+from dsv3.config.accidents import AccidentsConfig
 from dsv3.config.model import ModelConfig
 from dsv3.config.optimizer import AdamWConfig
 from dsv3.config.parallel import RecomputeMode
@@ -25,6 +27,7 @@ from dsv3.parallel.activation_checkpoint import ActivationCheckpointing
 from dsv3.training.optimizer import build_optimizer
 from dsv3.training.schedule import StepHyperparameters
 from dsv3.training.step import LocalForwardBackward, TrainStep
+from dsv3.training.step_guard import GOOD, NONFINITE, StepGuard
 from tests import reference
 from tests.harness.trained import ALONE
 from tests.reference import MODEL, SOFTMAX_MOE, tiny_model
@@ -214,7 +217,8 @@ def test_padded_rows_train_as_the_rows_cut_to_their_tokens_do(
     (mine, my_loads, moved, routers), (right, loads, expected, others) = found
     # 39 tokens, beside which the rows have 41 positions of padding.
     assert {int(load.sum()) for load in my_loads} == {39 * MODEL.moe.top_k}
-    assert (mine.pop("padding").item(), right.pop("padding").item()) == (pytest.approx(41 / 80), 0)
+    assert mine.pop("padding").item() == pytest.approx(41 / 80)
+    assert right.pop("padding").item() == 0
     assert all(map(torch.equal, my_loads, loads))
     assert {name: pytest.approx(value.item(), rel=1e-5) for name, value in mine.items()} == {
         name: value.item() for name, value in right.items()
@@ -348,3 +352,21 @@ def test_broken_tiles_are_a_figure_of_a_step_in_fp8_and_only_of_the_step_that_ha
     model.load_state_dict(tiny_model().state_dict())
     assert weight[0, 0].item() == before
     assert step([batch(0, 1)], still).known()["fp8_broken_tiles"].item() == 0
+
+
+@pytest.mark.parametrize(("tiles", "verdict"), [(0.0, GOOD), (2.0, NONFINITE), (math.nan, GOOD)])
+def test_broken_tiles_alone_make_a_step_a_bad_one_where_their_number_is_known(
+    monkeypatch: pytest.MonkeyPatch, tiles: float, verdict: int
+) -> None:
+    monkeypatch.setattr("dsv3.training.step.take_nonfinite_tiles", lambda *_: torch.tensor(tiles))
+    model = tiny_model()
+    step = step_of(model)
+    step.in_fp8, step.guard = (
+        True,
+        StepGuard(AccidentsConfig(), RunStatistics(), ALONE.device, step.optimizer),
+    )
+    metrics = step([batch(0, 1)], WEIGHTS)
+    assert metrics.accident is not None
+    assert int(metrics.accident) == verdict
+    moved = any(bool(move.any()) for move in moves(model).values())
+    assert moved is (verdict == GOOD)
