@@ -47,7 +47,7 @@ _DONE = "done"
 
 @dataclass(frozen=True)
 class Attempt:
-    """What node 0 has decided: who takes part in an attempt, and where the run stands."""
+    """A decision of node 0: who takes part in an attempt, and where the run stands."""
 
     number: int
     nodes: tuple[int, ...]

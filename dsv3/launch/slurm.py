@@ -130,10 +130,13 @@ while :; do
     # A rank that fails ends the others.
     srun --kill-on-bad-exit=1 "${{program[@]}}" &
     ranks=$!
-    # A signal to this shell ends `wait` before srun has ended, or just as it ends: ask once more.
-    while wait "$ranks"; code=$?; [ $code -gt 128 ] && kill -0 "$ranks" 2>/dev/null; do :; done
-    wait "$ranks" 2>/dev/null; again=$?
-    [ $again = 127 ] || code=$again
+    # A signal to this shell ends `wait`, and would hide the exit code of a srun that ends at the same moment.
+    while kill -0 "$ranks" 2>/dev/null; do
+        sleep 0.5 &
+        wait $!
+    done
+    wait "$ranks"
+    code=$?
     case $code in
         {STOPPED})
             if [ -n "$limit" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
