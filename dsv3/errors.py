@@ -17,9 +17,9 @@ stopped by a signal after saving (distributed/signals.py); stopped at once, by a
 
 
 LONGEST_MESSAGE = 500
-"""Characters of a message at most, besides the paths of more than _LONGEST_WORD that it names."""
+"""Characters of a message at most, besides the paths and commands that it names."""
 
-_LONGEST_WORD = 100
+_LONGEST_WORD, _LONGEST_PATH = 100, 4096
 
 
 class UserError(Exception):
@@ -54,16 +54,17 @@ class InvalidValue(UserError):
 def shortened(text: str) -> str:
     """Return a message with the middle of what is too long left out, of words first and then of its lines.
 
-    A word with a slash may be a path, or part of a command to type: it stays whole up to 4,096 characters.
+    A word with a slash may be a path, or part of a command to type: it stays whole and does not count, up to
+    _LONGEST_PATH characters. So a command that a message names is never cut.
     """
     if len(text) <= LONGEST_MESSAGE:
         return text
     words = re.split(r"(\s)", text)
     paths = 0
     for number, word in enumerate(words):
-        if len(word) > (4096 if "/" in word else _LONGEST_WORD):
+        if len(word) > (_LONGEST_PATH if "/" in word else _LONGEST_WORD):
             words[number] = f"{word[:60]}...{word[-20:]}"
-        elif len(word) > _LONGEST_WORD:
+        elif "/" in word:
             paths += len(word)
     text = "".join(words)
     lines = text.splitlines()

@@ -216,7 +216,7 @@ def _before_the_tokenizer(patch: pytest.MonkeyPatch) -> None:
 
 
 def _while_digesting(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("dsv3.checkpoint.manifest.digest", _crash)
+    patch.setattr("dsv3.tokens.file_digests.digest", _crash)
 
 
 def _before_the_manifest(patch: pytest.MonkeyPatch) -> None:

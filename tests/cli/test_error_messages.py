@@ -106,7 +106,7 @@ MISTAKES: dict[str, list[str]] = {
     "optimizer.lr=inf": ["optimizer.lr=inf", "finite"],
     "model.norm_eps=nan": ["model.norm_eps=nan", "finite"],
     "optimizer.betas=[nan,0.9]": ["optimizer.betas=[nan, 0.9]", "finite"],
-    "train.seed=9223372036854775808": ["train.seed=9223372036854775808", "below"],
+    "train.seed=9223372036854775808": ["train.seed=9223372036854775808", "at most"],
     "launch.timeout=99999999": ["launch.timeout=99999999", "a week"],
     "optimizer.betas=[0.9,2]": ["optimizer.betas=[0.9, 2.0]", "[0.9,0.95]"],
     "precision.moments=bf16 optimizer.betas=[0.9,0.999]": ["optimizer.betas=[0.9, 0.999]", "0.99609375"],

@@ -41,6 +41,7 @@ NEEDED = {
     ("model", "hf"): ["model.path={hf}"],
     ("task", "verify"): ["model=hf", "model.path={hf}"],
     ("task", "compare"): ["task.runs=somewhere"],
+    ("task", "replay"): ["task.run=somewhere", "task.step=1"],
     ("task", "prepare"): ["task.input=[somewhere]", "task.output=somewhere"],
 }
 

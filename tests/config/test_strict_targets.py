@@ -194,11 +194,11 @@ def test_typed_numbers_take_the_place_of_the_checkpoints(planned: PlannedCommand
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("_target_: os.system", "model._target_=os.system is refused"),
+        ("_target_: os.system", "_target_=os.system is refused"),
         ("dim: '${oc.env:HOME}'", "could not be converted to Integer"),
         ("foo: 1", "model.yaml is not a model"),
-        ("!!python/object/apply:os.system ['touch ran']", "model.yaml is not a model"),
-        ("[1", "model.yaml is not a model"),
+        ("!!python/object/apply:os.system ['touch ran']", "is not YAML: could not determine a constructor"),
+        ("[1", "is not YAML"),
     ],
 )
 def test_a_planted_model_runs_nothing(
