@@ -111,8 +111,9 @@ def inputs(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             outcomes.append(verdict.outcome)
             if verdict.outcome == "fault":
                 raise Broken(f"{case.name}: {verdict.message}")
-        results[reader.name] = {name: outcomes.count(name) for name in ("refused", "read")}
-        print(f"inputs {reader.name}: {results[reader.name]}", flush=True)
+        name = f"{reader.name}, as data" if reader.name in results else reader.name
+        results[name] = {outcome: outcomes.count(outcome) for outcome in ("refused", "read")}
+        print(f"inputs {name}: {results[name]}", flush=True)
     return results
 
 

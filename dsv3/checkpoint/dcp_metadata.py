@@ -112,7 +112,7 @@ class _RegularFiles(FileSystem):
 
 
 class _SoundArchives:
-    """What DCP does with the stream of a tensor before torch.load gets it: here the archive is looked at."""
+    """Look at the archive of a tensor before torch.load gets it, where DCP transforms its stream."""
 
     def transform_load_stream(
         self, read_item: ReadItem, transform_descriptors: Sequence[str], raw_stream: IO[bytes]

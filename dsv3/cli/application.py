@@ -222,7 +222,7 @@ class Application:
             result = self.execute(config, place)
             if _searches(runtime.sweeper) and (result is None or not math.isfinite(result)):
                 raise RunFailed(f"its result is {result}, not a held-out loss that the sweeper could compare")
-            if result is not None and not trains:
+            if not trains and (result is not None or getattr(task, "reads_rows", False)):
                 record_result(directory, {**described, "loss": result})
             return result
         except Exception as error:

@@ -8,7 +8,7 @@ from dsv3.errors import require, require_positive
 
 
 class OnAlarm(Enum):
-    """What a run does where its loss stays above its past."""
+    """Answer to a loss that stays above its past."""
 
     tell = "tell"
     rewind = "rewind"

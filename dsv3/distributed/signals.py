@@ -151,7 +151,7 @@ def leave_on_signal(
 
 
 class Hearer(Protocol):
-    """What hears signals."""
+    """Takes note of signals."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal in the main thread, as soon as that runs Python again."""

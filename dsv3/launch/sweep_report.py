@@ -150,12 +150,15 @@ def _report_losses(jobs: Mapping[str, Mapping[str, Any]]) -> None:
     from dsv3.metrics.console import format_table
 
     def loss(job: Mapping[str, Any]) -> float:
-        return float(job.get("loss", math.inf))
+        known = job.get("loss")
+        return math.inf if known is None else float(known)
 
     rows = []
     for number, job in sorted(jobs.items(), key=lambda item: loss(item[1])):
         perplexity = math.exp(min(loss(job), 700.0))
-        known = [f"{loss(job):,.4f}", f"{perplexity:,.2f}", "done"] if "loss" in job else ["-", "-", "failed"]
+        known = ["-", "-", "no target" if "loss" in job else "failed"]
+        if job.get("loss") is not None:
+            known = [f"{loss(job):,.4f}", f"{perplexity:,.2f}", "done"]
         rows.append([number, " ".join(job["differs"]), *known])
     titles = ["job", "overrides", "held-out loss", "perplexity", "state"]
     print(f"\n{format_table(rows, titles, left_aligned=('job', 'overrides', 'state'))}", file=sys.stderr)

@@ -84,6 +84,7 @@ class Recorder:
             row, figures = pending.row, pending.figures
             for name in figures.keys() & COLUMNS:
                 setattr(row, name, figures[name].item())
+            _forget_means_of_nothing(row, figures)
             pending.fill_throughput()
             row.memory_gib = self.memory
             self.latest = row
@@ -131,6 +132,14 @@ class Recorder:
         if self.writer is not None:
             self.writer.close()
             self.writer = None
+
+
+def _forget_means_of_nothing(row: MetricsRow, figures: dict[str, Tensor]) -> None:
+    """Make unknown what a step has computed of no target, or of no token: it is 0 and means nothing."""
+    if "targets" in figures and not figures["targets"].item():
+        row.loss = row.mtp_loss = None
+    if row.padding == 1:
+        row.balance_loss = row.moe_max_violation = row.moe_entropy = None
 
 
 def largest_over_ranks(ranks: RankContext, waited: float) -> tuple[float, float]:

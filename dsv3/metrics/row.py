@@ -18,7 +18,7 @@ class MetricsRow:
     Attributes:
         step: optimizer steps done, from 1.
         loss: main next-token cross-entropy in nats, mean over the valid tokens of the step's global batch,
-            without the MTP and balance terms.
+            without the MTP and balance terms. None for a step without a valid target; so is mtp_loss.
         mtp_loss: cross-entropy of the MTP depths in nats, each with the denominator of the report's eq. 24,
             mean over the depths, before its weight.
         balance_loss: sequence-wise load balance loss of the report's eq. 17, its factor alpha included.
@@ -31,7 +31,8 @@ class MetricsRow:
             left out.
         mfu: model FLOPs utilization (MFU), from 0 to 1; places of padding count like the others.
         memory_gib: peak memory of the busiest rank, GiB.
-        evaluation_loss: held-out loss, defined like `loss`; None except on evaluation steps.
+        evaluation_loss: held-out loss, defined like `loss`; None except on evaluation steps, and where no
+            held-out row has a target.
         moe_max_violation: max load / mean load - 1 over the experts of a layer, the largest over MoE layers.
         moe_entropy: entropy of the expert load in units of log(experts), mean over MoE layers; 1 is
             perfectly even.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from typing import Any
 
 from dsv3.checkpoint.load import stored_weights
@@ -24,19 +25,23 @@ from dsv3.launch.sweep import record_result
 from dsv3.launch.trained_on import changed_data_notes, training_record
 from dsv3.metrics.console import Console
 from dsv3.tasks.setup import join_ranks, load_model, load_own_tokenizer, prepare_data, require_checkpoint
-from dsv3.training.evaluation import evaluate
+from dsv3.training.evaluation import NO_TARGET, evaluate
+
+READING_KEYS = ("pad_id", "dtype", "eos_id", "held_out_path", "field", "separator")
+"""Keys of data, beside those of HeldOutData, by which the same files hold other tokens."""
 
 
 class EvaluateTask:
     """Prints a table to stderr and `{"loss": .., "perplexity": .., "tokens": ..}` as stdout's last line.
 
-    The keys behind these three say what the loss was measured on (docs/checkpoints.md).
+    Loss and perplexity are null where no row has a target. The keys behind these three say what the loss was
+    measured on (docs/checkpoints.md).
     """
 
-    def run(self, job: Job) -> float:
+    def run(self, job: Job) -> float | None:
         """Return the held-out loss in nats, a sweep's objective; write nothing but the data cache.
 
-        RunFailed where the loss is not finite.
+        None where no row has a target. RunFailed where the loss is not finite.
         """
         config = job.config
         checkpoint = require_checkpoint(job)
@@ -56,14 +61,15 @@ class EvaluateTask:
                 ranks,
                 config.train.evaluate_tokens,
             )
-            if not math.isfinite(loss):
+            if loss is not None and not math.isfinite(loss):
                 raise RunFailed(f"the held-out loss of {checkpoint} is {loss}")
             if ranks.is_main:
-                perplexity = math.exp(min(loss, 700.0))  # exp overflows a float above 709
+                # exp overflows a float above 709
+                perplexity = None if loss is None else math.exp(min(loss, 700.0))
                 measured: dict[str, Any] = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
                 if sources:
                     measured["sources"] = {
-                        name: {"loss": source.loss if source.tokens else None, "tokens": source.tokens}
+                        name: {"loss": source.loss, "tokens": source.tokens}
                         for name, source in sources.items()
                     }
                 record = training_record(checkpoint)
@@ -77,9 +83,10 @@ class EvaluateTask:
                 told["run_precision"] = None if record is None else precision_choice(record.config)
                 if job.sweep is not None:
                     record_result(job.run_dir, {"held_out_data": here})
-                _report(
-                    told, data, differs, [] if record is None else changed_data_notes(record.data_changes)
-                )
+                notes = [] if record is None else changed_data_notes(record.data_changes)
+                if record is not None and (read_otherwise := _read_otherwise(job, record)):
+                    notes.append(f"it had {read_otherwise}, and so other tokens of the same files")
+                _report(told, data, differs, notes)
                 print(json.dumps(told), flush=True)
             return loss
 
@@ -99,6 +106,18 @@ def _run_data(record: TrainingRecord, rows: int) -> HeldOutData:
     """
     fingerprints = (record.data_fingerprint, record.tokenizer_fingerprint)
     return held_out_data(record.config, *fingerprints, rows, row_order=record.row_order)
+
+
+def _read_otherwise(job: Job, record: TrainingRecord) -> str:
+    """Return the keys, as the run had them, by which it read other tokens of the same files; empty for none."""
+    here, run = to_yaml(job.config)["data"], record.config.get("data")
+    if not isinstance(run, dict) or here["_target_"] != run.get("_target_"):
+        return ""
+    places = [node.get("path") for node in (here, run)]
+    if not all(isinstance(place, str) for place in places) or len(set(map(os.path.abspath, places))) > 1:
+        return ""
+    differing_keys = [key for key in READING_KEYS if key in here and here[key] != run.get(key)]
+    return " ".join(f"data.{key}={shown(run.get(key))}" for key in differing_keys)
 
 
 def _describe(job: Job, data: PreparedData, every_row: bool) -> dict[str, Any]:
@@ -141,9 +160,10 @@ def _report(
         rows.append(("tokenizer", f"{told['tokenizer']}, {size:,} ids, fingerprint {fingerprint}"))
     rows += [
         ("tokens", f"{told['tokens']:,}"),
-        ("loss", f"{told['loss']:,.4f}"),
-        ("perplexity", f"{told['perplexity']:,.4f}"),
+        ("loss", NO_TARGET if told["loss"] is None else f"{told['loss']:,.4f}"),
     ]
+    if told["perplexity"] is not None:
+        rows.append(("perplexity", f"{told['perplexity']:,.4f}"))
     for name, source in told.get("sources", {}).items():
         shown_loss = "unknown" if source["loss"] is None else f"{source['loss']:,.4f}"
         rows.append((f"  {name}", f"{shown_loss} on {source['tokens']:,} tokens"))

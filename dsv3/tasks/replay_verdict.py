@@ -57,7 +57,7 @@ class ComparedStep:
         if self.recorded is None or self.replayed is None or name not in self.replayed:
             return None
         before = getattr(self.recorded, name)
-        # metrics.jsonl has null for both, and every run knows its loss and its gradient norm.
+        # metrics.jsonl has null for both, and every step with a target has a loss and a gradient norm.
         if before is None and name not in COMPARED[:2]:
             return None
         here = self.replayed[name]
@@ -136,12 +136,14 @@ class Verdict:
 def find_accident(step: ComparedStep, entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the accident that the run has recorded for a step; None where it was a good one.
 
-    A run that ends at the first bad number has no `entry` of accidents.jsonl, but nulls in its row.
+    A run that ends at the first bad number has no `entry` of accidents.jsonl, but nulls in its row. The loss of
+    a step without a target is null too, and no accident: the replay has none either.
     """
     if entry is not None:
         return dict(entry)
     row = step.recorded
-    if row is not None and None in (row.loss, row.grad_norm):
+    has_loss = step.replayed is None or "loss" in step.replayed
+    if row is not None and (row.grad_norm is None or (row.loss is None and has_loss)):
         return {"kind": "nonfinite", "step": step.step, "skipped": False}
     return None
 

@@ -314,11 +314,9 @@ def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str]) -> 
     if run.step < run.config.train.steps:  # train.stop_after
         following = [f"resume={run.directory}", *resume_flags]
     elif data.tokenizer is None:
-        following = ["task=evaluate", load]
-        if run.config.data.sets_sequence_length:
-            following += ["data=tokens", f"data.path={getattr(run.config.data, 'path', '')}"]
+        following = ["task=evaluate", load, *resume_flags]  # the checkpoint names the data with all its keys
     else:
-        following = ["task=generate", load, "task.prompt=import "]
+        following = ["task=generate", load, "task.prompt=import ", *resume_flags]
     run.console.next_command(shlex.join([*command("train"), *following]))
 
 

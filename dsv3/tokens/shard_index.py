@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv3.config.limits import LARGEST_VOCABULARY
 from dsv3.errors import UserError, quoted
 from dsv3.untrusted_files import BadFile, MissingFile, parse_json, read_bytes
 
@@ -189,9 +190,9 @@ class ShardIndex:
         return cls(
             dtype_name=found["dtype"],
             splits=splits,
-            vocab_size=_count_or_none(found, "vocab_size"),
-            bos=_count_or_none(found, "bos"),
-            eos=_count_or_none(found, "eos"),
+            vocab_size=_size_or_none(found, "vocab_size"),
+            bos=_size_or_none(found, "bos"),
+            eos=_size_or_none(found, "eos"),
             tokenizer=reference,
             source=dict(found.get("source") or {}),
             skipped=dict(found.get("skipped") or {}),
@@ -219,10 +220,12 @@ def _inside(name: Any) -> str:
     return name
 
 
-def _count_or_none(found: dict[str, Any], key: str) -> int | None:
+def _size_or_none(found: dict[str, Any], key: str) -> int | None:
+    """Return an id or the size of a vocabulary, None for null; ValueError for any other."""
     value = found.get(key)
-    if value is not None and (type(value) is not int or value < 0):
-        raise ValueError(f"{key}={quoted(value)}, must be null or a whole number of at least 0")
+    if value is not None and (type(value) is not int or not 0 <= value <= LARGEST_VOCABULARY):
+        allowed = f"must be null or a whole number of at least 0 and at most {LARGEST_VOCABULARY:,}"
+        raise ValueError(f"{key}={quoted(value)}, {allowed}")
     return value
 
 

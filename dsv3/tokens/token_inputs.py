@@ -160,7 +160,10 @@ def open_remote_shards(url: str, cache_dir: str | None, cache_bytes: int) -> Tok
             )
             side = found.held_out if split == HELD_OUT else found.train
             name = f"{folder.url}/{shard.tokens}"
-            side.append(Segment(tokens, offsets, 0, shard.num_documents, name, bounds=bounds))
+            size = described.vocab_size
+            side.append(
+                Segment(tokens, offsets, 0, shard.num_documents, name, bounds=bounds, vocab_size=size)
+            )
             digest = version("tokens") or folder.version(shard.tokens)
             found.describe(shard, described, shard.tokens, digest, split)
     return found
@@ -299,7 +302,8 @@ def open_shard(folder: Path, index: ShardIndex, shard: Shard) -> Segment:
             f"{offsets.path} spans the tokens {ends[0]} to {ends[1]}, {told} 0 to {shard.num_tokens}"
         )
     bounds = (0, shard.num_tokens)
-    return Segment(tokens.array, offsets.array, 0, documents, tokens.path, bounds=bounds)
+    size = index.vocab_size
+    return Segment(tokens.array, offsets.array, 0, documents, tokens.path, bounds=bounds, vocab_size=size)
 
 
 def _array(segment: Segment) -> FileArray:

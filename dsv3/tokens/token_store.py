@@ -45,6 +45,7 @@ class Segment:
             cut it anywhere.
         bounds: the places in `tokens` at which the first document begins and the last one ends. Where an
             index has told them, no rank need open each file at start; None: they are read.
+        vocab_size: the one that the index.json of the file tells, which ids lie below; None where none does.
     """
 
     tokens: ArrayLike
@@ -54,6 +55,7 @@ class Segment:
     name: str = ""
     divisible: bool = False
     bounds: tuple[int, int] | None = None
+    vocab_size: int | None = None
 
     @property
     def num_documents(self) -> int:
@@ -105,7 +107,8 @@ class TokenStore:
 
     Args:
         segments: in the order of their documents.
-        vocab_size: refuse ids outside 0 .. vocab_size - 1 when they are read; None takes any.
+        vocab_size: refuse ids outside 0 .. vocab_size - 1 when they are read; None takes any. An id beyond
+            what the index.json of its file tells is refused in any case.
     """
 
     def __init__(self, segments: Iterable[Segment], vocab_size: int | None = None) -> None:
@@ -308,11 +311,17 @@ class TokenStore:
         return places
 
     def _checked(self, segment: Segment, place: int, ids: Ids) -> Ids:
-        size = self.vocab_size
+        own, sizes = segment.vocab_size, (self.vocab_size, segment.vocab_size)
+        size = min((known for known in sizes if known is not None), default=None)
         if size is not None and len(ids) and (ids.min() < 0 or ids.max() >= size):
             index = int(np.argmax((ids < 0) | (ids >= size)))
+            found = f"{segment.name}: token {place + index} is the id {ids[index]}"
+            if size == own:
+                raise UserError(
+                    f"{found}, and its index.json says vocab_size={own}: ids are smaller than that. The file is "
+                    "damaged or of another tokenizer, or index.json is wrong"
+                )
             raise UserError(
-                f"{segment.name}: token {place + index} is the id {ids[index]}, the model's vocabulary is "
-                f"0 to {size - 1} (model.vocab_size={size})"
+                f"{found}, the model's vocabulary is 0 to {size - 1} (model.vocab_size={size})"
             )
         return ids

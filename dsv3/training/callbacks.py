@@ -30,7 +30,7 @@ from dsv3.metrics.recorder import Recorder
 from dsv3.metrics.row import MetricsRow
 from dsv3.model.generation import TimeLimit
 from dsv3.training.accidents import AccidentWatch
-from dsv3.training.evaluation import evaluate
+from dsv3.training.evaluation import NO_TARGET, evaluate
 from dsv3.training.step import ForwardBackward, StepMetrics
 from dsv3.training.stragglers import StragglerWatch
 
@@ -106,6 +106,7 @@ class Evaluate(Callback):
     def __init__(self, rows: RowDataset, every: int) -> None:
         self.rows = rows
         self.every = every
+        self.has_told = False
 
     def on_step_end(self, run: TrainingRun) -> None:
         """Fill the row's evaluation_loss; the checkpoint of this step carries it too."""
@@ -115,11 +116,13 @@ class Evaluate(Callback):
                 run.forward_backward, self.rows, train.microbatch, run.ranks, train.evaluate_tokens
             )
             run.row.evaluation_loss = found.loss
-            of_sources = {
-                name: {"evaluation_loss": source.loss if source.tokens else None}
-                for name, source in found.sources.items()
+            of_sources: dict[str, SourceMetrics] = {
+                name: {"evaluation_loss": source.loss} for name, source in found.sources.items()
             }
             run.row.sources = of_sources or None
+            if found.loss is None and not self.has_told:
+                run.console.message(f"held-out loss {NO_TARGET}")
+                self.has_told = True
         found_loss = run.row.evaluation_loss
         run.progress.evaluation_loss = found_loss if found_loss is None or math.isfinite(found_loss) else None
 

@@ -22,11 +22,15 @@ from dsv3.training.loss import valid_tokens
 from dsv3.training.step import ForwardBackward
 
 
+NO_TARGET = "unknown: no target in the held-out rows"
+"""The held-out loss in words, where there is none."""
+
+
 class Evaluation(NamedTuple):
     """The result of an evaluation, the same on every rank."""
 
-    loss: float
-    """Next-token cross-entropy in nats, the mean over `tokens`."""
+    loss: float | None
+    """Next-token cross-entropy in nats, the mean over `tokens`; None where there are none."""
     tokens: int
     """Valid targets that were scored."""
     sources: Mapping[str, "Evaluation"] = {}
@@ -109,4 +113,4 @@ def _mean(total: Tensor, ranks: RankContext) -> Evaluation:
     loss, valid = total.tolist()
     # Ranks that compute the same loss, or read the same rows, have each added it to the sums.
     valid = round(valid) // ranks.row_replicas
-    return Evaluation(loss / ranks.loss_replicas / max(valid, 1), valid)
+    return Evaluation(loss / ranks.loss_replicas / valid if valid else None, valid)

@@ -106,6 +106,8 @@ class StepMetrics(NamedTuple):
     moe_bias_range: Tensor | None = None
     fp8_broken_tiles: Tensor | None = None
     padding: Tensor | None = None
+    targets: Tensor | None = None
+    """Valid targets of the global batch; where it has none, `loss` and `mtp_loss` are means of nothing."""
     first_nonfinite_router: Tensor | None = None
     """Place among all MoE layers of the first router whose logits were not finite, -1 for none."""
     accident: Tensor | None = None
@@ -152,7 +154,8 @@ class TrainStep:
         for router in self.routers.values():
             router.z_loss = step.z_loss_weight > 0
         microbatches = [batch.to(self.ranks.device) for batch in microbatches]
-        denominators = self._count(microbatches)
+        counts_of_batch = self._count(microbatches)
+        denominators = LossDenominators(*counts_of_batch.clamp(min=1).unbind())
         local = self.forward_backward.train(microbatches, denominators, step)
         # Every rank of a tensor-parallel group computes the same cross-entropies.
         local = local._replace(
@@ -166,7 +169,8 @@ class TrainStep:
             sums.main,
             gradient_norm(self.model_parts, self.ranks),
             fp8_broken_tiles=summed[-1] if counts else None,
-            padding=self._padding(microbatches, denominators),
+            padding=self._padding(microbatches, counts_of_batch[2]),
+            targets=counts_of_batch[0],
         )
         set_learning_rate(self.optimizer, step.lr)
         if self.guard is None:
@@ -176,7 +180,8 @@ class TrainStep:
             finite = summed[:3].isfinite().all()  # the three losses
             if counts:
                 finite = finite & ~(summed[-1] > 0)  # NaN: their number is unknown
-            metrics = self._update(self.guard, self.guard.judge(finite, metrics.grad_norm), metrics)
+            verdict = self.guard.judge(finite, metrics.grad_norm, counts_of_batch[0] > 0)
+            metrics = self._update(self.guard, verdict, metrics)
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.mtp_depths:
             metrics = metrics._replace(mtp_loss=sums.mtp)
@@ -203,21 +208,20 @@ class TrainStep:
         guard.step(verdict.skip)
         return metrics
 
-    def _count(self, microbatches: list[Batch]) -> LossDenominators:
-        """Count what divides the losses of the global batch, over all ranks.
+    def _count(self, microbatches: list[Batch]) -> Tensor:
+        """Return the fields of LossDenominators [3] as they are counted over all ranks, 0 included.
 
         Padding may differ between ranks, so they exchange all three counts wherever it stands.
         """
         valid = torch.stack([valid_tokens(batch) for batch in microbatches]).sum()
         of_rows = [(batch.num_sequences, batch.num_tokens) for batch in microbatches]
         counts = upload(torch.tensor(of_rows).sum(0), self.ranks.device)
-        total = self.ranks.sum(torch.cat([valid.view(1), counts])) // self.ranks.row_replicas
-        return LossDenominators(*total.clamp(min=1).unbind())
+        return self.ranks.sum(torch.cat([valid.view(1), counts])) // self.ranks.row_replicas
 
-    def _padding(self, microbatches: list[Batch], denominators: LossDenominators) -> Tensor:
+    def _padding(self, microbatches: list[Batch], tokens: Tensor) -> Tensor:
         """Return the share of the global batch's places that hold no token."""
         places = sum(batch.tokens.numel() for batch in microbatches) * self.ranks.data_world
-        return 1 - torch.as_tensor(denominators.routed) / places
+        return 1 - tokens / places
 
     def _balance_experts(self, bias_speed: float, skip: Tensor | None) -> dict[str, Tensor]:
         """Move the expert bias by the global batch's load unless `skip`; return the metrics of the load."""

@@ -70,10 +70,12 @@ class StepGuard:
         return norms[:count] if count <= self.window else [*norms[first:], *norms[:first]]
 
     @torch.no_grad()
-    def judge(self, finite: Tensor, norm: Tensor) -> Verdict:
+    def judge(self, finite: Tensor, norm: Tensor, has_targets: Tensor | None = None) -> Verdict:
         """Return the verdict on a step, and remember the norm of a good one.
 
         finite: whether all of its losses are, bool. norm: of its whole gradient, before clipping, fp32.
+        has_targets: bool, None for True. The norm of a step without a target is about 0: it is not remembered,
+        or the next step with targets would be a spike.
         """
         finite = finite & norm.isfinite()
         limit = torch.full_like(norm, math.inf)
@@ -84,9 +86,10 @@ class StepGuard:
         spike = finite & (norm > limit)
         kind = torch.where(finite, spike * SPIKE, NONFINITE).int()
         good = kind == GOOD
-        place = (self.places == self.count % self.window) & good
+        remembered = good if has_targets is None else good & has_targets
+        place = (self.places == self.count % self.window) & remembered
         self.norms = torch.where(place, norm, self.norms)
-        self.count += good
+        self.count += remembered
         return Verdict(kind, ~good & self.config.skip, limit)
 
     def step(self, skip: Tensor) -> None:
