@@ -167,6 +167,13 @@ def repository_hint(path: str) -> str:
     return f"; a repository of the hub is fetched first, {fetch}, and DIR is then given"
 
 
+def list_hint(path: str) -> str:
+    """Return what to give instead of a list where one path is read; empty where `path` looks like none."""
+    if not (path.startswith("[") and path.endswith("]") and "," in path):
+        return ""
+    return "; one path is read here: the folder of several, or data=mixture with a source for each"
+
+
 def comma_separated(numbers: Iterable[int]) -> str:
     """Return `numbers` as a message lists them: `1, 2, 4`."""
     return ", ".join(map(str, numbers))

@@ -16,9 +16,10 @@ from hydra.errors import (
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
 
 from dsv3.cli.user_files import UserFiles, find_key, find_word, shown
+from dsv3.config.key_types import KeyType, key_types
 from dsv3.config.keys import schema_keys
 from dsv3.config.overrides import split_commas, split_override
-from dsv3.config.registry import CONF, SCHEMAS, config_groups
+from dsv3.config.registry import CONF, SCHEMAS, config_groups, described_key
 from dsv3.config.strict import plain_reason, unknown_key
 from dsv3.errors import did_you_mean
 from dsv3.untrusted_files import read_bytes, read_text
@@ -185,6 +186,8 @@ def _bad_value(cause: OmegaConfBaseException, arguments: Sequence[str], groups: 
     typed = [pair[1] for pair in map(split_override, arguments) if pair and pair[0] == key]
     if typed and raw.startswith("Cannot merge DictConfig") and typed[-1].startswith("{"):
         reason = "must be a list, [A,B]"
+    if typed and reason == "must be a list, [A,B]" and key_types().get(described_key(key)) is KeyType.texts:
+        reason = f"give one, {key}=A, or a list, {key}=[A,B]"
     if typed and (reason != raw or isinstance(cause, ValidationError)):
         members = re.search(r"expected one of \[(.*)\]", reason)
         hint = did_you_mean(typed[-1], members[1].split(", ")) if members else ""

@@ -118,7 +118,11 @@ class StdlibCorpus(Corpus):
         found = FoundFiles()
         for name, entry in walk_files(self.root, [], found.unreadable, enter=_is_library):
             if name.endswith(".py"):
-                stat = entry.stat()
+                try:
+                    stat = entry.stat()
+                except OSError as error:
+                    found.unreadable.append(f"{entry.path} ({error.strerror})")
+                    continue
                 file = InputFile(Path(entry.path), name, FileKind.text, stat.st_size, stat.st_mtime_ns)
                 found.files.append(file)
         if not found.files:

@@ -27,7 +27,7 @@ from dsv3.data.held_out_split import (
 from dsv3.documents.byte_blocks import Report
 from dsv3.documents.document_files import ReadOptions, read_documents
 from dsv3.documents.input_files import FileKind, Unit
-from dsv3.documents.skip_limit import Reason, Skipped, skipped_lines
+from dsv3.documents.skip_limit import REASONS_NAMED, Reason, Skipped, skipped_lines
 from dsv3.documents.unit_pool import run_units
 from dsv3.errors import UserError, quoted
 from dsv3.metrics.progress import amount, phase
@@ -67,6 +67,7 @@ class CorpusScan:
         as_text: a line where .json files are read as text.
         marked: by encoding the files that a byte order mark tells to be in it, and the first of them.
         first_documents: the number of each unit's first document.
+        unlisted: files and folders that could not be looked at; they are in `skipped`, and not in `files`.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class CorpusScan:
     as_text: list[str]
     marked: dict[str, tuple[int, str]]
     first_documents: list[int]
+    unlisted: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> "CorpusScan":
@@ -151,7 +153,7 @@ class CorpusScan:
         lines += self.as_text
         count, names = self.left_out
         if count:
-            what = "hidden, or left behind by an editor or a download"
+            what = "hidden, left behind by an editor or a download, or a pipe or the like"
             lines.append(f"left out {amount(count, 'files')}: {what}, first {names[0]}")
         return lines
 
@@ -262,6 +264,7 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
         as_text=found.told_json(corpus.options.field),
         marked=marked,
         first_documents=firsts,
+        unlisted=len(found.unreadable),
     ).write()
     del table
     (folder / "table").unlink()
@@ -269,7 +272,8 @@ def scan_corpus(corpus: Corpus, stamp: Stamp, share: float, folder: Path) -> Non
 
 
 def _nothing(corpus: Corpus, skipped: Skipped) -> str:
-    told = "; ".join([*skipped_lines(skipped), *([f"{skipped.empty} empty"] if skipped.empty else [])])
+    empty = [f"{skipped.empty} empty"] if skipped.empty else []
+    told = "; ".join([*skipped_lines(skipped, REASONS_NAMED), *empty])
     way = "give a text file or a folder of text files"
     return f"{corpus.title} holds no text{f' ({told})' if told else ''}: {way}"
 

@@ -45,6 +45,21 @@ def dataset_pieces(files: dict[str, list[str]], known: Any) -> Iterator[Piece]:
                 work.advance()
 
 
+def shard_file(shard: Any) -> str | None:
+    """Return the file that a shard of a streamed dataset is read from; None where the library does not tell.
+
+    The fields are private; datasets 5.2 has them.
+    """
+    arguments = getattr(getattr(shard, "_ex_iterable", None), "kwargs", None)
+    if not isinstance(arguments, dict):
+        return None
+    for name in ("original_files", "base_files", "files"):
+        files = arguments.get(name)
+        if isinstance(files, list) and len(files) == 1 and isinstance(files[0], str):
+            return files[0]
+    return None
+
+
 def _sample(path: Path, share: float) -> tuple[int, str]:
     """Return the size of a file, and a digest of `share` of its bytes, in stretches spread over all of it."""
     state, size = xxhash.xxh3_128(), path.stat().st_size

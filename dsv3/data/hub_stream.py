@@ -17,8 +17,9 @@ import numpy.typing as npt
 import xxhash
 
 from dsv3.config.registry import command
-from dsv3.data.dataset_files import dataset_pieces
-from dsv3.data.lanes import LaneOptions, LaneRows
+from dsv3.data.dataset_files import dataset_pieces, shard_file
+from dsv3.data.hub_connection import offline, quiet_libraries, why_unreachable
+from dsv3.data.lanes import LaneOptions, LaneRows, is_document
 from dsv3.data.packing import PackedEvaluationDataset
 from dsv3.data.rows import RowOptions
 from dsv3.data.sources import PreparedData
@@ -77,10 +78,8 @@ class TextStream:
         """Return the number of pieces."""
         return int(self.dataset.num_shards)
 
-    def texts(self, piece: int, first: int = 0) -> Iterator[tuple[int, str]]:
-        """Yield number and text of the documents of a piece from number `first` on; "" for one without.
-
-        A NUL character makes a document none, as in files.
+    def texts(self, piece: int, first: int = 0) -> Iterator[tuple[int, str | None]]:
+        """Yield number and text of the rows of a piece from number `first` on, documents or not.
 
         Raises:
             UserError: there is no such column, it holds no text, or the file is damaged.
@@ -88,24 +87,40 @@ class TextStream:
         """
         number = 0
         try:
-            shard = self.dataset.shard(self.num_pieces, piece, contiguous=False)
-            for table in shard.iter(READ_TOGETHER):
+            for table in self._shard(piece).iter(READ_TOGETHER):
                 end = number + len(table)
                 if end > first:
                     texts = self._column(table).slice(max(first - number, 0)).to_pylist()
-                    found = ("" if text is None or "\0" in text else text for text in texts)
-                    yield from zip(range(max(first, number), end), found, strict=True)
+                    yield from zip(range(max(first, number), end), texts, strict=True)
                 number = end
         except (UserError, RunFailed, GeneratorExit):
             raise
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            told = (
-                f"data.dataset={self.name}: piece {piece} behind document {number} cannot be read: {reason}"
-            )
+            place = f"{self._name(piece)} cannot be read behind row {number}"
+            told = f"data.dataset={self.name}: {place}: {reason}"
             if isinstance(error, ValueError) or type(error).__module__.startswith("pyarrow"):
-                raise UserError(told) from error
+                folder = self.name if Path(self.name).is_dir() else "FOLDER"
+                prepare = f"{' '.join(command('train'))} task=prepare task.input={folder} task.output=DIR"
+                prepare += f" data.field={self.column}" * (self.column != "text")
+                here = "" if folder == self.name else ", once its files are in a FOLDER"
+                raise UserError(
+                    f"{told}\nMend the file, or skip and count what cannot be read{here}: {prepare}, "
+                    "then data=shards data.path=DIR"
+                ) from error
             raise RunFailed(told) from error
+
+    def place(self, piece: int, number: int) -> str:
+        """Return where a row stands, for messages: its number in the piece, from 0 on."""
+        return f"{self._name(piece)} row {number}"
+
+    def _shard(self, piece: int) -> Any:
+        return self.dataset.shard(self.num_pieces, piece, contiguous=False)
+
+    def _name(self, piece: int) -> str:
+        """Return the file of a piece, and the piece where it may be a part of a file."""
+        file = shard_file(self._shard(piece))
+        return f"piece {piece}" if file is None else f"{file} (piece {piece})"
 
     def _column(self, table: Any) -> Any:
         if self.column not in table.column_names:
@@ -196,6 +211,7 @@ class HubData:
         evaluate: bool = False,
     ) -> PreparedData:
         """Return what `prepare` has returned in another process; the hub is not asked again."""
+        quiet_libraries()
         held_out = recipe.held_out_digests
         tokenizer = self._tokenizer(tokenizer_source, recipe.stream, held_out, recipe.tokenizer)
         return self._prepared(recipe, tokenizer, sequence_length, seed, evaluate, None)
@@ -238,19 +254,20 @@ class HubData:
         except ImportError as error:
             install = "pip install 'dsv3[data]'"
             raise UserError(f"data=hf needs the library datasets ({error}): {install}") from None
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()
+        quiet_libraries()
         splits = [self.split, *([self.held_out_split] if self.held_out_split else [])]
         named = {"name": self.subset, "revision": self.revision}
         if not Path(self.dataset).is_dir() and (
             self.dataset.count("/") > 1 or self.dataset.startswith((".", "/"))
         ):
             raise UserError(f"data.dataset={self.dataset} is no directory, and no OWNER/NAME of the hub")
+        away = None if Path(self.dataset).is_dir() else why_unreachable(self.dataset)
         try:
-            builder = datasets.load_dataset_builder(self.dataset, **named)
-            if hasattr(builder.config, "columns") and hasattr(builder.config, "batch_size"):  # Parquet
-                taken = {"columns": [self.field], "batch_size": READ_TOGETHER}
-                builder = datasets.load_dataset_builder(self.dataset, **named, **taken)
+            with offline(away is not None):
+                builder = datasets.load_dataset_builder(self.dataset, **named)
+                if hasattr(builder.config, "columns") and hasattr(builder.config, "batch_size"):  # Parquet
+                    taken = {"columns": [self.field], "batch_size": READ_TOGETHER}
+                    builder = datasets.load_dataset_builder(self.dataset, **named, **taken)
             files = builder.config.data_files or {}
             missing = [split for split in splits if files and split not in map(str, files)]
             if missing:
@@ -260,7 +277,7 @@ class HubData:
         except UserError:
             raise
         except Exception as error:
-            raise self._told(error) from error
+            raise self._told(error, away) from error
         pieces = dataset_pieces({split: list(files.get(split, [])) for split in splits}, files)
         return streams, DataRecord.of(pieces, None)
 
@@ -270,9 +287,9 @@ class HubData:
             dataset = dataset.reshard()
         return TextStream(dataset.with_format("arrow"), self.field, self.dataset)
 
-    def _told(self, error: Exception) -> UserError:
-        """Return the error of a dataset that cannot be opened, with the way on."""
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    def _told(self, error: Exception, away: str | None) -> UserError:
+        """Return the error of a dataset that cannot be opened, with the way on; `away` of the hub."""
+        reason = away or " ".join(str(error).split())[:300] or type(error).__name__
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "TimeoutError"}:
             prepare = f"{' '.join(command('train'))} task=prepare task.input={self._named()} task.output=DIR"
@@ -369,7 +386,7 @@ class HubData:
 def _in_any_order(stream: TextStream) -> Iterator[str]:
     """Yield the documents that have text, the pieces in an order that is always the same."""
     order = permutation(stream.num_pieces, 0, 6).tolist() if stream.num_pieces > 1 else [0]
-    return (text for _, text in chain.from_iterable(map(stream.texts, order)) if text)
+    return (text for _, text in chain.from_iterable(map(stream.texts, order)) if is_document(text))
 
 
 def _digest(text: str) -> bytes:

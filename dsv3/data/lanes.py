@@ -10,13 +10,16 @@ per lane that a checkpoint carries, spare that.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
 from dsv3.data.packing import PADDING, PackedRow
+from dsv3.documents.skip_limit import Reason, Skipped, skipped_lines
 from dsv3.errors import UserError
+from dsv3.metrics.progress import amount
 from dsv3.tokens.document_encoder import DocumentEncoder, document_ends
 from dsv3.tokens.shuffle import Ids, permutation
 from dsv3.tokens.tokenizer import Tokenizer
@@ -54,8 +57,16 @@ class Pieces(Protocol):
     def num_pieces(self) -> int:
         """Return the number of pieces."""
 
-    def texts(self, piece: int, first: int = 0) -> Iterator[tuple[int, str]]:
-        """Yield number and text of the documents of a piece from number `first` on."""
+    def texts(self, piece: int, first: int = 0) -> Iterator[tuple[int, str | None]]:
+        """Yield number and text of the rows of a piece from number `first` on; None where there is none."""
+
+    def place(self, piece: int, number: int) -> str:
+        """Return where a document of a piece stands, for messages."""
+
+
+def is_document(text: str | None) -> TypeGuard[str]:
+    """Return whether a row of a stream is a document: it has text, and no NUL character, as in files."""
+    return bool(text) and text is not None and "\0" not in text
 
 
 class LanePart(NamedTuple):
@@ -111,6 +122,9 @@ class Lane:
         self._waiting: deque[tuple[Bookmark, Ids]] = deque()
         self._documents = self._read(start)
         self.next_row = start.row
+        self.skipped = Skipped()
+        """Counts of the rows read so far, each once: of the first epoch that is read, from `start` on."""
+        self._counted_epoch = start.epoch
 
     def read(self) -> tuple[Bookmark, PackedRow]:
         """Return the next row, and the place at which it begins."""
@@ -145,7 +159,7 @@ class Lane:
             found = False
             for piece in range(start.piece, len(order)):
                 part = self._parts[order[piece]]
-                for first, texts in self._blocks(part, start.document):
+                for first, texts in self._blocks(part, start.document, epoch == self._counted_epoch):
                     found = True
                     if seed is not None:
                         places = permutation(len(texts), seed, epoch, 5, number, part.piece, first)
@@ -162,12 +176,19 @@ class Lane:
                 )
             start = start._replace(piece=0)
 
-    def _blocks(self, part: LanePart, first: int) -> Iterator[tuple[int, list[str]]]:
-        """Yield the documents of a part from number `first` on in blocks, with the number each begins at."""
+    def _blocks(self, part: LanePart, first: int, counts: bool) -> Iterator[tuple[int, list[str]]]:
+        """Yield the documents of a part from number `first` on in blocks, with the number each begins at.
+
+        With `counts` rows are counted, also those that are left out.
+        """
         texts: list[str] = []
         begin = size = 0
         for number, text in self._pieces.texts(part.piece, first):
-            if number % part.parts != part.part or not text or not self._takes(text):
+            if number % part.parts != part.part:
+                continue
+            if counts:
+                self._count(part.piece, number, text)
+            if not is_document(text) or not self._takes(text):
                 continue
             begin = begin if texts else number
             texts.append(text)
@@ -177,6 +198,16 @@ class Lane:
                 texts, size = [], 0
         if texts:
             yield begin, texts
+
+    def _count(self, piece: int, number: int, text: str | None) -> None:
+        if is_document(text):
+            self.skipped.documents += 1
+        elif text == "":
+            self.skipped.empty += 1
+        else:
+            reason = Reason.NO_TEXT if text is None else Reason.NUL
+            known = reason in self.skipped.first
+            self.skipped.add(reason, "" if known else self._pieces.place(piece, number))
 
     def _encode(self, texts: Sequence[str], first: int) -> Iterator[tuple[int, Ids]]:
         """Yield the place and the ids of the texts from place `first` on, bos and eos with them."""
@@ -255,6 +286,11 @@ class LaneRows:
             known = {*self._stored, *self._recent}
             return {number: self._bookmark_before(number, self._first(number, samples)) for number in known}
 
+    def skipped(self) -> dict[int, Skipped]:
+        """Return by lane what was read and left out since the lane was opened."""
+        with self._lock:
+            return {number: deepcopy(lane.skipped) for number, lane in self._lanes.items()}
+
     def go_on(self, bookmarks: Mapping[int, Sequence[int]]) -> None:
         """Take the bookmarks that a checkpoint carries; without one a lane is read from its begin on."""
         with self._lock:
@@ -289,3 +325,26 @@ def newest(bookmarks: Iterable[Mapping[int, Bookmark]]) -> dict[int, Bookmark]:
         for number, place in each.items():
             merged[number] = max(place, merged.get(number, place))
     return merged
+
+
+def left_out(found: Iterable[Mapping[int, Skipped]]) -> Skipped:
+    """Return the counts of all lanes; of one that several processes read those of who is furthest."""
+    lanes: dict[int, Skipped] = {}
+    for each in found:
+        for number, skipped in each.items():
+            lanes[number] = max(skipped, lanes.get(number, skipped), key=lambda one: one.documents)
+    total = Skipped()
+    for number in sorted(lanes):
+        total.merge(lanes[number])
+    return total
+
+
+def left_out_line(skipped: Skipped) -> str:
+    """Return a line on the rows of a stream that are no documents, by reason; empty where all are."""
+    rows = skipped.num_skipped + skipped.empty
+    if not rows:
+        return ""
+    reasons = [f"{skipped.empty:,} empty"] * bool(skipped.empty)
+    reasons += [line.removeprefix("skipped ") for line in skipped_lines(skipped)]
+    told = "; ".join(reasons)
+    return f"data=hf: {rows:,} of {amount(rows + skipped.documents, 'rows')} read so far are left out: {told}"

@@ -166,7 +166,7 @@ class CorpusData:
                 lambda folder: scan_corpus(corpus, stamp, self.options.held_out, folder),
                 f"a scan of {corpus.title}",
             )
-        files, field = sum(scan.files.values()), corpus.options.field
+        files, field = sum(scan.files.values()) + scan.unlisted, corpus.options.field
         require_few_skipped(scan.skipped, files, self.max_skipped, corpus.title, field=field)
         return _ScannedCorpus(corpus, stamp, scan)
 

@@ -15,7 +15,7 @@ from dsv3.config.data import Verify
 from dsv3.data.packing import PackedRow
 from dsv3.data.rows import RowOptions
 from dsv3.data.sources import PreparedData
-from dsv3.errors import UserError, repository_hint
+from dsv3.errors import UserError, list_hint, repository_hint
 from dsv3.metrics.progress import amount, phase
 from dsv3.tokens.cache import CacheEntryError
 from dsv3.tokens.data_record import DataRecord, Piece, layout_digest
@@ -314,7 +314,7 @@ def _find(path: str) -> list[Path]:
             raise UserError(f"data.path={path} holds no .npy file: {WANTED}")
         return files
     if not place.exists():
-        raise UserError(f"data.path={path} does not exist: {WANTED}{repository_hint(path)}")
+        raise UserError(f"data.path={path} does not exist: {WANTED}{repository_hint(path)}{list_hint(path)}")
     return [place]
 
 

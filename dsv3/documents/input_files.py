@@ -1,5 +1,6 @@
 """Find the files that documents are read from: files, folders, patterns, saved datasets and the hub's."""
 
+import errno
 import glob
 import json
 import os
@@ -13,7 +14,7 @@ from stat import S_ISDIR, S_ISREG
 
 from dsv3.documents.byte_blocks import read_blocks, split_records
 from dsv3.documents.json_values import JsonValues
-from dsv3.errors import UserError, quoted, repository_hint
+from dsv3.errors import UserError, list_hint, quoted, repository_hint
 from dsv3.metrics.progress import amount
 
 HUB = "hf:"
@@ -35,6 +36,8 @@ LEFTOVERS = (
 """Names of what editors, merges and downloads leave behind."""
 
 _LEFTOVER = re.compile("|".join(map(translate, LEFTOVERS)))
+
+_NOWHERE = "a link that leads nowhere"
 
 COMPRESSED = frozenset({".gz", ".zst", ".bz2", ".xz"})
 
@@ -178,7 +181,8 @@ def find_files(paths: Sequence[str], field: str = "text", key: str = "task.input
                     stat = file.stat()
                 except OSError as error:
                     if inside or place.is_dir():
-                        found.unreadable.append(f"{file} ({error.strerror})")
+                        reason = _NOWHERE if is_broken_link(file, error) else error.strerror
+                        found.unreadable.append(f"{file} ({reason})")
                         continue
                     raise UserError(f"{key}={file} cannot be read: {error.strerror}") from None
                 if not (S_ISREG(stat.st_mode) or S_ISDIR(stat.st_mode)):
@@ -191,9 +195,14 @@ def find_files(paths: Sequence[str], field: str = "text", key: str = "task.input
                     kind = FileKind.dataset if file.is_dir() else file_kind(file, field)
                     found.files.append(InputFile(file, str(file), kind, stat.st_size, stat.st_mtime_ns))
         if len(found.files) == count and len(paths) == 1:
-            left = f" ({len(found.left_out)} hidden files and leftovers of editors)" if found.left_out else ""
+            counts = [
+                (len(found.left_out), "hidden, leftovers of editors, or pipes and the like"),
+                (len(found.unreadable), f"unreadable, first {next(iter(found.unreadable), '')}"),
+            ]
+            told = "; ".join(f"{count:,} {what}" for count, what in counts if count)
+            told = f" ({told})" if told else ""
             raise UserError(
-                f"{key}={path} holds no file to read{left}: give files, folders or a pattern of names"
+                f"{key}={path} holds no file to read{told}: give files, folders or a pattern of names"
             )
     return found
 
@@ -258,9 +267,9 @@ def _expand(path: str, key: str) -> Iterator[tuple[Path, bool]]:
     if glob.has_magic(path):
         found = sorted(glob.glob(str(place), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute pattern
         if not found:
-            raise UserError(f"{key}={path} matches no file")
+            raise UserError(f"{key}={path} matches no file{list_hint(path)}")
         for name in found:
-            if Path(name).is_file() or "**" not in path:
+            if "**" not in path or not os.path.isdir(name):  # noqa: PTH112  # Path.is_dir may raise
                 yield Path(name), True
         return
     hub = repository_hint(path) and f"; a dataset of the hub is named {HUB}{path}"
@@ -275,11 +284,12 @@ def walk_files(
 ) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield the files below a folder with their paths below it, with forward slashes, in the order of those.
 
-    Links are followed, but no folder is entered twice. It holds the entries of one folder of each depth, and
-    takes some microseconds per file: a folder may have millions.
+    Links are followed, but no folder is entered twice. A link that leads nowhere or may not be followed is
+    yielded as a file, so that whoever opens it learns so; pipes, sockets and devices are left out. It holds
+    the entries of one folder of each depth, and takes some microseconds per file: a folder may have millions.
 
     Args:
-        left_out: gets the paths of hidden files and folders and of LEFTOVERS.
+        left_out: gets the paths of hidden files and folders, of LEFTOVERS, and of pipes and the like.
         unreadable: gets those of folders that cannot be listed.
         enter: says of a folder whether to enter it.
     """
@@ -294,7 +304,7 @@ def walk_files(
         try:
             with os.scandir(where) as entries:
                 # A folder's files have its name and a slash before theirs.
-                return sorted(entries, key=lambda each: each.name + "/" * each.is_dir(), reverse=True)
+                return sorted(entries, key=lambda each: each.name + "/" * _is_folder(each), reverse=True)
         except OSError as error:
             unreadable.append(f"{where} ({error.strerror})")
             return []
@@ -309,12 +319,35 @@ def walk_files(
         entry = open_folders[-1].pop()
         if entry.name.startswith("."):
             left_out.append(entry.path)
-        elif entry.is_dir():
+        elif _is_folder(entry):
             if enter(entry):
                 open_folders.append(listed(entry.path))
         elif _LEFTOVER.match(entry.name):
             left_out.append(entry.path)
-        elif not entry.is_file():
-            left_out.append(f"{entry.path} (no file, or a link that leads nowhere)")
+        elif _is_special(entry):
+            left_out.append(f"{entry.path} (no file)")
         else:
             yield entry.path[begin:].replace(os.sep, "/"), entry
+
+
+def is_broken_link(path: Path, error: OSError) -> bool:
+    """Return whether a path that could not be looked at is a link to nothing, or to itself."""
+    return error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink()
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or one behind which nothing may be looked at
+        return False
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Return True for a pipe, a socket or a device; False for a file and for what cannot be looked at."""
+    try:
+        if entry.is_file():
+            return False
+        entry.stat()  # fails for a link that leads nowhere
+        return True
+    except OSError:
+        return False

@@ -11,6 +11,10 @@ EARLY = 10_000
 """Documents after which too many are refused before everything was read."""
 
 
+REASONS_NAMED = 3
+"""Reasons that an error names, each with its first place, which may be a long path; a table names all."""
+
+
 class Reason:
     """Reasons to skip a document or a file, as they are counted and shown."""
 
@@ -87,13 +91,17 @@ class Skipped:
         return cls(**found)
 
 
-def skipped_lines(skipped: Skipped) -> list[str]:
-    """Return a line per reason, with the first place that has it."""
-    return [
-        f"skipped {amount(count, noun)}: {reason}, first {skipped.first.get(reason, '?')}"
+def skipped_lines(skipped: Skipped, most: int | None = None) -> list[str]:
+    """Return a line per reason, with the first place that has it; `most` of them, the most frequent first."""
+    found = [
+        (count, f"skipped {amount(count, noun)}: {reason}, first {skipped.first.get(reason, '?')}")
         for noun, counts in (("documents", skipped.counts), ("files", skipped.files))
         for reason, count in counts.items()
     ]
+    if most is None or len(found) <= most:
+        return [line for _, line in found]
+    found.sort(key=lambda each: -each[0])
+    return [*(line for _, line in found[:most]), f"and {len(found) - most} more reasons"]
 
 
 def require_few_skipped(
@@ -116,10 +124,10 @@ def require_few_skipped(
     share, told = max(shares)
     if share <= limit or not (at_end or bad + skipped.documents >= EARLY or unread > limit * files):
         return
-    reasons = ", ".join(line.removeprefix("skipped ") for line in skipped_lines(skipped))
+    reasons = ", ".join(line.removeprefix("skipped ") for line in skipped_lines(skipped, REASONS_NAMED))
     enough = math.ceil(100 * share) / 100
     mend = "Mend or remove them"
-    if field is not None and Reason.NO_FIELD in skipped.counts:
+    if field is not None and 2 * skipped.counts.get(Reason.NO_FIELD, 0) > bad + unread:
         mend = f"Name the field that holds the text (data.field={field} now)"
     others = f", or read the others alone: data.max_skipped={enough:g}" if share < 1 else ""
     raise UserError(

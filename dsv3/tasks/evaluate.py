@@ -109,7 +109,7 @@ def _run_data(record: TrainingRecord, rows: int) -> HeldOutData:
 
 
 def _read_otherwise(job: Job, record: TrainingRecord) -> str:
-    """Return the keys, as the run had them, by which it read other tokens of the same files; empty for none."""
+    """Return the keys, as the run had them, by which it read other tokens of the same files, or nothing."""
     here, run = to_yaml(job.config)["data"], record.config.get("data")
     if not isinstance(run, dict) or here["_target_"] != run.get("_target_"):
         return ""

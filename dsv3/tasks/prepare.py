@@ -19,7 +19,7 @@ from dsv3.distributed.signals import NOTHING_TO_SAVE, stop_on_signal
 from dsv3.documents.document_files import ReadOptions
 from dsv3.documents.input_files import HUB, FileKind, FoundFiles, InputFile, Unit, find_files
 from dsv3.documents.input_units import plan_units
-from dsv3.documents.skip_limit import Reason, Skipped, require_few_skipped, skipped_lines
+from dsv3.documents.skip_limit import REASONS_NAMED, Reason, Skipped, require_few_skipped, skipped_lines
 from dsv3.documents.table_files import hub_dataset, saved_dataset
 from dsv3.documents.unit_pool import JOURNAL_FILE
 from dsv3.errors import UserError
@@ -123,7 +123,7 @@ class PrepareTask:
             key = f"task.input={','.join(self.input)}"
             require_few_skipped(skipped, files, data.max_skipped, key, at_end, options.field)
             if at_end and not skipped.documents:
-                told = "; ".join([*skipped_lines(skipped), f"{skipped.empty:,} empty ones"])
+                told = "; ".join([*skipped_lines(skipped, REASONS_NAMED), f"{skipped.empty:,} empty ones"])
                 raise UserError(f"{key} holds no document: {told}")
 
         source_told = {"paths": self.input, "files": files, "bytes": size}
@@ -245,7 +245,8 @@ def report(made: Prepared, found: FoundFiles, output: Path, field: str) -> str:
     rows += [("skipped", line) for line in lines or ["nothing"]]
     rows += [("read as text", line) for line in found.told_json(field)]
     if found.left_out:
-        rows.append(("left out", f"{len(found.left_out):,} hidden or leftover, first {found.left_out[0]}"))
+        first = found.left_out[0]
+        rows.append(("left out", f"{len(found.left_out):,} hidden, leftover or no file, first {first}"))
     if counts.left_out:
         rows.append(("without tokens", counts.left_out))
     rows += [

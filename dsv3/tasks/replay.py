@@ -181,10 +181,11 @@ def _take_steps(
 
 def _compared(metrics: StepMetrics) -> dict[str, Any]:
     """Return the metrics that a step is compared by; without a target it has no loss."""
-    without = () if metrics.targets is None or metrics.targets.item() else ("loss", "mtp_loss")
-    return {
-        name: value for name, value in metrics.known().items() if name in COMPARED and name not in without
-    }
+    compared = {name: value for name, value in metrics.known().items() if name in COMPARED}
+    if metrics.targets is not None and not metrics.targets.item():
+        del compared["loss"]
+        compared.pop("mtp_loss", None)
+    return compared
 
 
 def _places(steps: StepTaker, metrics: StepMetrics, ranks: RankContext) -> list[Place]:

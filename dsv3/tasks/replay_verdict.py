@@ -136,8 +136,8 @@ class Verdict:
 def find_accident(step: ComparedStep, entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the accident that the run has recorded for a step; None where it was a good one.
 
-    A run that ends at the first bad number has no `entry` of accidents.jsonl, but nulls in its row. The loss of
-    a step without a target is null too, and no accident: the replay has none either.
+    A run that ends at the first bad number has no `entry` of accidents.jsonl, but nulls in its row. The loss
+    of a step without a target is null too, and no accident: the replay has none either.
     """
     if entry is not None:
         return dict(entry)

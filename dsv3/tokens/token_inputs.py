@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
-from dsv3.errors import UserError, repository_hint
+from dsv3.errors import UserError, list_hint, repository_hint
 from dsv3.metrics.progress import phase
 from dsv3.tokens.data_record import Piece
 from dsv3.tokens.file_array import FileArray
@@ -185,7 +185,7 @@ def _find(path: str, key: str) -> Iterator[Path]:
         if Path(f"{place}.idx").is_file():
             found = [Path(f"{place}.idx")]
         elif not (glob.has_magic(path) and (found := _matches(place))):
-            raise UserError(f"{key}={path} does not exist: {WANTED}{repository_hint(path)}")
+            raise UserError(f"{key}={path} does not exist: {WANTED}{repository_hint(path)}{list_hint(path)}")
     seen = False
     for one in found:
         for file in _below(one) if one.is_dir() else [_index_of(one)]:

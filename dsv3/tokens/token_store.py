@@ -318,10 +318,8 @@ class TokenStore:
             found = f"{segment.name}: token {place + index} is the id {ids[index]}"
             if size == own:
                 raise UserError(
-                    f"{found}, and its index.json says vocab_size={own}: ids are smaller than that. The file is "
-                    "damaged or of another tokenizer, or index.json is wrong"
+                    f"{found}, and its index.json says vocab_size={own}, which ids lie below: "
+                    "the file is damaged or of another tokenizer, or index.json is wrong"
                 )
-            raise UserError(
-                f"{found}, the model's vocabulary is 0 to {size - 1} (model.vocab_size={size})"
-            )
+            raise UserError(f"{found}, the model's vocabulary is 0 to {size - 1} (model.vocab_size={size})")
         return ids

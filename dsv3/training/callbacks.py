@@ -19,7 +19,7 @@ from dsv3.checkpoint.manager import CheckpointManager
 from dsv3.checkpoint.replicas import Replicas
 from dsv3.config.launch import ProfileConfig
 from dsv3.config.root import Config
-from dsv3.data.lanes import LaneRows, newest
+from dsv3.data.lanes import LaneRows, left_out, left_out_line, newest
 from dsv3.data.mixture import PreparedMixture
 from dsv3.data.packing import RowDataset
 from dsv3.distributed.process_group import RankContext
@@ -27,7 +27,7 @@ from dsv3.distributed.torch_private import record_memory_history, write_memory_s
 from dsv3.metrics.console import Console
 from dsv3.metrics.loggers import Logger
 from dsv3.metrics.recorder import Recorder
-from dsv3.metrics.row import MetricsRow
+from dsv3.metrics.row import MetricsRow, SourceMetrics
 from dsv3.model.generation import TimeLimit
 from dsv3.training.accidents import AccidentWatch
 from dsv3.training.evaluation import NO_TARGET, evaluate
@@ -218,7 +218,8 @@ class HeedAccidents(Callback):
 class SaveCheckpoint(Callback):
     """Saves every `every` steps, and at the end of the run in any case.
 
-    Of `rows` that stream, a checkpoint carries the bookmarks of all ranks.
+    Of `rows` that stream, a checkpoint carries the bookmarks of all ranks, and the console tells which rows
+    were left out.
     """
 
     def __init__(
@@ -235,6 +236,7 @@ class SaveCheckpoint(Callback):
         self.recorder = recorder
         self.every = every
         self.rows = rows
+        self._told = ""
 
     def on_step_end(self, run: TrainingRun) -> None:
         """Save where it is due; the last step's checkpoint is `on_train_end`'s."""
@@ -267,8 +269,15 @@ class SaveCheckpoint(Callback):
         if self.watch is not None:
             self.watch.fill(run.progress)
         if isinstance(self.rows, LaneRows):
-            known = run.ranks.all_gather_object(self.rows.bookmarks(run.progress.samples))
-            run.progress.bookmarks = {lane: list(place) for lane, place in newest(known).items()}
+            own = self.rows.bookmarks(run.progress.samples), self.rows.skipped()
+            known = run.ranks.all_gather_object(own)
+            run.progress.bookmarks = {
+                lane: list(place) for lane, place in newest(each for each, _ in known).items()
+            }
+            told = left_out_line(left_out(each for _, each in known))
+            if told and told != self._told:
+                run.console.message(told)
+                self._told = told
         self.manager.save(run.forward_backward.model_parts, run.optimizer, run.progress, wait)
 
 

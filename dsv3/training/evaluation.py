@@ -21,7 +21,6 @@ from dsv3.model.generation import inference
 from dsv3.training.loss import valid_tokens
 from dsv3.training.step import ForwardBackward
 
-
 NO_TARGET = "unknown: no target in the held-out rows"
 """The held-out loss in words, where there is none."""
 

@@ -74,8 +74,8 @@ class StepGuard:
         """Return the verdict on a step, and remember the norm of a good one.
 
         finite: whether all of its losses are, bool. norm: of its whole gradient, before clipping, fp32.
-        has_targets: bool, None for True. The norm of a step without a target is about 0: it is not remembered,
-        or the next step with targets would be a spike.
+        has_targets: bool, None for True. The norm of a step without a target is about 0: it is not
+        remembered, or the next step with targets would be a spike.
         """
         finite = finite & norm.isfinite()
         limit = torch.full_like(norm, math.inf)

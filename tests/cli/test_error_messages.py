@@ -74,6 +74,7 @@ MISTAKES: dict[str, list[str]] = {
     "data.shuffle=[1]": ["data.shuffle=[1]", "must be true or false"],
     "data.packing=[1]": ["data.packing=[1]", "must be one value"],
     "optimizer.betas={a:1}": ["optimizer.betas={a:1}", "must be a list"],
+    "task=prepare task.input=": ["task.input= is", "task.input=A, or a list, task.input=[A,B]"],
     "optimizer.betas=0.9": ["optimizer.betas=0.9", "list"],
     "model.rope.scaling=yran": ["model.rope.scaling=yran", "[none, yarn]", "Did you mean 'yarn'"],
     "precision.compute=bf61": ["precision.compute=bf61", "'bf16'"],

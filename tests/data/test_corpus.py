@@ -32,12 +32,38 @@ def test_text_is_found_at_every_depth_in_a_stable_order(tmp_path: Path) -> None:
     ]
 
 
+def test_links_to_nowhere_in_a_folder_cannot_be_read_and_pipes_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "files/a.txt", "files/b.txt", "c/d.txt")
+    folder = tmp_path / "files"
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (folder / "loop.txt").symlink_to("loop.txt")
+    (folder / "c").symlink_to(tmp_path / "c")
+    os.mkfifo(folder / "pipe")
+    corpus = TextCorpus(str(folder))
+    found = corpus.files()
+    assert [file.name for file in found.files] == ["a.txt", "b.txt", "c/d.txt"]
+    assert found.unreadable == [
+        f"{folder / name} (a link that leads nowhere)" for name in ("gone.txt", "loop.txt")
+    ]
+    assert found.left_out == [f"{folder / 'pipe'} (no file)"]
+    assert TextCorpus(f"{folder}/**/*.txt").files().unreadable == found.unreadable
+    before = corpus.stamp()
+    (folder / "gone.txt").unlink()
+    assert corpus.stamp() != before
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "x").symlink_to("y")
+    with pytest.raises(UserError, match=r"holds no file to read \(1 unreadable, first .*/x "):
+        TextCorpus(str(tmp_path / "links")).files()
+
+
 def test_a_single_file_or_a_pattern_is_a_corpus(tmp_path: Path) -> None:
     write(tmp_path, "book, it's (1).txt", "a/b.md", "a/c/d.md")
     assert names(TextCorpus(str(tmp_path / "book, it's (1).txt"))) == ["book, it's (1).txt"]
     assert names(TextCorpus(f"{tmp_path}/**/*.md")) == ["b.md", "c/d.md"]
     with pytest.raises(UserError, match=r"data\.path=.*nowhere"):
         TextCorpus(str(tmp_path / "nowhere")).files()
+    with pytest.raises(UserError, match=r"data\.path=\[A,B\] matches no file; one path .*data=mixture"):
+        TextCorpus("[A,B]").files()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"data\.path=.*empty holds no file"):
         TextCorpus(str(tmp_path / "empty")).files()

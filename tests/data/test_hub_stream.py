@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,11 +170,31 @@ def test_a_file_that_cannot_be_read_ends_the_run_with_its_place(tokenizer: Token
     assert data.train is not None
     with (folder / "train-0.jsonl").open("w") as out:
         out.write("{no json\n" * 9)
-    with pytest.raises(UserError, match=r"piece 0 behind document 0 cannot be read"):
+    with pytest.raises(UserError, match=r"train-0\.jsonl \(piece 0\) cannot .*\n.*task=prepare task.input=/"):
         data.train.row(0)
     (folder / "train-0.jsonl").unlink()
-    with pytest.raises(RunFailed, match=r"piece 0 behind document 0 cannot be read: FileNotFoundError"):
+    with pytest.raises(RunFailed, match=r"train-0\.jsonl \(piece 0\) .* row 0: FileNotFound"):
         data.train.row(0)
+
+
+def test_a_hub_that_is_away_is_told_soon_and_by_us_alone(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Nobody:
+        def head(self, url: str, timeout: float) -> None:
+            assert url.endswith("/api/datasets/owner/name")
+            raise ConnectionError("nobody answers")
+
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", Nobody)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=r"owner/name is not here, .* cannot be reached: .*nobody answers\n"):
+        HubData("owner/name").prepare(None, 32, 7)  # type: ignore[arg-type]
+    assert "Retrying" not in "".join(capfd.readouterr())
+    assert not datasets.config.HF_HUB_OFFLINE
+    assert not hub.constants.HF_HUB_OFFLINE
 
 
 def test_changed_files_are_named_wherever_they_lie(tokenizer: Tokenizer, tmp_path: Path) -> None:

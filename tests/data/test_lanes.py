@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.data import lanes
-from dsv3.data.lanes import Bookmark, LaneOptions, LaneRows, lane_parts, newest
+from dsv3.data.lanes import Bookmark, LaneOptions, LaneRows, lane_parts, left_out, left_out_line, newest
+from dsv3.documents.skip_limit import Skipped
 from dsv3.errors import UserError
 from dsv3.tokens.document_encoder import DocumentEncoder, document_ends
 from dsv3.tokens.tokenizer import Tokenizer
@@ -22,17 +23,20 @@ class Texts:
     """Pieces in memory, which count the documents that are read."""
 
     def __init__(self, sizes: list[int]) -> None:
-        self.pieces = [
+        self.pieces: list[list[str | None]] = [
             [sentence(100 * piece + number, 8 * (1 + number % 3)) for number in range(size)]
             for piece, size in enumerate(sizes)
         ]
         self.num_pieces = len(sizes)
         self.read = 0
 
-    def texts(self, piece: int, first: int = 0) -> Iterator[tuple[int, str]]:
+    def texts(self, piece: int, first: int = 0) -> Iterator[tuple[int, str | None]]:
         for number in range(first, len(self.pieces[piece])):
             self.read += 1
             yield number, self.pieces[piece][number]
+
+    def place(self, piece: int, number: int) -> str:
+        return f"piece {piece} row {number}"
 
 
 def rows_of(
@@ -64,9 +68,11 @@ def test_an_epoch_of_a_lane_has_each_of_its_tokens_once(
         wanted = {}
         for piece, part, parts in lane_parts(len(sizes), lane, 4):
             for number in range(part, sizes[piece], parts):
-                if "# text 101\n" not in texts.pieces[piece][number]:  # held out
+                text = texts.pieces[piece][number]
+                assert text is not None
+                if "# text 101\n" not in text:  # held out
                     found.append((piece, number))
-                    wanted[piece, number] = document(tokenizer, texts.pieces[piece][number])
+                    wanted[piece, number] = document(tokenizer, text)
         total = sum(map(len, wanted.values()))
         count = 2 * total // LENGTH + 1
         indices = [batch * 8 + lane * 2 + slot for batch in range(-(-count // 2)) for slot in range(2)]
@@ -156,6 +162,24 @@ def test_rows_of_a_lane_are_the_same_from_any_bookmark(tokenizer: Tokenizer) -> 
 def test_a_lane_without_documents_says_so(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"lane 3 of data.lanes=4 has no document.*fewer lanes"):
         rows_of(Texts([3]), tokenizer).row(6)
+
+
+def test_rows_that_are_left_out_are_counted_once_by_reason(tokenizer: Tokenizer) -> None:
+    texts = Texts([6, 5])
+    texts.pieces[0][1:3] = [None, ""]
+    texts.pieces[1][2] = "a\0b"
+    data = rows_of(texts, tokenizer, lanes=4, rows=1)  # two lanes share a piece
+    for index in range(200):  # several epochs
+        data.row(index)
+    known = data.skipped()
+    found = left_out([known, {0: Skipped()}])
+    assert (found.documents, found.empty, found.num_skipped) == (8, 1, 2)
+    assert left_out_line(found) == (
+        "data=hf: 3 of 11 rows read so far are left out: 1 empty; "
+        "1 document: NUL characters (no text), first piece 1 row 2; "
+        "1 document: the field holds no text, first piece 0 row 1"
+    )
+    assert left_out_line(Skipped(documents=3)) == ""
 
 
 def test_what_a_lane_reads() -> None:

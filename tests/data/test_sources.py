@@ -56,6 +56,15 @@ def test_nothing_held_out_is_in_the_training_side(folder: Path) -> None:
     assert sorted(train + held_out) == sorted(sentence(number) for number in range(120))
 
 
+def test_a_link_to_nowhere_counts_as_a_file_that_cannot_be_read(folder: Path) -> None:
+    for name in ("a-link.txt", "b-link.txt"):
+        (folder / name).symlink_to("nowhere")
+    for _ in range(2):  # the second from the cache
+        with pytest.raises(UserError, match=r"2 of \d+ files cannot be read.*a-link.txt \(a link that leads"):
+            prepare(folder)
+    assert "skipped 2 files: unreadable files, first" in "".join(prepare(folder, max_skipped=1.0).told)
+
+
 def test_the_tokenizer_learns_from_the_training_side_only(folder: Path) -> None:
     prepared = prepare(folder)
     train, held_out = sides(prepared, folder)
@@ -103,7 +112,8 @@ def test_what_was_read_and_skipped_is_told(folder: Path) -> None:
         "skipped 1 document: NUL characters (no text), first zeros.bin",
         "1 file begins with a byte order mark of UTF-16-LE, and is read as that, first u.txt",
         "2 files begin with a byte order mark of UTF-8, which is left out, first v.txt",
-        f"left out 1 file: hidden, or left behind by an editor or a download, first {folder}/notes.txt~",
+        "left out 1 file: hidden, left behind by an editor or a download, or a pipe or the like, "
+        f"first {folder}/notes.txt~",
     ]
     texts_of = "".join(sides(prepared, folder)[0] + sides(prepared, folder)[1])
     assert all(f"na\u00efve text in {name}" in texts_of for name in ("u.txt", "v.txt"))

@@ -1,5 +1,6 @@
 """data=shards: every kind of token files gives every token once, and nothing damaged is read in silence."""
 
+import json
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from dsv3.config.data import IdType, Verify
 from dsv3.data import token_shards
 from dsv3.data.batch import collate
 from dsv3.data.loader import evaluation_batches
+from dsv3.data.mixture import MixtureData
 from dsv3.data.token_shards import PreparedShards, ShardsData, ShardsRecipe
 from dsv3.errors import UserError
 from dsv3.model.head import IGNORE_INDEX
@@ -293,6 +295,28 @@ def test_ids_outside_the_vocabulary_are_named_at_start_or_when_they_are_read(
         read_all(prepared)
     with pytest.raises(UserError, match="is the id 121"):
         prepare(path, held_out=0.01, verify=Verify.all).check_vocabulary(121)
+
+
+def test_ids_beyond_what_an_index_tells_are_named_whatever_the_model_takes(tmp_path: Path) -> None:
+    """Each directory by its own index, in a folder and in a mixture; the size it tells is bounded."""
+    (tmp_path / "both").mkdir()
+    wide = formats.shards(tmp_path / "both" / "wide", [[3000, *range(9)]], DOCUMENTS, vocab_size=4000)
+    prepare(wide).check_vocabulary(5000)
+    wrong = formats.shards(tmp_path / "both" / "wrong", [[5, 6, 3000, 7, 8]], DOCUMENTS, vocab_size=1000)
+    told = r"wrong/train-00000\.tokens\.npy: token 2 is the id 3000, .* index\.json says vocab_size=1000"
+    for path in (wrong, tmp_path / "both"):
+        with pytest.raises(UserError, match=told):
+            prepare(path).check_vocabulary(5000)
+    with pytest.raises(UserError, match=told):
+        read_all(prepare(wrong))
+    sources = {name: {"path": str(tmp_path / "both" / name), "weight": 1} for name in ("wide", "wrong")}
+    mixture = MixtureData(sources).prepare(TrainedTokenizer(300), 4, 1)
+    with pytest.raises(UserError, match=told):
+        mixture.check_vocabulary(5000)
+    index = json.loads((wrong / "index.json").read_text())
+    (wrong / "index.json").write_text(json.dumps(index | {"vocab_size": 10**30}))
+    with pytest.raises(UserError, match=r"index\.json is damaged: vocab_size=10+, .* at most 16,777,216"):
+        prepare(wrong)
 
 
 def test_digests_are_compared_where_that_is_asked_for(

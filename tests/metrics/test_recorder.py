@@ -39,6 +39,20 @@ def test_each_row_is_shown_to_the_watch_with_what_has_no_column_and_is_written_w
     assert [(row.step, row.skipped) for row in read_rows(file)] == [(1, 0), (2, 1)]
 
 
+def test_a_mean_of_nothing_is_unknown(tmp_path: Path) -> None:
+    """A step without a target has no loss; one without a token has no load of its experts either."""
+    file, zero = tmp_path / "metrics.jsonl", torch.tensor(0.0)
+    recorder = Recorder(file, ALONE, 1, None, None)
+    names = ("loss", "mtp_loss", "balance_loss", "moe_max_violation", "moe_entropy", "grad_norm")
+    for step, (targets, padding) in enumerate([(0, 1.0), (0, 0.5), (3, 0.5)], 1):
+        figures = dict.fromkeys(names, zero)
+        figures |= {"targets": torch.tensor(targets), "padding": torch.tensor(padding)}
+        recorder.add(MetricsRow(step=step, tokens=step), figures)
+    recorder.close()
+    unknown = [{name for name in names if getattr(row, name) is None} for row in read_rows(file)]
+    assert unknown == [{*names[:5]}, {*names[:2]}, set()]
+
+
 def test_a_run_that_goes_back_has_each_step_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     recorder = Recorder(file, ALONE, 1, None, None)

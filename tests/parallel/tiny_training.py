@@ -135,7 +135,9 @@ def train_config(
             trace.metrics.append({name: value.item() for name, value in metrics.known().items()})
         keep.remove()
         # Five of the eight rows, which most layouts cannot split evenly.
-    trace.evaluation = evaluate(model.forward_backward, StepRows(), microbatch, ranks, 5 * SEQUENCE).loss
+    found = evaluate(model.forward_backward, StepRows(), microbatch, ranks, 5 * SEQUENCE)
+    assert found.loss is not None
+    trace.evaluation = found.loss
     trace.state = {name: _own_part(value) for name, value in model.state_dict().items()}
     return trace
 

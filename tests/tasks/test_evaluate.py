@@ -1,6 +1,7 @@
 """task=evaluate: a checkpoint is scored on the data that it was trained on, and the output says on what."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,43 @@ def test_of_a_table_that_is_given_every_row_is_scored_and_of_a_runs_own_what_it_
     told = json.loads(outcome.out.splitlines()[-1])
     assert (told["tokens"], told["held_out"]) == (40 * 16, None)
     assert "data.held_out every row (the run: 0.2)" in outcome.err
+
+
+def test_the_command_that_a_run_prints_reads_the_data_of_the_run(
+    commands: TrainCommand, tmp_path: Path
+) -> None:
+    """Also where keys beside the path say what the data is, and where nothing held out has a target."""
+    run, empty, random = tmp_path / "run", tmp_path / "empty", np.random.default_rng(0)
+    table = random.integers(4, 300, (20, 17))
+    table[:, 9:] = 3
+    np.save(tmp_path / "pad.npy", table)
+    data = ["data=tokens", f"data.path={tmp_path / 'pad.npy'}"]
+    settings = [*SHORT, *data, "train.sequence_length=null", "data.held_out=0.2"]
+    printed = commands.train(run, *settings, "data.pad_id=3").out.splitlines()
+    following = shlex.split(printed[printed.index("next:") + 1])
+    outcome = commands.must(*following[following.index("train.py") + 1 :])
+    told = json.loads(outcome.out.splitlines()[-1])
+    assert (told["tokens"], told["loss"]) == (4 * 8, rows(run)[-1]["evaluation_loss"])
+    assert "the run: it had" not in outcome.err
+    typed = commands.must("task=evaluate", f"checkpoint.load={run}", *data)
+    assert "the run: it had data.pad_id=3, and so other tokens of the same files" in typed.err
+    # Rows of one token have no target.
+    table[:, 1:] = 3
+    np.save(tmp_path / "pad.npy", table)
+    out = commands.train(empty, *settings, "data.pad_id=3").out
+    assert out.count("held-out loss unknown: no target in the held-out rows") == 1
+    found = rows(empty)
+    assert [(row["loss"], row["evaluation_loss"], row["alarm"]) for row in found] == [(None, None, 0)] * 2
+    outcome = commands.must("task=evaluate", f"checkpoint.load={empty}")
+    told = json.loads(outcome.out.splitlines()[-1])
+    assert (told["loss"], told["perplexity"], told["tokens"]) == (None, None, 0)
+    assert "unknown: no target in the held-out rows" in outcome.err
+    compared = commands.must(
+        "task=compare", f"task.runs={tmp_path}", "task.mixed_data=true", "task.format=json"
+    )
+    losses = {each["job"]: each["evaluation_loss"] for each in json.loads(compared.out)["runs"]}
+    assert losses["empty"] is None
+    assert losses["run"] is not None
 
 
 def test_ids_of_another_tool_train_and_padding_is_no_target(commands: TrainCommand, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_skips_beyond_the_bound_are_refused_until_allowed(source: Path, command:
         "2 of 63 documents cannot be read, more than data.max_skipped=0.01",
         "a.jsonl: line 41 (it has 'text')",
         "a.jsonl: line 42",
-        "data.field=body",
+        "Mend or remove them",
         "data.max_skipped=0.04",
     )
     assert not (source.parent / "out").exists()

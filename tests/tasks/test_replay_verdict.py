@@ -1,6 +1,7 @@
 """What a difference between a run and its replay means: data or numerics, hardware, or another rounding."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,6 +145,9 @@ def test_a_run_that_ended_at_a_bad_number_has_that_accident_in_its_row() -> None
     found = find_accident(step(loss=None), None)
     assert found == {"kind": "nonfinite", "step": 3, "skipped": False}
     assert find_accident(step(), None) is None
+    without_target = replace(step(loss=None), replayed={"grad_norm": 0.0})
+    assert find_accident(without_target, None) is None
+    assert without_target.difference("loss") is None
     assert find_accident(step(), SPIKE) == SPIKE
 
 

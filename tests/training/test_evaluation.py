@@ -93,7 +93,18 @@ def test_without_the_document_mask_documents_see_those_before_them() -> None:
     masked = evaluate(LocalForwardBackward(tiny_model(), True), Held(), 3, ALONE)
     open_ = evaluate(LocalForwardBackward(tiny_model(), False), Held(), 3, ALONE)
     assert open_.tokens == masked.tokens
+    assert masked.loss is not None
+    assert open_.loss is not None
     assert abs(open_.loss - masked.loss) > 1e-3
+
+
+def test_rows_without_a_target_have_no_loss() -> None:
+    mixture = HeldOutSources({"none": Held([PackedRow.empty(11)]), "some": Held(ROWS[:1])})
+    found = evaluate(LocalForwardBackward(tiny_model(), True), mixture, 2, ALONE)
+    assert found.sources["none"] == (None, 0, {})
+    assert found.loss == found.sources["some"].loss
+    alone = evaluate(LocalForwardBackward(tiny_model(), True), Held([PackedRow.empty(11)]), 2, ALONE)
+    assert alone == (None, 0, {})
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -16,7 +16,7 @@ from dsv3.config.parallel import RecomputeMode
 from dsv3.config.precision import FP8Engine, Granularity
 from dsv3.config.training import BIAS_SPEED, BalanceConfig, TrainConfig
 from dsv3.data.batch import Batch, collate
-from dsv3.data.packing import PADDING
+from dsv3.data.packing import PADDING, PackedRow
 from dsv3.fp8.convert_model import BlockFP8
 from dsv3.metrics.row import MetricsRow
 from dsv3.model import transformer
@@ -259,8 +259,21 @@ def test_a_batch_without_targets_leaves_finite_weights() -> None:
     empty = batch(0)
     empty = replace(empty, targets=torch.full_like(empty.targets, IGNORE_INDEX))
     model, metrics = trained([empty])
-    assert metrics["loss"].item() == 0
+    assert (metrics["loss"].item(), metrics["targets"].item()) == (0, 0)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_step_of_padding_alone_is_all_padding_and_its_norm_raises_no_alarm() -> None:
+    nothing = collate([PackedRow.empty(9)] * 2)
+    step = step_of(tiny_model())
+    step.guard = StepGuard(AccidentsConfig(spike_window=2), RunStatistics(), ALONE.device, step.optimizer)
+    weights = replace(WEIGHTS, lr=0.01)
+    norm = step([batch(0)], weights).grad_norm.item()
+    empty = [step([nothing], weights) for _ in range(4)]
+    told = [[float(m.known()[name]) for name in ("padding", "targets", "accident")] for m in empty]
+    assert told == [[1, 0, GOOD]] * 4
+    assert step.guard.good_norms() == [norm]
+    assert step([batch(1)], weights).accident == GOOD
 
 
 @pytest.mark.parametrize(
@@ -282,6 +295,7 @@ def test_figures_are_those_of_the_metrics_row_that_the_model_has(
     known |= {"moe_max_violation", "moe_entropy", "moe_bias_range", "padding"}
     assert known <= {f.name for f in fields(MetricsRow)}
     metrics = step_of(tiny_model(config))([batch(0, 1)], WEIGHTS).known()
+    assert metrics.pop("targets") > 0
     broken = metrics.pop(FIRST_NONFINITE_ROUTER, None)
     assert (broken is None) == ("balance_loss" in unknown)
     assert set(metrics) == known - unknown
