@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dsv3.distributed.garbage import collect_rarely
+from dsv3.distributed.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from dsv3.tokens.tokenizer import Tokenizer
@@ -29,6 +31,11 @@ SLOW_FIXTURES = {"pool", "command_line", "simulated"}
 os.environ["DSV3_PROGRESS"] = "off"
 
 collect_rarely()
+
+# Tests send signals to themselves, and what starts them may ignore some, as nohup and a shell's & do.
+for _number in STOP_SIGNALS:
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

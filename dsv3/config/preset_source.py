@@ -20,7 +20,7 @@ class FileConfigSource(HydraSource):
     """Hydra's source of files. It has the name of the class that it replaces, which Hydra tells it by."""
 
     own: ClassVar[Path | None] = None
-    """The folder of dsv3's own files, which are read as they are; None in a sweep's job, which unpickles it."""
+    """The folder of dsv3's own files, which are read as they are; None where a sweep has unpickled it."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Return what a file holds; BadFile for one that passes the limits."""

@@ -154,6 +154,7 @@ def test_as_a_command_it_takes_any_path_and_imports_no_torch(sweep: Path, tmp_pa
         "largest_difference": None,
         "convergence": None,
         "data_changes": [],
+        "damage": [],
     }
     assert printed["runs"][4]["reason"] == "train.steps=0 is not possible"
 
@@ -194,7 +195,7 @@ def test_a_damaged_run_is_named_and_the_others_are_compared(
 
 def test_runs_without_a_step_give_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store(tmp_path / "0", [], [])
-    (tmp_path / "0" / "config.yaml").write_text("{")
+    (tmp_path / "0" / "config.yaml").write_text("{}")
     CompareTask(str(tmp_path), None, OutputFormat.text).run(None)  # type: ignore[arg-type]
     _, row, last = capsys.readouterr().out.splitlines()
     assert words(row) == "0 - - 0/? - stopped"
