@@ -100,7 +100,6 @@ LIMITS: dict[str, dict[str, int | float]] = {
     "VerifyTaskConfig": {"sequences": _BATCH, "tokens": 2**24},
     "PrepareTaskConfig": {"workers": _THREADS},
     "CacheTaskConfig": {"unused_days": 10**6},
-    "ConvertConfig": {"workers": _THREADS},
 }
 """By schema and field. A schema has those of the schemas that it extends; test_limits.py holds the names."""
 

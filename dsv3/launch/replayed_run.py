@@ -150,9 +150,9 @@ class ReplayedRun:
             _fingerprint_at(record, step),
             world if same and type(world) is int and world > 0 else None,
         )
-        found._require_one_stretch(record)
+        found.require_one_stretch(record)
         if checkpoint is None:
-            found._require_begin(record)
+            found.require_begin(record)
         return found
 
     def require_taken(self, rows: Mapping[int, MetricsRow], span: tuple[int, int] | None) -> None:
@@ -243,7 +243,7 @@ class ReplayedRun:
         shown = ", ".join(names if len(names) <= 8 else [*names[:4], "...", *names[-3:]])
         return f"; checkpoints: {shown}" if names else "; no checkpoint"
 
-    def _require_one_stretch(self, record: TrainingRecord) -> None:
+    def require_one_stretch(self, record: TrainingRecord) -> None:
         """Raise UserError where the way to the step is not told by one config and one data."""
         changes = sorted(past["step"] for past in [*record.history, *record.data_changes])
         between = [step for step in changes if self.first_step <= step < self.step]
@@ -265,7 +265,7 @@ class ReplayedRun:
                 "which this version does not know"
             )
 
-    def _require_begin(self, record: TrainingRecord) -> None:
+    def require_begin(self, record: TrainingRecord) -> None:
         """Raise UserError where the weights that the run began with are not there, or are others by now."""
         load = flatten(record.config).get("checkpoint.load")
         if load is None:

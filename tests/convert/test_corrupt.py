@@ -249,7 +249,7 @@ RELEASED: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "copy of another type": (change(COPY, lambda t: t.float()), (COPY, "not equal")),
     "no config.json": (lambda directory: (directory / "config.json").unlink(), ("holds no config.json",)),
-    "config.json is no JSON": (write("config.json", b"{"), ("config.json is not UTF-8",)),
+    "config.json is no JSON": (write("config.json", b"{"), ("config.json is not JSON",)),
     "config.json is a list": (write("config.json", b"[]"), ("config.json is no JSON object",)),
     "config.json is not UTF-8": (write("config.json", b"\xff"), ("config.json is not UTF-8",)),
     "config.json nested without end": (write("config.json", b"[" * 99999), ("config.json",)),
@@ -365,7 +365,7 @@ def retype(content: Any) -> None:
 
 DATA = "__0_0.distcp"
 DCP: dict[str, tuple[Spoil, tuple[str, ...]]] = {
-    "missing .distcp": (lambda directory: (directory / DATA).unlink(), (DATA, "No such file")),
+    "missing .distcp": (lambda directory: (directory / DATA).unlink(), (DATA, "does not exist")),
     "truncated .distcp": (
         lambda directory: void((directory / DATA).write_bytes((directory / DATA).read_bytes()[:9999])),
         (DATA, "is cut off", "the entry of"),
@@ -418,7 +418,7 @@ DCP: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         ("model.yaml is missing: say which model it is, model=...",),
     ),
     "model.yaml of something else": (write("model.yaml", b"a: 1\n"), ("model.yaml is not a model",)),
-    "model.yaml is no YAML": (write("model.yaml", b"a: [1\n"), ("model.yaml is not a model",)),
+    "model.yaml is no YAML": (write("model.yaml", b"a: [1\n"), ("model.yaml:2: is not YAML",)),
     "model.yaml that cannot be": (
         lambda directory: void(
             (directory / "model.yaml").write_text(

@@ -207,7 +207,8 @@ def test_flaws_that_travel_with_the_weights_are_told_in_a_line_each(
         assert outcome.code == 0
         told = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
         assert len(told) == 4, told
-        assert f"{source}/processor.json is no JSON and is copied as it is" in told[0]
+        assert f"{source}/processor.json is not JSON: " in told[0]
+        assert told[0].endswith(", and is copied as it is")
         assert "has a tokenizer_config.json and no vocabulary" in told[1]
         assert "bos_token_id='<s>': the model has no id '<s>', it has 0 to 95" in told[2]
         assert "eos_token_id=[1, 99999]: the model has no id 99999, it has 0 to 95" in told[3]
