@@ -54,7 +54,8 @@ def test_a_resumed_job_keeps_its_names(planned: PlannedCommand, stored: StoredRu
 
 def test_a_job_step_of_slurm_is_told_the_names_that_its_sweep_gave(planned: PlannedCommand) -> None:
     swept = planned.run("-m", "launch=slurm", "train.steps=1,2", "logger.group=mine", "run.dir=my sweep")
-    told = shlex.split(batch_script(swept.jobs[1]).splitlines()[-1])
+    *_, started = (line for line in batch_script(swept.jobs[1]).splitlines() if "program=(" in line)
+    told = shlex.split(started.strip().removeprefix("program=(").removesuffix(")"))
     typed = [argument for argument in told if argument.startswith("logger.")]
     assert typed == ["logger.group='mine'", "logger.name='steps=2'", "logger.job_type='sweep'"]
     assert planned.run("launch=slurm", *typed).job.config.logger.name == "steps=2"  # type: ignore[attr-defined]
