@@ -73,7 +73,7 @@ class Kill:
     restarts: bool
     """The run goes on by itself."""
     seconds: float
-    """After the start of the command; for a run that goes on by itself, after the kill before."""
+    """After the start of the command; for a run that goes on by itself, after a new checkpoint."""
     phase: str
     rows: int
     """Whole lines of metrics.jsonl."""
@@ -152,8 +152,9 @@ class Trial:
                 process.wait(after)
             except subprocess.TimeoutExpired:
                 family = psutil.Process(process.pid).children(recursive=True)
-                strike(process, victim)
-                gone = seconds_until_gone([*family, psutil.Process(process.pid)], process)
+                if not strike(process, victim):
+                    strike(process, victim := "launcher")
+                gone = seconds_until_gone([*family, psutil.Process(process.pid)], process, victim)
                 where = phase_of(run, began)
                 return Kill(number, victim, False, after, where, rows_of(run), newest_of(run), gone)
             self.require_success(process, run)
@@ -162,17 +163,20 @@ class Trial:
     def kill_ranks(self, run: Path, number: int, kills: int, moments: random.Random) -> list[Kill]:
         """Start a run that restarts by itself and kill ranks of it; return the kills until it has ended."""
         done: list[Kill] = []
+        newest, began, wait = 0, time.monotonic(), moments.uniform(0, 4)
         with self.started(run, RESTARTING) as process:
-            while len(done) < kills:
-                began, after = time.time(), moments.uniform(0.5, 12.0)
-                try:
-                    process.wait(after)
-                    break
-                except subprocess.TimeoutExpired:
+            while len(done) < kills and process.poll() is None:
+                time.sleep(0.1)
+                # Kills without a checkpoint between them are those of runs that are resumed: here the
+                # launcher would pause longer and longer.
+                if newest_of(run) == newest:
+                    began = time.monotonic()
+                elif time.monotonic() - began > wait:
                     victim = f"rank {moments.randrange(self.ranks)}"
                     if strike(process, victim):
-                        where, rows = phase_of(run, began), rows_of(run)
-                        done.append(Kill(number, victim, True, after, where, rows, newest_of(run), None))
+                        newest, where = newest_of(run), phase_of(run, time.time() - wait)
+                        done.append(Kill(number, victim, True, wait, where, rows_of(run), newest, None))
+                        wait = moments.uniform(0, 4)
             self.require_success(process, run)
         return done
 
@@ -204,22 +208,18 @@ def strike(process: "subprocess.Popen[bytes]", victim: str) -> bool:
 
 
 def find_rank(process: "subprocess.Popen[bytes]", rank: int) -> psutil.Process | None:
-    """Return the worker of a rank; None where there is none at the moment."""
+    """Return the worker of a rank; None where there is none at the moment.
+
+    A launcher starts its workers in the order of their ranks, and other children by other means.
+    """
+    workers = []
     try:
-        family = psutil.Process(process.pid).children(recursive=True)
+        for child in psutil.Process(process.pid).children():
+            if any("spawn_main" in argument for argument in child.cmdline()):
+                workers.append(child)
     except psutil.NoSuchProcess:
         return None
-    return next((one for one in family if _rank(one) == str(rank)), None)
-
-
-def _rank(process: psutil.Process) -> str | None:
-    """Return the rank of a worker; None for another process, such as multiprocessing's resource tracker."""
-    try:
-        own = any("spawn_main" in argument for argument in process.cmdline())
-        # The agent sets the variables in itself just before it starts a worker, which then inherits them.
-        return process.environ().get("RANK") if own else None
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return None
+    return sorted(workers, key=lambda worker: worker.create_time())[rank] if rank < len(workers) else None
 
 
 def kill_all(process: "subprocess.Popen[bytes]") -> None:
@@ -230,15 +230,17 @@ def kill_all(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def seconds_until_gone(family: list[psutil.Process], process: "subprocess.Popen[bytes]") -> float:
-    """Return how long the family lives on; Broken where it is too long."""
+def seconds_until_gone(
+    family: list[psutil.Process], process: "subprocess.Popen[bytes]", victim: str
+) -> float:
+    """Return how long the family lives on after a kill of `victim`; Broken where it is too long."""
     began = time.monotonic()
     while process.poll() is None or any(map(_alive, family)):
         if time.monotonic() - began > GONE_AFTER:
             left = list(filter(_alive, family))
             for one in left:
                 one.kill()
-            raise Broken(f"{len(left)} processes outlived a kill by {GONE_AFTER:.0f} s")
+            raise Broken(f"{len(left)} processes outlived a kill of {victim} by {GONE_AFTER:.0f} s")
         time.sleep(0.01)
     return time.monotonic() - began
 
@@ -348,8 +350,8 @@ def kill_layout(
         number += 1
         new = trial.kill_ranks(next_run(), number, kills - len(done), moments)
         check_same(next_run(), reference)
-        done += new
         for kill in new:
+            done.append(kill)
             _show(layout, len(done), kill)
     return {
         "ranks": trial.ranks,

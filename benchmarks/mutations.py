@@ -1037,7 +1037,7 @@ $out.add_($sums)
     ),
     Mutation(
         "a bracket within a string of JSON ends nothing",
-        "dsv3.documents.json_values:JsonValues._scan",
+        "dsv3.documents.json_values:JsonValues.scan",
         "self._in_string = True",
         "self._in_string = False",
         DOCUMENTS,
