@@ -5,12 +5,13 @@ Sequences are never taken twice in one history of a run, also where it rewinds a
 cuts the journal back by them.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3.metrics.jsonl import append_line, read_whole_lines
+from dsv3.metrics.jsonl import append_line, read_whole_lines, replace_lines
 
 ACCIDENTS_FILE = "accidents.jsonl"
 """In a run directory; it is not there where nothing has happened."""
@@ -24,30 +25,25 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
 
     A torn line that a kill has left is removed first.
     """
-    if path.exists():
-        read_whole_lines(path)
+    read_whole_lines(path)
     append_line(path, plain(entry))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the entries in their order without touching the file; damaged lines are passed over."""
-    return [line for line in read_whole_lines(path, repair=False) if line is not None and _is_entry(line)]
+    return _entries(path, repair=False)
 
 
 def cut_back(path: Path, samples: int) -> None:
     """Remove the entries on sequences behind the first `samples`, which the run is about to take again."""
-    if not path.exists():
-        return
-    lines = [line for line in read_whole_lines(path) if line is not None and _is_entry(line)]
-    kept = [line for line in lines if "samples" not in line or line["samples"][1] <= samples]
-    if len(kept) == len(lines):
-        return
-    replacement = path.with_name(f"{path.name}.tmp")
-    replacement.unlink(missing_ok=True)
-    replacement.touch()
-    for line in kept:
-        append_line(replacement, line)
-    replacement.replace(path)
+    entries = _entries(path, repair=True)
+    kept = [entry for entry in entries if "samples" not in entry or entry["samples"][1] <= samples]
+    if len(kept) < len(entries):
+        replace_lines(path, map(json.dumps, kept))
+
+
+def _entries(path: Path, repair: bool) -> list[dict[str, Any]]:
+    return [line for line in read_whole_lines(path, repair) if line is not None and _is_entry(line)]
 
 
 def _is_entry(line: Mapping[str, Any]) -> bool:

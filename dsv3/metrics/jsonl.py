@@ -5,6 +5,7 @@ A kill loses at most the rows of metrics that are still buffered.
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,14 @@ def read_rows(path: Path) -> list[MetricsRow]:
 def truncate_after(path: Path, step: int) -> None:
     """Keep the rows up to and including `step`, each once, so that a run can resume from there.
 
-    The kept lines stay as they were written. One rename replaces the file: a kill leaves the old file or the
-    new one.
+    The kept lines stay as they were written.
     """
-    if not path.exists():
-        return
-    lines = [line for row, line in _latest(path) if row.step <= step]
+    if path.exists():
+        replace_lines(path, (line for row, line in _latest(path) if row.step <= step))
+
+
+def replace_lines(path: Path, lines: Iterable[str]) -> None:
+    """Give a file other lines; one rename replaces it, so that a kill leaves the old file or the new one."""
     replacement = path.with_name(path.name + ".tmp")
     with replacement.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
