@@ -22,13 +22,16 @@ train: setup
 ALONE := $(addprefix tests/launch/test_, faults.py launch.py workers_stragglers.py slurm.py sweep_launchers.py) \
 	tests/distributed/test_watchdog.py
 
+# Where a process of xdist dies it starts another by default, and then waits for ever for the tests of a group.
+PAIR := -n 2 --dist loadgroup --max-worker-restart=0
+
 test: setup
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ALONE:%=--ignore=%)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PAIR) $(ALONE:%=--ignore=%)
 	@$(VENV)/bin/python -m pytest $(ALONE)
 
 # For use while working: no worker pool, no processes of their own, nothing that takes seconds (tests/conftest.py).
 test-quick: setup
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PAIR) -m "not slow"
 
 lint: setup
 	@$(VENV)/bin/ruff check .

@@ -36,6 +36,8 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     found = {number: signal.signal(number, signal.SIG_DFL) for number in ALL}
     yield acts
     assert not [thread for thread in threading.enumerate() if thread.name in ("signals", "save request")]
+    # One that is still there would end the tests themselves, once `leave` is what it was.
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "leaving"])
     for number, handler in found.items():
         signal.signal(number, handler)
 
