@@ -7,7 +7,7 @@ layout's kills a half is spent on ranks of runs with launch.max_restarts, which 
 
 Every finished run must equal one of the same layout that was never interrupted: each row of metrics.jsonl
 and each tensor of the last checkpoint (weights, optimizer, random state), bit for bit. No process of a run
-may live 10 s after a kill that ends it.
+may live 10 s after a kill that ends it. LIMITS are for a machine with nothing else to do.
 """
 
 import json
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,10 @@ from dsv3.checkpoint.directory import complete_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, SAVE_EVERY = 60, 3
-GONE_AFTER = 10.0
-"""Seconds that processes of a killed run may live."""
-PATIENCE = 300.0
-"""Seconds after which a command counts as hung."""
-VOLATILE = ("tokens_per_second", "mfu", "memory_gib", "data_wait", "straggler", "straggler_rank")
+VOLATILE = (
+    *("tokens_per_second", "mfu", "memory_gib", "data_wait", "straggler", "straggler_rank"),
+    *("planned_tokens_per_second", "planned_memory_gib"),
+)
 """Metrics that differ between two runs of the same training: how fast it went, and what it took."""
 SETTINGS = (
     "model.dim=64",
@@ -51,6 +50,7 @@ SETTINGS = (
     "train.evaluate_every=20",
     "train.generate_every=0",
     "train.log_every=5",
+    "launch.timeout=3600",  # a rank may wait long for a core; LIMITS find a hang
 )
 RESTARTING = ("launch.max_restarts=1000",)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -62,6 +62,23 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "hsdp": (4, ("parallel=hsdp", "launch.nproc=4")),
 }
 """Ranks and overrides by name."""
+
+
+@dataclass
+class Limits:
+    """Limits of time in seconds."""
+
+    gone: float = 10.0
+    """Processes of a killed run may live so long."""
+    ended: float = 300.0
+    """A command that has not ended counts as hung."""
+
+    def stretch(self, factor: float) -> None:
+        """Allow `factor` times as long, on a machine that has other work of a higher priority."""
+        self.gone, self.ended = self.gone * factor, self.ended * factor
+
+
+LIMITS = Limits()
 
 
 @dataclass
@@ -138,9 +155,9 @@ class Trial:
     def require_success(self, process: "subprocess.Popen[bytes]", run: Path) -> None:
         """Wait for the end; Broken unless the exit code is 0."""
         try:
-            code = process.wait(PATIENCE)
+            code = process.wait(LIMITS.ended)
         except subprocess.TimeoutExpired:
-            raise Broken(f"{run.name} has not ended after {PATIENCE:.0f} s:\n{self._said(run)}") from None
+            raise Broken(f"{run.name} has not ended after {LIMITS.ended:g} s:\n{self._said(run)}") from None
         if code != 0:
             raise Broken(f"{run.name} ended with exit code {code}:\n{self._said(run)}")
 
@@ -186,7 +203,7 @@ class Trial:
 
 def write_text(folder: Path) -> None:
     """Write a small folder of text, the same every time."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     choose = random.Random(0)
     words = [f"word{number}" for number in range(300)]
     for number in range(200):
@@ -203,7 +220,10 @@ def strike(process: "subprocess.Popen[bytes]", victim: str) -> bool:
         worker = find_rank(process, int(victim.removeprefix("rank ")))
         if worker is None:
             return False
-        worker.kill()
+        try:
+            worker.kill()
+        except psutil.NoSuchProcess:  # it has just ended
+            return False
     return True
 
 
@@ -222,11 +242,25 @@ def find_rank(process: "subprocess.Popen[bytes]", rank: int) -> psutil.Process |
     return sorted(workers, key=lambda worker: worker.create_time())[rank] if rank < len(workers) else None
 
 
+def stand_still(rank: psutil.Process | None, seconds: float) -> bool:
+    """Stop a rank for so many seconds; return False where it has ended, or there is none."""
+    if rank is None:
+        return False
+    try:
+        rank.suspend()
+        time.sleep(seconds)
+        rank.resume()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
 def kill_all(process: "subprocess.Popen[bytes]") -> None:
     """End the process and its children, by their ids."""
     if process.poll() is None:
         for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
     process.wait()
 
 
@@ -236,11 +270,12 @@ def seconds_until_gone(
     """Return how long the family lives on after a kill of `victim`; Broken where it is too long."""
     began = time.monotonic()
     while process.poll() is None or any(map(_alive, family)):
-        if time.monotonic() - began > GONE_AFTER:
+        if time.monotonic() - began > LIMITS.gone:
             left = list(filter(_alive, family))
             for one in left:
-                one.kill()
-            raise Broken(f"{len(left)} processes outlived a kill of {victim} by {GONE_AFTER:.0f} s")
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            raise Broken(f"{len(left)} processes outlived a kill of {victim} by {LIMITS.gone:g} s")
         time.sleep(0.01)
     return time.monotonic() - began
 
@@ -256,8 +291,10 @@ def phase_of(run: Path, began: float) -> str:
     """Return what the run was doing when it was killed, by what it has left since `began`."""
     if not (run / "config.yaml").exists():
         return "before config.yaml"
-    if any(path.stat().st_mtime > began for path in (run / "checkpoints").glob(".*")):
-        return "while saving"
+    for path in (run / "checkpoints").glob(".*"):
+        with suppress(FileNotFoundError):  # a run that goes on has just given it its name
+            if path.stat().st_mtime > began:
+                return "while saving"
     return "after a checkpoint" if complete_steps(run) else "before a checkpoint"
 
 

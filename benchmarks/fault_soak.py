@@ -3,7 +3,8 @@
 Faults are drawn: a rank is killed, the launcher is killed, a rank stands still for some seconds (SIGSTOP),
 the run is told to save (SIGUSR1) or to stop (SIGTERM). Some batches hold nan. The run restarts by itself
 (launch.max_restarts) or is resumed. In the second and third quarter of the time no fault ends a process, so
-that memory, descriptors and threads of processes that live long are seen too.
+that memory, descriptors and threads of processes that live long are seen too. A fault meets a run at work: on
+a machine with other work one may take longer than a minute to come.
 """
 
 import json
@@ -19,12 +20,25 @@ from typing import Any
 
 import psutil
 
-from benchmarks.fault_kills import ROOT, Broken, find_rank, kill_all, write_text
+from benchmarks.fault_kills import (
+    LIMITS,
+    ROOT,
+    Broken,
+    find_rank,
+    kill_all,
+    seconds_until_gone,
+    stand_still,
+    write_text,
+)
+from benchmarks.fault_kills import strike as strike_process
 from dsv3.checkpoint.directory import Progress, complete_steps
+from dsv3.errors import STOPPED
+from tests.harness.accidents import injected
 
 BATCH, LENGTH = 16, 256
 ENDING = ("kill rank", "kill launcher", "stop")
 HARMLESS = ("stand still", "save")
+FAULT_EVERY = 60.0
 BAD_BATCH_EVERY = 400
 """Steps between two batches with nan, on average."""
 SAMPLE_EVERY = 5.0
@@ -38,17 +52,15 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
     choose, run = random.Random(seed), folder / "run"
     write_text(folder / "text")
     bad = sorted({BATCH * choose.randrange(200, 200_000) for _ in range(200_000 // BAD_BATCH_EVERY)})
-    faults = ", ".join(f"{first}: {{kind: nan}}" for first in bad)
     command = [
         sys.executable, str(ROOT / "train.py"), "model.dim=64", "model.vocab_size=512",
         "tokenizer.vocab_size=512", "data=text", f"data.path={folder / 'text'}", "logger=none",
         "parallel=fsdp", "launch.nproc=2",
-        "launch.max_restarts=1000", "launch.timeout=60", f"train.sequence_length={LENGTH}",
+        "launch.max_restarts=1000", "launch.timeout=600", f"train.sequence_length={LENGTH}",
         "train.steps=1000000",
         f"train.global_batch_size={BATCH}", "train.microbatch_size=8", "train.checkpoint_every=50",
         "train.evaluate_every=500", "train.generate_every=0", "train.log_every=50", "schedule=wsd",
-        "train.accidents.most=50", f"run.dir={run}", "run.allow_targets=[tests.harness.accidents]",
-        f"+train.callbacks.inject={{_target_: tests.harness.accidents.Inject, faults: {{{faults}}}}}",
+        "train.accidents.most=50", f"run.dir={run}", *injected({first: {"kind": "nan"} for first in bad}),
     ]  # fmt: skip
     resume = [
         sys.executable,
@@ -58,7 +70,7 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DSV3_CACHE": str(folder / "cache")}
     environment["PYTHONPATH"] = str(ROOT)
-    began, next_fault = time.monotonic(), 60.0
+    began, next_fault, written = time.monotonic(), FAULT_EVERY, 0
     done: dict[str, int] = {}
     watched: dict[str, list[tuple[float, float, int, int]]] = {}
     with (folder / "log").open("ab") as log:
@@ -70,46 +82,59 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
 
         process = start(command)
         try:
-            while (elapsed := time.monotonic() - began) < seconds:
+            while True:
                 time.sleep(SAMPLE_EVERY)
+                elapsed = time.monotonic() - began
                 if process.poll() is not None:
-                    if process.returncode not in (75, -signal.SIGKILL):
+                    if process.returncode not in (STOPPED, -signal.SIGKILL):
                         said = (folder / "log").read_text(errors="replace")[-2000:]
                         raise Broken(f"the run ended by itself with {process.returncode}:\n{said}")
                     process = start(resume)
                 watch(process, watched)
+                before, written = written, size_of(run / "metrics.jsonl")
+                if written <= before:  # it starts, or goes on from a checkpoint
+                    if elapsed > seconds + LIMITS.ended:
+                        raise Broken("the run does not go on after its last fault")
+                    continue
+                if elapsed > seconds:
+                    break
                 if elapsed > next_fault:
-                    next_fault += 60.0
+                    next_fault = elapsed + FAULT_EVERY
                     calm = 0.25 < elapsed / seconds < 0.75
                     kind = choose.choice(HARMLESS if calm else HARMLESS + ENDING)
                     if strike(process, kind, choose):
                         done[kind] = done.get(kind, 0) + 1
                         print(f"{elapsed:6.0f} s  {kind}", flush=True)
-            os.kill(process.pid, signal.SIGTERM)
-            if process.wait(120) != 75:
+            if not strike(process, "stop", choose) or process.returncode != STOPPED:
                 raise Broken(f"the last stop ended with {process.returncode}")
         finally:
             kill_all(process)
     return {"seconds": seconds, "seed": seed, "faults": done, **check_rows(run), **growth(watched)}
 
 
+def size_of(file: Path) -> int:
+    """Return the bytes of a file, 0 where it is not there yet."""
+    return file.stat().st_size if file.exists() else 0
+
+
 def strike(process: "subprocess.Popen[bytes]", kind: str, choose: random.Random) -> bool:
     """Do what `kind` says to the run; return False where it has no such process at the moment."""
-    if kind in ("save", "stop"):
-        os.kill(process.pid, signal.SIGUSR1 if kind == "save" else signal.SIGTERM)
-        return True
-    if kind == "kill launcher":
-        os.kill(process.pid, signal.SIGKILL)
-        return True
-    rank = find_rank(process, choose.randrange(2))
-    if rank is None:
-        return False
+    family = psutil.Process(process.pid).children(recursive=True)
     if kind == "stand still":
-        rank.suspend()
-        time.sleep(choose.uniform(1, 10))
-        rank.resume()
+        return stand_still(find_rank(process, choose.randrange(2)), choose.uniform(1, 10))
+    if kind == "save":
+        os.kill(process.pid, signal.SIGUSR1)
+    elif kind == "stop":
+        os.kill(process.pid, signal.SIGTERM)
+        try:
+            process.wait(LIMITS.ended)  # a second one would mean: at once, unsaved
+        except subprocess.TimeoutExpired:
+            raise Broken(f"the run has not stopped {LIMITS.ended:g} s after SIGTERM") from None
+    elif kind == "kill launcher":
+        strike_process(process, "launcher")
+        seconds_until_gone(family, process, "launcher")
     else:
-        rank.kill()
+        return strike_process(process, f"rank {choose.randrange(2)}")
     return True
 
 
@@ -155,6 +180,7 @@ def growth(watched: dict[str, list[tuple[float, float, int, int]]]) -> dict[str,
     Broken where one has grown. The first fifth is left out: buffers and caches fill.
     """
     told: dict[str, Any] = {}
+    grown: list[str] = []
     for kind in ("launcher", "rank 0", "rank 1"):
         longest = max((found for name, found in watched.items() if name.startswith(f"{kind},")), key=len)
         fifth = len(longest) // 5
@@ -172,5 +198,7 @@ def growth(watched: dict[str, list[tuple[float, float, int, int]]]) -> dict[str,
         told[kind] = {"seconds": round(longest[-1][0] - longest[0][0]), **pairs}
         for name, (before, after) in pairs.items():
             if after > before * (GROWTH if name == "memory_mib" else 1):
-                raise Broken(f"{name} of {kind} grew from {before} to {after}")
+                grown.append(f"{name} of {kind} grew from {before} to {after}")
+    if grown:
+        raise Broken(f"{', '.join(grown)}; all of them: {told}")
     return {"longest_lived": told}

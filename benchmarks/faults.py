@@ -3,8 +3,10 @@
     python -m benchmarks.faults                     all parts but the soak: some 2 hours on 2 cores
     python -m benchmarks.faults --only kills --layouts fsdp,pp --kills 40
     python -m benchmarks.faults --only soak --seconds 7200
+    chrt --idle 0 python -m benchmarks.faults --slower 20       beside other work: limits of time are longer
 
-The results go to docs/reliability.md. What a part finds ends it, with exit code 1 and the message. Parts:
+The results go to docs/reliability.md, those of a layout or reader as soon as it is done. What a part finds
+ends it, with exit code 1 and the message. Parts:
 
 - `kills`: SIGKILL of ranks, launchers and whole runs over layouts (fault_kills.py).
 - `stalls`: a rank that stands still, shortly and for longer than launch.timeout.
@@ -31,12 +33,14 @@ import torch
 
 from benchmarks.fault_kills import (
     LAYOUTS,
+    LIMITS,
     ROOT,
     Broken,
     Trial,
     check_same,
     find_rank,
     kill_layout,
+    stand_still,
     write_text,
 )
 from benchmarks.fault_soak import soak
@@ -48,17 +52,15 @@ from dsv3.checkpoint.manifest import verify
 RESULT = Path(__file__).resolve().parent / "results" / "faults.json"
 
 
-def kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def kills(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Kill runs of every layout; see fault_kills.py."""
     shared = {"text": folder / "text", "cache": folder / "cache"}
     write_text(shared["text"])
-    results: dict[str, Any] = {}
     for layout in options.layouts.split(","):
-        results[layout] = kill_layout(folder, layout, options.kills, options.seed, shared)
-    return results
+        yield {layout: kill_layout(folder, layout, options.kills, options.seed, shared)}
 
 
-def stalls(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def stalls(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Let a rank stand still: for some seconds, which nobody may notice, and until the run counts as hung."""
     shared = {"text": folder / "text", "cache": folder / "cache"}
     write_text(shared["text"])
@@ -70,32 +72,25 @@ def stalls(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with trial.started(short) as process:
         while process.poll() is None:
             time.sleep(choose.uniform(0.2, 1.0))
-            rank = find_rank(process, choose.randrange(2))
-            if rank is not None:
-                rank.suspend()
-                time.sleep(choose.uniform(0.5, 2.0))
-                rank.resume()
-                stood += 1
+            stood += stand_still(find_rank(process, choose.randrange(2)), choose.uniform(0.5, 2.0))
         trial.require_success(process, short)
     check_same(short, reference)
-    seconds, began = 10, time.monotonic()
+    # A rank that waits for a core is not hung: the timeout grows with the limits.
+    seconds, began = round(LIMITS.ended / 30), time.monotonic()
     with trial.started(hung, [f"launch.timeout={seconds}", "launch.max_restarts=3"]) as process:
-        while not complete_steps(hung):
-            if time.monotonic() - began > 120:
-                raise Broken("the run has no checkpoint after 120 s")
+        while not (complete_steps(hung) and (rank := find_rank(process, 1))):
+            if time.monotonic() - began > LIMITS.ended or process.poll() is not None:
+                raise Broken("the run has ended, or has no checkpoint yet")
             time.sleep(0.1)
-        rank = find_rank(process, 1)
-        if rank is None:
-            raise Broken("rank 1 is not there")
         rank.suspend()
         trial.require_success(process, hung)
     check_same(hung, reference)
-    if not any((hung / "stacks").glob("rank-*.txt")):
+    if not any(hung.glob("stacks-*/rank-*.txt")):
         raise Broken("the hang left no stacks")
-    return {"short_stalls": stood, "stalls_beyond_the_timeout": 1, "timeout": seconds}
+    yield {"short_stalls": stood, "stalls_beyond_the_timeout": 1, "timeout": seconds}
 
 
-def inputs(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def inputs(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Give as many damaged inputs to every reader; see tests/faults/corruptions.py."""
     from tests.faults import data_readers, file_readers
     from tests.faults.corruptions import corruptions, judge
@@ -107,17 +102,17 @@ def inputs(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         for case in corruptions(reader, options.seed, options.inputs):
             place = folder / "case"
             place.mkdir(exist_ok=True)
-            verdict = judge(case, place, seconds=30)
+            verdict = judge(case, place, seconds=LIMITS.ended / 10)
             outcomes.append(verdict.outcome)
             if verdict.outcome == "fault":
                 raise Broken(f"{case.name}: {verdict.message}")
         name = f"{reader.name}, as data" if reader.name in results else reader.name
         results[name] = {outcome: outcomes.count(outcome) for outcome in ("refused", "read")}
         print(f"inputs {name}: {results[name]}", flush=True)
-    return results
+    yield results
 
 
-def disks(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def disks(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Run on a tmpfs that fills up at some moment; make room; the resumed run must equal one with room."""
     shared = {"text": folder / "text", "cache": folder / "cache"}
     write_text(shared["text"])
@@ -134,11 +129,14 @@ def disks(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
                 os.posix_fallocate(file.fileno(), 0, max(1, int(used * (4 - share))))
             run = disk / "run"
             with trial.started(run, log=folder / f"disk-{number}.log") as process:
-                code = process.wait(300)
+                try:
+                    code = process.wait(LIMITS.ended)
+                except subprocess.TimeoutExpired:
+                    raise Broken(f"a disk with {share:.0%} of the room: the run does not end") from None
             said = (folder / f"disk-{number}.log").read_text(errors="replace")
             if code not in (0, 1, 2) or "Traceback" in said:
                 raise Broken(f"a disk with {share:.0%} of the room: exit code {code}:\n{said[-2000:]}")
-            if code and "space" not in said:
+            if code and "No space left on device" not in said:
                 raise Broken(f"the message does not speak of space:\n{said[-2000:]}")
             for step in complete_steps(run):
                 verify(step)
@@ -146,7 +144,8 @@ def disks(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             ballast.unlink()
             trial.finish(run)
             check_same(run, reference)
-    return {"disks": len(codes), "exit_codes": {str(code): codes.count(code) for code in sorted(set(codes))}}
+            print(f"disk with {share:.0%} of the room: exit code {code}", flush=True)
+    yield {"disks": len(codes), "exit_codes": {str(code): codes.count(code) for code in sorted(set(codes))}}
 
 
 @contextmanager
@@ -160,31 +159,27 @@ def small_disk(place: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def fuzz(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Fuzz each reader in a process of its own for --seconds; see fuzz_readers.py."""
-    results: dict[str, Any] = {}
+def fuzz(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Fuzz each reader in a process of its own for --seconds of its CPU time; see fuzz_readers.py."""
     for name in options.readers.split(","):
         command = [sys.executable, "-m", "benchmarks.fuzz_readers", name, "--seconds", str(options.seconds)]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
-        if ended.returncode:
-            raise Broken(f"{name}:\n{ended.stderr[-3000:]}")
-        stats = dict(
-            line.removeprefix("stat::").split(":")
-            for line in ended.stderr.splitlines()
-            if line.startswith("stat::")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace"
         )
-        inputs = int(stats["number_of_executed_units"])
-        results[name] = {"seconds": options.seconds, "inputs": inputs, "found": 0}
-        print(f"fuzz {name}: {inputs:,} inputs in {options.seconds} s", flush=True)
-    return results
+        if ended.returncode:
+            raise Broken(f"{name}:\n{(ended.stdout + ended.stderr)[-3000:]}")
+        row = {"seconds": options.seconds, **json.loads(ended.stdout.splitlines()[-1]), "found": 0}
+        print(f"fuzz {name}: {row}", flush=True)
+        yield {name: row}
 
 
-def soaked(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def soaked(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Train for --seconds with a fault a minute; see fault_soak.py."""
-    return soak(folder, options.seconds, options.seed)
+    yield soak(folder, options.seconds, options.seed)
 
 
-PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "kills": kills,
     "stalls": stalls,
     "inputs": inputs,
@@ -226,7 +221,8 @@ def write_page(results: dict[str, Any]) -> None:
         )
     for name, row in results.get("fuzz", {}).items():
         lines.append(
-            f"| fuzzing {name} | {row['inputs']:,} inputs in {row['seconds']} s, {row['found']} found |"
+            f"| fuzzing {name} | {row['inputs']:,} inputs in {row['seconds']} s of CPU time, "
+            f"{row['found']} found |"
         )
     if soaked := results.get("soak"):
         faults = ", ".join(f"{count} x {kind}" for kind, count in sorted(soaked["faults"].items()))
@@ -257,24 +253,30 @@ def main() -> int:
     parser.add_argument("--disks", type=int, default=12, help="full disks")
     parser.add_argument("--readers", default=",".join(READERS), help="of fuzz")
     parser.add_argument("--seconds", type=int, default=600, help="per reader of fuzz, and of soak")
+    parser.add_argument("--slower", type=float, default=1.0, help="how much longer everything may take")
     parser.add_argument("--json", type=Path, default=RESULT, help="where the results go")
     options = parser.parse_args()
-    results = json.loads(options.json.read_text()) if options.json.exists() else {}
+    LIMITS.stretch(options.slower)
     for name in options.only.split(","):
         with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as folder:
             try:
-                new = PARTS[name](Path(folder), options)
+                for new in PARTS[name](Path(folder), options):
+                    keep(name, new, options)
             except Broken as broken:
                 print(f"{name}: {broken}", file=sys.stderr)
                 return 1
-        if name in ("kills", "fuzz"):  # by layout and reader: the others keep their results
-            new = results.get(name, {}) | new
-        results[name] = new
-        about = {"torch": torch.__version__, "cores": len(os.sched_getaffinity(0)), "seed": options.seed}
-        options.json.write_text(json.dumps({**results, "about": about}, indent=1) + "\n")
-        if options.json == RESULT:
-            write_page(results)
     return 0
+
+
+def keep(name: str, new: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the results of a part, or of one layout or reader of it, beside those there are."""
+    results = json.loads(options.json.read_text()) if options.json.exists() else {}
+    # By layout and reader: the others keep their results.
+    results[name] = results.get(name, {}) | new if name in ("kills", "fuzz") else new
+    about = {"torch": torch.__version__, "cores": len(os.sched_getaffinity(0)), "seed": options.seed}
+    options.json.write_text(json.dumps({**results, "about": about}, indent=1) + "\n")
+    if options.json == RESULT:
+        write_page(results)
 
 
 if __name__ == "__main__":

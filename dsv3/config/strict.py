@@ -129,10 +129,13 @@ def _check_free_node(node: Any, path: str, allow_targets: Sequence[str]) -> None
     """Raise UserError unless a node without a schema names a class that may be built and takes its keys."""
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         raise UserError(f"{path} has no _target_: name its class, +{path}._target_=package.module.Class")
-    hidden = [key for key in node if key.startswith("_") and key != "_target_"]
+    hidden = [key for key in node if not isinstance(key, str) or (key.startswith("_") and key != "_target_")]
     values = [item for value in node.values() for item in (value if isinstance(value, list) else [value])]
     if hidden or any(isinstance(value, dict | list) for value in values):
-        raise UserError(f"{path} takes values and lists of values beside _target_, no nodes and no _keys_")
+        raise UserError(
+            f"{path} takes values and lists of values beside _target_, "
+            "no nodes, no numbers as names and no _keys_"
+        )
     settings = [key for key in node if key != "_target_"]
     found = check_target(node["_target_"], f"{path}._target_", allow_targets, settings)
     for name, parameter in inspect.signature(found).parameters.items():
@@ -219,7 +222,7 @@ def _unknown_keys(node: DictConfig, path: str) -> Iterator[tuple[str, list[str]]
     """Yield the dotted paths of keys that no schema has, each with the keys that are known there."""
     schema = OmegaConf.get_type(node)
     known = [f.name for f in fields(schema)] if schema and is_dataclass(schema) else None
-    for key in map(str, node):
+    for key in node:  # a node without a schema may have numbers as keys
         if known is not None and key not in known:
             yield f"{path}{key}", [name for name in known if not name.startswith("_")]
         elif not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):

@@ -27,7 +27,7 @@ from dsv3.distributed.signals import Stopped
 from dsv3.distributed.step_waits import STEP_WAITS
 from dsv3.distributed.store import rank_store, stay_on_this_node
 from dsv3.distributed.torch_private import connect_to_store, set_group_timeouts, shorten_gather_name
-from dsv3.distributed.watchdog import Watchdog, enable_flight_recorder
+from dsv3.distributed.watchdog import STACKS_DIR, Watchdog, enable_flight_recorder
 from dsv3.errors import STOPPED, RunFailed, UserError
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ class RankContext:
     def watch(self, run_dir: Path) -> None:
         """Let the watchdog write the stacks of a hang to `run_dir`/stacks from now on."""
         if self.watchdog is not None:
-            self.watchdog.write_to(run_dir / "stacks")
+            self.watchdog.write_to(run_dir / STACKS_DIR)
 
     def _reduce(self, value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         if self.world == 1:

@@ -15,6 +15,9 @@ from typing import Protocol
 from dsv3.distributed.heartbeat import HEARTBEAT, Heartbeat
 from dsv3.errors import RunFailed
 
+STACKS_DIR = "stacks"
+"""Folder of a run directory for the stacks of a hang, a file per rank."""
+
 # Seconds that the other ranks have to write their stacks before rank 0 reports ...
 _GRACE = 5.0
 

@@ -5,6 +5,8 @@ stop and a failure that would repeat itself (RunOver) are no reasons to start ag
 launchers do this together: node 0 decides, and tells the others through the rendezvous.
 """
 
+import gc
+import itertools
 import shlex
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any
 from dsv3.checkpoint.directory import CONFIG_FILE, newest_checkpoint, step_number
 from dsv3.config.registry import command
 from dsv3.distributed.signals import Stopped, leave_on_signal
+from dsv3.distributed.watchdog import STACKS_DIR
 from dsv3.errors import RunFailed, RunOver, UserError, comma_separated
 from dsv3.launch.job import Job, plan_job
 from dsv3.launch.nearest_fix import require_fits
@@ -80,7 +83,10 @@ def _attempts(run: "_Run") -> float | None:
         except (UserError, RunFailed) as error:
             if not run.allowed:
                 raise
+            # What an attempt leaves hangs on the traceback, in circles, and holds a dozen descriptors.
+            error.__traceback__ = error.__context__ = None
             failure = error
+        gc.collect()
 
 
 def allowed_restarts(job: Job) -> int:
@@ -202,6 +208,7 @@ class _Run:
             "reason": str(cause)[:2000],
             "nodes": list(nodes),
             "missing": sorted({*range(self.job.config.launch.nnodes)} - {*nodes}),
+            "stacks": _set_stacks_aside(directory),
         }
         return {"restart": restart, "run_dir": str(directory.absolute()), "resume": resume}, nodes
 
@@ -229,6 +236,17 @@ class _Run:
         if nodes not in self.plans:
             self.plans[nodes] = on_nodes(self.job, nodes)
         return self.plans[nodes]
+
+
+def _set_stacks_aside(run_dir: Path) -> str | None:
+    """Keep the stacks of the hang that has ended an attempt from the next one; return their folder's name."""
+    stacks = run_dir / STACKS_DIR
+    if not stacks.is_dir():
+        return None
+    names = (f"{STACKS_DIR}-{number}" for number in itertools.count(1))
+    name = next(name for name in names if not (run_dir / name).exists())
+    stacks.rename(run_dir / name)
+    return name
 
 
 def on_nodes(job: Job, nodes: int) -> Job:
@@ -263,4 +281,5 @@ def restart_line(restart: Mapping[str, Any]) -> str:
     fewer = f" without node {comma_separated(missing[:8])}" if missing else ""
     reason = str(restart.get("reason", "")).partition("\n")[0]
     count = f"restart {restart.get('restart')} of {restart.get('of')}"
-    return f"{count} from step {restart.get('step')}{fewer}: {reason}"
+    stacks = f"; stacks: {restart['stacks']}/" if restart.get("stacks") else ""
+    return f"{count} from step {restart.get('step')}{fewer}: {reason}{stacks}"

@@ -57,6 +57,15 @@ def test_a_typed_permission_opens_a_module_and_no_other(planned: PlannedCommand)
     assert planned.run("task=plan", target).code == 2
 
 
+@pytest.mark.parametrize("entry", ["5: 1", "at: {5: 1}", "at: {}", "_recursive_: false", "at: [[1]]"])
+def test_a_class_of_the_user_s_takes_values_by_name(planned: PlannedCommand, entry: str) -> None:
+    """Numbers as names met an error of OmegaConf's, which suggested the same name."""
+    node = f"+train.callbacks.own={{_target_: dsv3.training.callbacks.Callback, {entry}}}"
+    outcome = planned.run(node)
+    assert outcome.code == 2
+    assert "train.callbacks.own takes values and lists of values beside _target_" in outcome.err
+
+
 @pytest.mark.parametrize("node", ["model", "optimizer", "task", "data", "schedule", "logger", "recompute"])
 def test_every_node_refuses_a_foreign_target(planned: PlannedCommand, node: str) -> None:
     outcome = planned.run(f"{node}._target_=os.system")

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +128,25 @@ def test_a_failure_is_restarted_from_the_newest_checkpoint_and_told(
     assert (line, [line]) == (capsys.readouterr().err.strip(), second.notes)
 
 
+def test_a_restart_keeps_the_stacks_of_the_hang(launchers: Callable[..., Launchers], tmp_path: Path) -> None:
+    run, directory = launchers("launch.max_restarts=2", nodes=1), tmp_path / "run"
+
+    def hang(job: Job, attempt: Attempt) -> float:
+        begin_run(directory)
+        assert not (directory / "stacks").exists()  # the watchdog waits for the files of this attempt
+        if attempt.number == 2:
+            return 1.5
+        (directory / "stacks").mkdir()
+        (directory / "stacks" / "rank-0.txt").write_text(str(attempt.number))
+        raise RunFailed("no progress for 2 s (launch.timeout)\nrank 0 at ...")
+
+    assert run.run(hang) == {0: 1.5}
+    kept = [(directory / f"stacks-{number}" / "rank-0.txt").read_text() for number in (1, 2)]
+    assert kept == ["0", "1"]
+    notes = [job.notes[0] for job in run.jobs[0][1:]]
+    assert [note.rpartition("; ")[2] for note in notes] == ["stacks: stacks-1/", "stacks: stacks-2/"]
+
+
 def test_a_run_without_its_config_begins_anew_in_its_directory(launchers: Callable[..., Launchers]) -> None:
     run = launchers("launch.max_restarts=1", nodes=1)
     assert run.run(failing(RunFailed("too early"))) == {0: 1.5}
@@ -149,8 +169,19 @@ def test_restarts_count_while_no_new_checkpoint_comes(
     run = launchers("launch.max_restarts=2", nodes=1)
     failures = [RunFailed(f"failure {number}") for number in range(9)]
     # Two restarts, the second without progress, then a checkpoint, and two restarts in vain.
-    ended = run.run(failing(*failures, directory=tmp_path / "run", steps=(10, 10, 20, 20, 20)))[0]
+    fail = failing(*failures, directory=tmp_path / "run", steps=(10, 10, 20, 20, 20))
+    held = list[weakref.ref[threading.Event]]()
+
+    def hold_and_fail(job: Job, attempt: Attempt) -> float:
+        """An agent of torch holds descriptors, in circles: none is left at the next attempt."""
+        assert [each for each in held if each() is not None] == []
+        held.append(weakref.ref(own := threading.Event()))
+        own.circle = own  # type: ignore[attr-defined]
+        return fail(job, attempt)
+
+    ended = run.run(hold_and_fail)[0]
     assert str(ended) == "failure 4\nlaunch.max_restarts=2: 2 restarts led to no new checkpoint"
+    assert len(held) == 5
     counts = [job.restart["restart"] for job in run.jobs[0][1:] if job.restart is not None]
     assert counts == [1, 2, 1, 2]
 
