@@ -1,7 +1,10 @@
 """Schemas of the `data` and `tokenizer` groups."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import ClassVar
 
 from dsv3.config.registry import PATH, PATH_OR_NAME, Buildable, schema
@@ -14,6 +17,15 @@ MOST_LANES = 64
 """Streams that data=hf reads a dataset in where their number is not given."""
 
 SMALLEST_VOCABULARY = 264  # 256 bytes, 6 special tokens, and 2 merges so that there is something to learn
+
+
+def cache_root(cache_dir: str | None, environment: Mapping[str, str] | None = None) -> Path:
+    """Return `cache_dir` where it is set, else $DSV3_CACHE, else $XDG_CACHE_HOME/dsv3, else ~/.cache/dsv3."""
+    variables = os.environ if environment is None else environment
+    if cache_dir or variables.get("DSV3_CACHE"):
+        return Path(cache_dir or variables["DSV3_CACHE"]).expanduser()
+    base = variables.get("XDG_CACHE_HOME")
+    return Path(base) / "dsv3" if base else Path("~/.cache/dsv3").expanduser()
 
 
 class Packing(Enum):

@@ -35,7 +35,7 @@ class AttentionKernel(Enum):
     flex = "flex"
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class AttentionConfig:
     """Multi-head latent attention (report section 2.1.1)."""
 
@@ -65,7 +65,7 @@ class AttentionConfig:
         require(rope > 0 and rope % 2 == 0, "qk_rope_head_dim", rope, "must be even: RoPE turns pairs")
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class RopeConfig:
     """Rotary embedding, and YaRN's stretch of it (arXiv 2309.00071; report section 4.3)."""
 
@@ -94,7 +94,7 @@ class RopeConfig:
         require(self.beta_fast >= self.beta_slow, "beta_fast", self.beta_fast, allowed)
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class MoEConfig:
     """Fine-grained experts and their router (report section 2.1.2).
 
@@ -147,7 +147,7 @@ class MoEConfig:
 
 
 @schema("model")
-@dataclass
+@dataclass(unsafe_hash=True)
 class ModelConfig:
     """A whole model of the DeepSeek-V3 family."""
 
@@ -209,7 +209,7 @@ def _require_aligned(key: str, width: int) -> None:
 
 
 @schema("model/hf")
-@dataclass
+@dataclass(unsafe_hash=True)
 class HFModelConfig(ModelConfig):
     """A HuggingFace checkpoint: every number comes from its config.json; keys that you type win.
 

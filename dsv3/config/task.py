@@ -37,6 +37,8 @@ class TaskConfig(Buildable):
 
     uses_model: ClassVar[bool] = True
     """The task runs a model: it needs workers and a device. A task of arithmetic alone does not."""
+    lays_out: ClassVar[bool] = True
+    """The task spreads a model over its ranks; without, each of them does the same."""
     trains: ClassVar[bool] = False
     """The task obeys the constraints of a training batch."""
     must_fit: ClassVar[bool] = False
@@ -196,6 +198,34 @@ class PlanTaskConfig(TaskConfig):
     _target_: str = "dsv3.tasks.plan.PlanTask"
     format: OutputFormat = OutputFormat.text
     """text, or json: the whole of stdout is one object."""
+    pictures: str | None = field(default=None, metadata=PATH)
+    """Directory for memory.png, timeline.png and timeline.html; null draws none."""
+
+
+@schema("task/calibrate")
+@dataclass
+class CalibrateTaskConfig(TaskConfig):
+    """What this machine reaches of its peaks, measured for plans with launch.nproc ranks."""
+
+    has_result: ClassVar[bool] = False
+    lays_out: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = (*_OF_EVERY_TASK, "hardware", "launch")
+    _target_: str = "dsv3.tasks.calibrate.CalibrateTask"
+    output: str | None = field(default=None, metadata=PATH)
+    """YAML file to write; null is the one in the cache where plans on this machine look."""
+    seconds: float = 45.0
+    """Seconds to measure for, besides the start."""
+    size: int | None = None
+    """Width of the largest matmul; null is 1,024 on a CPU and 8,192 on a GPU."""
+    format: OutputFormat = OutputFormat.text
+    """text, or json: the whole of stdout is one object."""
+
+    def validate(self) -> None:
+        require_positive(self, "seconds", "size")
+        require(self.size is None or self.size >= 64, "size", self.size, "must be at least 64")
+        name = self.output
+        right = name is None or name.endswith((".yaml", ".yml"))
+        require(right, "output", name, "must be a file name that ends in .yaml")
 
 
 @schema("task/verify")

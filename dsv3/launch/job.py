@@ -215,7 +215,10 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     """Plan the job of a checked config: world, degrees, batch, memory; UserError where they cannot be."""
     world = world_size(config)
     length = _sequence_length(config)
-    degrees = resolve_degrees(config.parallel, world, config.model, length, config.task.uses_model)
+    if config.task.lays_out:
+        degrees = resolve_degrees(config.parallel, world, config.model, length, config.task.uses_model)
+    else:
+        degrees = ParallelDims(dp_shard=world)
     hardware = detect_hardware(config.hardware, ranks_per_node(config, world))
     config, reasons = complete_config(config, degrees, hardware, length)
     train = config.train

@@ -84,6 +84,21 @@ class RunSummary:
         return median(rates) if rates else None
 
     @property
+    def planned_tokens_per_second(self) -> float | None:
+        """Throughput that the plan says of the last step's batch; None for hardware of unknown speed."""
+        return self.rows[-1].planned_tokens_per_second if self.rows else None
+
+    @property
+    def memory_gib(self) -> float | None:
+        """Peak memory of the busiest rank."""
+        return max((row.memory_gib for row in self.rows if row.memory_gib is not None), default=None)
+
+    @property
+    def planned_memory_gib(self) -> float | None:
+        """What the plan says of it at the last step."""
+        return self.rows[-1].planned_memory_gib if self.rows else None
+
+    @property
     def state(self) -> State:
         """Return the state of the run by its files.
 
@@ -231,6 +246,10 @@ def format_runs(
         for run in runs
     ]
     titles = ["job", "overrides", "held-out loss", "train loss", "steps", "tokens/s", "state"]
+    planned = [run.planned_tokens_per_second for run in runs]
+    if any(value is not None for value in planned):
+        titles.insert(-1, "planned")
+        rows = [[*row[:-1], known(value, ",.0f"), row[-1]] for row, value in zip(rows, planned, strict=True)]
     if farthest is not None:
         titles.append("farthest")
         rows = [[*row, known(value, ".1e")] for row, value in zip(rows, farthest, strict=True)]

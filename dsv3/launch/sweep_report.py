@@ -1,7 +1,8 @@
 """The end of a sweep: its jobs as a table, the best first, and the command that compares them.
 
 The report reads the files that the jobs have left, because a job may have run in another process or on
-another machine. A sweep of task=plan prints nothing else: a JSON line per job, or a table of plans.
+another machine. A sweep of task=plan prints nothing else: a JSON line per job in their order, or a table of
+plans, the fastest that fits first.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from dsv3.errors import UserError
 from dsv3.launch.held_out import differing
 from dsv3.launch.job import Job, SweepJob
 from dsv3.launch.sweep import FAILED_FILE, RESULT_FILE, Sweep, record_result
+from dsv3.planning.step_time import Cause
 
 _GIB = 2**30
 
@@ -113,9 +115,20 @@ def _report_plans(jobs: Mapping[str, Mapping[str, Any]]) -> None:
         return
     from dsv3.metrics.console import format_table
 
-    rows = [[number, " ".join(job["differs"]), *_plan_cells(job)] for number, job in jobs.items()]
-    titles = ["job", "overrides", "fits", "GiB per rank", "device GiB", "tokens/s per GPU", "bubble", "mfu"]
-    print(format_table(rows, titles, left_aligned=("job", "overrides", "fits")), flush=True)
+    ordered = sorted(jobs.items(), key=lambda item: _plan_rank(item[1]))
+    rows = [[number, " ".join(job["differs"]), *_plan_cells(job)] for number, job in ordered]
+    titles = ["job", "overrides", "fits", "GiB per rank", "device GiB", "tokens/s per GPU", "mfu", "bubble"]
+    last = "largest cause"
+    left = ("job", "overrides", "fits", last)
+    print(format_table(rows, [*titles, last], left_aligned=left), flush=True)
+
+
+def _plan_rank(job: Mapping[str, Any]) -> tuple[int, float]:
+    """Return a sort key: what fits before what does not and what is refused, the fastest first."""
+    if "plan" not in job:
+        return 3, 0.0
+    plan = job["plan"]
+    return {True: 0, None: 1, False: 2}[plan["fits"]], -(plan["tokens_per_second_per_gpu"] or 0.0)
 
 
 def _plan_line(number: str, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,9 +141,12 @@ def _plan_line(number: str, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan_cells(job: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a job's plan: fits, memory per rank and of the device, speed, bubble, MFU."""
+    """Return the cells of a job's plan: fits, memory, speed, MFU, bubble and what takes most of the time.
+
+    A job that was refused has its reason in place of the last.
+    """
     if "plan" not in job:
-        return ["no layout", *["-"] * 5]
+        return ["refused", *["-"] * 5, " ".join(str(job.get("reason", "")).split())]
     plan = job["plan"]
     fits = {True: "yes", False: "no", None: "unknown"}[plan["fits"]]
     total, device = plan["memory_bytes"]["total"], plan["device_memory_bytes"]
@@ -140,9 +156,18 @@ def _plan_cells(job: Mapping[str, Any]) -> list[str]:
         f"{total / _GIB:,.2f}",
         "-" if device is None else f"{device / _GIB:,.2f}",
         "-" if speed is None else f"{speed:,.0f}",
-        f"{plan['bubble']:.1%}",
         "-" if mfu is None else f"{mfu:.1%}",
+        f"{plan['bubble']:.1%}",
+        _largest_cause(plan["time"]),
     ]
+
+
+def _largest_cause(time: Mapping[str, Any] | None) -> str:
+    """Return what a planned step spends most of its time on, and the share."""
+    if time is None:
+        return "-"
+    name, seconds = max(time["causes"].items(), key=lambda cause: cause[1])
+    return f"{Cause[name].value} {seconds / time['seconds']:.0%}"
 
 
 def _report_losses(jobs: Mapping[str, Mapping[str, Any]]) -> None:

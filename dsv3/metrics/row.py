@@ -50,6 +50,10 @@ class MetricsRow:
         alarm: 1 while the loss is an alarm, above its past for train.accidents.alarm_steps steps; else 0.
         padding: share of this step's places that hold no token, from 0 to 1: above 0 for rows of best-fit
             packing and of padded tables.
+        planned_tokens_per_second: what the plan says of tokens_per_second, for the batch of this step; None
+            where the hardware's speed is not known: an uncalibrated CPU.
+        planned_memory_gib: what the plan says of memory_gib. On a CPU it includes what the busiest rank's
+            process held before its model was made, so that both can be compared.
         sources: by source of a mixture its tokens (places) and epochs since step 0, and its held-out loss;
             None without a mixture, and at steps that are neither an evaluation nor a multiple of
             train.log_every.
@@ -76,6 +80,8 @@ class MetricsRow:
     skipped: int | None = None
     alarm: int | None = None
     padding: float | None = None
+    planned_tokens_per_second: float | None = None
+    planned_memory_gib: float | None = None
     sources: dict[str, SourceMetrics] | None = None
 
     def scalars(self) -> dict[str, int | float]:

@@ -1,7 +1,11 @@
-"""Token dispatch volume: rows per token that expert parallelism sends, on average under uniform routing."""
+"""Token dispatch volume: rows per token that expert parallelism sends, on average under uniform routing.
+
+With moe.forced_balance a token's experts are neighbours (model/router.py deals them round-robin), so that its row
+goes to fewer ranks and nodes than a real token's.
+"""
 
 from dataclasses import dataclass
-from math import comb
+from math import comb, gcd
 
 from dsv3.config.model import MoEConfig
 
@@ -45,6 +49,8 @@ def dispatch_probability(moe: MoEConfig, experts: int) -> float:
     With a group limit top_k_groups groups are chosen first and then top_k experts among theirs. The result is
     exact if the experts are part of a group or several whole groups, as on ranks; else it ignores the limit.
     """
+    if moe.forced_balance:
+        return _round_robin(moe, experts)
     size = moe.num_experts // moe.num_groups
     limited = moe.top_k_groups < moe.num_groups and (size % experts == 0 or experts % size == 0)
     if not limited:
@@ -59,6 +65,15 @@ def dispatch_probability(moe: MoEConfig, experts: int) -> float:
         * _at_least_one(open_to, n * min(experts, size), moe.top_k)
         for n in range(1, min(spanned, moe.top_k_groups) + 1)
     )
+
+
+def _round_robin(moe: MoEConfig, experts: int) -> float:
+    """Return the same where token t has the experts t x top_k, t x top_k + 1, ... modulo their number."""
+    every, top_k = moe.num_experts, moe.top_k
+    starts = range(0, every, gcd(top_k, every))
+    runs = every // experts
+    met = sum(len({(start + n) % every // experts for n in range(top_k)}) for start in starts)
+    return met / len(starts) / runs
 
 
 def _at_least_one(of: int, marked: int, drawn: int) -> float:

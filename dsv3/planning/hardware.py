@@ -15,6 +15,7 @@ from typing import Any
 from dsv3.config.hardware import AUTO, CPU, NAMED, HardwareConfig
 from dsv3.config.registry import CONF
 from dsv3.errors import UserError
+from dsv3.planning.calibrated import OFF, MeasuredOn, calibrated, hardware_of, merged, to_yaml_values
 
 QUERY = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
 
@@ -47,12 +48,19 @@ def detect_hardware(
     host's. Everything else is returned unchanged: a plan for an h800 may be made on a laptop.
     """
     machine = machine or Machine()
-    if config.name == "auto":
-        found = _detect_gpu(machine)
-        # Numbers given on the command line (hardware.memory_bytes=...) win over detected ones.
-        given = {key: value for key, value in vars(config).items() if value is not None and key != "name"}
-        config = replace(found or HardwareConfig(name="cpu"), **given)
-    if config.name == "cpu" and config.memory_bytes is None:
+    here, named = None, config.calibration
+    if config.name == AUTO:
+        gpu = _gpu_name(machine)
+        found = _detect_gpu(machine) or preset_hardware(CPU)
+        # Values given on the command line (hardware.memory_bytes=...) win over detected ones.
+        config = replace(merged(config, HardwareConfig(name=AUTO), to_yaml_values(found)), name=found.name)
+        here = MeasuredOn.here(gpu, ranks_per_node, machine.root, machine.environment)
+    elif config.name == CPU:
+        here = MeasuredOn.here(None, ranks_per_node, machine.root, machine.environment)
+    if named != OFF and (named or here):
+        path, preset = Path(named) if named else None, preset_hardware(config.name)
+        config = calibrated(config, preset, path, here, machine.environment)
+    if config.name == CPU and config.memory_bytes is None:
         total = host_memory(machine.root)
         return replace(config, memory_bytes=total and total // ranks_per_node)
     return config
@@ -111,14 +119,18 @@ def other_gpu(config: HardwareConfig, machine: Machine | None = None) -> str | N
     return f"hardware.name={config.name}, but the GPU here is {name}: memory and MFU are of the one named"
 
 
+def _gpu_name(machine: Machine) -> str | None:
+    """Return the name of this machine's first GPU as its driver tells it."""
+    return next((line.rsplit(",", 1)[0].strip() for line in visible_gpus(machine)), None)
+
+
 def _detect_gpu(machine: Machine) -> HardwareConfig | None:
     rows = [line.rsplit(",", 1) for line in visible_gpus(machine)]
     if not rows:
         return None
     sizes = [int(mib) * 2**20 for _, mib in rows if mib.strip().isdigit()]
     named = NAMED.search(rows[0][0])
-    preset = CONF / "hardware" / f"{named[1].lower()}.yaml" if named else None
-    found = HardwareConfig(name=rows[0][0].strip()) if preset is None else _read_preset(preset)
+    found = preset_hardware(named[1].lower() if named else rows[0][0].strip())
     # The smaller of preset and report: an A100 may have 40 GB, and the smallest GPU limits a run.
     known = [*sizes, *([found.memory_bytes] if found.memory_bytes else [])]
     return replace(found, memory_bytes=min(known, default=None))
@@ -131,12 +143,18 @@ def named_hardware() -> list[HardwareConfig]:
     return sorted(known, key=lambda gpu: (gpu.memory_bytes or 0, -(gpu.peak_flops_bf16 or 0)))
 
 
+def preset_hardware(name: str) -> HardwareConfig:
+    """Return the hardware of a file of conf/hardware; of a name without one nothing else is known."""
+    path = CONF / "hardware" / f"{name}.yaml"
+    return _read_preset(path) if path.is_file() else HardwareConfig(name=name)
+
+
 def _read_preset(path: Path) -> HardwareConfig:
     import yaml  # 15 ms that only a machine with a known GPU spends, or a plan that does not fit
 
     preset: dict[str, Any] = yaml.safe_load(path.read_text())
     del preset["defaults"]
-    return HardwareConfig(**preset)
+    return hardware_of(preset)
 
 
 def _limits(mount: Path, own: str, name: str) -> list[int]:

@@ -7,10 +7,11 @@ of the fullest rank: shard 0 (uneven shards round up) of the pipeline rank that 
 from dataclasses import dataclass
 
 from dsv3.config.model import ModelConfig
+from dsv3.planning.group_bytes import stage_bytes
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Weight
 from dsv3.planning.pipeline_stages import StageLayers, stage_weights
-from dsv3.planning.sharding import shard_numel, shard_shape
+from dsv3.planning.sharding import shard_numel
 from dsv3.planning.step_peak import step_peak
 from dsv3.planning.step_shape import StateBytes, StepShape
 
@@ -64,13 +65,16 @@ def pipeline_memory(config: ModelConfig, degrees: ParallelDims, shape: StepShape
 def _memory(
     config: ModelConfig, degrees: ParallelDims, shape: StepShape, rank: int, stages: list[StageLayers]
 ) -> MemoryBytes:
-    weights = [w for stage in stages for group in stage_weights(config, stage) for w in group]
     state = shape.state
-    sizes = [
-        sum(shard_numel(weight, degrees) for weight in weights) * state.parameter,
-        sum(shard_numel(weight, degrees) for weight in weights if state.trains(weight)) * state.gradient,
-        sum(state.optimizer_bytes(weight, shard_shape(weight, degrees)) for weight in weights),
+    groups = [
+        group for stage in stages for group in stage_bytes(config, stage, degrees, state, shape.gathers_in_fp8)
     ]
+    sizes = [
+        sum(group.parameters for group in groups),
+        sum(group.gradients for group in groups),
+        sum(group.optimizer for group in groups),
+    ]
+    on_host = _pinned_state(_weights(config, stages), degrees, state) if shape.cpu_offload else 0
     parameters, gradients, optimizer = [0, 0, 0] if shape.cpu_offload else sizes
     peak = step_peak(config, degrees, shape, rank, stages)
     return MemoryBytes(
@@ -80,16 +84,14 @@ def _memory(
         activations=peak.activations,
         weight_copies=peak.copies,
         save_copies=sizes[0] + sizes[2] if shape.host_copies else 0,
-        offloaded=_pinned_state(weights, degrees, state) + sizes[2] if shape.cpu_offload else 0,
-        pinned=_pinned(weights, degrees, shape, sizes[0] + sizes[2]),
+        offloaded=on_host + sizes[2] if shape.cpu_offload else 0,
+        # A save of offloaded tensors copies within ordinary memory.
+        pinned=on_host if shape.cpu_offload else sizes[0] + sizes[2] if shape.pinned_copies else 0,
     )
 
 
-def _pinned(weights: list[Weight], degrees: ParallelDims, shape: StepShape, copies: int) -> int:
-    """Return the bytes of pinned host memory; a save of offloaded tensors copies within ordinary memory."""
-    if shape.cpu_offload:
-        return _pinned_state(weights, degrees, shape.state)
-    return copies if shape.pinned_copies else 0
+def _weights(config: ModelConfig, stages: list[StageLayers]) -> list[Weight]:
+    return [w for stage in stages for group in stage_weights(config, stage) for w in group]
 
 
 def _pinned_state(weights: list[Weight], degrees: ParallelDims, state: StateBytes) -> int:

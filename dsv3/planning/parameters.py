@@ -94,12 +94,17 @@ def mtp_join(config: ModelConfig, depth: int = 0) -> list[Weight]:
 
 def mtp_block(config: ModelConfig, depth: int = 0) -> list[Weight]:
     """Return the weights of the layer of MTP depth `depth`, from 0."""
-    return block(config, dense=False, name=f"mtp.{depth}.block")
+    return block(config, dense=False, name=mtp_block_name(depth))
 
 
 def layer_name(number: int) -> str:
     """Return the name of a layer of the main model, from 0."""
     return f"layers.{number}"
+
+
+def mtp_block_name(depth: int) -> str:
+    """Return the name of the layer of MTP depth `depth`, from 0."""
+    return f"mtp.{depth}.block"
 
 
 def main_model(config: ModelConfig) -> list[Weight]:

@@ -123,6 +123,44 @@ def _dualpipe_v(rank: int, pp: int, microbatches: int, front: int, back: int) ->
     return actions
 
 
+@lru_cache(maxsize=4096)
+def most_held(
+    schedule: Schedule, rank: int, pp: int, per_rank: int, microbatches: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return how many microbatches each stage of a rank holds, from forward to backward, at its fullest.
+
+    Each entry is a moment, as (stage, microbatches) of every stage; moments at which no stage holds more than
+    at another one are left out.
+    """
+    stages = stages_of_rank(schedule, rank, pp, per_rank)
+    if schedule is not Schedule.GPipe:
+        microbatches = _few_rounds(pp, microbatches)
+    held = dict.fromkeys(stages, 0)
+    moments: dict[tuple[int, ...], None] = {}
+    grew = False
+    for action in schedule_actions(schedule, rank, pp, per_rank, microbatches):
+        if action.kind == "F":
+            held[action.stage] += 1
+            grew = True
+        elif action.kind != "I":
+            if grew:
+                moments[tuple(held.values())] = None
+            held[action.stage] -= 1
+            grew = False
+    fullest = [
+        moment
+        for moment in moments
+        if not any(other != moment and all(map(int.__ge__, other, moment)) for other in moments)
+    ]
+    return tuple(tuple(zip(stages, moment, strict=True)) for moment in fullest)
+
+
+def _few_rounds(pp: int, microbatches: int) -> int:
+    """Return fewer microbatches in rounds of the same size, with which every moment of a step occurs."""
+    rounds = max(1, microbatches // pp)
+    return microbatches if rounds <= _ROUNDS else microbatches // rounds * _ROUNDS
+
+
 _DURATION = {"F": 1, "B": 2, "I": 1, "W": 1}
 """Time units: a backward pass costs two forward passes, each of its halves one."""
 
@@ -141,8 +179,7 @@ def bubble(schedule: Schedule, pp: int, per_rank: int, microbatches: int) -> flo
     if pp == 1:
         return 0.0
     # Fewer microbatches, in rounds of the same size (interleaved schedules have such), wait as long.
-    rounds = max(1, microbatches // pp)
-    few = microbatches if rounds <= _ROUNDS else microbatches // rounds * _ROUNDS
+    few = _few_rounds(pp, microbatches)
     waiting = _simulate_step(schedule, pp, per_rank, few) - 3 * per_rank * few
     return waiting / (waiting + 3 * per_rank * microbatches)
 

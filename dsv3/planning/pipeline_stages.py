@@ -5,9 +5,9 @@ those of torch.distributed.pipelining.schedules (torch 2.13); tests/planning/tes
 them to it.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from dsv3.config.model import ModelConfig
@@ -134,15 +134,21 @@ def split_layers(model: ModelConfig, stages: int, first_layers: list[int] | None
     if first_layers is not None:
         bounds = _check_split(model, stages, first_layers)
     else:
-        # Running cost of the layers, with that of embedding, head and MTP depths at the ends.
-        front, back = extra_costs(model)
-        sums = [front]
-        for cost in layer_costs(model):
-            sums.append(sums[-1] + cost)
-        sums[0], sums[-1] = 0, sums[-1] + back
-        largest = _best_partition(sums, stages, None)[0]
-        bounds = _best_partition(sums, stages, largest)[1]
+        bounds = _balanced_bounds(model, stages)
     return [range(first, end) for first, end in pairwise(bounds)]
+
+
+@lru_cache(maxsize=256)
+def _balanced_bounds(model: ModelConfig, stages: int) -> list[int]:
+    """Return the bounds of the balanced stages; a search for a layout asks for the same ones many times."""
+    # Running cost of the layers, with that of embedding, head and MTP depths at the ends.
+    front, back = extra_costs(model)
+    sums = [front]
+    for cost in layer_costs(model):
+        sums.append(sums[-1] + cost)
+    sums[0], sums[-1] = 0, sums[-1] + back
+    largest = _best_partition(sums, stages, None)[0]
+    return _best_partition(sums, stages, largest)[1]
 
 
 def layer_costs(model: ModelConfig) -> list[int]:
@@ -252,6 +258,11 @@ class StageLayers:
 
 def build_stages(config: ModelConfig, count: int, split: Sequence[int] | None = None) -> list[StageLayers]:
     """Return the `count` stages of all ranks in order; `split` names their first layers, None balances."""
+    return list(_built_stages(config, count, None if split is None else tuple(split)))
+
+
+@lru_cache(maxsize=256)
+def _built_stages(config: ModelConfig, count: int, split: tuple[int, ...] | None) -> list[StageLayers]:
     layers = split_layers(config, count, None if split is None else list(split))
     last = count - 1
     return [
@@ -267,7 +278,13 @@ def build_stages(config: ModelConfig, count: int, split: Sequence[int] | None = 
 
 
 def stage_weights(config: ModelConfig, stage: StageLayers) -> list[list[Weight]]:
-    """Group a stage's weights as parallel/fsdp.py does: first those outside of blocks, then block by block.
+    """Group a stage's weights as parallel/fsdp.py does: first those outside of blocks, then block by block."""
+    blocks = zip(stage.block_kinds, block_names(stage), strict=True)
+    return [root_weights(config, stage), *(parameters.block(config, dense, name) for dense, name in blocks)]
+
+
+def root_weights(config: ModelConfig, stage: StageLayers) -> list[Weight]:
+    """Return a stage's weights outside of blocks.
 
     The last stage keeps a duplicate of the embedding for its MTP depths (docs/parallelism.md).
     """
@@ -276,7 +293,10 @@ def stage_weights(config: ModelConfig, stage: StageLayers) -> list[list[Weight]]
         root += parameters.embedding(config)
     if stage.is_last:
         root += parameters.output(config)
-    root += [weight for depth in range(stage.mtp_depths) for weight in parameters.mtp_join(config, depth)]
-    names = (parameters.layer_name(number) for number in itertools.count(stage.first_layer))
-    blocks = [parameters.block(config, dense, next(names)) for dense in stage.dense]
-    return [root, *blocks, *(parameters.mtp_block(config, depth) for depth in range(stage.mtp_depths))]
+    return root + [w for depth in range(stage.mtp_depths) for w in parameters.mtp_join(config, depth)]
+
+
+def block_names(stage: StageLayers) -> list[str]:
+    """Return the names of a stage's blocks, those of the MTP depths last."""
+    layers = range(stage.first_layer, stage.first_layer + len(stage.dense))
+    return [*map(parameters.layer_name, layers), *map(parameters.mtp_block_name, range(stage.mtp_depths))]

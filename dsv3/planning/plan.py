@@ -1,12 +1,13 @@
 """The plan of a run: memory, traffic and bubble of a layout, before anything is started."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from dsv3.config.hardware import HardwareConfig
+from dsv3.config.hardware import HardwareConfig, is_hopper
 from dsv3.config.model import AttentionKernel, ModelConfig
 from dsv3.config.optimizer import OptimizerConfig
 from dsv3.config.parallel import DispatchBackend, ParallelConfig, PipelineConfig, SavedOp
-from dsv3.config.precision import MomentType
+from dsv3.config.precision import FP8Engine, MatmulPrecision, MomentType
 from dsv3.config.root import Config
 from dsv3.planning import parameters
 from dsv3.planning.batch_schedule import BatchSchedule
@@ -17,6 +18,7 @@ from dsv3.planning.parameters import FlopsConvention, training_flops_per_token
 from dsv3.planning.pipeline_schedules import bubble
 from dsv3.planning.pipeline_stages import PipelineShape, reshard_after_forward, stages_per_rank
 from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
+from dsv3.planning.step_time import StepTime, matmul_peak, step_time
 from dsv3.planning.traffic import TrafficBytes, rank_traffic
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
@@ -70,6 +72,18 @@ class Plan:
         p = self.shape.pipelining
         return bubble(p.schedule, self.degrees.pp, p.per_rank, self.shape.microbatches)
 
+    @cached_property
+    def time(self) -> StepTime | None:
+        """Return the time of a step; None where the hardware's peaks are unknown."""
+        return step_time(self.model, self.degrees, self.shape, self.hardware)
+
+    def mfu(self, convention: FlopsConvention) -> float | None:
+        """Return the model's FLOPs per second over the peak of the matmuls' format; None if unknown."""
+        peak = matmul_peak(self.hardware, self.shape)
+        if self.time is None or peak is None:
+            return None
+        return self.time.tokens_per_second_per_gpu * self.flops_per_token(convention) / peak
+
     @property
     def tokens(self) -> int:
         """Return the tokens of the run."""
@@ -98,8 +112,10 @@ class Plan:
             "fits": self.fits,
             "traffic_bytes": self.traffic.to_json(),
             "bubble": self.bubble,
-            "tokens_per_second_per_gpu": None,
-            "mfu": None,
+            "tokens_per_second_per_gpu": self.time and self.time.tokens_per_second_per_gpu,
+            "mfu": self.mfu(FlopsConvention.causal),
+            "mfu_full_square": self.mfu(FlopsConvention.full_square),
+            "time": self.time and self.time.to_json(),
             "precision": self.precision,
             "precision_reason": self.precision_reason,
             "between_steps": {
@@ -137,6 +153,21 @@ def make_plan(
     config: Config, degrees: ParallelDims, hardware: HardwareConfig, precision_reason: str = "as configured"
 ) -> Plan:
     """Plan a completed config on resolved `degrees` and detected `hardware`."""
+    train, precision = config.train, config.precision
+    plan = plan_from_shape(config.model, degrees, hardware, shape_of(config, degrees, hardware))
+    upkeep = Upkeep(train.evaluate_tokens, train.evaluate_every, train.generate_every, train.generate_seconds)
+    return replace(
+        plan,
+        precision=precision.label,
+        precision_reason=precision_reason,
+        upkeep=upkeep,
+        batch=BatchSchedule.of(train) if config.task.trains else None,
+        steps=train.steps,
+    )
+
+
+def shape_of(config: Config, degrees: ParallelDims, hardware: HardwareConfig) -> StepShape:
+    """Return what the plan reads from a completed config besides the model, on resolved `degrees`."""
     train, parallel, expert = config.train, config.parallel, config.parallel.expert
     precision, on_cpu = config.precision, hardware.name == "cpu"
     # DeepEP's exchange is no operator of PyTorch, so activation checkpointing cannot keep its result.
@@ -147,7 +178,7 @@ def make_plan(
     keep = tuple(op for op in config.recompute.keep if op not in unseen)
     # As configured for the experts, as launched, or as many as the hardware has; None is one node.
     configured = expert and expert.ranks_per_node
-    shape = StepShape(
+    return StepShape(
         microbatch_size=train.microbatch,
         sequence_length=train.length,
         microbatches=train.batch // (train.microbatch * degrees.data_parallel),
@@ -161,18 +192,20 @@ def make_plan(
         host_copies=config.checkpoint.async_save and on_cpu,
         pinned_copies=config.checkpoint.async_save and not on_cpu,
         ranks_per_node=configured or config.launch.nproc or hardware.devices_per_node,
-        fp8=None if precision.fp8 is None else FP8Shape(precision.fp8.dispatch, precision.fp8.gather),
+        fp8=_fp8_shape(config, hardware),
+        compiled=config.compile.enabled,
+        tf32=precision.compute.name == "fp32" and precision.matmul is MatmulPrecision.high and not on_cpu,
+        dispatch=DispatchBackend.all_to_all if expert is None else expert.backend,
     )
-    plan = plan_from_shape(config.model, degrees, hardware, shape)
-    upkeep = Upkeep(train.evaluate_tokens, train.evaluate_every, train.generate_every, train.generate_seconds)
-    return replace(
-        plan,
-        precision=precision.label,
-        precision_reason=precision_reason,
-        upkeep=upkeep,
-        batch=BatchSchedule.of(train) if config.task.trains else None,
-        steps=train.steps,
-    )
+
+
+def _fp8_shape(config: Config, hardware: HardwareConfig) -> FP8Shape | None:
+    """Return the FP8 settings; every device but Hopper emulates the matmuls."""
+    fp8 = config.precision.fp8
+    if fp8 is None:
+        return None
+    emulated = fp8.engine is FP8Engine.emulated or not is_hopper(hardware.name)
+    return FP8Shape(fp8.dispatch, fp8.gather, emulated)
 
 
 def plan_from_shape(

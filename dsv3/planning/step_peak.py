@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import RecomputeMode
 from dsv3.planning.activations import Activations, TokenBytes
+from dsv3.planning.group_bytes import GroupBytes, bytes_of, stage_bytes
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Component, Weight
-from dsv3.planning.pipeline_schedules import schedule_actions
-from dsv3.planning.pipeline_stages import StageLayers, stage_weights
-from dsv3.planning.sharding import FP32, gathered_bytes, is_used_in_fp32, local_numel, uses_fp8_matmul
+from dsv3.planning.pipeline_schedules import most_held
+from dsv3.planning.pipeline_stages import StageLayers, root_weights, stage_weights
+from dsv3.planning.sharding import FP32, is_used_in_fp32, local_numel, uses_fp8_matmul
 from dsv3.planning.step_shape import StepShape
 from dsv3.planning.working_memory import backward_phases, head_chunk, head_weight_gradient
 
@@ -62,8 +63,7 @@ class _Step:
         self.saved = Activations(config, self.compute, shape.fused_kernels, degrees, shape.ranks_per_node)
         self.tokens = shape.tokens(degrees)
         self.recomputes = shape.recompute is not RecomputeMode.none
-        self.groups = [stage_weights(config, stage) for stage in stages]
-        """Per stage the root's weights, then those of each block."""
+        self._kept: dict[bool, TokenBytes] = {}
 
     def on_rank(self, bytes_: TokenBytes) -> int:
         """Return the bytes of a microbatch."""
@@ -71,11 +71,14 @@ class _Step:
 
     def kept(self, dense: bool) -> TokenBytes:
         """Return what a layer keeps from its forward to its backward pass."""
-        if not self.recomputes:
-            return self.saved.block(dense)
-        if self.shape.recompute is RecomputeMode.full:
-            return self.saved.block_input()
-        return self.saved.selective(dense, self.shape.keep)
+        if dense not in self._kept:
+            if not self.recomputes:
+                self._kept[dense] = self.saved.block(dense)
+            elif self.shape.recompute is RecomputeMode.full:
+                self._kept[dense] = self.saved.block_input()
+            else:
+                self._kept[dense] = self.saved.selective(dense, self.shape.keep)
+        return self._kept[dense]
 
     def in_backward(self, dense: bool) -> TokenBytes:
         """Return what a layer holds at the start of its backward pass: recomputed, its input besides."""
@@ -87,8 +90,9 @@ class _Step:
 
     def head(self) -> int:
         """Count the elements of the head's weight that have a gradient."""
-        stage = self.groups[[stage.is_last for stage in self.stages].index(True)]
-        return self.trained([weight for weight in stage[0] if weight.component is Component.head])
+        last = next(stage for stage in self.stages if stage.is_last)
+        root = root_weights(self.config, last)
+        return self.trained([weight for weight in root if weight.component is Component.head])
 
     def in_last_norm(self, kept: int, copies: int) -> Moment:
         """Return the moment at which the norm before the head holds its gradients in fp32."""
@@ -111,7 +115,8 @@ class _OneProcess(_Step):
 
     def moments(self) -> Iterator[Moment]:
         """Yield the moments: the backward pass of the last layer of each run of equal ones, and the head."""
-        (stage,), ((root, *blocks),) = self.stages, self.groups
+        (stage,) = self.stages
+        root, *blocks = stage_weights(self.config, stage)
         kinds, layers = stage.block_kinds, len(stage.dense)
         joins = [w for w in root if w.component is Component.mtp_projection]
         kept = casts = 0
@@ -157,14 +162,10 @@ class _OneProcess(_Step):
 class _Gathered(_Step):
     """FSDP gathers weights in the dtype that they are used in, and reduces gradients in fp32."""
 
-    def gathered(self, group: list[Weight]) -> int:
-        """Return the bytes of a group's gathered weights."""
-        in_fp8 = self.shape.gathers_in_fp8
-        return sum(gathered_bytes(weight, self.degrees, self.compute, in_fp8) for weight in group)
-
-    def in_reduction(self, group: list[Weight]) -> int:
-        """Return the bytes of a group's gradients in the dtype they come in and in fp32, as it is reduced."""
-        return self.trained(group) * (FP32 + self.compute)
+    def groups_of(self, stage: StageLayers) -> list[GroupBytes]:
+        """Return the bytes of a stage's root, then those of each block."""
+        shape = self.shape
+        return stage_bytes(self.config, stage, self.degrees, shape.state, shape.gathers_in_fp8)
 
     def in_block(self, dense: bool, kept: int, copies: int) -> Iterator[Moment]:
         """Yield the moments of a layer's backward pass, beside what is kept by others."""
@@ -178,12 +179,14 @@ class _Sharded(_Gathered):
 
     def moments(self) -> Iterator[Moment]:
         """Yield the moments: the last layer of each kind, the head, and the root's gradients at the end."""
-        (stage,), ((root, *blocks),) = self.stages, self.groups
-        sizes = sorted(map(self.gathered, blocks), reverse=True)
-        gathered = self.gathered(root)
+        (stage,) = self.stages
+        outside, *blocks = self.groups_of(stage)
+        root = root_weights(self.config, stage)
+        sizes = sorted((block.gathered for block in blocks), reverse=True)
+        gathered = outside.gathered
         gathered += sum(sizes[:GATHERED_BLOCKS] if self.shape.reshard_after_forward else sizes)
         kinds, layers = stage.block_kinds, len(stage.dense)
-        reduced = max(map(self.in_reduction, blocks))
+        reduced = max(block.in_reduction(self.compute) for block in blocks)
         kept = 0
         for number, dense in enumerate(kinds):
             if number >= layers:
@@ -195,8 +198,10 @@ class _Sharded(_Gathered):
         yield self.in_head(kept, gathered)
         yield self.in_last_norm(kept, gathered + self._held_by_root(root))
         # The root's gradients are reduced after the last layer. tp makes embedding and head their own groups.
-        ends = [[weight] for weight in root] if self.degrees.tp > 1 else [root]
-        yield Moment(0, self.gathered(root) + max(map(self.in_reduction, ends)))
+        ends = [outside]
+        if self.degrees.tp > 1:
+            ends = [bytes_of([w], self.degrees, self.shape.state, self.shape.gathers_in_fp8) for w in root]
+        yield Moment(0, outside.gathered + max(end.in_reduction(self.compute) for end in ends))
 
     def _held_by_root(self, root: list[Weight]) -> int:
         """Return the bytes of the root's gradients that wait, unsharded, for the end of the backward pass."""
@@ -217,9 +222,9 @@ class _Pipelined(_Gathered):
         # torch's stages receive every microbatch's input and gradient in a buffer of its own.
         ends = sum(1 + (not stage.is_first) - stage.is_last for stage in self.stages)
         kept += ends * boundary * shape.microbatches
-        groups = [group for stage in self.groups for group in stage]
-        held = sum(self.gathered(group) + self.trained(group) * FP32 for group in groups)
-        reduced = max(map(self.in_reduction, groups))
+        groups = [group for stage in self.stages for group in self.groups_of(stage)]
+        held = sum(group.gathered + group.trained * FP32 for group in groups)
+        reduced = max(group.in_reduction(self.compute) for group in groups)
         for dense in {dense for stage in self.stages for dense in stage.block_kinds}:
             # What the layer itself keeps is among what is in flight.
             others = kept - self.on_rank(self.kept(dense))
@@ -243,11 +248,6 @@ class _Pipelined(_Gathered):
 
 def most_in_flight(degrees: ParallelDims, shape: StepShape, rank: int, each: dict[int, int]) -> int:
     """Return the most bytes at once, if a microbatch keeps `each` stage's bytes from forward to backward."""
-    p, now, most = shape.pipelining, 0, 0
-    for action in schedule_actions(p.schedule, rank, degrees.pp, p.per_rank, shape.microbatches):
-        if action.kind == "F":
-            now += each[action.stage]
-            most = max(most, now)
-        elif action.kind != "I":
-            now -= each[action.stage]
-    return most
+    p = shape.pipelining
+    counts = most_held(p.schedule, rank, degrees.pp, p.per_rank, shape.microbatches)
+    return max(sum(each[stage] * count for stage, count in held) for held in counts)

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import RecomputeMode, SavedOp
+from dsv3.config.model import ModelConfig, MoEConfig
+from dsv3.config.parallel import DispatchBackend, RecomputeMode, SavedOp
+from dsv3.planning.dispatch_volume import DispatchLevel, dispatch_levels
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameter_groups import HIDDEN_MATRICES, is_frozen
 from dsv3.planning.parameters import Weight
@@ -66,6 +68,8 @@ class FP8Shape:
 
     dispatch: bool = False
     gather: bool = False
+    emulated: bool = False
+    """The matmuls are emulated in fp32: the numbers of FP8 without its speed."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,16 @@ class StepShape:
     ranks_per_node: int | None = None
     """None is one node."""
     fp8: FP8Shape | None = None
+    compiled: bool = False
+    """Element-wise operators are fused, as torch.compile does."""
+    tf32: bool = False
+    """fp32 matmuls run on TF32 tensor cores."""
+    dispatch: DispatchBackend = DispatchBackend.all_to_all
+    """The implementation of token dispatch."""
+
+    fused_operators: ClassVar[bool] = False
+    """Operators that other software fuses and this does not: gate and up projection are one matmul, kernels
+    write FP8 operands with their results, and the router's matmul runs on tensor cores."""
 
     @property
     def gathers_in_fp8(self) -> bool:
@@ -105,6 +119,20 @@ class StepShape:
     def tokens(self, degrees: ParallelDims) -> int:
         """Return the tokens of a microbatch that the ranks of one tp group share."""
         return self.microbatch_size * self.sequence_length // degrees.cp
+
+    def dispatch_levels(self, moe: MoEConfig, degrees: ParallelDims) -> list[DispatchLevel]:
+        """Return the exchanges of rows that take a token to its experts; see dispatch_volume.py."""
+        return dispatch_levels(moe, degrees.ep, self.ranks_per_node)
+
+    def fsdp_rounds(self, degrees: ParallelDims) -> tuple[int, int, int]:
+        """Return how often a step gathers a stage's weights in forward and in backward passes, and reduces.
+
+        Under pipeline parallelism torch's stages keep what the backward pass has gathered until the last
+        microbatch, so that only a forward pass that frees it causes another all-gather.
+        """
+        if degrees.pp > 1:
+            return (self.microbatches if self.reshard_after_forward else 1), 0, 1
+        return self.microbatches, self.microbatches * self.reshard_after_forward, self.microbatches
 
     def stages_of_ranks(self, config: ModelConfig, degrees: ParallelDims) -> list[list[StageLayers]]:
         """Return the stages of each pipeline rank; without pipeline parallelism one with the whole model."""

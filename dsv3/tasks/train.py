@@ -64,6 +64,7 @@ from dsv3.training.accidents import AccidentWatch
 from dsv3.training.callbacks import Callback, TrainingRun
 from dsv3.training.evaluation import rows_to_score
 from dsv3.training.loop import Loop
+from dsv3.training.plan_check import Held, PlanCheck
 from dsv3.training.rewind import Rewinder
 from dsv3.training.step import TrainStep
 from dsv3.training.step_taker import StepTaker
@@ -115,6 +116,7 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
 
         change = on_main(world, compare_data)
     start = _starting_checkpoint(job, world)
+    held = Held.measure(world)
     built = assemble(job, world, data, initial=start is None)
     model, ranks = built.model, built.ranks
     with phase("making the run directory"):  # ranks wait for one another here
@@ -144,7 +146,8 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
         watch = _watch_accidents(run, steps.step)
         metrics = directory / "metrics.jsonl"
         recorder = Recorder(metrics, ranks, config.train.log_every, console, run.logger, watch)
-        listed = _build_callbacks(run, model, data, manager, recorder, watch)
+        check = PlanCheck(job.plan, held, config.train.length, config.train.checkpoint_every)
+        listed = _build_callbacks(run, model, data, manager, recorder, watch, check)
         console.start(config.train.steps, progress.step, _tokens_to_come(config.train, progress))
         finished = _build_loop(job, run, steps, listed, stop, Rewinder(watch, manager)).train()
         if watch.over is not None:
@@ -156,7 +159,7 @@ def _train(job: Job, world: RankContext, stop: StopSignal) -> float | None:
             resume = shlex.join([*command("train"), f"resume={directory}", *job.resume_flags])
             raise Stopped(f"stopped after step {progress.step} and saved; go on: {resume}")
         if ranks.is_main:
-            _conclude(run, data, job.resume_flags)
+            _conclude(run, data, job.resume_flags, check)
         return recorder.latest.evaluation_loss if recorder.latest else None
 
 
@@ -167,6 +170,7 @@ def _build_callbacks(
     manager: CheckpointManager,
     recorder: Recorder,
     watch: AccidentWatch,
+    check: PlanCheck,
 ) -> list[Callback]:
     """Return what happens between two steps, in this order; train.callbacks come last."""
     train, profile, tokenizer = run.config.train, run.config.profile, data.tokenizer
@@ -181,6 +185,7 @@ def _build_callbacks(
         callbacks.Evaluate(data.held_out, train.evaluate_every),
         *([callbacks.CountSources(data, train.log_every)] if isinstance(data, PreparedMixture) else []),
         *([callbacks.WatchStragglers(watcher, train.log_every)] if run.ranks.world > 1 else []),
+        callbacks.ComparePlan(check, recorder, train.log_every),
         callbacks.RecordMetrics(recorder, train.log_every),
         callbacks.HeedAccidents(watch),
         *([callbacks.CompareReplicas(replicas, train.check_replicas_every)] if replicas else []),
@@ -303,13 +308,13 @@ def _open_logger(run: TrainingRun, stack: ExitStack, record: TrainingRecord) -> 
     return logger
 
 
-def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str]) -> None:
+def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str], check: PlanCheck) -> None:
     """Draw loss.png, print the table of results and the command to try next."""
     rows = jsonl.read_rows(run.directory / "metrics.jsonl")
     if rows:
         with phase("drawing loss.png"):
             plot_loss_curve(rows, run.directory / "loss.png", f"Loss of {run.directory.name}")
-        run.console.table("Done", _results(rows, run.directory, run.config.train.steps))
+        run.console.table("Done", _results(rows, run, check))
     load = f"checkpoint.load={run.directory}"
     if run.step < run.config.train.steps:  # train.stop_after
         following = [f"resume={run.directory}", *resume_flags]
@@ -320,8 +325,9 @@ def _conclude(run: TrainingRun, data: PreparedData, resume_flags: list[str]) -> 
     run.console.next_command(shlex.join([*command("train"), *following]))
 
 
-def _results(rows: list[MetricsRow], directory: Path, steps: int) -> list[tuple[str, str]]:
+def _results(rows: list[MetricsRow], run: TrainingRun, check: PlanCheck) -> list[tuple[str, str]]:
     """Return the table of a finished run: losses in nats, throughput, memory and where the files are."""
+    directory, steps = run.directory, run.config.train.steps
 
     def shown(loss: float | None) -> str:
         return "unknown" if loss is None else f"{loss:.4f}"
@@ -351,6 +357,7 @@ def _results(rows: list[MetricsRow], directory: Path, steps: int) -> list[tuple[
     results += [("slowest rank", told)] if told else []
     results += _accidents(rows[-1], directory)
     results.append(("peak memory", f"{max(row.memory_gib or 0.0 for row in rows):.2f} GiB"))
+    results += check.summary()
     results.append(("written to", f"{directory}"))
     files = f"config.yaml, {THIS_RUN_FILE}, plan.txt, log.txt"
     results.append(("", f"metrics.jsonl, loss.png, checkpoints/, {files}"))

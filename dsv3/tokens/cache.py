@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from dsv3.config.data import cache_root as cache_root
 from dsv3.distributed.directory_lock import kernel_lock
 from dsv3.distributed.heartbeat import HEARTBEAT
 from dsv3.errors import UserError
@@ -50,14 +51,6 @@ Value = TypeVar("Value")
 
 class CacheEntryError(Exception):
     """An entry of the cache is missing, incomplete or damaged; the caller builds it again."""
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """Return `cache_dir` where it is set, else $DSV3_CACHE, else $XDG_CACHE_HOME/dsv3, else ~/.cache/dsv3."""
-    if cache_dir or os.environ.get("DSV3_CACHE"):
-        return Path(cache_dir or os.environ["DSV3_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base) / "dsv3" if base else Path("~/.cache/dsv3").expanduser()
 
 
 def load_or_build(

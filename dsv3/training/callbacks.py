@@ -31,6 +31,7 @@ from dsv3.metrics.row import MetricsRow, SourceMetrics
 from dsv3.model.generation import TimeLimit
 from dsv3.training.accidents import AccidentWatch
 from dsv3.training.evaluation import NO_TARGET, evaluate
+from dsv3.training.plan_check import PlanCheck
 from dsv3.training.step import ForwardBackward, StepMetrics
 from dsv3.training.stragglers import StragglerWatch
 
@@ -173,6 +174,42 @@ class WatchStragglers(Callback):
     def close(self, failed: bool) -> None:
         """Measure no more."""
         self.watch.stop()
+
+
+class ComparePlan(Callback):
+    """Puts what is planned beside what is measured, and tells how a run compares with its plan.
+
+    It stands before RecordMetrics, which completes the rows, so it looks at those of the steps before.
+    """
+
+    def __init__(self, check: PlanCheck, recorder: Recorder, every: int) -> None:
+        self.check = check
+        self.recorder = recorder
+        self.every = every
+
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Begin at the run's progress."""
+        self.check.start(run.progress.tokens)
+
+    def on_rewind(self, run: TrainingRun) -> None:
+        """Go back with the run."""
+        self.check.start(run.progress.tokens)
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Tell what the rows so far say, once the memory of all ranks is known, and fill this one."""
+        if is_due(run.step - 1, self.every):
+            self.check.memory_gib = self.recorder.memory
+            for line in self.check.news():
+                run.console.message(line)
+        self.check.predict(run.row)
+
+    def on_save_request(self, run: TrainingRun) -> None:
+        """Count the copies of a background save from now on."""
+        self.check.has_saved = True
+
+    def close(self, failed: bool) -> None:
+        """Keep the peak for the table at the end of the run."""
+        self.check.memory_gib = self.recorder.memory
 
 
 class RecordMetrics(Callback):

@@ -16,7 +16,10 @@ from dsv3.launch.job import plan_job
 from dsv3.launch.run_dir import OVERRIDES_FILE
 from tests.harness.composing import compose
 
-VOLATILE = ("tokens_per_second", "mfu", "memory_gib", "data_wait", "straggler", "straggler_rank")
+VOLATILE = (
+    *("tokens_per_second", "mfu", "memory_gib", "data_wait", "straggler", "straggler_rank"),
+    *("planned_tokens_per_second", "planned_memory_gib"),
+)
 
 
 def write_texts(folder: Path, files: int, words: int) -> Path:

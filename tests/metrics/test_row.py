@@ -13,7 +13,7 @@ moe_max_violation moe_entropy moe_bias_range
 
 def test_fields_are_those_of_the_contract_in_its_order_and_more() -> None:
     more = ["fp8_broken_tiles", "data_wait", "straggler", "straggler_rank", "skipped", "alarm"]
-    more += ["padding", "sources"]
+    more += ["padding", "planned_tokens_per_second", "planned_memory_gib", "sources"]
     assert [field.name for field in fields(MetricsRow)][: 14 + len(more)] == [*CONTRACT.split(), *more]
     written = json.loads(MetricsRow(step=1, tokens=2).to_json())
     assert list(written) == [field.name for field in fields(MetricsRow)]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, cast
 
 from dsv3.config.hardware import HardwareConfig
 from dsv3.config.optimizer import AdamWConfig, OptimizerConfig
-from dsv3.config.parallel import ParallelConfig, RecomputeConfig, RecomputeMode
+from dsv3.config.parallel import CompileConfig, ParallelConfig, RecomputeConfig, RecomputeMode
 from dsv3.config.precision import ComputeType, MomentType, PrecisionConfig
 from dsv3.config.training import TrainConfig
 from dsv3.planning.layout import ParallelDims
@@ -36,6 +36,7 @@ def config_of(
         model=preset("debug"),
         train=TrainConfig(microbatch_size=2, sequence_length=512, global_batch_size=24),
         recompute=RecomputeConfig(mode=RecomputeMode.full),
+        compile=CompileConfig(),
         parallel=parallel,
         launch=SimpleNamespace(nproc=nproc),
         precision=PrecisionConfig(compute=ComputeType.bf16, moments=moments),

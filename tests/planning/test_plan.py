@@ -28,7 +28,7 @@ from tests.planning.presets import preset
 
 KEYS = """
 degrees world_size parameters parameters_active memory_bytes device_memory_bytes fits traffic_bytes bubble
-tokens_per_second_per_gpu mfu precision precision_reason between_steps run
+tokens_per_second_per_gpu mfu mfu_full_square time precision precision_reason between_steps run
 """
 
 

@@ -1,0 +1,89 @@
+"""Seconds of collectives: a latency, and the bytes that a rank sends over the bandwidth that its group reaches.
+
+Which links a group uses follows from the mesh. Its axes are, outermost first, pp, dp_replicate, dp_shard, cp
+and tp, and ranks are numbered along them, so that `tp` takes neighbours; `ep` takes runs of neighbours within
+dp_shard x cp x tp. A ring over several nodes passes through each node once. With g ranks in each node it uses
+g network ports, so its bandwidth is g times that between nodes, at most that within a node.
+"""
+
+import math
+from dataclasses import dataclass
+
+from dsv3.config.hardware import HardwareConfig
+from dsv3.config.parallel import DispatchBackend
+from dsv3.planning.layout import ParallelDims
+from dsv3.planning.step_shape import StepShape
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks of a collective: how many, and how many places of the numbering lie between two of them."""
+
+    ranks: int
+    stride: int
+
+    def on_node(self, node: int) -> int:
+        """Return how many of the ranks share a node of `node` ranks."""
+        return min(self.ranks, max(1, node // self.stride))
+
+
+class CollectiveTimes:
+    """The times of a layout's collectives on a kind of hardware."""
+
+    def __init__(self, hardware: HardwareConfig, degrees: ParallelDims, shape: StepShape) -> None:
+        self.network, self.degrees, self.shape = hardware.network, degrees, shape
+        self.intra, self.inter = hardware.intra_node_bandwidth, hardware.inter_node_bandwidth
+        # A hardware file may leave out the links that its machine does not have.
+        self.intra = self.intra or self.inter or math.inf
+        self.inter = self.inter or self.intra
+        self.node = shape.ranks_per_node or degrees.world_size
+
+    @property
+    def tp(self) -> Group:
+        """Ranks that share a layer."""
+        return Group(self.degrees.tp, 1)
+
+    @property
+    def cp(self) -> Group:
+        """Ranks that share a sequence."""
+        return Group(self.degrees.cp, self.degrees.tp)
+
+    @property
+    def replicas(self) -> Group:
+        """Ranks that hold the same shards."""
+        return Group(self.degrees.dp_replicate, self.degrees.replicated_fsdp_size)
+
+    def shards(self, ranks: int) -> Group:
+        """Return the `ranks` ranks over which FSDP shards a weight: all of a stage, or every n-th one."""
+        return Group(ranks, self.degrees.replicated_fsdp_size // ranks)
+
+    def ring(self, group: Group, sent: float, starts: float = 1) -> float:
+        """Return the seconds of all-gathers or reduce-scatters in which each rank sends `sent` bytes."""
+        if group.ranks == 1:
+            return 0.0
+        n, together = self.network, group.on_node(self.node)
+        within = self.intra * n.ring_intra
+        if together == group.ranks:
+            return starts * self._latency(group.ranks, n.intra_seconds) + sent / within
+        between = min(within, together * self.inter * n.ring_inter)
+        return starts * self._latency(group.ranks, n.inter_seconds) + sent / between
+
+    def dispatch(self, ranks: int, sent: float, starts: float, crosses: bool) -> float:
+        """Return the seconds of an exchange of rows over `ranks` ranks, within a node unless it `crosses`."""
+        n, deepep = self.network, self.shape.dispatch is DispatchBackend.deepep
+        if crosses:
+            share = n.deepep_inter if deepep else n.all_to_all_inter
+            return starts * self._latency(ranks, n.inter_seconds) + sent / (self.inter * share)
+        share = n.deepep_intra if deepep else n.all_to_all_intra
+        return starts * self._latency(ranks, n.intra_seconds) + sent / (self.intra * share)
+
+    def send(self, sent: float) -> float:
+        """Return the seconds of a send from one pipeline stage to the next."""
+        n = self.network
+        if self.degrees.world_size // self.degrees.pp < self.node:
+            return n.intra_seconds + sent / (self.intra * n.send)
+        return n.inter_seconds + sent / (self.inter * n.send)
+
+    def _latency(self, ranks: int, seconds: float) -> float:
+        """Return the latency of one collective, in as many steps as two ranks must double to be `ranks`."""
+        return seconds * math.log2(max(ranks, 2))

@@ -1,0 +1,236 @@
+"""The search for layouts: the fastest that fit, and the fastest for each amount of memory.
+
+It goes from the layout that could be fastest to the slowest. A layout's speed has an upper bound that costs
+little: no pipeline waits, no FSDP traffic shows, the optimizer takes no time. It is planned exactly only where
+the bound says that it may be among the best, or faster than what takes as little memory: nothing is left out
+that the results would have contained (tests/planning/test_layout_search.py compares with planning all).
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from dsv3.config.parallel import RecomputeMode, Schedule
+from dsv3.planning.layout import ParallelDims
+from dsv3.planning.layout_space import Cell, Layout, LayoutSpace
+from dsv3.planning.memory import MemoryBytes, rank_memory
+from dsv3.planning.pipeline_stages import PipelineShape
+from dsv3.planning.step_time import Cause, StepTime, step_time
+
+FRONT_SPEED = 0.5
+"""The front ends where layouts have less than this share of the best one's speed."""
+
+FRONT_GAIN = 0.01
+"""Speed that a layout must gain over those with less memory to be on the front."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout with its plan."""
+
+    layout: Layout
+    memory: MemoryBytes
+    time: StepTime
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second and rank."""
+        return self.time.tokens_per_second_per_gpu
+
+
+@dataclass
+class SearchResult:
+    """What a search has found."""
+
+    best: list[Found]
+    """The fastest, best first."""
+    front: list[Found]
+    """From the fastest to the one that takes least memory: each is faster than all that take less."""
+    legal: int
+    """Layouts that a run would accept."""
+    planned: int
+    """Layouts whose memory or time was computed, because bounds did not decide."""
+
+
+class LayoutSearch:
+    """One search through a space of layouts."""
+
+    def __init__(self, space: LayoutSpace) -> None:
+        self.space = space
+        self.room = space.hardware.memory_bytes
+        self.planned = 0
+        self._works: dict[object, tuple[float, float]] = {}
+        self._floors: dict[object, int] = {}
+
+    def run(self, count: int, front: bool = True) -> SearchResult:
+        """Return the `count` fastest layouts that fit, and with `front` the front of speed against memory."""
+        kept = _Kept(count, front)
+        order = itertools.count()
+        tokens = self.space.batch.final * self.space.length
+        waiting: list[tuple[float, int, Cell, tuple[Layout, ...]]] = []
+        legal = 0
+        for cell in self.space.cells():
+            legal += len(self.space.splits[cell[:4]]) * len(self.space.reshards(cell.pp, cell.pipeline))
+            waiting.append((-self._most_speed(cell, tokens), next(order), cell, ()))
+        heapq.heapify(waiting)
+        while waiting:
+            bound, _, cell, rest = heapq.heappop(waiting)
+            if kept.is_complete(-bound):
+                break
+            if rest:
+                for layout in rest:
+                    self._plan(layout, kept, -bound)
+                continue
+            floor = self._floor(cell)
+            if not self._fits(floor) or not kept.wants(-bound, floor):
+                continue
+            # Layouts of a cell differ in what FSDP and the optimizer take: the first tells what all take.
+            first, *others = self.space.layouts(cell)
+            memory = rank_memory(self.space.model, first.degrees, self.space.shape(first))
+            self.planned += 1
+            if not self._fits(memory.total) or not kept.wants(-bound, memory.total):
+                continue
+            found = self._timed(first, memory)
+            kept.add(found)
+            common = found.time.seconds - found.time.causes[Cause.dp] - found.time.causes[Cause.optimizer]
+            speed = tokens / common / self.space.world
+            if others:
+                heapq.heappush(waiting, (-min(speed, -bound), next(order), cell, tuple(others)))
+        return SearchResult(kept.best(), kept.front(), legal, self.planned)
+
+    def first_that_fits(self) -> Found | None:
+        """Return some layout that fits, None where none does: whether any does costs less than the best."""
+        for _, layout in sorted(self._smallest(), key=lambda pair: pair[0]):
+            memory = rank_memory(self.space.model, layout.degrees, self.space.shape(layout))
+            if self._fits(memory.total):
+                return self._timed(layout, memory)
+        return None
+
+    def least_memory(self) -> tuple[Layout, MemoryBytes] | None:
+        """Return the layout that takes least memory, and what it takes; None where no layout is legal."""
+        layouts = (layout for _, layout in self._smallest())
+        planned = (
+            (layout, rank_memory(self.space.model, layout.degrees, self.space.shape(layout)))
+            for layout in layouts
+        )
+        return min(planned, key=lambda pair: pair[1].total, default=None)
+
+    def _smallest(self) -> Iterator[tuple[int, Layout]]:
+        """Yield, per group of cells, the layout that takes least memory, with the floor of the group."""
+        order = list(RecomputeMode)
+        groups: dict[object, Cell] = {}
+        for cell in self.space.cells():
+            smallest = groups.setdefault(cell[:6], cell)
+            if (cell.microbatch_size, -order.index(cell.recompute)) < (
+                smallest.microbatch_size,
+                -order.index(smallest.recompute),
+            ):
+                groups[cell[:6]] = cell
+        for cell in groups.values():
+            yield self._floor(cell), next(self.space.layouts(cell))
+
+    def _fits(self, memory: int) -> bool:
+        return self.room is None or memory <= self.room
+
+    def _plan(self, layout: Layout, kept: "_Kept", bound: float) -> None:
+        """Plan a layout whose speed is at most `bound`, if it may be among the results."""
+        memory = rank_memory(self.space.model, layout.degrees, self.space.shape(layout))
+        self.planned += 1
+        if self._fits(memory.total) and kept.wants(bound, memory.total):
+            kept.add(self._timed(layout, memory))
+
+    def _timed(self, layout: Layout, memory: MemoryBytes) -> Found:
+        space = self.space
+        time = step_time(space.model, layout.degrees, space.shape(layout), space.hardware)
+        assert time is not None
+        return Found(layout, memory, time)
+
+    def _most_speed(self, cell: Cell, tokens: int) -> float:
+        """Return an upper bound of a cell's tokens per second and rank: ranks that share all work evenly."""
+        degrees = self.space.degrees(cell.pp, cell.cp, cell.tp, cell.ep, 1)
+        work, dispatch = self._work(cell)
+        hardware = self.space.hardware
+        paired = cell.pipeline is not None and cell.pipeline.schedule is Schedule.DualPipeV
+        if paired and hardware.overlap.ep_paired > hardware.overlap.ep:
+            work -= dispatch
+        microbatches = self.space.batch.final // (cell.microbatch_size * degrees.data_parallel)
+        return tokens / (microbatches * work / cell.pp) / self.space.world
+
+    def _work(self, cell: Cell) -> tuple[float, float]:
+        """Return the seconds of one microbatch in the whole model, and those of its exposed dispatch."""
+        key = (cell.cp, cell.tp, cell.ep, cell.precision, cell.microbatch_size, cell.recompute)
+        if key not in self._works:
+            space = self.space
+            degrees = ParallelDims(1, 1, space.world // (cell.cp * cell.tp), cell.cp, cell.tp, cell.ep)
+            layout = next(space.layouts(cell))
+            shape = replace(space.shape(layout), microbatches=1, pipelining=PipelineShape())
+            time = step_time(space.model, degrees, shape, space.hardware)
+            assert time is not None
+            apart = time.causes[Cause.dp] + time.causes[Cause.optimizer]
+            self._works[key] = time.seconds - apart, time.causes[Cause.ep]
+        return self._works[key]
+
+    def _floor(self, cell: Cell) -> int:
+        """Return a lower bound of the memory of every layout of a cell: its state and gathered weights."""
+        key = cell[:6]
+        if key not in self._floors:
+            layout = next(self.space.layouts(cell))
+            memory = rank_memory(self.space.model, layout.degrees, self.space.shape(layout))
+            self._floors[key] = memory.total - memory.activations
+        return self._floors[key]
+
+
+@dataclass
+class _Kept:
+    """What a search has found so far, and what could still be among its results."""
+
+    count: int
+    wants_front: bool
+    found: list[Found] = field(default_factory=list)
+    _speeds: list[float] = field(default_factory=list)
+    """The fastest `count`, as a heap."""
+    _steps: list[tuple[int, float]] = field(default_factory=list)
+    """Memory and speed of the front so far, ascending in both."""
+
+    def add(self, found: Found) -> None:
+        """Take a planned layout that fits."""
+        self.found.append(found)
+        heapq.heappush(self._speeds, found.speed)
+        if len(self._speeds) > self.count:
+            heapq.heappop(self._speeds)
+        memory, speed = found.memory.total, found.speed
+        if not any(m <= memory and s >= speed for m, s in self._steps):
+            rest = [(m, s) for m, s in self._steps if m < memory or s > speed]
+            self._steps = sorted([*rest, (memory, speed)])
+
+    def is_among_best(self, speed: float) -> bool:
+        """Return True where a layout of at most this speed may be among the best."""
+        return len(self._speeds) < self.count or speed >= self._speeds[0]
+
+    def wants(self, speed: float, memory: int) -> bool:
+        """Return True where a layout of at most this speed, and at least this memory, may be a result."""
+        if self.is_among_best(speed):
+            return True
+        fast = self.wants_front and speed >= FRONT_SPEED * self._steps[-1][1]
+        return fast and not any(m <= memory and s * (1 + FRONT_GAIN) >= speed for m, s in self._steps)
+
+    def is_complete(self, speed: float) -> bool:
+        """Return True where no layout of at most this speed can be a result."""
+        if self.is_among_best(speed):
+            return False
+        return not self.wants_front or speed < FRONT_SPEED * self._steps[-1][1]
+
+    def best(self) -> list[Found]:
+        """Return the fastest, and among equal ones first that with least memory."""
+        return sorted(self.found, key=lambda found: (-found.speed, found.memory.total))[: self.count]
+
+    def front(self) -> list[Found]:
+        """Return the front: from the least memory up, what is faster by more than FRONT_GAIN than all before."""
+        front: list[Found] = []
+        fastest = max((found.speed for found in self.found), default=0.0)
+        for each in sorted(self.found, key=lambda found: (found.memory.total, -found.speed)):
+            gains = not front or each.speed > front[-1].speed * (1 + FRONT_GAIN)
+            if gains and each.speed >= FRONT_SPEED * fastest:
+                front.append(each)
+        return front[::-1]
