@@ -35,7 +35,7 @@ from dsv3.checkpoint.directory import Progress, complete_steps
 from dsv3.errors import STOPPED
 from tests.harness.accidents import injected
 
-BATCH, LENGTH = 16, 256
+BATCH, LENGTH = 8, 128
 ENDING = ("kill rank", "kill launcher", "stop")
 HARMLESS = ("stand still", "save")
 FAULT_EVERY = 60.0
@@ -47,8 +47,12 @@ GROWTH = 1.05
 """A process that is measured for long may have so many times the memory of its first minutes at its end."""
 
 
-def soak(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
-    """Train for `seconds`; return the figures. Broken where a token is lost, or a process grows."""
+def soak(folder: Path, seconds: float, seed: int, rest: float) -> dict[str, Any]:
+    """Train for `seconds`; return the figures. Broken where a token is lost, or a process grows.
+
+    Args:
+        rest: seconds of sleep after each step, which leave the machine to others.
+    """
     choose, run = random.Random(seed), folder / "run"
     write_text(folder / "text")
     bad = sorted({BATCH * choose.randrange(200, 200_000) for _ in range(200_000 // BAD_BATCH_EVERY)})
@@ -58,9 +62,10 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, Any]:
         "parallel=fsdp", "launch.nproc=2",
         "launch.max_restarts=1000", "launch.timeout=600", f"train.sequence_length={LENGTH}",
         "train.steps=1000000",
-        f"train.global_batch_size={BATCH}", "train.microbatch_size=8", "train.checkpoint_every=50",
+        f"train.global_batch_size={BATCH}", "train.microbatch_size=4", "train.checkpoint_every=50",
         "train.evaluate_every=500", "train.generate_every=0", "train.log_every=50", "schedule=wsd",
         "train.accidents.most=50", f"run.dir={run}", *injected({first: {"kind": "nan"} for first in bad}),
+        f"+train.callbacks.rest={{_target_: tests.harness.accidents.Rest, seconds: {rest}}}",
     ]  # fmt: skip
     resume = [
         sys.executable,

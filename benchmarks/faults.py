@@ -176,7 +176,7 @@ def fuzz(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def soaked(folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Train for --seconds with a fault a minute; see fault_soak.py."""
-    yield soak(folder, options.seconds, options.seed)
+    yield soak(folder, options.seconds, options.seed, options.rest)
 
 
 PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[dict[str, Any]]]] = {
@@ -253,6 +253,7 @@ def main() -> int:
     parser.add_argument("--disks", type=int, default=12, help="full disks")
     parser.add_argument("--readers", default=",".join(READERS), help="of fuzz")
     parser.add_argument("--seconds", type=int, default=600, help="per reader of fuzz, and of soak")
+    parser.add_argument("--rest", type=float, default=0.0, help="seconds of sleep after each step of soak")
     parser.add_argument("--slower", type=float, default=1.0, help="how much longer everything may take")
     parser.add_argument("--json", type=Path, default=RESULT, help="where the results go")
     options = parser.parse_args()

@@ -38,6 +38,7 @@ from dsv3.model import moe
 from dsv3.parallel.activation_checkpoint import SAC_SAVE_LIST
 from dsv3.parallel.parallelize import build_on_meta, parallelize
 from dsv3.planning.layout import ParallelDims
+from dsv3.planning.memory import rank_memory
 from dsv3.planning.plan import make_plan
 from dsv3.training.loss import LossDenominators
 from dsv3.training.schedule import StepHyperparameters
@@ -127,7 +128,8 @@ def measure(config: Config, show: int = 0) -> Measured:
             largest[block.origin] += block.bytes
             count[block.origin] += 1
     plan = make_plan(config, ParallelDims(), HardwareConfig(name="cpu"))
-    memory = plan.memory
+    # Gradients are dropped as they come: those of the state are there from the second microbatch on.
+    memory = rank_memory(plan.model, plan.degrees, replace(plan.shape, microbatches=2))
     return Measured(
         mode.peak,
         memory.activations + memory.weight_copies,

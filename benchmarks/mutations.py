@@ -1583,14 +1583,14 @@ $out.add_($sums)
         "dsv3.checkpoint.replicas:replica_groups",
         "_of_progress(progress)",
         "()",
-        f"{REPLICAS} -k fsdp",
+        f"{REPLICAS} -k hsdp",
     ),
     Mutation(
         "replicas: the optimizer's settings are compared",
         "dsv3.checkpoint.replicas:replica_groups",
         "[*model_state([part]), *optimizer_state([part], optimizer), *_settings(part, optimizer)]",
         "[*model_state([part]), *optimizer_state([part], optimizer)]",
-        f"{REPLICAS} -k fsdp",
+        f"{REPLICAS} -k hsdp",
     ),
     Mutation(
         "replicas: ranks that differ are not saved",
@@ -1856,7 +1856,7 @@ $out.add_($sums)
         "dsv3.training.gradient_places:GradientPlaces.__init__",
         "local_shape_and_offset(whole)[1][0] if isinstance(whole, DTensor) else 0",
         "0",
-        f"{SKIPPED} -k fsdp",
+        f"{SKIPPED} -k hsdp",
     ),
     Mutation(
         "accidents: the largest gradient is named first",

@@ -172,7 +172,9 @@ FOURS = (*[4] * 15, 1)
 TWOS = (1, *[2] * 30, 0)
 
 BRIDGE = "NVIDIA-NeMo/Megatron-Bridge, scripts/performance/configs/deepseek/deepseek_workload_base_configs.py"
-AUTOMODEL = "NVIDIA-NeMo/Automodel, docs/performance-summary.md and examples/benchmark/configs/deepseek_v3_te_deepep"
+AUTOMODEL = (
+    "NVIDIA-NeMo/Automodel, docs/performance-summary.md and examples/benchmark/configs/deepseek_v3_te_deepep"
+)
 SIMUMAX = "MooreThreads/SimuMax, docs/b200/b200_release_v1.2_summary.md"
 TITAN = "nebius/ml-cookbook, pytorch-dsv3-mxfp8/train_671b.sh"
 
@@ -187,9 +189,7 @@ def points() -> list[Point]:
         hardware="h800",
         degrees=ParallelDims(pp=16, dp_shard=128, ep=64),
         # Norms, up-projections and SwiGLU are computed again; rows travel to experts in FP8.
-        shape=_shape(
-            120, 1, 2, Schedule.DualPipeV, True, SELECTIVE, EVERYTHING, True, True, TWOS, moments=4
-        ),
+        shape=_shape(120, 1, 2, Schedule.DualPipeV, True, SELECTIVE, EVERYTHING, True, True, TWOS, moments=4),
         rate=1543,
         hides_dispatch=True,
     )

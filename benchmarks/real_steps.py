@@ -87,7 +87,10 @@ def measure(overrides: list[str], steps: int, memory: bool) -> dict[str, Any]:
                 taken.append(time.perf_counter() - begin)
         told: dict[str, Any] = {"seconds": median(taken), "steps": taken, "threads": torch.get_num_threads()}
         if counter is not None:
-            told |= {"allocated": counter.stop(), "planned_bytes": plan.memory.total - plan.memory.save_copies}
+            told |= {
+                "allocated": counter.stop(),
+                "planned_bytes": plan.memory.total - plan.memory.save_copies,
+            }
         if plan.time is not None:
             causes = {cause.name: seconds for cause, seconds in plan.time.causes.items() if seconds}
             told |= {"planned": plan.time.seconds, "causes": causes, "source": plan.time.source}
@@ -98,9 +101,12 @@ class AllocatedBytes:
     """Follows PyTorch's CPU allocator from now on, by the profiler's events."""
 
     def __init__(self) -> None:
+        from torch._C._profiler import _ExperimentalConfig
         from torch.autograd.profiler import profile
 
-        self.profiler = profile(profile_memory=True, use_kineto=True)
+        # Threads of gloo and of autograd free what another thread has allocated.
+        everywhere = _ExperimentalConfig(profile_all_threads=True)
+        self.profiler = profile(profile_memory=True, use_kineto=True, experimental_config=everywhere)
         self.profiler.__enter__()
 
     def stop(self) -> int:

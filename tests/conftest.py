@@ -153,11 +153,14 @@ def convert(here: Path, capsys: pytest.CaptureFixture[str]) -> ConvertCommand:
 
 
 @pytest.fixture
-def command_line(here: Path, cache: Path, text: Path) -> CommandLine:
-    """train.py as a process, started in an empty directory."""
+def command_line(here: Path, cache: Path, text: Path) -> Iterator[CommandLine]:
+    """train.py as a process, started in an empty directory; what a test that fails has left is ended."""
     from tests.harness.processes import CommandLine
 
-    return CommandLine(here, cache, text)
+    command_line = CommandLine(here, cache, text)
+    yield command_line
+    for process in command_line.started:
+        process.end()
 
 
 @pytest.fixture

@@ -55,6 +55,8 @@ class TaskConfig(Buildable):
     """The task's `path` is model.path where it is null."""
     reads_checkpoint: ClassVar[bool] = False
     """The task reads a run by checkpoint.load and does not resume it."""
+    chooses_layout: ClassVar[bool] = False
+    """The task plans many layouts of its config, whatever its own is."""
     replays: ClassVar[bool] = False
     """The task computes steps of the run `task.run` again, by the run's own config."""
     reads: ClassVar[tuple[str, ...]] = ("*",)
@@ -226,6 +228,60 @@ class CalibrateTaskConfig(TaskConfig):
         name = self.output
         right = name is None or name.endswith((".yaml", ".yml"))
         require(right, "output", name, "must be a file name that ends in .yaml")
+
+
+@dataclass
+class LayoutTaskConfig(TaskConfig):
+    """The base of the tasks that choose layouts."""
+
+    has_result: ClassVar[bool] = False
+    uses_model: ClassVar[bool] = False
+    chooses_layout: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = (
+        *_OF_EVERY_TASK,
+        "model",
+        "parallel",
+        "precision",
+        "recompute",
+        "compile",
+        "optimizer",
+        "hardware",
+        "launch",
+        "train.sequence_length",
+        "train.global_batch_size",
+        "train.microbatch_size",
+        "train.batch_ramp",
+        "checkpoint.load",
+        "checkpoint.async_save",
+    )
+    format: OutputFormat = OutputFormat.text
+    """text, or json: the whole of stdout is one object."""
+
+
+@schema("task/search")
+@dataclass
+class SearchTaskConfig(LayoutTaskConfig):
+    """The fastest layouts of a model on a world, and the fastest for each amount of memory."""
+
+    _target_: str = "dsv3.tasks.search.SearchTask"
+    top: int = 10
+    """Fastest layouts to print."""
+    picture: str | None = field(default=None, metadata=PATH)
+    """PNG file for a picture of speed against memory; null draws none."""
+
+    def validate(self) -> None:
+        require_positive(self, "top")
+        if self.picture is not None:
+            allowed = "must be a file name that ends in .png"
+            require(self.picture.endswith(".png"), "picture", self.picture, allowed)
+
+
+@schema("task/fit")
+@dataclass
+class FitTaskConfig(LayoutTaskConfig):
+    """What can be trained on given hardware: every model of the family, or one on every kind of GPU."""
+
+    _target_: str = "dsv3.tasks.fit.FitTask"
 
 
 @schema("task/verify")

@@ -15,8 +15,9 @@ from dsv3.checkpoint.directory import HF_DIR, find_checkpoint, is_hf_checkpoint
 from dsv3.checkpoint.training_record import TrainingRecord
 from dsv3.config.convergence import flatten
 from dsv3.config.hardware import CPU, HardwareConfig
+from dsv3.config.launch import LaunchConfig
 from dsv3.config.optimizer import check_moments
-from dsv3.config.parallel import WORLD_AXES
+from dsv3.config.parallel import WORLD_AXES, DegreesConfig, ParallelConfig
 from dsv3.config.precision import ComputeType
 from dsv3.config.root import Config
 from dsv3.config.strict import build
@@ -213,6 +214,8 @@ class Job:
 
 def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None) -> Job:
     """Plan the job of a checked config: world, degrees, batch, memory; UserError where they cannot be."""
+    if config.task.chooses_layout:
+        return _job_of_layouts(config, overrides, sweep_dir)
     world = world_size(config)
     length = _sequence_length(config)
     if config.task.lays_out:
@@ -242,6 +245,16 @@ def plan_job(config: Config, overrides: list[str], sweep_dir: Path | None = None
     run_dir = sweep_dir or Path(config.run.dir or f"outputs/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     named_run_dir = bool(sweep_dir or config.run.dir)
     return Job(config, overrides, hardware, plan, run_dir, named_run_dir, reasons=reasons, notes=notes)
+
+
+def _job_of_layouts(config: Config, overrides: list[str], sweep_dir: Path | None) -> Job:
+    """Return the job of a task that chooses layouts itself: its plan is a stand-in, that of one process."""
+    alone = replace(config, parallel=ParallelConfig(degrees=DegreesConfig(dp_shard=1)), launch=LaunchConfig())
+    hardware = detect_hardware(config.hardware, ranks_per_node=1)
+    degrees = ParallelDims()
+    alone, _ = complete_config(alone, degrees, hardware, _sequence_length(config))
+    plan = make_plan(alone, degrees, hardware)
+    return Job(config, overrides, hardware, plan, sweep_dir or Path(), named_run_dir=False)
 
 
 def complete_config(

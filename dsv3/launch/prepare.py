@@ -92,7 +92,8 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
         job.notes += filter(None, [other_gpu(job.config.hardware)])
     # In a sweep of any task run.dir is where the jobs that fail are marked.
     told = {override: pair for override, pair in typed.items() if not (in_sweep and pair[0] == "run.dir")}
-    job.notes += inert_notes(job, told)
+    if not task.chooses_layout:  # whose plan is none of the layouts that it chooses
+        job.notes += inert_notes(job, told)
     if job.config.task.trains and replayed is None:
         newest = newest_checkpoint(run.directory) if run else None
         done = step_number(newest) if newest else 0

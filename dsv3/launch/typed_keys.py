@@ -246,11 +246,6 @@ CONDITIONS = [
         lambda job: job.plan.world_size > 1 and not job.config.launch.nproc,
         "the ranks of a node are known",
     ),
-    Condition(
-        ("hardware.memory_bandwidth", "hardware.intra_node_bandwidth", "hardware.inter_node_bandwidth"),
-        lambda job: False,
-        "no speed is predicted yet",
-    ),
     *(
         Condition(
             (f"hardware.peak_flops_{dtype}",),

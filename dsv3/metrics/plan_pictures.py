@@ -98,8 +98,12 @@ def write_pictures(directory: Path, files: Mapping[str, bytes]) -> list[Path]:
 
 
 def memory_stacks(memories: Sequence[MemoryBytes]) -> Stacks:
-    """Return the GiB of each part on the device by pipeline rank, without parts that no rank has."""
+    """Return the GiB of each part on the device by pipeline rank, at the fullest moment of a step.
+
+    Parts that no rank has are left out.
+    """
     stacks = {part: [getattr(memory, part) / GIB for memory in memories] for part in PARTS}
+    stacks["gradients"] = [(memory.gradients - memory.late_gradients) / GIB for memory in memories]
     return {part: sizes for part, sizes in stacks.items() if any(sizes)}
 
 
@@ -177,7 +181,7 @@ def _draw_window(axes: "Axes", picture: StepPicture, window: tuple[float, float]
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     begin, last = window
-    axes.xaxis.set_major_locator(MaxNLocator(5, prune="both"))
+    axes.xaxis.set_major_locator(MaxNLocator(6, prune=None if last - begin >= end else "both"))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
     roomy = 0.02 * (last - begin) * max(1.0, len(str(picture.microbatches)) / 2)
     axes.set_xlim(begin * 1e3, last * 1e3)

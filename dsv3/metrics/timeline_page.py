@@ -58,8 +58,8 @@ def encode(picture: StepPicture, seconds: float) -> dict[str, Any]:
     """Return the rows of a picture as plain data: what `rows` and `middles` of the page are.
 
     `shapes` are the distinct (kind, stage, ticks) of spans. A row lists for each of its spans three numbers:
-    its shape, its microbatch, and the ticks since the end of the span before it. Where spans of a row are left
-    out, `middles` has their number, where they begin and end, and how much of that is work.
+    its shape, its microbatch, and the ticks since the end of the span before it. Where spans of a row are
+    left out, `middles` has their number, where they begin and end, and how much of that is work.
     """
     scale = TICKS / seconds if seconds else 0.0
     shapes: dict[tuple[str, int, int], int] = {}
@@ -196,8 +196,9 @@ function draw() {
 }
 
 function redraw() {
-  if (!pending) requestAnimationFrame(draw);
+  if (pending) return;
   pending = true;
+  requestAnimationFrame(draw);
 }
 
 function show(from, to) {

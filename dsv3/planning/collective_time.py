@@ -33,7 +33,7 @@ class CollectiveTimes:
     def __init__(self, hardware: HardwareConfig, degrees: ParallelDims, shape: StepShape) -> None:
         self.network, self.degrees, self.shape = hardware.network, degrees, shape
         self.intra, self.inter = hardware.intra_node_bandwidth, hardware.inter_node_bandwidth
-        # A hardware file may leave out the links that its machine does not have.
+        # A hardware file may leave out the links that its machine does not have; one rank needs none.
         self.intra = self.intra or self.inter or math.inf
         self.inter = self.inter or self.intra
         self.node = shape.ranks_per_node or degrees.world_size

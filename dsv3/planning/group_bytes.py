@@ -5,6 +5,7 @@ shard a weight and on the formats, and not on the other axes. Blocks of one kind
 which count where some parameters are frozen.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,8 +14,23 @@ from dsv3.planning import parameters
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Weight
 from dsv3.planning.pipeline_stages import StageLayers, block_names, root_weights
-from dsv3.planning.sharding import FP32, gathered_bytes, local_numel, shard_numel, shard_shape
+from dsv3.planning.sharding import (
+    FP32,
+    fp8_bytes,
+    gathered_bytes,
+    is_gathered_in_fp8,
+    is_used_in_fp32,
+    local_numel,
+    local_shape,
+    shard_count,
+    shard_numel,
+    shard_shape,
+)
 from dsv3.planning.step_shape import StateBytes
+
+
+Sent = tuple[tuple[int, int], ...]
+"""Bytes that a rank sends, by the number of ranks that shard the weights: (ranks, bytes) of each."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,10 @@ class GroupBytes:
     """Weights after FSDP's all-gather, in the dtype that they are used in."""
     trained: int
     """Elements with a gradient that a rank computes with."""
+    all_gather: Sent
+    """Bytes that a rank sends in one all-gather."""
+    reduce_scatter: Sent
+    """Bytes that a rank sends in one reduce-scatter of gradients."""
 
     def in_reduction(self, compute: int) -> int:
         """Return the bytes of the gradients in the dtype they come in and in fp32, as they are reduced."""
@@ -47,7 +67,28 @@ def bytes_of(weights: list[Weight], degrees: ParallelDims, state: StateBytes, in
         optimizer=sum(state.optimizer_bytes(weight, shape) for weight, shape, _ in held),
         gathered=sum(gathered_bytes(weight, degrees, state.compute, in_fp8) for weight in weights),
         trained=sum(local_numel(weight, degrees) for weight, *_ in trained),
+        all_gather=_sent(
+            (shard_count(w, degrees), _gathered_from(w, degrees, count, state.compute, in_fp8))
+            for w, _, count in held
+        ),
+        reduce_scatter=_sent((shard_count(w, degrees), count * FP32) for w, _, count in trained),
     )
+
+
+def _gathered_from(weight: Weight, degrees: ParallelDims, held: int, compute: int, in_fp8: bool) -> int:
+    """Return the bytes that a rank gives to an all-gather of a weight of which it holds `held` elements."""
+    if in_fp8 and is_gathered_in_fp8(weight, degrees):
+        return fp8_bytes(local_shape(weight, degrees)) // shard_count(weight, degrees)
+    return held * (FP32 if is_used_in_fp32(weight) else compute)
+
+
+def _sent(shards: Iterable[tuple[int, int]]) -> Sent:
+    """Return what a ring sends of (ranks, bytes of a shard), without weights that are whole."""
+    total: dict[int, int] = {}
+    for ranks, size in shards:
+        if ranks > 1:
+            total[ranks] = total.get(ranks, 0) + (ranks - 1) * size
+    return tuple(total.items())
 
 
 def stage_bytes(

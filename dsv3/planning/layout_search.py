@@ -9,13 +9,16 @@ that the results would have contained (tests/planning/test_layout_search.py comp
 import heapq
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from dsv3.config.parallel import RecomputeMode, Schedule
+from dsv3.planning.group_bytes import stage_bytes
+from dsv3.planning.kernel_time import KernelTimes
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.layout_space import Cell, Layout, LayoutSpace
 from dsv3.planning.memory import MemoryBytes, rank_memory
-from dsv3.planning.pipeline_stages import PipelineShape
+from dsv3.planning.pipeline_stages import build_stages
+from dsv3.planning.stage_time import StageTimes
 from dsv3.planning.step_time import Cause, StepTime, step_time
 
 FRONT_SPEED = 0.5
@@ -47,6 +50,8 @@ class SearchResult:
     """The fastest, best first."""
     front: list[Found]
     """From the fastest to the one that takes least memory: each is faster than all that take less."""
+    seen: list[Found]
+    """Every layout that was planned and fits."""
     legal: int
     """Layouts that a run would accept."""
     planned: int
@@ -60,7 +65,10 @@ class LayoutSearch:
         self.space = space
         self.room = space.hardware.memory_bytes
         self.planned = 0
-        self._works: dict[object, tuple[float, float]] = {}
+        self._works: dict[object, float] = {}
+        self._least_recompute = space.choices.recompute or RecomputeMode.none
+        overlap = space.hardware.overlap
+        self._hides_dispatch = overlap.ep_paired > overlap.ep
         self._floors: dict[object, int] = {}
 
     def run(self, count: int, front: bool = True) -> SearchResult:
@@ -68,22 +76,30 @@ class LayoutSearch:
         kept = _Kept(count, front)
         order = itertools.count()
         tokens = self.space.batch.final * self.space.length
-        waiting: list[tuple[float, int, Cell, tuple[Layout, ...]]] = []
+        waiting: list[tuple[float, int, Cell, tuple[Layout, ...] | None]] = []
+        refined: set[Cell] = set()
         legal = 0
         for cell in self.space.cells():
             legal += len(self.space.splits[cell[:4]]) * len(self.space.reshards(cell.pp, cell.pipeline))
-            waiting.append((-self._most_speed(cell, tokens), next(order), cell, ()))
+            # Recomputation only adds work: without it the bound serves three cells.
+            speed = self.most_speed(cell._replace(recompute=self._least_recompute), tokens)
+            waiting.append((-speed, next(order), cell, None))
         heapq.heapify(waiting)
         while waiting:
             bound, _, cell, rest = heapq.heappop(waiting)
             if kept.is_complete(-bound):
                 break
-            if rest:
+            if rest is not None:
                 for layout in rest:
                     self._plan(layout, kept, -bound)
                 continue
-            floor = self._floor(cell)
+            floor = self.floor(cell)
             if not self._fits(floor) or not kept.wants(-bound, floor):
+                continue
+            if cell not in refined:
+                refined.add(cell)
+                speed = self.most_speed(cell, tokens)
+                heapq.heappush(waiting, (max(bound, -speed), next(order), cell, None))
                 continue
             # Layouts of a cell differ in what FSDP and the optimizer take: the first tells what all take.
             first, *others = self.space.layouts(cell)
@@ -93,15 +109,18 @@ class LayoutSearch:
                 continue
             found = self._timed(first, memory)
             kept.add(found)
-            common = found.time.seconds - found.time.causes[Cause.dp] - found.time.causes[Cause.optimizer]
-            speed = tokens / common / self.space.world
             if others:
-                heapq.heappush(waiting, (-min(speed, -bound), next(order), cell, tuple(others)))
-        return SearchResult(kept.best(), kept.front(), legal, self.planned)
+                speed = self.common_speed(found, tokens)
+                heapq.heappush(waiting, (max(bound, -speed), next(order), cell, tuple(others)))
+        return SearchResult(kept.best(), kept.front(), kept.found, legal, self.planned)
 
     def first_that_fits(self) -> Found | None:
         """Return some layout that fits, None where none does: whether any does costs less than the best."""
-        for _, layout in sorted(self._smallest(), key=lambda pair: pair[0]):
+        if not self._fits(self._least_state()):
+            return None
+        # Those that split the model over most ranks are the likeliest to fit.
+        likely = sorted(self._smallest(), key=lambda layout: -layout.degrees.pp * layout.degrees.ep)
+        for layout in likely:
             memory = rank_memory(self.space.model, layout.degrees, self.space.shape(layout))
             if self._fits(memory.total):
                 return self._timed(layout, memory)
@@ -109,26 +128,36 @@ class LayoutSearch:
 
     def least_memory(self) -> tuple[Layout, MemoryBytes] | None:
         """Return the layout that takes least memory, and what it takes; None where no layout is legal."""
-        layouts = (layout for _, layout in self._smallest())
         planned = (
             (layout, rank_memory(self.space.model, layout.degrees, self.space.shape(layout)))
-            for layout in layouts
+            for layout in self._smallest()
         )
         return min(planned, key=lambda pair: pair[1].total, default=None)
 
-    def _smallest(self) -> Iterator[tuple[int, Layout]]:
-        """Yield, per group of cells, the layout that takes least memory, with the floor of the group."""
-        order = list(RecomputeMode)
-        groups: dict[object, Cell] = {}
+    def _smallest(self) -> Iterator[Layout]:
+        """Yield the layouts that take least memory: of each group of cells the smallest microbatch."""
+        smallest: dict[object, Cell] = {}
+        modes = list(RecomputeMode)
         for cell in self.space.cells():
-            smallest = groups.setdefault(cell[:6], cell)
-            if (cell.microbatch_size, -order.index(cell.recompute)) < (
-                smallest.microbatch_size,
-                -order.index(smallest.recompute),
-            ):
-                groups[cell[:6]] = cell
-        for cell in groups.values():
-            yield self._floor(cell), next(self.space.layouts(cell))
+            own = smallest.setdefault((*cell[:6], cell.recompute), cell)
+            if cell.microbatch_size < own.microbatch_size:
+                smallest[*cell[:6], cell.recompute] = cell
+        most = {cell[:6]: 0 for cell in smallest.values()}
+        for cell in smallest.values():
+            most[cell[:6]] = max(most[cell[:6]], modes.index(cell.recompute))
+        for cell in smallest.values():
+            if modes.index(cell.recompute) == most[cell[:6]]:
+                yield next(self.space.layouts(cell))
+
+    def _least_state(self) -> int:
+        """Return the bytes of a rank if parameters, gradients and optimizer state were shared out evenly."""
+        for cell in self.space.cells():
+            state = self.space.shape(next(self.space.layouts(cell))).state
+            (whole,) = build_stages(self.space.model, 1)
+            groups = stage_bytes(self.space.model, whole, ParallelDims(), state, False)
+            total = sum(group.parameters + group.gradients + group.optimizer for group in groups)
+            return total // self.space.world
+        return 0
 
     def _fits(self, memory: int) -> bool:
         return self.room is None or memory <= self.room
@@ -146,32 +175,39 @@ class LayoutSearch:
         assert time is not None
         return Found(layout, memory, time)
 
-    def _most_speed(self, cell: Cell, tokens: int) -> float:
+    def plan(self, layout: Layout) -> Found:
+        """Plan a layout exactly."""
+        shape = self.space.shape(layout)
+        return self._timed(layout, rank_memory(self.space.model, layout.degrees, shape))
+
+    def common_speed(self, found: Found, tokens: int) -> float:
+        """Return an upper bound of the speed of a plan's cell: without FSDP's traffic and the optimizer."""
+        common = found.time.seconds - found.time.causes[Cause.dp] - found.time.causes[Cause.optimizer]
+        return tokens / common / self.space.world
+
+    def most_speed(self, cell: Cell, tokens: int) -> float:
         """Return an upper bound of a cell's tokens per second and rank: ranks that share all work evenly."""
         degrees = self.space.degrees(cell.pp, cell.cp, cell.tp, cell.ep, 1)
-        work, dispatch = self._work(cell)
-        hardware = self.space.hardware
-        paired = cell.pipeline is not None and cell.pipeline.schedule is Schedule.DualPipeV
-        if paired and hardware.overlap.ep_paired > hardware.overlap.ep:
-            work -= dispatch
         microbatches = self.space.batch.final // (cell.microbatch_size * degrees.data_parallel)
-        return tokens / (microbatches * work / cell.pp) / self.space.world
+        return tokens / (microbatches * self._work(cell) / cell.pp) / self.space.world
 
-    def _work(self, cell: Cell) -> tuple[float, float]:
-        """Return the seconds of one microbatch in the whole model, and those of its exposed dispatch."""
-        key = (cell.cp, cell.tp, cell.ep, cell.precision, cell.microbatch_size, cell.recompute)
+    def _work(self, cell: Cell) -> float:
+        """Return the seconds of one microbatch in the whole model on the ranks of one stage."""
+        space = self.space
+        dual = cell.pipeline is not None and cell.pipeline.schedule is Schedule.DualPipeV
+        paired = dual and self._hides_dispatch
+        key = (cell.cp, cell.tp, cell.ep, paired, *cell[5:])
         if key not in self._works:
-            space = self.space
-            degrees = ParallelDims(1, 1, space.world // (cell.cp * cell.tp), cell.cp, cell.tp, cell.ep)
             layout = next(space.layouts(cell))
-            shape = replace(space.shape(layout), microbatches=1, pipelining=PipelineShape())
-            time = step_time(space.model, degrees, shape, space.hardware)
-            assert time is not None
-            apart = time.causes[Cause.dp] + time.causes[Cause.optimizer]
-            self._works[key] = time.seconds - apart, time.causes[Cause.ep]
+            shape = space.shape(layout)
+            kernels = KernelTimes.of(space.hardware, shape)
+            assert kernels is not None
+            times = StageTimes(space.model, layout.degrees, shape, space.hardware, kernels)
+            (whole,) = build_stages(space.model, 1)
+            self._works[key] = sum(sum(part.values()) for part in times.stage(whole))
         return self._works[key]
 
-    def _floor(self, cell: Cell) -> int:
+    def floor(self, cell: Cell) -> int:
         """Return a lower bound of the memory of every layout of a cell: its state and gathered weights."""
         key = cell[:6]
         if key not in self._floors:

@@ -7,7 +7,7 @@ they are typed: the constants below say which.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from dsv3.config.hardware import HardwareConfig
@@ -114,7 +114,10 @@ class LayoutSpace:
         self.config, self.world, self.hardware, self.choices = config, world, hardware, choices
         self.model, self.length = config.model, config.train.length
         self.batch = BatchSchedule.of(config.train)
+        self.refusal = ""
+        """The last message of a check that a layout has failed."""
         self._shapes: dict[Any, StepShape] = {}
+        self._reshards: dict[Any, list[bool | None]] = {}
 
     @cached_property
     def splits(self) -> dict[tuple[int, int, int, int], list[int]]:
@@ -192,9 +195,14 @@ class LayoutSpace:
         """List the values of reshard_after_forward that a schedule runs with."""
         if self.world == 1:
             return [None]
-        typed = self.choices.reshard
-        wanted = (True, False) if typed is None else (typed,)
-        return [r for r in wanted if _accepts(lambda: reshard_after_forward(self._parallel(pipeline, r), pp))]
+        if (pp, pipeline) not in self._reshards:
+            typed = self.choices.reshard
+            self._reshards[pp, pipeline] = [
+                reshard
+                for reshard in ((True, False) if typed is None else (typed,))
+                if self._accepts(partial(reshard_after_forward, self._parallel(pipeline, reshard), pp))
+            ]
+        return self._reshards[pp, pipeline]
 
     def _degrees(self) -> Iterator[ParallelDims]:
         """Yield degrees whose product is the world, with the values that the model's widths allow."""
@@ -223,18 +231,18 @@ class LayoutSpace:
             check_model(degrees, self.model)
             check_sequence(degrees, self.length)
 
-        return _accepts(check)
+        return self._accepts(check)
 
     def _stages_split(self, pp: int, pipeline: Pipeline | None) -> bool:
         degrees, parallel = ParallelDims(pp=pp), self._parallel(pipeline, None)
-        return _accepts(lambda: check_stages(parallel, degrees, self.model))
+        return self._accepts(lambda: check_stages(parallel, degrees, self.model))
 
     def _microbatch_sizes(self, degrees: ParallelDims, pipeline: Pipeline | None) -> Iterator[int]:
         """Yield the sizes with which the batch splits over the ranks and the schedule runs."""
         parallel, typed = self._parallel(pipeline, None), self.choices.microbatch_size
         size = typed or 1
         while size == (typed or 1) or (typed is None and size * self.length <= MOST_TOKENS):
-            if _accepts(lambda: check_batch(parallel, degrees, self.batch, size)):  # noqa: B023: called here
+            if self._accepts(lambda: check_batch(parallel, degrees, self.batch, size)):  # noqa: B023: called here
                 yield size
             size *= 2
 
@@ -248,7 +256,16 @@ class LayoutSpace:
         layout = Layout(degrees, pipeline, reshard, size, RecomputeMode.none, precision)
         nothing = MemoryBytes(0, 0, 0, 0)
         plan = Plan(self.model, degrees, self.hardware, self.shape(layout), nothing, TrafficBytes())
-        return _accepts(lambda: check_expert_backend(config, plan))
+        return self._accepts(lambda: check_expert_backend(config, plan))
+
+    def _accepts(self, check: Callable[[], object]) -> bool:
+        """Return True where a check of a run passes."""
+        try:
+            check()
+        except UserError as error:
+            self.refusal = str(error)
+            return False
+        return True
 
     def _parallel(self, pipeline: Pipeline | None, reshard: bool | None) -> ParallelConfig:
         parallel = replace(self.config.parallel, reshard_after_forward=reshard)
@@ -263,10 +280,3 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def _accepts(check: Callable[[], object]) -> bool:
-    """Return True where a check of a run passes."""
-    try:
-        check()
-    except UserError:
-        return False
-    return True

@@ -27,6 +27,8 @@ class MemoryBytes:
     """At the fullest moment of a step, as is `weight_copies`."""
     weight_copies: int = 0
     """Weights gathered or cast within a step, and gradients on their way to the state."""
+    late_gradients: int = 0
+    """Part of `gradients` that is not there yet at the fullest moment of a step."""
     save_copies: int = 0
     """Copies that a background save writes from, if they are in the rank's own memory."""
     offloaded: int = 0
@@ -37,7 +39,7 @@ class MemoryBytes:
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        state = self.parameters + self.gradients + self.optimizer
+        state = self.parameters + self.gradients - self.late_gradients + self.optimizer
         return state + self.activations + self.weight_copies + self.save_copies
 
     def to_json(self) -> dict[str, int]:
@@ -83,6 +85,7 @@ def _memory(
         optimizer,
         activations=peak.activations,
         weight_copies=peak.copies,
+        late_gradients=0 if shape.cpu_offload else peak.late,
         save_copies=sizes[0] + sizes[2] if shape.host_copies else 0,
         offloaded=on_host + sizes[2] if shape.cpu_offload else 0,
         # A save of offloaded tensors copies within ordinary memory.

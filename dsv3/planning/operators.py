@@ -89,6 +89,15 @@ class Operators:
         self._memory(whole, self.tokens * columns, 8 + c, 5 * FP32 + 2 * c, kernels=8, backward=0)
         return Passes([*whole.forward, *whole.inputs, *whole.weights], [], [])
 
+    def scores(self) -> list[Work]:
+        """Return the work of one prediction without gradients."""
+        c, columns = self.c, self.config.vocab_size / self.degrees.tp
+        whole = Passes([], [], [])
+        self._norm(whole, self.rows * self.config.dim, 1)
+        self._matmul(whole, self.tokens, columns, self.config.dim, in_fp8=False)
+        self._memory(whole, self.tokens * columns, FP32 + c, 3 * FP32 + c, kernels=6)
+        return whole.forward
+
     def embedding(self) -> Passes:
         """Return the work of one lookup, and of adding its gradient."""
         passes = Passes([], [], [])
@@ -119,7 +128,11 @@ class Operators:
         self._matmul(passes, keys, heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank)
         # RoPE and the join of the parts without and with rotation, for queries and for keys.
         self._memory(
-            passes, (self.tokens + keys) * heads * a.qk_head_dim, 2 * self.c, 3 * self.c + 2, kernels=14,
+            passes,
+            (self.tokens + keys) * heads * a.qk_head_dim,
+            2 * self.c,
+            3 * self.c + 2,
+            kernels=14,
             backward=1,
         )
         widths, c = a.qk_head_dim + a.v_head_dim, self.c
@@ -209,7 +222,8 @@ class Operators:
         saved = SavedOp.experts if experts else SavedOp.matmuls
         flops = 2 * rows * columns * depth
         read = 1 if fp8 else c
-        left, right, out = rows * depth, weight, rows * columns
+        # Of the experts' weights a pass reads those that have rows.
+        left, right, out = rows * depth, weight * (min(1.0, rows / experts) if experts else 1), rows * columns
         kernels = 1.0
         if fp8:
             kernels = max(experts, 1) if not self.shape.compiled else 1.0
@@ -224,7 +238,7 @@ class Operators:
         # The weight's gradient is added to the fp32 sum, eagerly after it has been written and read again.
         sums = 2 * self.shape.state.gradient + (0 if self.shape.compiled else 2 * c)
         passes.weights.append(Work(kind, flops, read * (left + out), kernels))
-        passes.weights.append(Work(Kind.memory, 0.0, sums * right, 0 if self.shape.compiled else 2))
+        passes.weights.append(Work(Kind.memory, 0.0, sums * weight, 0 if self.shape.compiled else 2))
 
     def _quantize(self, passes: Passes, left: float, right: float, out: float) -> None:
         """Count reading values in the compute dtype and writing codes: operands of each matmul anew."""

@@ -1,7 +1,8 @@
 """The timeline of a step: when each pipeline rank computes which microbatch, and how long the step lasts.
 
 Every rank works in its schedule's order as soon as its input has arrived. A step of many microbatches is
-simulated for a few: after the first rounds every further microbatch takes as long as the busiest rank computes.
+simulated for a few rounds of pp microbatches: once the pipeline runs steadily, each further round takes as long as
+the one before it.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from dsv3.planning.pipeline_stages import stages_of_rank
 KINDS = ("F", "B", "I", "W")
 """Forward pass, backward pass, and its halves: gradients of inputs and of weights."""
 
-ROUNDS = 4
-"""Rounds of pp microbatches (times the stages of a rank) that are simulated; longer steps are extrapolated."""
+ROUNDS = 3
+"""Rounds of pp microbatches that are simulated; the rest of a longer step is extrapolated."""
 
 
 class Span(NamedTuple):
@@ -59,9 +60,9 @@ class _Step(NamedTuple):
     duration: int
     """Index into the flat list of every stage's seconds by kind."""
     source: int
-    """Place in the order of the action whose result it needs; -1 for none."""
-    travels: bool
-    """The result comes from another rank."""
+    """Place in the order, from 1, of the action whose result it needs; 0 for none."""
+    travels: int
+    """1 if the result comes from another rank."""
 
 
 @lru_cache(maxsize=512)
@@ -70,9 +71,7 @@ def _order(schedule: Schedule, pp: int, per_rank: int, microbatches: int) -> tup
     queues = [
         list(reversed(schedule_actions(schedule, rank, pp, per_rank, microbatches))) for rank in range(pp)
     ]
-    owner = {
-        stage: rank for rank in range(pp) for stage in stages_of_rank(schedule, rank, pp, per_rank)
-    }
+    owner = {stage: rank for rank in range(pp) for stage in stages_of_rank(schedule, rank, pp, per_rank)}
     places: dict[tuple[bool, int, int], int] = {}
     order: list[_Step] = []
     last = pp * per_rank - 1
@@ -82,17 +81,17 @@ def _order(schedule: Schedule, pp: int, per_rank: int, microbatches: int) -> tup
             queue = queues[rank]
             while queue:
                 kind, stage, microbatch = queue[-1]
-                forward, source = kind == "F", -1
+                forward, source = kind == "F", 0
                 neighbor = stage + (-1 if forward else 1)
-                travels = False
+                travels = 0
                 if kind != "W" and 0 <= neighbor <= last:
                     found = places.get((forward, neighbor, microbatch))
                     if found is None:
                         break
-                    source, travels = found, owner[neighbor] != rank
+                    source, travels = found, int(owner[neighbor] != rank)
                 queue.pop()
                 if kind != "W":
-                    places[forward, stage, microbatch] = len(order)
+                    places[forward, stage, microbatch] = len(order) + 1
                 order.append(_Step(rank, 4 * stage + KINDS.index(kind), source, travels))
         waiting = [rank for rank in waiting if queues[rank]]
     return tuple(order)
@@ -121,23 +120,21 @@ class PipelineTimeline:
         """Return the seconds until the last rank is done."""
         if self.pp == 1:
             return self.busy(0)
-        few = _few(self.pp, self.per_rank, self.microbatches)
-        longest = max(self.busy(rank) for rank in range(self.pp)) / self.microbatches
-        return self.simulate(few) + (self.microbatches - few) * longest
+        rounds, size, rest = _rounds(self.schedule, self.pp, self.microbatches)
+        if rounds <= ROUNDS:
+            return self.simulate(self.microbatches)
+        last, before = (self.simulate(size * count + rest) for count in (ROUNDS, ROUNDS - 1))
+        busiest = max(map(self.busy, range(self.pp))) / self.microbatches * size
+        return last + (rounds - ROUNDS) * max(last - before, busiest)
 
     def simulate(self, microbatches: int) -> float:
         """Return the seconds of a step of so many microbatches, action by action."""
         seconds = [value for stage in self.stages for value in stage.by_kind()]
-        now, ends, send = [0.0] * self.pp, [], self.send
+        now, ends, hops = [0.0] * self.pp, [0.0], (0.0, self.send)
         done = ends.append
         for rank, duration, source, travels in _order(self.schedule, self.pp, self.per_rank, microbatches):
-            start = now[rank]
-            if source >= 0:
-                arrived = ends[source] + send if travels else ends[source]
-                if arrived > start:
-                    start = arrived
-            end = start + seconds[duration]
-            now[rank] = end
+            arrived, start = ends[source] + hops[travels], now[rank]
+            now[rank] = end = (arrived if arrived > start else start) + seconds[duration]
             done(end)
         return max(now)
 
@@ -152,11 +149,9 @@ class PipelineTimeline:
             iter(schedule_actions(self.schedule, rank, self.pp, self.per_rank, self.microbatches))
             for rank in range(self.pp)
         ]
-        ends: list[float] = []
+        ends = [0.0]
         for rank, duration, source, travels in order:
-            start = found[rank][-1].end if found[rank] else 0.0
-            if source >= 0:
-                start = max(start, ends[source] + self.send * travels)
+            start = max(found[rank][-1].end if found[rank] else 0.0, ends[source] + self.send * travels)
             action = next(actions[rank])
             ends.append(start + seconds[duration])
             found[rank].append(Span(start, ends[-1], *action))
@@ -171,7 +166,13 @@ class PipelineTimeline:
         return spans
 
 
-def _few(pp: int, per_rank: int, microbatches: int) -> int:
-    """Return the microbatches to simulate: rounds of the same size (interleaved schedules have such)."""
+def _rounds(schedule: Schedule, pp: int, microbatches: int) -> tuple[int, int, int]:
+    """Return the rounds of a step, their size, and the microbatches that are left over.
+
+    An interleaved schedule makes rounds of equal size, of pp microbatches or more; the others have none left
+    over in their order, so that any size will do.
+    """
     rounds = max(1, microbatches // pp)
-    return microbatches if rounds <= ROUNDS else microbatches // rounds * ROUNDS
+    if schedule in (Schedule.Interleaved1F1B, Schedule.InterleavedZeroBubble):
+        return rounds, microbatches // rounds, 0
+    return rounds, pp, microbatches - rounds * pp

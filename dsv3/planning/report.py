@@ -7,6 +7,9 @@ from dsv3.planning.sharding import is_gathered_in_fp8, uses_fp8_matmul
 
 GIB = 2**30
 
+SMALL_SHARE = 0.005
+"""Causes below this share of a step have no row."""
+
 
 def describe_need(plan: Plan) -> str:
     """Return `needs X GiB, has Y GiB` for a plan whose device memory is known."""
@@ -21,6 +24,7 @@ def format_plan(plan: Plan, fix: str = "") -> str:
     parts = (
         _model_rows(plan),
         _memory_rows(plan),
+        _traffic_rows(plan),
         _time_rows(plan),
         _upkeep_rows(plan),
         _verdict_rows(plan, fix),
@@ -93,12 +97,42 @@ def _fp8_rows(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-def _time_rows(plan: Plan) -> list[tuple[str, str]]:
+def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
     sent = {name: value for name, value in vars(plan.traffic).items() if value}
     sent["all axes"] = plan.traffic.total
     unit, scale = _unit(plan.traffic.total)
     rows = [(f"  {name}", f"{value / scale:>10,.2f}") for name, value in sent.items()]
     return [("sent per step", f"{unit:>10}"), *rows, ("bubble", f"{plan.bubble:>10.1%}")]
+
+
+def _time_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Return the seconds of a step with what they are spent on, and the rates that follow."""
+    time = plan.time
+    if time is None:
+        source = plan.hardware.source
+        unknown = [("step", f"{'unknown':>10}  {_why_unknown(plan)}")]
+        return [*unknown, ("  source", source)] if source else unknown
+    rows = [("step", f"{'seconds':>10}{'share':>9}")]
+    spent = sorted(time.causes.items(), key=lambda each: -each[1])
+    rows += [
+        (f"  {cause.value}", f"{seconds:>10,.4g}{seconds / time.seconds:>9.1%}")
+        for cause, seconds in spent
+        if seconds >= SMALL_SHARE * time.seconds
+    ]
+    rows.append(("  all", f"{time.seconds:>10,.4g}{'':>9}  {time.source}"))
+    causal, square = (plan.mfu(convention) for convention in FlopsConvention)
+    mfu = "" if causal is None or square is None else f", MFU {causal:.1%} causal, {square:.1%} full square"
+    rows.append(("tokens per second", f"{time.tokens_per_second_per_gpu:,.0f} per rank{mfu}"))
+    hours, days = time.gpu_hours_per_trillion_tokens, time.days_per_trillion_tokens
+    rows.append(("a trillion tokens", f"{hours:,.0f} GPU hours, {days:,.1f} days on {time.ranks:,} ranks"))
+    return rows
+
+
+def _why_unknown(plan: Plan) -> str:
+    """Return why a plan has no time, with what gives it one."""
+    if plan.shape.cpu_offload:
+        return "the host's optimizer has no assumed speed: parallel.fsdp.cpu_offload=false has one"
+    return f"hardware={plan.hardware.name} tells no peaks or links: python train.py task=calibrate"
 
 
 def _upkeep_rows(plan: Plan) -> list[tuple[str, str]]:

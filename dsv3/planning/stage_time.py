@@ -8,21 +8,12 @@ from dsv3.config.hardware import HardwareConfig
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import DispatchBackend, RecomputeMode, SavedOp, Schedule
 from dsv3.planning.collective_time import CollectiveTimes
+from dsv3.planning.group_bytes import GroupBytes, Sent
 from dsv3.planning.kernel_time import KernelTimes
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.operators import Kind, Operators, Passes, Work, recomputed
-from dsv3.planning.parameters import Weight
 from dsv3.planning.pipeline_stages import StageLayers
-from dsv3.planning.sharding import (
-    FP8_BLOCK,
-    FP32,
-    fp8_bytes,
-    is_gathered_in_fp8,
-    is_used_in_fp32,
-    local_shape,
-    shard_count,
-    shard_numel,
-)
+from dsv3.planning.sharding import FP8_BLOCK, FP32, fp8_bytes
 from dsv3.planning.step_shape import StepShape
 
 
@@ -35,10 +26,10 @@ class Cause(Enum):
     recomputation = "recomputation"
     host = "host"
     dp = "exposed FSDP traffic"
-    tp = "exposed tensor-parallel traffic"
-    cp = "exposed context-parallel traffic"
+    tp = "exposed tp traffic"
+    cp = "exposed cp traffic"
     ep = "exposed all-to-all"
-    pp = "exposed sends between stages"
+    pp = "exposed pp sends"
     bubble = "pipeline bubble"
     optimizer = "optimizer"
 
@@ -93,6 +84,7 @@ class StageTimes:
         self.links = CollectiveTimes(hardware, degrees, shape)
         self.operators = Operators(config, degrees, shape)
         self.layers = {dense: self._layer(dense) for dense in self._kinds()}
+        self._stages: dict[tuple[int, ...], PassSeconds] = {}
 
     def _kinds(self) -> set[bool]:
         kinds = {True} if self.config.num_dense_layers else set()
@@ -100,8 +92,14 @@ class StageTimes:
 
     def stage(self, stage: StageLayers) -> PassSeconds:
         """Return the seconds of one microbatch in a stage, without FSDP's traffic."""
-        total = none()
         kinds = stage.block_kinds
+        key = (kinds.count(True), len(kinds), stage.embeds, stage.predictions, stage.mtp_depths)
+        if key not in self._stages:
+            self._stages[key] = self._stage(stage, kinds)
+        return self._stages[key]
+
+    def _stage(self, stage: StageLayers, kinds: list[bool]) -> PassSeconds:
+        total = none()
         for dense in set(kinds):
             total = total.plus(self.layers[dense], kinds.count(dense))
         ends = [(self.operators.embedding, stage.embeds), (self.operators.head, stage.predictions)]
@@ -128,7 +126,9 @@ class StageTimes:
         return self._with_traffic(seconds, dense)
 
     def _passes(self, passes: Passes, repeated: Iterable[Work] | None) -> PassSeconds:
-        forward, inputs, weights = (self._works(part) for part in (passes.forward, passes.inputs, passes.weights))
+        forward, inputs, weights = (
+            self._works(part) for part in (passes.forward, passes.inputs, passes.weights)
+        )
         if repeated:
             again = self._works(repeated)
             inputs = add(inputs, {Cause.recomputation: sum(again.values())})
@@ -206,32 +206,34 @@ class StageTimes:
             total += self.links.dispatch(level.ranks, sent, starts, crosses)
         return total
 
-    def gather_seconds(self, group: Iterable[Weight]) -> float:
+    def scoring(self, stage: StageLayers) -> Seconds:
+        """Return the seconds of a pass through a stage without gradients, as in an evaluation or a sample."""
+        total: Seconds = {}
+        for dense in stage.dense:
+            total = add(total, self.layers[dense].forward)
+        if stage.is_first:
+            total = add(total, self._works(self.operators.embedding().forward))
+        if stage.is_last:
+            total = add(total, self._works(self.operators.scores()))
+        return total
+
+    def send_seconds(self) -> float:
+        """Return the seconds of a microbatch's hidden states from one stage to another rank's."""
+        tokens = self.shape.tokens(self.degrees) // self.degrees.tp
+        return self.links.send(tokens * self.config.dim * self.shape.state.compute)
+
+    def gather_seconds(self, group: GroupBytes) -> float:
         """Return the seconds of FSDP's all-gather of a group of weights."""
-        return self._shards(group, reduce=False)
+        return self._rings(group.all_gather)
 
-    def reduce_seconds(self, group: Iterable[Weight]) -> float:
+    def reduce_seconds(self, group: GroupBytes) -> float:
         """Return the seconds of the reduce-scatter of a group's gradients, and of their sum over replicas."""
-        trained = [weight for weight in group if self.shape.state.trains(weight)]
-        held = sum(shard_numel(weight, self.degrees) for weight in trained) * FP32
-        replicas = self.links.replicas
-        sent = 2 * held * (replicas.ranks - 1) / replicas.ranks
-        return self._shards(trained, reduce=True) + self.links.ring(replicas, sent, starts=bool(trained))
+        n, shards = self.degrees.dp_replicate, group.gradients // self.shape.state.gradient * FP32
+        summed = self.links.ring(self.links.replicas, 2 * shards * (n - 1) / n, starts=bool(shards))
+        return self._rings(group.reduce_scatter) + summed
 
-    def _shards(self, group: Iterable[Weight], reduce: bool) -> float:
-        """Return the seconds over each number of shards in the group: one collective each."""
-        sent: dict[int, float] = {}
-        for weight in group:
-            ranks = shard_count(weight, self.degrees)
-            held = shard_numel(weight, self.degrees)
-            if reduce or is_used_in_fp32(weight):
-                size: float = held * FP32
-            elif self.shape.gathers_in_fp8 and is_gathered_in_fp8(weight, self.degrees):
-                size = fp8_bytes(local_shape(weight, self.degrees)) / ranks
-            else:
-                size = held * self.shape.state.compute
-            sent[ranks] = sent.get(ranks, 0.0) + size * (ranks - 1)
-        return sum(self.links.ring(self.links.shards(ranks), bytes_) for ranks, bytes_ in sent.items())
+    def _rings(self, sent: Sent) -> float:
+        return sum(self.links.ring(self.links.shards(ranks), size) for ranks, size in sent)
 
 
 def exposed(seconds: float, share: float, computing: float, cost: float = 0.0) -> float:

@@ -32,11 +32,13 @@ class Moment:
     """Activations, saved or in work, and their gradients."""
     copies: int
     """Weights gathered or cast, and gradients of weights on their way to the state."""
+    late: int = 0
+    """Gradients of the state that come after this moment; before their first use a step has none."""
 
     @property
     def total(self) -> int:
-        """Bytes of both."""
-        return self.activations + self.copies
+        """Bytes of the first two, without what is not there yet of the state."""
+        return self.activations + self.copies - self.late
 
 
 def step_peak(
@@ -94,20 +96,25 @@ class _Step:
         root = root_weights(self.config, last)
         return self.trained([weight for weight in root if weight.component is Component.head])
 
-    def in_last_norm(self, kept: int, copies: int) -> Moment:
+    def late(self, gradients: int) -> int:
+        """Return the bytes of `gradients` that are missing still: with one microbatch, as they are added up."""
+        return gradients if self.shape.microbatches == 1 else 0
+
+    def in_last_norm(self, kept: int, copies: int, late: int) -> Moment:
         """Return the moment at which the norm before the head holds its gradients in fp32."""
         values = 2 if self.shape.fused_kernels else 4
         arrived = self.compute  # counted with what is kept
-        return Moment(kept + self.on_rank(TokenBytes((values * FP32 - arrived) * self.config.dim)), copies)
+        kept += self.on_rank(TokenBytes((values * FP32 - arrived) * self.config.dim))
+        return Moment(kept, copies, late)
 
-    def in_head(self, kept: int, copies: int) -> Moment:
+    def in_head(self, kept: int, copies: int, late: int) -> Moment:
         """Return the moment at which the head computes its last chunk, beside what is kept."""
         ids = -(-self.config.vocab_size // self.degrees.tp)
         predictions = 1 + self.config.mtp_depths
         # The hidden states that it predicts from, of the tokens of all tp ranks.
         hidden = self.tokens * predictions * self.compute * self.config.dim
         working = hidden + head_chunk(self.tokens, ids, self.compute)
-        return Moment(kept + working, copies + head_weight_gradient(self.head(), self.compute))
+        return Moment(kept + working, copies + head_weight_gradient(self.head(), self.compute), late)
 
 
 class _OneProcess(_Step):
@@ -122,29 +129,37 @@ class _OneProcess(_Step):
         kept = casts = 0
         # What MTP looks up gives the embedding's gradient early. It waits for that of the first layer.
         waiting = self.trained([w for w in root if w.component is Component.embedding]) * FP32
+        gradient = self.shape.state.gradient
+        missing = self.trained([w for w in root if w.component is not Component.head]) * gradient
         for number, (dense, block) in enumerate(zip(kinds, blocks, strict=True)):
             if number >= layers:  # an MTP depth, after the prediction before it
                 kept += self.on_rank(self.saved.prediction() + self.saved.mtp_join())
                 casts += self._cast(joins[number - layers : number - layers + 1])
             own = self._cast(block)
+            missing += self.trained(block) * gradient
             if number + 1 in (layers, len(kinds)) or kinds[number + 1] != dense:
                 early = waiting if number < layers < len(kinds) else 0
-                yield from self._in_block(dense, block, kept, casts + own + early)
+                yield from self._in_block(dense, block, kept, casts + own + early, self.late(missing))
             kept += self.on_rank(self.kept(dense))
             casts += 0 if self.recomputes else own
         head = [w for w in root if w.component is Component.head]
         kept += self.on_rank(self.saved.prediction())
-        yield self.in_head(kept, casts + self._cast(head))
-        yield self.in_last_norm(kept, casts)
+        # The head hands its weight's gradient over when the backward pass begins.
+        late = self.late(missing + self.trained(head) * gradient)
+        yield self.in_head(kept, casts + self._cast(head), late)
+        yield self.in_last_norm(kept, casts, self.late(missing))
+        yield Moment(0, 0)  # the optimizer's step
 
-    def _in_block(self, dense: bool, block: list[Weight], kept: int, casts: int) -> Iterator[Moment]:
+    def _in_block(
+        self, dense: bool, block: list[Weight], kept: int, casts: int, late: int
+    ) -> Iterator[Moment]:
         casts_gradients = self.compute < FP32 and self.shape.fp8 is None
         own = kept + self.on_rank(self.in_backward(dense))
         trained = self.trained(block)
         for phase in backward_phases(self.saved, dense, casts_gradients, self.recomputes):
             used = phase.used_casts * self.compute if casts_gradients else 0
             gradients = phase.gradients if trained else 0
-            yield Moment(own + self.on_rank(phase.activations), casts - used + gradients)
+            yield Moment(own + self.on_rank(phase.activations), casts - used + gradients, late)
 
     def _cast(self, weights: list[Weight]) -> int:
         """Return the bytes of the casts that the matmuls of `weights` save."""
@@ -167,11 +182,11 @@ class _Gathered(_Step):
         shape = self.shape
         return stage_bytes(self.config, stage, self.degrees, shape.state, shape.gathers_in_fp8)
 
-    def in_block(self, dense: bool, kept: int, copies: int) -> Iterator[Moment]:
+    def in_block(self, dense: bool, kept: int, copies: int, late: int) -> Iterator[Moment]:
         """Yield the moments of a layer's backward pass, beside what is kept by others."""
         own = kept + self.on_rank(self.in_backward(dense))
         for phase in backward_phases(self.saved, dense, casts=False, recomputed=self.recomputes):
-            yield Moment(own + self.on_rank(phase.activations), copies)
+            yield Moment(own + self.on_rank(phase.activations), copies, late)
 
 
 class _Sharded(_Gathered):
@@ -187,16 +202,18 @@ class _Sharded(_Gathered):
         gathered += sum(sizes[:GATHERED_BLOCKS] if self.shape.reshard_after_forward else sizes)
         kinds, layers = stage.block_kinds, len(stage.dense)
         reduced = max(block.in_reduction(self.compute) for block in blocks)
-        kept = 0
-        for number, dense in enumerate(kinds):
+        kept, missing = 0, outside.gradients
+        for number, (dense, block) in enumerate(zip(kinds, blocks, strict=True)):
             if number >= layers:
                 kept += self.on_rank(self.saved.prediction() + self.saved.mtp_join())
+            missing += block.gradients
             if number + 1 in (layers, len(kinds)) or kinds[number + 1] != dense:
-                yield from self.in_block(dense, kept, gathered + reduced + self._held_by_root(root))
+                copies = gathered + reduced + self._held_by_root(root)
+                yield from self.in_block(dense, kept, copies, self.late(missing))
             kept += self.on_rank(self.kept(dense))
         kept += self.on_rank(self.saved.prediction())
-        yield self.in_head(kept, gathered)
-        yield self.in_last_norm(kept, gathered + self._held_by_root(root))
+        yield self.in_head(kept, gathered, self.late(missing))
+        yield self.in_last_norm(kept, gathered + self._held_by_root(root), self.late(missing))
         # The root's gradients are reduced after the last layer. tp makes embedding and head their own groups.
         ends = [outside]
         if self.degrees.tp > 1:
@@ -220,18 +237,24 @@ class _Pipelined(_Gathered):
         each = {stage.index: self._per_microbatch(stage) for stage in self.stages}
         kept = most_in_flight(self.degrees, shape, rank, each)
         # torch's stages receive every microbatch's input and gradient in a buffer of its own.
-        ends = sum(1 + (not stage.is_first) - stage.is_last for stage in self.stages)
-        kept += ends * boundary * shape.microbatches
+        buffers = sum(1 + (not stage.is_first) - stage.is_last for stage in self.stages)
+        ends = buffers * boundary * shape.microbatches
+        kept += ends
         groups = [group for stage in self.stages for group in self.groups_of(stage)]
         held = sum(group.gathered + group.trained * FP32 for group in groups)
+        shards = sum(group.gradients for group in groups)
+        # The shards' gradients come with the last microbatch. Then, without virtual stages, no other is left.
+        last = kept if len(self.stages) > 1 else each[self.stages[0].index] + ends
+        arriving = max(group.trained for group in groups) * self.compute
         reduced = max(group.in_reduction(self.compute) for group in groups)
         for dense in {dense for stage in self.stages for dense in stage.block_kinds}:
             # What the layer itself keeps is among what is in flight.
-            others = kept - self.on_rank(self.kept(dense))
-            yield from self.in_block(dense, others, held + reduced)
+            own = self.on_rank(self.kept(dense))
+            yield from self.in_block(dense, kept - own, held + arriving, shards)
+            yield from self.in_block(dense, last - own, held + reduced, 0)
         if any(stage.is_last for stage in self.stages):
-            yield self.in_head(kept, held)
-            yield self.in_last_norm(kept, held)
+            yield self.in_head(kept, held, shards)
+            yield self.in_last_norm(kept, held, shards)
 
     def _per_microbatch(self, stage: StageLayers) -> int:
         """Return what a microbatch keeps in a stage from its forward to its backward pass."""

@@ -5,15 +5,17 @@ puts them on a timeline (pipeline_timeline.py). FSDP's traffic, gradient clippin
 What hardware reaches and what it hides is assumed in conf/hardware, or measured by task=calibrate.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from dsv3.config.hardware import HardwareConfig
 from dsv3.config.model import ModelConfig
+from dsv3.planning.group_bytes import GroupBytes, stage_bytes
 from dsv3.planning.kernel_time import KernelTimes
 from dsv3.planning.layout import ParallelDims
-from dsv3.planning.pipeline_stages import StageLayers, stage_weights
+from dsv3.planning.pipeline_stages import StageLayers
 from dsv3.planning.pipeline_timeline import PipelineTimeline, Span, StageSeconds
-from dsv3.planning.sharding import FP32, shard_numel, shard_shape
+from dsv3.planning.sharding import FP32
 from dsv3.planning.stage_time import Cause, PassSeconds, Seconds, StageTimes, add, exposed
 from dsv3.planning.step_shape import StepShape
 
@@ -78,35 +80,12 @@ class StepTime:
 def step_time(
     model: ModelConfig, degrees: ParallelDims, shape: StepShape, hardware: HardwareConfig
 ) -> StepTime | None:
-    """Return the time of a step of `shape`; None where the hardware's peaks are unknown."""
-    kernels = KernelTimes.of(hardware, shape)
-    if kernels is None or shape.cpu_offload:
-        return None  # the host's optimizer and its link are in no hardware file
-    times = StageTimes(model, degrees, shape, hardware, kernels)
-    held = shape.stages_of_ranks(model, degrees)
-    by_stage = {stage.index: times.stage(stage) for stages in held for stage in stages}
-    send = 0.0
-    if degrees.pp > 1:
-        hidden = shape.tokens(degrees) // degrees.tp * model.dim * shape.state.compute
-        send = times.links.send(hidden)
-        by_stage = {n: _with_sends(passes, send, hardware) for n, passes in by_stage.items()}
-    p = shape.pipelining
-    pipeline = PipelineTimeline(
-        p.schedule,
-        degrees.pp,
-        p.per_rank,
-        shape.microbatches,
-        tuple(_stage_seconds(by_stage[n]) for n in sorted(by_stage)),
-        send,
-    )
-    rank = max(range(degrees.pp), key=pipeline.busy)
-    causes: Seconds = dict.fromkeys(Cause, 0.0)
-    for stage in held[rank]:
-        for part in by_stage[stage.index]:
-            causes = add(causes, part, shape.microbatches)
-    causes[Cause.bubble] = max(0.0, pipeline.seconds - pipeline.busy(rank))
-    causes[Cause.dp] += _fsdp_seconds(times, held[rank], by_stage)
-    causes[Cause.optimizer] += _update_seconds(times, held[rank])
+    """Return the time of a step of `shape`; None where the hardware's peaks or links are unknown."""
+    work = _Work.of(model, degrees, shape, hardware)
+    if work is None:
+        return None
+    pipeline, causes = work.pipeline, dict(work.causes)
+    causes[Cause.bubble] = max(0.0, pipeline.seconds - pipeline.busy(work.rank))
     return StepTime(
         seconds=sum(causes.values()),
         tokens=shape.microbatch_size * shape.sequence_length * shape.microbatches * degrees.data_parallel,
@@ -120,9 +99,48 @@ def step_time(
 def least_seconds(
     model: ModelConfig, degrees: ParallelDims, shape: StepShape, hardware: HardwareConfig
 ) -> float | None:
-    """Return a lower bound of step_time(...).seconds without its timeline: the busiest rank's own work."""
-    found = step_time(model, degrees, shape, hardware)
-    return found and found.seconds - found.causes[Cause.bubble]
+    """Return a lower bound of step_time(...).seconds, in a fraction of its time: without waiting for others."""
+    work = _Work.of(model, degrees, shape, hardware)
+    return work and sum(work.causes.values())
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the busiest pipeline rank has to do in a step."""
+
+    rank: int
+    causes: Seconds
+    pipeline: PipelineTimeline
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, degrees: ParallelDims, shape: StepShape, hardware: HardwareConfig
+    ) -> "_Work | None":
+        """Return it; None where the hardware's peaks or links are unknown."""
+        kernels = KernelTimes.of(hardware, shape)
+        if kernels is None or shape.cpu_offload:
+            return None  # the host's optimizer and its link are in no hardware file
+        links = hardware.intra_node_bandwidth or hardware.inter_node_bandwidth
+        if degrees.world_size > 1 and links is None:
+            return None
+        times = StageTimes(model, degrees, shape, hardware, kernels)
+        held = shape.stages_of_ranks(model, degrees)
+        by_stage = {stage.index: times.stage(stage) for stages in held for stage in stages}
+        send = 0.0
+        if degrees.pp > 1:
+            send = times.send_seconds()
+            by_stage = {n: _with_sends(passes, send, hardware) for n, passes in by_stage.items()}
+        p = shape.pipelining
+        seconds = tuple(_stage_seconds(by_stage[n]) for n in range(len(by_stage)))
+        pipeline = PipelineTimeline(p.schedule, degrees.pp, p.per_rank, shape.microbatches, seconds, send)
+        rank = max(range(degrees.pp), key=pipeline.busy)
+        causes: Seconds = dict.fromkeys(Cause, 0.0)
+        for stage in held[rank]:
+            for part in by_stage[stage.index]:
+                causes = add(causes, part, shape.microbatches)
+        causes[Cause.dp] += _fsdp_seconds(times, held[rank], seconds)
+        causes[Cause.optimizer] += _update_seconds(times, held[rank])
+        return cls(rank, causes, pipeline)
 
 
 def matmul_peak(hardware: HardwareConfig, shape: StepShape) -> float | None:
@@ -144,19 +162,19 @@ def _stage_seconds(passes: PassSeconds) -> StageSeconds:
     return StageSeconds(*(sum(part.values()) for part in passes))
 
 
-def _fsdp_seconds(times: StageTimes, held: list[StageLayers], by_stage: dict[int, PassSeconds]) -> float:
+def _fsdp_seconds(times: StageTimes, held: list[StageLayers], seconds: tuple[StageSeconds, ...]) -> float:
     """Return the seconds of FSDP's traffic that computing does not hide, per step."""
     share, cost = times.hardware.overlap.dp, times.hardware.overlap.cost
     forward, backward, reduced = times.shape.fsdp_rounds(times.degrees)
+    # A backward pass that gathers too, and one that also reduces, each hides what it can.
+    both = min(backward, reduced)
     total = 0.0
     for stage in held:
-        groups = stage_weights(times.config, stage)
-        gathers = sum(map(times.gather_seconds, groups))
-        reductions = sum(map(times.reduce_seconds, groups))
-        passes = _stage_seconds(by_stage[stage.index])
+        kinds = Counter(_groups(times, stage))
+        gathers = sum(count * times.gather_seconds(group) for group, count in kinds.items())
+        reductions = sum(count * times.reduce_seconds(group) for group, count in kinds.items())
+        passes = seconds[stage.index]
         total += forward * exposed(gathers, share, passes.forward, cost)
-        # A backward pass that gathers too, and one that also reduces, each hides what it can.
-        both = min(backward, reduced)
         total += both * exposed(gathers + reductions, share, passes.backward, cost)
         total += (reduced - both) * exposed(reductions, share, passes.backward, cost)
         total += (backward - both) * exposed(gathers, share, passes.backward, cost)
@@ -165,15 +183,15 @@ def _fsdp_seconds(times: StageTimes, held: list[StageLayers], by_stage: dict[int
 
 def _update_seconds(times: StageTimes, held: list[StageLayers]) -> float:
     """Return the seconds of gradient clipping and of the optimizer: bytes of gradients and state."""
-    state, degrees = times.shape.state, times.degrees
-    moved = 0.0
-    for stage in held:
-        for group in stage_weights(times.config, stage):
-            for weight in group:
-                if state.trains(weight):
-                    elements = shard_numel(weight, degrees)
-                    optimizer = state.optimizer_bytes(weight, shard_shape(weight, degrees))
-                    # The norm reads gradients, clipping scales them, the update reads them and reads and
-                    # writes parameters and state.
-                    moved += elements * (4 * FP32 + 2 * state.parameter) + 2 * optimizer
+    state, moved = times.shape.state, 0
+    for group in (group for stage in held for group in _groups(times, stage)):
+        # The norm reads gradients, clipping scales them, the update reads them and reads and writes parameters
+        # and state.
+        elements = group.gradients // state.gradient
+        moved += elements * (4 * FP32 + 2 * state.parameter) + 2 * group.optimizer
     return moved / times.kernels.optimizer
+
+
+def _groups(times: StageTimes, stage: StageLayers) -> list[GroupBytes]:
+    shape = times.shape
+    return stage_bytes(times.config, stage, times.degrees, shape.state, shape.gathers_in_fp8)

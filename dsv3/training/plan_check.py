@@ -20,6 +20,7 @@ from dsv3.config.hardware import CPU
 from dsv3.config.parallel import RecomputeMode
 from dsv3.distributed.process_group import RankContext
 from dsv3.metrics.row import MetricsRow
+from dsv3.planning.memory import MemoryBytes
 from dsv3.planning.plan import Plan, plan_from_shape
 from dsv3.planning.step_time import Cause, StepTime
 from dsv3.training.stragglers import NOTABLE
@@ -71,6 +72,7 @@ class Prediction:
     """What the plan says of steps with one batch size."""
 
     time: StepTime | None
+    memory: MemoryBytes
     memory_gib: float
     """Peak of the busiest rank, with what a CPU's process holds besides: comparable to memory_gib."""
 
@@ -194,7 +196,7 @@ class PlanCheck:
                 plan = plan_from_shape(plan.model, plan.degrees, plan.hardware, shape)
             memory = plan.memory.total - (0 if self.has_saved else plan.memory.save_copies)
             peak = max(self.held.peak, self.held.now + memory)
-            self._known[key] = Prediction(plan.time, peak / GIB)
+            self._known[key] = Prediction(plan.time, plan.memory, peak / GIB)
         return self._known[key]
 
     def compare(self) -> Comparison | None:
@@ -240,7 +242,7 @@ class PlanCheck:
                 off, time = found.speed_off, found.prediction.time
                 assert off is not None
                 assert time is not None
-                parts = [f"{_times(off, verdict)} than planned", largest_causes(time)]
+                parts = [_difference(off, verdict), largest_causes(time)]
                 reasons = self._why_slower(found) if verdict == "slower" else self._assumed(time)
                 lines.append("; ".join([*parts, *reasons]))
             else:
@@ -282,13 +284,13 @@ class PlanCheck:
         return bool(limit) and fewer and (found.memory_gib or 0.0) * GIB < 0.7 * (limit or 0)
 
     def _on_memory(self, found: Comparison, verdict: str) -> str:
-        memory = self.plan.memory
         off = found.memory_off
         assert off is not None
-        parts = {name: value for name, value in memory.to_json().items() if name != "total" and value}
+        parts = found.prediction.memory.to_json()
+        parts.pop("total")
         largest = sorted(parts.items(), key=lambda part: -part[1])[:NAMED_CAUSES]
         told = ", ".join(f"{name} {value / GIB:.2f}" for name, value in largest)
-        line = f"{_times(off, verdict)} than planned; planned GiB: {told}"
+        line = f"{_difference(off, verdict)}; planned GiB: {told}"
         if verdict == "less memory":
             return f"{line}; a larger train.microbatch_size may fit"
         return f"{line}; profile=on shows what is allocated"
@@ -302,8 +304,8 @@ def largest_causes(time: StepTime) -> str:
     return f"the plan: {', '.join(told)}"
 
 
-def _times(off: float, verdict: str) -> str:
-    """Return a difference in words: `31% slower`, and `3.2 times as fast` where it is twofold."""
+def _difference(off: float, verdict: str) -> str:
+    """Return a difference in words: `31% slower than planned`, from twofold on `3 times as fast as planned`."""
     if off < 1:
-        return f"{abs(off):.0%} {verdict}"
-    return f"{1 + off:.3g} times {'as fast' if verdict == 'faster' else 'as much memory'}"
+        return f"{abs(off):.0%} {verdict} than planned"
+    return f"{1 + off:.3g} times as {'fast' if verdict == 'faster' else 'much memory'} as planned"

@@ -74,6 +74,11 @@ def plan(job: Job) -> object:
     return job.plan.to_json(), job.plan.shape, job.hardware
 
 
+def speed(job: Job) -> object:
+    """Return the time of a step that the plan tells, with what it is spent on."""
+    return job.plan.to_json()["time"]
+
+
 def training(job: Job) -> object:
     """Return weights, settings and metrics after three steps on fixed rows."""
     config = job.config
@@ -304,6 +309,15 @@ EP = ("task=plan", "parallel=tp_ep", "launch.world_size=16", "train.global_batch
 
 SMALL = "train.microbatch_size=1"
 
+FAST = ("task=plan", "parallel=full", "launch.world_size=16", "train.global_batch_size=16", "hardware=h100")
+FAST_NODES = (*FAST, "hardware.devices_per_node=2")
+FAST_FP8 = (*FAST, "precision=fp8")
+FAST_FP32 = (*FAST, "precision=fp32", "hardware.kernels_fp32={matmul: 0.7}")
+FP8_OF_FP32 = ("precision=fp8", "precision.compute=fp32")
+FAST_DEEPEP = ("task=plan", "model=16b", "parallel=tp_ep", "launch.world_size=16", "hardware=h100")
+FAST_DEEPEP += ("parallel.expert.backend=deepep", "train.global_batch_size=16")
+STEP = "the time of a step in plan.txt"
+
 WATCHED = (
     "train.accidents.spike_window=2",
     "train.accidents.spike_factor=3.0",
@@ -470,9 +484,28 @@ EFFECTS: dict[str, Effect] = {
     "hardware.peak_flops_fp32": Effect("mfu in metrics.jsonl", "hardware.peak_flops_fp32"),
     "hardware.peak_flops_bf16": Effect("mfu in metrics.jsonl", plan, ("task=plan",), ("null", "1e12")),
     "hardware.peak_flops_fp8": Effect("mfu in metrics.jsonl", plan, ("task=plan",), ("null", "1e12")),
-    "hardware.memory_bandwidth": Effect("nowhere yet, and the run says so", "inert"),
-    "hardware.intra_node_bandwidth": Effect("nowhere yet, and the run says so", "inert"),
-    "hardware.inter_node_bandwidth": Effect("nowhere yet, and the run says so", "inert"),
+    "hardware.memory_bandwidth": Effect(STEP, speed, FAST),
+    "hardware.intra_node_bandwidth": Effect(STEP, speed, FAST),
+    "hardware.inter_node_bandwidth": Effect(STEP, speed, FAST_NODES),
+    "hardware.kernels": Effect(STEP, speed, FAST, ("0.5", "0.25")),
+    "hardware.kernels.matmul_fp8": Effect(STEP, speed, FAST_FP8, ("0.5", "0.25")),
+    "hardware.kernels.grouped_fp8": Effect(STEP, speed, FAST_FP8, ("0.5", "0.25")),
+    "hardware.kernels_fp32": Effect(STEP, speed, FAST_FP32, ("0.5", "0.25")),
+    "hardware.kernels_fp32.matmul_fp8": Effect(STEP, speed, (*FAST_FP32, *FP8_OF_FP32), ("0.5", "0.25")),
+    "hardware.kernels_fp32.grouped_fp8": Effect(STEP, speed, (*FAST_FP32, *FP8_OF_FP32), ("0.5", "0.25")),
+    "hardware.network": Effect(STEP, speed, FAST, ("0.5", "0.25")),
+    "hardware.network.ring_inter": Effect(STEP, speed, FAST_NODES, ("0.5", "0.25")),
+    "hardware.network.all_to_all_inter": Effect(STEP, speed, FAST_NODES, ("0.5", "0.25")),
+    "hardware.network.inter_seconds": Effect(STEP, speed, FAST_NODES, ("0.5", "0.25")),
+    "hardware.network.deepep_intra": Effect(STEP, speed, FAST_DEEPEP, ("0.5", "0.25")),
+    "hardware.network.deepep_inter": Effect(
+        STEP, speed, (*FAST_DEEPEP, "parallel.degrees.ep=16"), ("0.5", "0.25")
+    ),
+    "hardware.overlap": Effect(STEP, speed, FAST, ("0.5", "0.25")),
+    "hardware.overlap.ep_paired": Effect(
+        STEP, speed, (*FAST, "parallel.schedule=DualPipeV", "model.num_layers=6"), ("0.5", "0.25")
+    ),
+    "hardware.source": Effect(STEP, speed, FAST, ("here", "there")),
     "launch.nproc": Effect("processes, plan.txt", plan, ("parallel=fsdp", SMALL), ("2", "4")),
     "launch.nnodes": Effect(
         "processes, plan.txt", plan, ("parallel=fsdp", SMALL, "launch.nproc=2", "task=plan"), ("1", "2")

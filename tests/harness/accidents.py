@@ -5,6 +5,10 @@ replay, meets the same fault.
 """
 
 import math
+import os
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +54,8 @@ def spoil(parts: Any, sums: LossSums, fault: dict[str, Any], rank: int = 0) -> L
 class Inject(Callback):
     """Spoils the steps that begin at given sequences, `first` of each of the `faults`.
 
-    A fault is text: `first:12 kind:nan parameter:head.weight`.
+    A fault is text: `first:12 kind:nan parameter:head.weight`. Of kind `kill` it kills its `rank`, once, when
+    there is a file `may-die` beside the run.
     """
 
     def __init__(self, faults: list[str]) -> None:
@@ -66,6 +71,9 @@ class Inject(Callback):
         def train(*arguments: Any) -> LossSums:
             sums = inner(*arguments)
             fault = self.faults.get(run.progress.samples)
+            if fault is not None and fault["kind"] == "kill":
+                _kill_once(run.directory.parent, run.ranks.rank == fault["rank"])
+                return sums
             if fault is not None and fault["kind"] == "weights":
                 self.kick = float(fault["factor"])
                 return sums
@@ -103,6 +111,17 @@ class PassOver(Callback):
         run.optimizer.step = step  # type: ignore[assignment,method-assign]
 
 
+class Rest(Callback):
+    """Sleeps after each step, so that a run of hours leaves the machine to others."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = float(seconds)
+
+    def on_step_end(self, run: TrainingRun) -> None:
+        """Sleep."""
+        time.sleep(self.seconds)
+
+
 def injected(faults: dict[int, dict[str, Any]], passed: list[int] | None = None) -> list[str]:
     """Return the overrides that let a run meet `faults`, or pass over the steps `passed`."""
     texts = [" ".join(f"{key}:{value}" for key, value in fault.items()) for fault in faults.values()]
@@ -111,6 +130,16 @@ def injected(faults: dict[int, dict[str, Any]], passed: list[int] | None = None)
     if passed is not None:
         node = f"{{_target_: tests.harness.accidents.PassOver, first: {passed}}}"
     return [f"+train.callbacks.inject={node}", "run.allow_targets=[tests.harness.accidents]"]
+
+
+def _kill_once(folder: Path, is_victim: bool) -> None:
+    """Kill this process where it is the victim, unless a file `died` says that this has been done."""
+    if not is_victim or (folder / "died").exists():
+        return
+    while not (folder / "may-die").exists():
+        time.sleep(0.05)
+    (folder / "died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _first(parameter: Tensor) -> int:

@@ -106,11 +106,13 @@ class CommandLine:
         self.directory = directory
         self.text = text
         self.environment = environment(DSV3_CACHE=str(cache), XDG_CACHE_HOME=str(cache), OMP_NUM_THREADS="1")
+        self.started: list[Process] = []
 
     def start(self, *arguments: str, launcher: Iterable[str] = ()) -> Process:
         """Start train.py with exactly these arguments."""
         command = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
-        return Process(command, self.directory, self.environment)
+        self.started.append(Process(command, self.directory, self.environment))
+        return self.started[-1]
 
     def run(self, *arguments: str, launcher: Iterable[str] = ()) -> Outcome:
         """Run train.py with exactly these arguments."""

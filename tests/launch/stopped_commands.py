@@ -14,11 +14,16 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import matplotlib.pyplot  # noqa: F401
 import psutil
 import torch
+from hydra._internal.hydra import Hydra
+from hydra.core.plugins import Plugins
 
 import dsv3.convert.convert
+import dsv3.programs
 import dsv3.tasks.compare
 import dsv3.tasks.evaluate
 import dsv3.tasks.generate
@@ -30,6 +35,7 @@ from dsv3.documents.unit_pool import IN_PROCESS_BELOW
 from dsv3.errors import KILLED
 from dsv3.metrics import progress
 from dsv3.tokens.prepare_shards import prepare_shards
+from tests.harness.composing import store_uncopied
 
 PATIENCE = 60.0
 """Seconds that a command may go on after a signal that has to end it at once."""
@@ -70,7 +76,9 @@ def carry_out(case: dict[str, Any]) -> int:
     for number in case["ignored"]:
         signal.signal(number, signal.SIG_IGN)
     sys.argv = [f"{case['program']}.py", *case["arguments"]]
-    return start._start(case["program"])
+    # As in tests/harness/commands.py: Hydra composes a command twice, the first time to read hydra.mode.
+    with patch.object(Hydra, "get_mode", lambda *_, **__: None), store_uncopied():
+        return start._start(case["program"])
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +115,7 @@ def main() -> None:
     """Run all cases."""
     collect_rarely()
     torch.set_num_threads(1)
+    Plugins.instance()  # finds Hydra's plugins once
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)  # whatever has started this process
     # Let any size of input be worked on in processes.

@@ -114,6 +114,7 @@ def test_two_nodes_started_by_hand_make_one_run_and_restart_together(
         node = CommandLine(tmp_path / str(rank), tmp_path, command_line.text)
         node.environment = command_line.environment
         nodes.append(node.start(*arguments, f"launch.node_rank={rank}"))
+    command_line.started += nodes
     nodes[0].wait_for_steps(run_dir, 7)
     (killed,) = nodes[0].workers()
     killed.send_signal(KILL)

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from dsv3.checkpoint.directory import complete_steps
-from dsv3.distributed.directory_lock import DirectoryLock
-from tests.harness.processes import HANGUP, INTERRUPT, KILL, QUIT, SAVE, STOP, CommandLine, gone, rows, until
+from tests.harness.processes import HANGUP, QUIT, SAVE, CommandLine, gone, rows, until
 
 TWO = ("parallel=fsdp", "launch.nproc=2")
 ENDLESS = "train.steps=1000000"
@@ -35,41 +34,6 @@ def test_a_stopped_run_saves_exits_75_and_goes_on_where_it_stopped_on_another_la
         assert steps > before
         assert [row["step"] for row in rows(run_dir)] == list(range(1, steps + 1))
         arguments = [f"resume={run_dir}", ENDLESS, "parallel=none", "launch.nproc=null"]
-
-
-def test_a_stop_behind_the_last_step_ends_the_run_as_if_none_had_come(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    last = ["train.steps=2", "train.generate_every=100"]
-    process = command_line.start(*command_line.training(run_dir, *TWO, *last))
-    until(lambda: bool(complete_steps(run_dir)))  # the sample, the plot, the logger, the workers follow
-    workers = process.workers()
-    process.send(STOP)
-    ended = process.wait()
-    assert ended.code == 0, ended.err
-    assert "Done" in ended.out
-    assert gone(workers, 0)
-
-
-def test_a_second_signal_ends_everything_with_130(command_line: CommandLine, tmp_path: Path) -> None:
-    process = command_line.start(*command_line.training(tmp_path / "run", ENDLESS, *TWO))
-    process.wait_for_steps(tmp_path / "run", 1)
-    workers = process.workers()
-    process.send(STOP)
-    process.send(INTERRUPT)  # another number: two of the same may arrive as one
-    assert process.wait().code == 130
-    assert gone(workers, 10)
-
-
-def test_workers_do_not_outlive_a_killed_launcher(command_line: CommandLine, tmp_path: Path) -> None:
-    process = command_line.start(*command_line.training(tmp_path / "run", ENDLESS, *TWO))
-    process.wait_for_steps(tmp_path / "run", 1)
-    workers = process.workers()
-    process.send(KILL)
-    assert process.popen.wait() == -KILL
-    with DirectoryLock(tmp_path / "run", "run.dir=RUN"):  # a resume waits until they are gone
-        assert gone(workers, 0)
 
 
 def test_a_mistake_that_a_worker_finds_is_told_as_anywhere_else(

@@ -1,11 +1,7 @@
-"""Nobody gets in from the network: what a run listens on, and what an attacker's entries in its store do."""
+"""Nobody gets in from the network: which address a store listens on. An attack: test_three_accidents.py."""
 
-import os
-import pickle
 import socket
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -13,76 +9,7 @@ import pytest
 from dsv3.distributed import process_group
 from dsv3.distributed.store import listen, rank_store, serve_store, stay_on_this_node
 from dsv3.errors import RunFailed, UserError
-from tests.harness.processes import KILL, CommandLine, gone
-from tests.launch.test_launch import ENDLESS, TWO
-
-
-class Payload:
-    """A pickle that touches a file where it is read."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch '{self.marker}'",)
-
-
-def listening(processes: list[psutil.Process]) -> list[tuple[int, str, int]]:
-    """Process, address and port of every socket of these processes that takes connections or datagrams."""
-    return [
-        (process.pid, connection.laddr.ip, connection.laddr.port)
-        for process in processes
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-        or (connection.type == socket.SOCK_DGRAM and connection.laddr)
-    ]
-
-
-def other_addresses() -> list[str]:
-    """Addresses of this machine that are none of the loopback's."""
-    found = [each for name, addresses in psutil.net_if_addrs().items() if name != "lo" for each in addresses]
-    return [each.address for each in found if each.family == socket.AF_INET]
-
-
-def poison(port: int, marker: Path) -> None:
-    """Put a pickle under every key that a launcher, an agent of torch or its c10d rendezvous reads."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
-    bare = ["attempt", "end", "left"]
-    bare += [f"{attempt}: {name}" for attempt in (0, 1) for name in ("go", "failed", "node 0", "node 1")]
-    agent = [f"torchelastic/{name}/0" for name in ("role_info", "assigned_ranks")]
-    rendezvous = [f"torch.rendezvous.{run}" for run in ("dsv3", "dsv3-0", "dsv3-1", "none")]
-    payload: Any = pickle.dumps(Payload(marker))
-    for prefix in ("", "agent 0/", "agent 1/", "attempt 0/", "default_pg/"):
-        for key in (*bare, *agent, *rendezvous):
-            store.set(prefix + key, payload)
-
-
-def test_a_run_of_one_node_listens_to_itself_unpickles_nothing_and_tells_of_a_killed_worker(
-    command_line: CommandLine, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    process = command_line.start(*command_line.training(run_dir, ENDLESS, *TWO))
-    process.wait_for_steps(run_dir, 1)
-    launcher, workers = psutil.Process(process.popen.pid), process.workers()
-    sockets = listening([launcher, *launcher.children(recursive=True)])
-    assert {address for _, address, _ in sockets} <= {"127.0.0.1", "::1"}
-    assert {pid for pid, _, _ in sockets} >= {launcher.pid, *(worker.pid for worker in workers)}
-    for address in other_addresses()[:1]:
-        for _, _, port in sockets:
-            with pytest.raises(ConnectionRefusedError), socket.create_connection((address, port), 5):
-                pass
-    (port,) = [port for pid, _, port in sockets if pid == launcher.pid]
-    poison(port, tmp_path / "marker")
-    process.wait_for_steps(run_dir, 30)
-    workers[1].send_signal(KILL)
-    ended = process.wait()
-    assert ended.code == 1
-    assert f"rank 1 (pid {workers[1].pid}) was ended by SIGKILL" in ended.err
-    assert "Traceback" not in ended.err
-    assert gone(workers, 0)
-    assert not (tmp_path / "marker").exists()
+from tests.launch.attacker import listening
 
 
 def test_transports_stay_on_the_node_unless_the_user_has_chosen() -> None:

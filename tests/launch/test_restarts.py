@@ -1,6 +1,5 @@
 """Runs that start again by themselves: what is a reason to, who decides, and where the run goes on."""
 
-import json
 import socket
 import threading
 import weakref
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dsv3.checkpoint.directory import CONFIG_FILE, complete_steps
+from dsv3.checkpoint.directory import CONFIG_FILE
 from dsv3.distributed.signals import Stopped
 from dsv3.errors import RunFailed, RunOver, UserError
 from dsv3.launch import restarts
@@ -19,9 +18,7 @@ from dsv3.launch.job import Job
 from dsv3.launch.rendezvous import Attempt, Rendezvous
 from dsv3.launch.restarts import on_nodes, run_in_workers
 from dsv3.launch.workers import EndedElsewhere, RankRaised
-from tests.harness.commands import PlannedCommand, TrainCommand
-from tests.harness.processes import KILL, CommandLine
-from tests.harness.runs import rows
+from tests.harness.commands import PlannedCommand
 
 NODES = ("parallel=fsdp", "launch.nproc=2", "hardware=cpu", "model=debug")
 BATCH = "train.global_batch_size=16"
@@ -351,27 +348,3 @@ def test_what_no_launcher_has_written_is_refused(entry: bytes, launchers: Callab
             pytest.raises(RunFailed, match="has not written"),
         ):
             node1.wait(0)
-
-
-def test_a_killed_worker_costs_no_step_and_no_loss(
-    command_line: CommandLine, commands: TrainCommand, tmp_path: Path
-) -> None:
-    """The same rows come out, each once, as of a run that nothing has happened to."""
-    often = ["train.steps=40", "train.checkpoint_every=5", "launch.max_restarts=3"]
-    arguments = command_line.training(tmp_path / "run", *often, "checkpoint.keep_last=2")
-    commands.must(*command_line.training(tmp_path / "whole", *often[:2]))
-    process = command_line.start(*arguments)
-    process.wait_for_steps(tmp_path / "run", 11)
-    (worker,) = process.workers()
-    worker.send_signal(KILL)
-    ended = process.wait()
-    assert ended.code == 0, ended.err
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
-    lines = map(json.loads, (tmp_path / "run" / "accidents.jsonl").read_text().splitlines())
-    (entry,) = [line for line in lines if line["kind"] == "restart"]
-    assert (entry["restart"], entry["of"]) == (1, 3)
-    assert entry["step"] in (5, 10, 15)
-    told = f"restart 1 of 3 from step {entry['step']}: rank 0 (pid {worker.pid}) was ended by SIGKILL"
-    assert told in ended.err
-    assert told in (tmp_path / "run" / "log.txt").read_text()
-    assert [step.name for step in complete_steps(tmp_path / "run")] == ["step-35", "step-40"]

@@ -80,7 +80,9 @@ def added(arguments: list[str], sweep: Sweep | None = None) -> dict[str, str] | 
 
 
 @pytest.mark.slow
-def test_a_search_that_was_killed_goes_on_where_it_stopped(command_line: CommandLine, tmp_path: Path) -> None:
+def test_a_search_that_was_killed_goes_on_where_it_stopped(
+    command_line: CommandLine, commands: TrainCommand, tmp_path: Path
+) -> None:
     directory = tmp_path / "a study (it's)"
     search = [*SEARCH, "hydra.sweeper.n_trials=2", "train.steps=30"]
     arguments = ["-m", *command_line.training(directory, *search)]
@@ -89,7 +91,7 @@ def test_a_search_that_was_killed_goes_on_where_it_stopped(command_line: Command
     process.send(KILL)
     assert process.wait().code == -KILL
     kept = rows(directory / "0")
-    again = command_line.run(*arguments)
+    again = commands.run(*arguments)
     assert again.code == 0, again.err
     assert "has 1 of 2 trials, 1 broken off and not counted: 1 to go" in again.err
     assert "job 2 (2 of 2): optimizer.lr=" in again.out

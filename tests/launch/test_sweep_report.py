@@ -10,6 +10,7 @@ import pytest
 from dsv3.launch.job import SweepJob
 from dsv3.launch.sweep import Sweep
 from dsv3.launch.sweep_report import reported
+from dsv3.planning.step_time import Cause
 from tests.harness.commands import TrainCommand
 from tests.harness.tiny import MODEL, TRAINING
 
@@ -67,13 +68,31 @@ def test_a_sweep_of_plans_prints_one_json_line_per_job(commands: TrainCommand) -
 
 def test_a_sweep_of_plans_is_one_table(commands: TrainCommand) -> None:
     few = ("-m", "task=plan", "model=671b", "hardware=h800", "parallel=pp", "launch.world_size=100,2048")
+    few = (*few, "recompute=none,full", "precision=fp8")
     titles, *rows = map(words, commands.run(*few).out.splitlines())
-    assert titles == "job overrides fits GiB per rank device GiB tokens/s per GPU bubble mfu"
-    assert rows[0] == "0 launch.world_size=100 no layout - - - - -"
-    name, differs, fits, total, device, *_ = rows[1].split()
-    assert (name, differs, fits) == ("1", "launch.world_size=2048", "no")
-    assert float(total) > float(device)
-    assert len(rows) == 2
+    named = "job overrides fits GiB per rank device GiB tokens/s per GPU mfu bubble largest cause"
+    assert titles == named
+    # What fits comes first, then what does not, and last what is refused, with its reason.
+    assert [row.split()[:4] for row in rows] == [
+        ["3", "launch.world_size=2048", "recompute=full", "yes"],
+        ["2", "launch.world_size=2048", "recompute=none", "no"],
+        ["0", "launch.world_size=100", "recompute=none", "refused"],
+        ["1", "launch.world_size=100", "recompute=full", "refused"],
+    ]
+    reason = (
+        "parallel.degrees: pp=16 x dp_replicate=1 x cp=1 x tp=1 leaves no whole dp_shard of a world of 100"
+    )
+    assert all(row.split(" refused - - - - - ")[1].startswith(reason) for row in rows[2:])
+    (left,) = Path("multirun").glob("*/3/result.json")
+    plan = json.loads(left.read_text())["plan"]
+    cause, seconds = max(plan["time"]["causes"].items(), key=lambda cause: cause[1])
+    cells = [
+        *("3 launch.world_size=2048 recompute=full yes", f"{plan['memory_bytes']['total'] / 2**30:,.2f}"),
+        "74.51",
+        *(f"{plan['tokens_per_second_per_gpu']:,.0f}", f"{plan['mfu']:.1%}", f"{plan['bubble']:.1%}"),
+        f"{Cause[cause].value} {seconds / plan['time']['seconds']:.0%}",
+    ]
+    assert rows[0] == " ".join(cells)
 
 
 def test_a_sweep_ends_with_its_ranking_and_the_command_that_compares(commands: TrainCommand) -> None:

@@ -56,15 +56,12 @@ def test_the_spans_that_are_drawn_are_those_of_the_timeline(schedule: Schedule) 
     figure = timeline_figure(plan, step_picture(plan.time.timeline, 10_000))
     (axes,) = figure.axes
     drawn: list[list[tuple[float, float]]] = [[] for _ in range(plan.degrees.pp)]
-    rest = []
     for shapes in axes.collections:
         assert isinstance(shapes, PolyCollection)
         for path in shapes.get_paths():
             (left, bottom), (right, top) = path.get_extents().get_points()
             row = drawn[round((bottom + top) / 2)]
             row.append((left, right))
-        if shapes.get_label() == "":
-            rest.append(shapes)
     planned = [[(span.start * 1e3, span.end * 1e3) for span in spans] for spans in plan.time.timeline]
     end = plan.time.seconds * 1e3
     for row, spans in zip(drawn, planned, strict=True):

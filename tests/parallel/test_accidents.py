@@ -14,9 +14,8 @@ MUON = ["optimizer=muon"]
 FEW = ["model.num_layers=3", "precision=fp32"]
 
 LAYOUTS: list[tuple[str, ParallelDims, int, list[str]]] = [
-    ("fsdp x ep, bf16 moments", ParallelDims(dp_shard=8, ep=4), 1, BF16),
-    ("hsdp x tp x ep, muon", ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, MUON),
-    ("pp x cp", ParallelDims(pp=2, dp_shard=2, cp=2), 1, ADAMW),
+    ("hsdp x tp x ep, bf16 moments", ParallelDims(dp_replicate=2, dp_shard=2, tp=2, ep=4), 2, BF16),
+    ("pp x cp, muon", ParallelDims(pp=2, dp_shard=2, cp=2), 1, MUON),
 ]
 
 

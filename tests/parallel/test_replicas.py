@@ -19,7 +19,6 @@ ENDS = OF_THE_RUN | MOMENTS | {"weight"}
 
 # Layout, optimizer, schedule, the rank whose bits flip, how many ranks hold a bias, and what is replicated.
 LAYOUTS = {
-    "fsdp": (ParallelDims(dp_shard=2), "adamw", "1F1B", 1, 2, OF_THE_RUN),
     "hsdp, tp_ep": (HSDP, "bf16 moments", "1F1B", 5, 8, WHOLE),
     "full": (STAGES, "adamw", "1F1B", 6, 4, ENDS),
     "both ends on a rank": (ParallelDims(pp=2, dp_shard=2), "adamw", "DualPipeV", 0, 2, ENDS),

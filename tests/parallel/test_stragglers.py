@@ -1,21 +1,17 @@
 """A rank that is slow in its data or in its forward pass is found; ranks that are slow alike are not."""
 
-import pytest
-
 from dsv3.planning.layout import ParallelDims
 from tests.harness.pool import Pool
 from tests.parallel.tiny_training import configured
 from tests.parallel.worker_stragglers import find_slow_rank
 
 SLOW = 1
+STAGES = ParallelDims(pp=2, dp_shard=2)
 DATA, FORWARD, EVEN = {"data": [SLOW]}, {"forward": [SLOW]}, {"forward": [0, 1, 2, 3]}
 
 
-@pytest.mark.parametrize("degrees", [ParallelDims(dp_shard=2), ParallelDims(pp=2, dp_shard=2)], ids=str)
-def test_the_slow_rank_is_named_with_its_share_and_an_even_run_names_none(
-    pool: Pool, degrees: ParallelDims
-) -> None:
-    config = configured(["parallel=fsdp", "train.global_batch_size=8"], 2)
+def test_the_slow_rank_is_named_with_its_share_and_an_even_run_names_none(pool: Pool) -> None:
+    config, degrees = configured(["parallel=fsdp", "train.global_batch_size=8"], 2), STAGES
     ranks = pool.run(find_slow_rank, config, degrees, 2, [DATA, FORWARD, EVEN])[: degrees.world_size]
     assert all(found == ranks[0] for found in ranks)
     data, forward, even = ranks[0]

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -52,3 +53,13 @@ def test_across_nodes_a_token_crosses_to_a_node_once() -> None:
     assert 3.5 < between.rows < 4
     assert within.rows == dispatch_levels(moe, 64, None)[0].rows > between.rows
     assert len(dispatch_levels(moe, 64, 48)) == 1
+
+
+def test_experts_that_are_dealt_round_robin_are_neighbours() -> None:
+    """Eight consecutive experts of 256 lie on 2 of 64 ranks, and on one node of 8; of 384 by sixes they may not."""
+    dealt = replace(preset("671b").moe, forced_balance=True)
+    nodes, ranks = dispatch_levels(dealt, 64, 8)
+    assert (nodes.rows, ranks.rows) == (1, 2)
+    odd = replace(dealt, num_experts=12, top_k=5, num_groups=1, top_k_groups=1, selection_bias=False)
+    chosen = [{(5 * token + n) % 12 // 3 for n in range(5)} for token in range(12)]
+    assert dispatch_probability(odd, 3) == pytest.approx(sum(map(len, chosen)) / 12 / 4)

@@ -59,6 +59,7 @@ def test_a_known_gpu_brings_its_numbers() -> None:
         ("NVIDIA H800, 81559", "h800"),
         ("NVIDIA B200, 183359", "b200"),
         ("NVIDIA GB200, 189471", "gb200"),
+        ("NVIDIA GB300, 284208", "gb300"),
         ("NVIDIA GH200 480GB, 97871", "NVIDIA GH200 480GB"),
         ("NVIDIA H100 PCIe, 81559", "NVIDIA H100 PCIe"),
         ("NVIDIA GeForce RTX 4090, 24564", "NVIDIA GeForce RTX 4090"),

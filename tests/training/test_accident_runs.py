@@ -1,7 +1,6 @@
 """Whole runs with bad numbers: what is skipped, told and stored, when they end and when they go back."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,41 +44,6 @@ def trained_once(commands: TrainCommand, met: tuple[Path, list[str]]) -> Path:
     if not run.exists():
         commands.train(run, *met[1])
     return run
-
-
-def losses(run: Path) -> list[Any]:
-    return [(row["step"], row["loss"], row["grad_norm"], row["evaluation_loss"]) for row in rows(run)]
-
-
-def test_a_nan_and_a_spike_leave_a_run_as_if_their_updates_had_never_been(
-    commands: TrainCommand, met: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    run, without = trained_once(commands, met), tmp_path / "without"
-    commands.train(without, *SETTINGS, "train.accidents.skip=false", *injected({}, [NAN, SPIKE]))
-    bad = (4, 9)
-    assert [each for each in losses(run) if each[0] not in bad] == [
-        each for each in losses(without) if each[0] not in bad
-    ]
-    assert last_tensors(run) == last_tensors(without)
-    nan, spike = entries(run)
-    assert (nan["kind"], nan["step"], nan["seed"], nan["samples"]) == ("nonfinite", 4, 0, [NAN, NAN + BATCH])
-    assert (nan["parameter"], nan["expert"], nan["layer"]) == (EXPERT, 2, "layers.1")
-    assert (nan["parameters"], nan["nonfinite_parameters"]) == ([f"{EXPERT}[2]"], 1)
-    assert nan["grad_norm"] == "nan"
-    assert nan["skipped"] is spike["skipped"] is True
-    assert (spike["kind"], spike["step"], spike["samples"]) == ("spike", 9, [SPIKE, SPIKE + BATCH])
-    assert spike["grad_norm"] > spike["limit"] > 0
-    assert len(spike["parameters"]) == 8
-    row = {each["step"]: each for each in rows(run)}
-    assert [row[step]["skipped"] for step in (3, 4, 8, 9, STEPS)] == [0, 1, 1, 2, 2]
-    assert row[4]["grad_norm"] is None
-    assert {each["alarm"] for each in row.values()} == {0}
-    log = (run / "log.txt").read_text()
-    told = f"step 4 is skipped: loss {row[4]['loss']}, grad_norm nan, at {EXPERT}[2]; sequences 12 to 15"
-    assert told in log
-    assert "step 9 is skipped: its gradient norm" in log
-    assert "1 nonfinite, 1 spike: accidents.jsonl" in log
-    assert re.search(r"skipped steps +2 of 12", log)
 
 
 def test_a_resumed_run_has_the_statistics_of_the_uninterrupted_one(

@@ -71,9 +71,10 @@ def test_a_file_that_becomes_a_pipe_between_stat_and_open_is_refused(
     path, plain = make(tmp_path / "pipe", "pipe"), tmp_path / "plain"
     plain.write_text("x")
     status = os.stat(plain)  # noqa: PTH116
-    monkeypatch.setattr(os, "stat", lambda _: status)
-    with pytest.raises(BadFile, match="is a pipe, not a file"):
-        read_bytes(path)
+    with monkeypatch.context() as patched:  # pytest asks for it as well, to report
+        patched.setattr(os, "stat", lambda _: status)
+        with pytest.raises(BadFile, match="is a pipe, not a file"):
+            read_bytes(path)
 
 
 def test_errors_are_those_that_readers_of_before_catch() -> None:

@@ -1,0 +1,109 @@
+"""task=search: the fastest layouts of a model on a world of GPUs, by arithmetic alone; imports no torch.
+
+launch/layout_choice.py says what the command leaves open and types the layouts that are found;
+planning/layout_search.py finds them. docs/planning.md describes the search.
+"""
+
+import json
+import os
+import sys
+
+from dsv3.config.task import OutputFormat
+from dsv3.launch.job import Job
+from dsv3.launch.layout_choice import Request, chosen_world, nothing_fits, told_layout
+from dsv3.metrics.console import format_table
+from dsv3.metrics.progress import phase
+from dsv3.planning.checks import GIB
+from dsv3.planning.layout_search import FRONT_GAIN, FRONT_SPEED, LayoutSearch, SearchResult
+
+_TITLES = ("", "tokens/s/GPU", "GiB", "command")
+
+
+class SearchTask:
+    """Prints the fastest layouts that fit, and the front of speed against memory.
+
+    Args:
+        top: how many of the fastest to print.
+        picture: PNG file to draw speed against memory into; None draws nothing.
+        format: of what is printed.
+    """
+
+    def __init__(self, top: int, picture: str | None, format: OutputFormat) -> None:
+        self.top = top
+        self.picture = picture
+        self.format = format
+
+    def run(self, job: Job) -> None:
+        """Search, and print to stdout as text or as one JSON object, on rank 0 only."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        request, world = Request.of(job), chosen_world(job)
+        with phase(f"searching layouts of {world:,} ranks"):
+            search = LayoutSearch(request.space(world))
+            result = search.run(self.top)
+            if not result.best:
+                raise nothing_fits(request, search)
+        told = self._told(request, search, result)
+        if self.picture is not None:
+            from dsv3.metrics.layout_picture import draw_layouts
+
+            points = [(found.memory.total / GIB, found.speed) for found in result.seen]
+            front = [(found.memory.total / GIB, found.speed) for found in result.front]
+            room = (search.space.hardware.memory_bytes or 0) / GIB
+            draw_layouts(points, front, room, self._heading(request, search), self.picture)
+            print(f"picture: {self.picture}", file=sys.stderr)
+        if self.format is OutputFormat.json:
+            print(json.dumps(told, indent=1))
+            return
+        lines = [
+            self._heading(request, search),
+            f"{result.legal:,} legal layouts; {result.planned:,} were planned exactly, bounds ruled out the others",
+            f"batch: {told['global_batch_size']:,} sequences of {told['sequence_length']:,} tokens per step: "
+            f"{told['global_batch_reason']}",
+            f"time {told['source']}",
+            "",
+            _table(told["best"]),
+            "",
+            f"speed against memory, down to {FRONT_SPEED:.0%} of the fastest: each is over {FRONT_GAIN:.0%} faster "
+            "than all with less memory",
+            _table(told["front"]),
+            "",
+            "to train, start the ranks with torchrun or srun and leave task=plan and launch.world_size out",
+        ]
+        print("\n".join(lines))
+
+    def _heading(self, request: Request, search: LayoutSearch) -> str:
+        space = search.space
+        return f"model={request.model} on {space.world:,} ranks of hardware={space.hardware.name}"
+
+    def _told(self, request: Request, search: LayoutSearch, result: SearchResult) -> dict[str, object]:
+        """Return the contract of task.format=json."""
+        space, (batch, reason) = search.space, request.batch(search.space.world)
+        return {
+            "model": request.model,
+            "world_size": space.world,
+            "hardware": space.hardware.name,
+            "device_memory_bytes": space.hardware.memory_bytes,
+            "global_batch_size": batch,
+            "global_batch_reason": reason,
+            "sequence_length": space.length,
+            "source": result.best[0].time.source,
+            "legal": result.legal,
+            "planned": result.planned,
+            "best": [told_layout(request, found, space.world) for found in result.best],
+            "front": [told_layout(request, found, space.world) for found in result.front],
+        }
+
+
+def _table(rows: object) -> str:
+    assert isinstance(rows, list)
+    cells = [
+        (
+            str(number),
+            f"{row['tokens_per_second_per_gpu']:,.1f}",
+            f"{row['memory_bytes']['total'] / GIB:,.2f}",
+            row["command"],
+        )
+        for number, row in enumerate(rows, 1)
+    ]
+    return format_table(cells, _TITLES, left_aligned=("command",))

@@ -1,0 +1,91 @@
+"""The search for layouts against planning every layout, and its bounds against the plans that they bound."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3.config.parallel import RecomputeMode, Schedule
+from dsv3.planning.layout_search import FRONT_GAIN, FRONT_SPEED, LayoutSearch
+from dsv3.planning.layout_space import Choices
+from tests.planning.layout_spaces import BF16, FORMATS, Planned, every_plan, gpu, small_config, space_of
+
+ONE = {"bf16": BF16}
+
+SPACES = {
+    "all axes of 4 ranks": (4, Choices(ONE, schedule=Schedule["1F1B"], recompute=RecomputeMode.full)),
+    "all schedules": (4, Choices(ONE, axes={"pp": 2, "cp": 1, "tp": 1}, recompute=RecomputeMode.none)),
+    "formats and recomputation of 6 ranks": (6, Choices(FORMATS, axes={"pp": 1, "cp": 1}, microbatch_size=1)),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_search_finds_what_planning_every_layout_finds(name: str) -> None:
+    world, choices = SPACES[name]
+    config = small_config(layers=12 if "pp" in choices.axes and choices.axes["pp"] > 1 else 4, batch=24 if world == 6 else 8)
+    space = space_of(world, gpu(), choices, config)
+    every = sorted(every_plan(space), key=lambda plan: -plan.speed)
+    assert len(every) > 50
+    # Memory that half of the layouts do not have, so that pruning by memory counts too.
+    room = sorted(plan.memory for plan in every)[len(every) // 2]
+    fitting = [plan for plan in every if plan.memory <= room]
+    result = LayoutSearch(space_of(world, gpu(room), choices, config)).run(5)
+    assert result.legal == len(every)
+    assert [found.speed for found in result.best] == pytest.approx([plan.speed for plan in fitting[:5]])
+    found = [Planned(each.speed, each.memory.total) for each in result.front]
+    assert_is_front(found, fitting)
+
+
+def assert_is_front(front: list[Planned], fitting: list[Planned]) -> None:
+    """Assert that the front has plans of `fitting` alone, and that none is much better with as little memory."""
+    assert {round(plan.speed, 6) for plan in front} <= {round(plan.speed, 6) for plan in fitting}
+    assert front == sorted(front, key=lambda plan: -plan.memory) == sorted(front, key=lambda plan: -plan.speed)
+    fastest = max(plan.speed for plan in fitting)
+    for plan in fitting:
+        if plan.speed >= FRONT_SPEED * fastest * (1 + FRONT_GAIN) ** 2:
+            assert any(
+                own.memory <= plan.memory and own.speed * (1 + FRONT_GAIN) ** 2 >= plan.speed for own in front
+            )
+
+
+@given(
+    pp=st.sampled_from([1, 2, 4]),
+    paired=st.sampled_from([0.0, 0.9]),
+    schedule=st.sampled_from(list(Schedule)),
+    length=st.sampled_from([2048, 8192]),
+    data=st.data(),
+)
+@settings(max_examples=25, deadline=None)
+def test_no_bound_rules_out_a_layout_that_is_better(
+    pp: int, paired: float, schedule: Schedule, length: int, data: st.DataObject
+) -> None:
+    own = small_config(layers=8, batch=16, length=length)
+    space = space_of(8, gpu(ep_paired=paired), Choices(FORMATS, axes={"pp": pp}, schedule=schedule), own)
+    search = LayoutSearch(space)
+    tokens = space.batch.final * space.length
+    cell = data.draw(st.sampled_from(sorted(space.cells(), key=repr)))
+    planned = [search.plan(layout) for layout in space.layouts(cell)]
+    most, floor = search.most_speed(cell, tokens), search.floor(cell)
+    first = planned[0]
+    for found in planned:
+        assert found.speed <= most * (1 + 1e-9)
+        assert found.memory.total >= floor
+        # The first of a cell shards over most ranks, and tells what all of the cell take.
+        assert found.memory.total >= first.memory.total
+        assert found.speed <= search.common_speed(first, tokens) * (1 + 1e-9)
+    fewer = search.most_speed(cell._replace(recompute=RecomputeMode.none), tokens)
+    assert most <= fewer * (1 + 1e-9)
+
+
+def test_what_does_not_fit_is_told_by_the_layout_that_takes_least() -> None:
+    choices = Choices(ONE, schedule=Schedule["1F1B"])
+    space = space_of(4, gpu(), choices)
+    least = min(plan.memory for plan in every_plan(space))
+    search = LayoutSearch(space_of(4, gpu(least - 1), choices))
+    assert search.run(3).best == []
+    assert search.first_that_fits() is None
+    found = search.least_memory()
+    assert found is not None
+    assert found[1].total == least
+    fitting = LayoutSearch(space_of(4, gpu(least), choices)).first_that_fits()
+    assert fitting is not None
+    assert fitting.memory.total == least
