@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -259,13 +260,14 @@ def main() -> int:
     options = parser.parse_args()
     LIMITS.stretch(options.slower)
     for name in options.only.split(","):
-        with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as folder:
-            try:
-                for new in PARTS[name](Path(folder), options):
-                    keep(name, new, options)
-            except Broken as broken:
-                print(f"{name}: {broken}", file=sys.stderr)
-                return 1
+        folder = Path(tempfile.mkdtemp(prefix=f"faults-{name}-"))
+        try:
+            for new in PARTS[name](folder, options):
+                keep(name, new, options)
+        except Broken as broken:
+            print(f"{name}: {broken}\nits runs are in {folder}", file=sys.stderr)
+            return 1
+        shutil.rmtree(folder)
     return 0
 
 

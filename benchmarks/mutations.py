@@ -1250,13 +1250,6 @@ $out.add_($sums)
         FILES,
     ),
     Mutation(
-        "files: a long name is shortened in messages",
-        "dsv3.untrusted_files:BadFile.__init__",
-        "len(shown) <= 200",
-        "True",
-        FILES,
-    ),
-    Mutation(
         "files: another reader gets no YAML beyond the limits",
         "dsv3.untrusted_files:require_bounded_yaml",
         "raise _no_yaml(error, path) from None",
@@ -1339,13 +1332,6 @@ $out.add_($sums)
         "{path.name for path in self.directory.iterdir()} <= {LOCK_FILE}",
         "True",
         f"{LOCK} -k made_for_nothing",
-    ),
-    Mutation(
-        "lock: a message is short whatever the note says",
-        "dsv3.distributed.directory_lock:_shown",
-        "len(text) <= longest",
-        "True",
-        f"{LOCK} -k message_is_short",
     ),
     Mutation(
         "lock: a note cannot steer a terminal",

@@ -1,4 +1,4 @@
-"""Back-test of the planner: published speeds of the family against what the plan predicts for the same configuration.
+"""Back-test of the planner: published speeds of the family against what the plan predicts for them.
 
     python -m benchmarks.planner
 
@@ -26,9 +26,10 @@ GIB = 2**30
 def main() -> None:
     """Predict every point, print the errors and write them into the documentation."""
     rows = [predict(point) for point in points()]
-    told = {"points": rows, "errors": errors(rows)}
+    found = errors(rows)
+    told = {"points": rows, "errors": found}
     RESULTS.write_text(json.dumps(told, indent=1) + "\n")
-    table, summary, memory = speed_table(rows), error_table(told["errors"]), memory_table(rows)
+    table, summary, memory = speed_table(rows), error_table(found), memory_table(rows)
     for lines in (table, summary, memory):
         print("\n".join(lines), end="\n\n")
     pages.fill("planning.md", "speed", table)
@@ -100,7 +101,7 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def speed_table(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Return a row per point: published and predicted tokens per second and GPU, their ratio, largest causes."""
+    """Return a row per point: published and predicted tokens/s and GPU, their ratio, the largest causes."""
     lines = [
         "| point | | published | predicted | ratio | spent on |",
         "|---|---|---|---|---|---|",

@@ -1,12 +1,12 @@
 """Published training speeds of the DeepSeek-V3 family, with the configuration that each publication gives.
 
 A row is what its publication says and nothing else. Where it does not say, one rule holds for all rows: a
-microbatch of one sequence of 4,096 tokens, AdamW in fp32, no MTP, balanced stages, no activation checkpointing,
-and nothing hidden but FSDP's traffic.
+microbatch of one sequence of 4,096 tokens, AdamW in fp32, balanced stages, no activation checkpointing, and
+nothing hidden but FSDP's traffic.
 
-The rows stand in the order of the list in the project's issue. Every second configuration was held back while
-the assumptions of conf/hardware were set: the first, third, fifth, ... are `set`, the others `held back`. A
-configuration that was measured with several batch sizes is one. The rule was fixed before any error was looked at.
+Every second configuration was held back while the assumptions of conf/hardware were set: the first, third,
+fifth, ... are `set`, the others `held back`. A configuration that was measured with several batch sizes is
+one. The rule was fixed before any error was looked at.
 """
 
 from dataclasses import dataclass, field, replace
@@ -36,8 +36,8 @@ class PublishedShape(StepShape):
     """Megatron's and a pipeline's way; FSDP without a pipeline gathers and reduces for every microbatch."""
 
     sends_copies: bool = False
-    """A token's row travels once per expert, in one exchange over all ranks, as in Megatron's and torchtitan's
-    all-to-all; ours and DeepEP's travels once per rank, and once per node."""
+    """A token's row travels once per expert, in one exchange over all ranks: Megatron's and torchtitan's way.
+    Ours and DeepEP's travels once per rank, and once per node."""
 
     def dispatch_levels(self, moe: MoEConfig, degrees: ParallelDims) -> list[DispatchLevel]:
         """See StepShape."""
@@ -106,7 +106,7 @@ class Point:
     @property
     def model_config(self) -> ModelConfig:
         """Return the model as it was trained."""
-        model = replace(preset(self.model), **self.changes)
+        model = replace(preset(self.model), **self.changes)  # type: ignore[arg-type]
         return replace(model, moe=replace(model.moe, forced_balance=self.round_robin))
 
     def on(self, hardware: HardwareConfig) -> HardwareConfig:
@@ -122,8 +122,8 @@ class Point:
 
 
 HIDDEN_DISPATCH = 1.0
-"""Share of token dispatch that software hides which overlaps it: all that there is computing for, as the report
-says of DualPipe (arXiv 2412.19437, section 3.2.1)."""
+"""Share of token dispatch that software hides which overlaps it: all that there is computing for. The report
+says so of DualPipe (arXiv 2412.19437, section 3.2.1)."""
 
 
 def _shape(
@@ -340,18 +340,18 @@ def _slices() -> list[Point]:
     ]
     return [
         Point(
-            name=f"SimuMax, {family} 4 layers, 8 B200, EP{degrees.ep} PP{degrees.pp}, {microbatches} microbatches",
+            name=f"SimuMax, {family} 4 layers, 8 B200, EP{degrees.ep} PP{degrees.pp}, {count} microbatches",
             configuration=number,
             source=SIMUMAX,
             model=model,
             hardware="b200",
             degrees=degrees,
-            shape=_shape(microbatches, sends_copies=True),
+            shape=_shape(count, sends_copies=True),
             seconds=seconds,
             memory=memory,
             changes={"num_layers": 4, "num_dense_layers": 1, "mtp_depths": 0},
             hides_nothing=True,
         )
         for family, model, degrees, number, memory, times in rows
-        for microbatches, seconds in times.items()
+        for count, seconds in times.items()
     ]

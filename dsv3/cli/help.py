@@ -23,6 +23,7 @@ Try:
   {program} parallel=fsdp launch.nproc=2             two workers on this machine
   {program} -m optimizer.lr=1e-3,3e-3                a sweep
   {program} task=plan model=671b parallel=fsdp launch.world_size=2048
+  {program} task=search model=671b launch.world_size=2048 hardware=h800
   {program} task=generate checkpoint.load=RUN_DIR task.prompt="import "
   {program} resume=RUN_DIR                           continue where a run stopped
   {program} task=replay task.run=RUN_DIR task.step=N compute a step again: does a bad number repeat?

@@ -24,8 +24,8 @@ def is_hopper(name: str) -> bool:
 class KernelConfig:
     """What kernels reach, as shares of the peaks, and what each costs besides (docs/planning.md).
 
-    A kernel takes the longer of its FLOPs and its bytes at these shares, and `seconds` more: a kernel of little
-    work reaches a smaller share.
+    A kernel takes its FLOPs and its bytes at these shares and `seconds` more: one of little work reaches
+    less.
     """
 
     matmul: float = 0.75
@@ -42,8 +42,6 @@ class KernelConfig:
     """Share of the peak that causal attention reaches in the backward pass."""
     memory: float = 0.8
     """Share of the memory bandwidth that operators reach which are not matmuls."""
-    optimizer: float = 0.8
-    """Share of the memory bandwidth that gradient clipping and the optimizer reach."""
     optimizer: float = 0.8
     """Share of the memory bandwidth that gradient clipping and the optimizer reach."""
     seconds: float = 5e-6
@@ -103,7 +101,7 @@ class OverlapConfig:
     pp: float = 1.0
     """Share of sends between stages during which the sender computes on."""
     cost: float = 0.0
-    """Share of the device that hidden traffic takes from computing: its kernels run on the same processors."""
+    """Seconds of computing that a second of hidden traffic costs: both run on the same processors."""
 
     def validate(self) -> None:
         """Raise InvalidValue for shares outside of 0 to 1."""

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
 from dsv3.config.convergence import shown
 from dsv3.config.hardware import CPU, HardwareConfig, is_hopper
 from dsv3.config.overrides import as_typed, split_override
@@ -100,48 +101,54 @@ class Request:
         """Return the layouts on `world` ranks; UserError where nothing can be searched."""
         config = self.config
         hardware = detect_hardware(config.hardware, world)
-        if hardware.name == CPU and hardware.peak_flops_fp32 is None or hardware.memory_bytes is None:
+        if (hardware.name == CPU and hardware.peak_flops_fp32 is None) or hardware.memory_bytes is None:
             known = ", ".join(gpu.name for gpu in named_hardware())
             raise UserError(
                 f"hardware={hardware.name} has no known speed to rank layouts by: name a GPU, such as "
                 f"hardware=h100 (known: {known}), or measure this machine with task=calibrate"
             )
-        train = replace(
-            config.train, sequence_length=self.length(), global_batch_size=self.batch(world)[0]
-        )
+        train = replace(config.train, sequence_length=self.length(), global_batch_size=self.batch(world)[0])
         parallel = config.parallel
         if "parallel" not in self.typed:
-            degrees = DegreesConfig(**{axis: getattr(parallel.degrees, axis) for axis in AXES if self._typed(axis)})
+            degrees = DegreesConfig(
+                **{axis: getattr(parallel.degrees, axis) for axis in AXES if self._typed(axis)}
+            )
             parallel = replace(ParallelConfig(), degrees=degrees, schedule=parallel.schedule)
             parallel = replace(parallel, reshard_after_forward=config.parallel.reshard_after_forward)
         config = replace(config, parallel=parallel, train=train, hardware=hardware)
         if parallel.fsdp is not None and parallel.fsdp.cpu_offload:
-            raise UserError("parallel.fsdp.cpu_offload=true has no predicted speed to rank layouts by: leave it out")
+            raise UserError(
+                "parallel.fsdp.cpu_offload=true has no predicted speed to rank layouts by: leave it out"
+            )
         return LayoutSpace(config, world, hardware, self._choices(config, hardware))
 
     def _typed(self, axis: str) -> bool:
         return f"parallel.degrees.{axis}" in self.typed
 
     def _choices(self, config: Config, hardware: HardwareConfig) -> Choices:
-        axes, least = {}, {}
+        axes: dict[str, int] = {}
+        least: dict[str, int] = {}
+        given = vars(config.parallel.degrees)
+        splits = any(isinstance(given[axis], int) and given[axis] > 1 for axis in ("pp", "cp", "tp"))
         for axis in AXES:
-            degree = getattr(config.parallel.degrees, axis)
-            kind = self.parallel is not None and not self._typed(axis)
-            if degree == AUTO or axis == "dp_shard" and degree is None:
-                continue
-            if kind and degree is not None and (degree > 1 or axis == "ep"):
-                least[axis] = 1 if axis == "ep" else 2
-            elif kind and axis == "ep" and self.parallel != "none":
-                continue
-            elif kind or self._typed(axis):
-                axes[axis] = degree or 1
-        stages = config.parallel.pipeline and config.parallel.pipeline.stages_per_rank
+            degree, preset = given[axis], self.parallel is not None and not self._typed(axis)
+            if not preset:
+                if self._typed(axis) and degree != AUTO and (axis != "dp_shard" or degree is not None):
+                    axes[axis] = degree or 1
+            elif degree == AUTO:
+                # The only axis of its preset (hsdp's replicas) has to split something.
+                least[axis] = 1 if splits or axis == "ep" else 2
+            elif self.parallel == "none" or (degree in (None, 1) and axis not in ("dp_shard", "ep")):
+                axes[axis] = 1
+            else:
+                least[axis] = 2 if degree not in (None, 1) and axis != "ep" else 1
+        pipeline = config.parallel.pipeline
         return Choices(
             self._precisions(config, hardware),
             axes,
             least,
             config.parallel.schedule if "parallel.schedule" in self.typed else None,
-            stages,
+            pipeline.stages_per_rank if pipeline is not None else None,
             config.parallel.reshard_after_forward,
             config.train.microbatch_size,
             config.recompute.mode if {"recompute", "recompute.mode"} & set(self.typed) else None,
@@ -150,7 +157,9 @@ class Request:
     def _precisions(self, config: Config, hardware: HardwareConfig) -> dict[str, PrecisionConfig]:
         """Return the formats by the choice to type: what is typed, else all that the hardware multiplies."""
         own = config.precision
-        if any(key == "precision" or key.startswith(("precision.compute", "precision.fp8")) for key in self.typed):
+        if any(
+            key == "precision" or key.startswith(("precision.compute", "precision.fp8")) for key in self.typed
+        ):
             return {"": own.on(hardware.name)}
         if hardware.name == CPU:
             return {"fp32": replace(own, compute=ComputeType.fp32)}
@@ -180,7 +189,6 @@ class Request:
         return [*own, *preset, *(f"{key}={shown(value)}" for key, value in values.items())]
 
 
-
 def told_layout(request: Request, found: Found, world: int) -> dict[str, Any]:
     """Return a layout that a search has found as JSON, with the command that plans it."""
     layout, pipeline, overrides = found.layout, found.layout.pipeline, request.overrides(found.layout, world)
@@ -202,7 +210,7 @@ def told_layout(request: Request, found: Found, world: int) -> dict[str, Any]:
 
 
 def nothing_fits(request: Request, search: LayoutSearch) -> UserError:
-    """Return the error for a world on which no layout is legal or fits: the closest one, and a world that fits."""
+    """Return the error for a world on which nothing is legal or fits: the closest, and a world that fits."""
     space, world = search.space, search.space.world
     closest = search.least_memory()
     larger = smallest_world(request, 2 * world)
@@ -218,12 +226,13 @@ def nothing_fits(request: Request, search: LayoutSearch) -> UserError:
     degrees = " ".join(f"{axis}={n}" for axis, n in layout.degrees.to_json().items() if n > 1)
     return UserError(
         f"no layout of {world:,} ranks fits hardware={space.hardware.name}: the closest needs "
-        f"{memory.total / GIB:,.2f} GiB ({degrees}), a rank has {(space.hardware.memory_bytes or 0) / GIB:,.2f}\n{fix}"
+        f"{memory.total / GIB:,.2f} GiB ({degrees}), a rank has "
+        f"{(space.hardware.memory_bytes or 0) / GIB:,.2f}\n{fix}"
     )
 
 
 def smallest_world(request: Request, first: int = 1) -> int | None:
-    """Return the smallest world, of `first` doubled and so on, on which some layout fits; None beyond 65,536."""
+    """Return the smallest world, of `first` doubled and so on, on which a layout fits; None beyond 65,536."""
     world = first
     while world <= MOST_RANKS:
         if LayoutSearch(request.space(world)).first_that_fits() is not None:

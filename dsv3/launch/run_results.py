@@ -95,7 +95,7 @@ class RunSummary:
 
     @property
     def planned_memory_gib(self) -> float | None:
-        """What the plan says of it at the last step."""
+        """Peak memory that the plan says of the last step."""
         return self.rows[-1].planned_memory_gib if self.rows else None
 
     @property

@@ -97,11 +97,11 @@ def _takes_tokenizer(job: Job) -> bool:
 
 
 def _peak_counts(dtype: str) -> Callable[[Job], bool]:
-    """Return whether MFU is computed with this peak: that of the dtype of the matmuls."""
+    """Return whether step time or MFU counts this peak: that of a matmul's dtype, and fp32 for routers."""
 
     def counts(job: Job) -> bool:
         precision = job.config.precision
-        return job.config.task.trains and dtype in (precision.compute.name, "fp8" if precision.fp8 else "")
+        return dtype in ("fp32", precision.compute.name, "fp8" if precision.fp8 else "")
 
     return counts
 
@@ -246,11 +246,16 @@ CONDITIONS = [
         lambda job: job.plan.world_size > 1 and not job.config.launch.nproc,
         "the ranks of a node are known",
     ),
+    Condition(
+        ("hardware.network", "hardware.intra_node_bandwidth", "hardware.inter_node_bandwidth"),
+        lambda job: job.plan.world_size > 1,
+        "one rank sends nothing",
+    ),
     *(
         Condition(
             (f"hardware.peak_flops_{dtype}",),
             _peak_counts(dtype),
-            f"MFU counts {dtype} matmuls only where they are the model's",
+            f"no matmul of the model is in {dtype}",
         )
         for dtype in ("fp32", "bf16", "fp8")
     ),

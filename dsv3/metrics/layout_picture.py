@@ -13,14 +13,15 @@ Point = tuple[float, float]
 def draw_layouts(
     points: Sequence[Point], front: Sequence[Point], room: float, title: str, picture: str
 ) -> None:
-    """Write a PNG file with a dot per planned layout, the front as steps, and a line at the device's memory."""
+    """Write a PNG: a dot per planned layout, the front as steps, a line at the device's memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.scatter(*zip(*points, strict=True), s=9, color="0.65", label="planned layouts")
+    all_memory, all_speed = zip(*points, strict=True)
+    axes.scatter(all_memory, all_speed, s=9, color="0.65", label="planned layouts")
     ascending = sorted(front)
     memory, speed = zip(*ascending, strict=True)
     axes.step([*memory, room], [*speed, speed[-1]], where="post", color="tab:blue")

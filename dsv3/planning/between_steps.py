@@ -4,9 +4,9 @@ Both are forward passes. An evaluation passes whole microbatches; a sample passe
 from the KV cache (parallel/parallel_model.py). Under FSDP each pass all-gathers every layer, however few its
 tokens are: at 671b a sample of 120 tokens gathers 120 times 1.3 TB.
 
-Seconds come from the same rates as those of a step (stage_time.py): the operators of a forward pass, with the
-reading of weights that so few tokens do not hide, the launches of their kernels, and the collectives. They decide
-if a run samples by default, and show what is out of proportion.
+Seconds come from the same rates as those of a step (stage_time.py): the operators of a forward pass, the
+reading of weights, the launches of kernels, and the collectives. They decide if a run samples by default, and
+show what is out of proportion.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ ASSUMED_CPU = HardwareConfig(
     inter_node_bandwidth=1e9,
     network=NetworkConfig(intra_seconds=4e-4, inter_seconds=4e-4),
 )
-"""The numbers of one rank on a CPU that has not been measured (task=calibrate); its collectives are gloo's."""
+"""The numbers of one rank on a CPU that has not been measured; its collectives are gloo's."""
 
 
 @dataclass(frozen=True)

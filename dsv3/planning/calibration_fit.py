@@ -24,7 +24,7 @@ from dsv3.planning.step_shape import StepShape
 LEAST_SHARE = 0.01
 """Smallest share of a peak that is believed."""
 
-MOST_SECONDS = 1e-3
+MOST_SECONDS = 2e-4
 """Largest time of a kernel besides its work that is believed."""
 
 BF16, FP32 = 2, 4
@@ -129,6 +129,7 @@ def _kernels(
 ) -> tuple[KernelConfig, list[tuple[str, float, float]]]:
     """Return what kernels reach in one dtype, and how it tells the passes in it."""
     passes = [one for one in found.passes if one.shape.state.compute == compute]
+    assert passes
 
     def node(memory: float, seconds: float) -> KernelConfig:
         return _shares(hardware, found, compute, memory, seconds)
@@ -142,7 +143,15 @@ def _kernels(
         return sum(math.log(fitted / one.seconds) ** 2 for fitted, one in pairs)
 
     def best_seconds(memory: float) -> float:
-        return _minimum(lambda seconds: distance(memory, seconds), 0.0, MOST_SECONDS)
+        # The model is linear in them: least squares of the relative errors.
+        shares = [
+            (without / one.seconds, (beside - without) / one.seconds / MOST_SECONDS)
+            for without, beside, one in zip(
+                told(memory, 0.0), told(memory, MOST_SECONDS), passes, strict=True
+            )
+        ]
+        best = sum(slope * (1 - base) for base, slope in shares) / sum(slope**2 for _, slope in shares)
+        return min(MOST_SECONDS, max(0.0, best))
 
     share = 10 ** _minimum(lambda x: distance(10**x, best_seconds(10**x)), math.log10(LEAST_SHARE), 0.0)
     seconds = best_seconds(share)
@@ -179,7 +188,7 @@ def pass_seconds(one: PassTime, hardware: HardwareConfig) -> float:
     return sum(sum(part.values()) for part in times)
 
 
-def _minimum(function: Callable[[float], float], low: float, high: float, steps: int = 20) -> float:
+def _minimum(function: Callable[[float], float], low: float, high: float, steps: int = 18) -> float:
     """Return where a function with one minimum between `low` and `high` is smallest (golden section)."""
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)

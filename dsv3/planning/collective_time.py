@@ -1,4 +1,4 @@
-"""Seconds of collectives: a latency, and the bytes that a rank sends over the bandwidth that its group reaches.
+"""Seconds of collectives: a latency, and the bytes that a rank sends at the bandwidth of its group.
 
 Which links a group uses follows from the mesh. Its axes are, outermost first, pp, dp_replicate, dp_shard, cp
 and tp, and ranks are numbered along them, so that `tp` takes neighbours; `ep` takes runs of neighbours within
@@ -10,8 +10,11 @@ import math
 from dataclasses import dataclass
 
 from dsv3.config.hardware import HardwareConfig
+from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import DispatchBackend
+from dsv3.planning.group_bytes import stage_bytes
 from dsv3.planning.layout import ParallelDims
+from dsv3.planning.pipeline_stages import StageLayers
 from dsv3.planning.step_shape import StepShape
 
 
@@ -26,16 +29,21 @@ class Group:
         """Return how many of the ranks share a node of `node` ranks."""
         return min(self.ranks, max(1, node // self.stride))
 
+    def between_nodes(self, node: int) -> float:
+        """Return the share of a ring's bytes that leaves a node of `node` ranks."""
+        together = self.on_node(node)
+        return 0.0 if together == self.ranks else 1 / together
+
 
 class CollectiveTimes:
     """The times of a layout's collectives on a kind of hardware."""
 
     def __init__(self, hardware: HardwareConfig, degrees: ParallelDims, shape: StepShape) -> None:
         self.network, self.degrees, self.shape = hardware.network, degrees, shape
-        self.intra, self.inter = hardware.intra_node_bandwidth, hardware.inter_node_bandwidth
         # A hardware file may leave out the links that its machine does not have; one rank needs none.
-        self.intra = self.intra or self.inter or math.inf
-        self.inter = self.inter or self.intra
+        intra, inter = hardware.intra_node_bandwidth, hardware.inter_node_bandwidth
+        self.intra: float = intra or inter or math.inf
+        self.inter: float = inter or self.intra
         self.node = shape.ranks_per_node or degrees.world_size
 
     @property
@@ -83,6 +91,25 @@ class CollectiveTimes:
         if self.degrees.world_size // self.degrees.pp < self.node:
             return n.intra_seconds + sent / (self.intra * n.send)
         return n.inter_seconds + sent / (self.inter * n.send)
+
+    def shares_between_nodes(self, model: ModelConfig) -> dict[str, float]:
+        """Return the share of each axis's bytes that leaves a node; `dp` is that of an MoE layer."""
+        degrees, node = self.degrees, self.node
+        layer = StageLayers(1, 3, (False,), 0)
+        (_, block) = stage_bytes(model, layer, degrees, self.shape.state, self.shape.gathers_in_fp8)
+        sent = sum(size for _, size in block.all_gather)
+        crossing = sum(size * self.shards(ranks).between_nodes(node) for ranks, size in block.all_gather)
+        levels = self.shape.dispatch_levels(model.moe, degrees)
+        rows = sum(level.sent for level in levels)
+        first = levels[0].sent if len(levels) == 2 or (levels and levels[0].ranks > node) else 0.0
+        return {
+            "dp": crossing / sent if sent else 0.0,
+            "dp_replicate": self.replicas.between_nodes(node),
+            "tp": self.tp.between_nodes(node),
+            "cp": self.cp.between_nodes(node),
+            "ep": first / rows if rows else 0.0,
+            "pp": float(degrees.pp > 1 and degrees.world_size // degrees.pp >= node),
+        }
 
     def _latency(self, ranks: int, seconds: float) -> float:
         """Return the latency of one collective, in as many steps as two ranks must double to be `ranks`."""

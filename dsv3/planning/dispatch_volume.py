@@ -1,7 +1,7 @@
 """Token dispatch volume: rows per token that expert parallelism sends, on average under uniform routing.
 
-With moe.forced_balance a token's experts are neighbours (model/router.py deals them round-robin), so that its row
-goes to fewer ranks and nodes than a real token's.
+With moe.forced_balance a token's experts are neighbours (model/router.py deals them round-robin), so that its
+row goes to fewer ranks and nodes than a real token's.
 """
 
 from dataclasses import dataclass

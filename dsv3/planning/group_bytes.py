@@ -28,7 +28,6 @@ from dsv3.planning.sharding import (
 )
 from dsv3.planning.step_shape import StateBytes
 
-
 Sent = tuple[tuple[int, int], ...]
 """Bytes that a rank sends, by the number of ranks that shard the weights: (ranks, bytes) of each."""
 
@@ -97,12 +96,15 @@ def stage_bytes(
     """Return the bytes of the groups of a stage: first what lies outside of blocks, then block by block."""
     # Only these degrees shard weights: the others would fill the caches with equal rows.
     shards = ParallelDims(dp_shard=degrees.fsdp_size, tp=degrees.tp, ep=degrees.ep)
-    names = block_names(stage) if state.frozen else [""] * len(stage.block_kinds)
-    blocks = zip(stage.block_kinds, names, strict=True)
     own = StageLayers(0, 1 if stage.is_last else 2, (), stage.mtp_depths)
     if not stage.is_first:
         own = StageLayers(1, 2 if stage.is_last else 3, (), stage.mtp_depths)
     root = _root_bytes(config, own, shards, state, in_fp8)
+    kinds = stage.block_kinds
+    if not state.frozen:
+        of_kind = {dense: _block_bytes(config, dense, "", shards, state, in_fp8) for dense in set(kinds)}
+        return [root, *(of_kind[dense] for dense in kinds)]
+    blocks = zip(kinds, block_names(stage), strict=True)
     return [root, *(_block_bytes(config, dense, name, shards, state, in_fp8) for dense, name in blocks)]
 
 

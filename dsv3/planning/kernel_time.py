@@ -1,8 +1,8 @@
 """Seconds of an operator on a device: those of its FLOPs, of its bytes, and the kernel's own.
 
-They are added, because that is how measured kernels behave. On a B200 grouped matmuls of 128 to 1,024 rows per
-expert (4,096 x 7,168) take what 0.53 of the peak, 0.8 of the memory bandwidth and no more give, within 6 %; the
-longer of the two misses the smallest by half (SimuMax, configs/system/b200_bf16_ceperm.json).
+They are added, because that is how measured kernels behave. On a B200 grouped matmuls of 128 to 1,024 rows
+per expert (4,096 x 7,168) take what 0.53 of the peak, 0.8 of the memory bandwidth and no more give, within 6
+%; the longer of the two misses the smallest by half (SimuMax, configs/system/b200_bf16_ceperm.json).
 """
 
 from collections.abc import Iterable
@@ -22,6 +22,7 @@ class KernelTimes:
     optimizer: float
     seconds: float
     launch_seconds: float
+    sync_seconds: float
 
     @classmethod
     def of(cls, hardware: HardwareConfig, shape: StepShape) -> "KernelTimes | None":
@@ -50,7 +51,8 @@ class KernelTimes:
             Kind.memory: 1.0,
         }
         memory = hardware.memory_bandwidth
-        return cls(rates, memory * k.memory, memory * k.optimizer, k.seconds, k.launch_seconds)
+        own = (k.seconds, k.launch_seconds, k.sync_seconds)
+        return cls(rates, memory * k.memory, memory * k.optimizer, *own)
 
     def of_work(self, work: Work) -> float:
         """Return the seconds that the device takes for one operator."""

@@ -1,15 +1,15 @@
 """The search for layouts: the fastest that fit, and the fastest for each amount of memory.
 
 It goes from the layout that could be fastest to the slowest. A layout's speed has an upper bound that costs
-little: no pipeline waits, no FSDP traffic shows, the optimizer takes no time. It is planned exactly only where
-the bound says that it may be among the best, or faster than what takes as little memory: nothing is left out
-that the results would have contained (tests/planning/test_layout_search.py compares with planning all).
+little: no pipeline waits, no FSDP traffic shows, the optimizer takes no time. It is planned exactly only
+where the bound says that it may be among the best, or faster than what takes as little memory: nothing is
+left out that the results would have contained (tests/planning/test_layout_search.py plans all to compare).
 """
 
 import heapq
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dsv3.config.parallel import RecomputeMode, Schedule
 from dsv3.planning.group_bytes import stage_bytes
@@ -26,6 +26,9 @@ FRONT_SPEED = 0.5
 
 FRONT_GAIN = 0.01
 """Speed that a layout must gain over those with less memory to be on the front."""
+
+_MODES = list(RecomputeMode)
+"""From none to most recomputation."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ class LayoutSearch:
         self._least_recompute = space.choices.recompute or RecomputeMode.none
         overlap = space.hardware.overlap
         self._hides_dispatch = overlap.ep_paired > overlap.ep
-        self._floors: dict[object, int] = {}
+        self._memories: dict[object, MemoryBytes] = {}
+        self._known: dict[object, list[tuple[int, int, int]]] = {}
+        """Per group of cells: microbatch size and recomputation of plans, and a floor for others."""
+        self._smallest_sizes: dict[object, int] = {}
+        self._most_recompute = space.choices.recompute or _MODES[-1]
 
     def run(self, count: int, front: bool = True) -> SearchResult:
         """Return the `count` fastest layouts that fit, and with `front` the front of speed against memory."""
@@ -80,6 +87,7 @@ class LayoutSearch:
         refined: set[Cell] = set()
         legal = 0
         for cell in self.space.cells():
+            self._smallest_sizes.setdefault(cell[:6], cell.microbatch_size)
             legal += len(self.space.splits[cell[:4]]) * len(self.space.reshards(cell.pp, cell.pipeline))
             # Recomputation only adds work: without it the bound serves three cells.
             speed = self.most_speed(cell._replace(recompute=self._least_recompute), tokens)
@@ -103,8 +111,7 @@ class LayoutSearch:
                 continue
             # Layouts of a cell differ in what FSDP and the optimizer take: the first tells what all take.
             first, *others = self.space.layouts(cell)
-            memory = rank_memory(self.space.model, first.degrees, self.space.shape(first))
-            self.planned += 1
+            memory = self.memory(first)
             if not self._fits(memory.total) or not kept.wants(-bound, memory.total):
                 continue
             found = self._timed(first, memory)
@@ -121,32 +128,28 @@ class LayoutSearch:
         # Those that split the model over most ranks are the likeliest to fit.
         likely = sorted(self._smallest(), key=lambda layout: -layout.degrees.pp * layout.degrees.ep)
         for layout in likely:
-            memory = rank_memory(self.space.model, layout.degrees, self.space.shape(layout))
+            memory = self.memory(layout)
             if self._fits(memory.total):
                 return self._timed(layout, memory)
         return None
 
     def least_memory(self) -> tuple[Layout, MemoryBytes] | None:
         """Return the layout that takes least memory, and what it takes; None where no layout is legal."""
-        planned = (
-            (layout, rank_memory(self.space.model, layout.degrees, self.space.shape(layout)))
-            for layout in self._smallest()
-        )
+        planned = ((layout, self.memory(layout)) for layout in self._smallest())
         return min(planned, key=lambda pair: pair[1].total, default=None)
 
     def _smallest(self) -> Iterator[Layout]:
         """Yield the layouts that take least memory: of each group of cells the smallest microbatch."""
         smallest: dict[object, Cell] = {}
-        modes = list(RecomputeMode)
         for cell in self.space.cells():
             own = smallest.setdefault((*cell[:6], cell.recompute), cell)
             if cell.microbatch_size < own.microbatch_size:
                 smallest[*cell[:6], cell.recompute] = cell
         most = {cell[:6]: 0 for cell in smallest.values()}
         for cell in smallest.values():
-            most[cell[:6]] = max(most[cell[:6]], modes.index(cell.recompute))
+            most[cell[:6]] = max(most[cell[:6]], _MODES.index(cell.recompute))
         for cell in smallest.values():
-            if modes.index(cell.recompute) == most[cell[:6]]:
+            if _MODES.index(cell.recompute) == most[cell[:6]]:
                 yield next(self.space.layouts(cell))
 
     def _least_state(self) -> int:
@@ -164,8 +167,7 @@ class LayoutSearch:
 
     def _plan(self, layout: Layout, kept: "_Kept", bound: float) -> None:
         """Plan a layout whose speed is at most `bound`, if it may be among the results."""
-        memory = rank_memory(self.space.model, layout.degrees, self.space.shape(layout))
-        self.planned += 1
+        memory = self.memory(layout)
         if self._fits(memory.total) and kept.wants(bound, memory.total):
             kept.add(self._timed(layout, memory))
 
@@ -177,8 +179,7 @@ class LayoutSearch:
 
     def plan(self, layout: Layout) -> Found:
         """Plan a layout exactly."""
-        shape = self.space.shape(layout)
-        return self._timed(layout, rank_memory(self.space.model, layout.degrees, shape))
+        return self._timed(layout, self.memory(layout))
 
     def common_speed(self, found: Found, tokens: int) -> float:
         """Return an upper bound of the speed of a plan's cell: without FSDP's traffic and the optimizer."""
@@ -208,13 +209,51 @@ class LayoutSearch:
         return self._works[key]
 
     def floor(self, cell: Cell) -> int:
-        """Return a lower bound of the memory of every layout of a cell: its state and gathered weights."""
-        key = cell[:6]
-        if key not in self._floors:
-            layout = next(self.space.layouts(cell))
-            memory = rank_memory(self.space.model, layout.degrees, self.space.shape(layout))
-            self._floors[key] = memory.total - memory.activations
-        return self._floors[key]
+        """Return a lower bound of the memory of every layout of a cell.
+
+        A larger microbatch takes no less memory, and so does less recomputation: what was planned of the same
+        degrees and schedule bounds the rest, first of all the smallest microbatch with most recomputation.
+        """
+        mode, apart = _MODES.index(cell.recompute), self._has_one_microbatch(cell)
+        group = (*cell[:6], apart and cell.microbatch_size)
+        known = self._known.setdefault(group, [])
+        if not known:
+            size = cell.microbatch_size if apart else self._smallest_sizes[cell[:6]]
+            self.memory(
+                next(self.space.layouts(cell._replace(microbatch_size=size, recompute=self._most_recompute)))
+            )
+        return max(
+            (least for size, own, least in known if size <= cell.microbatch_size and own >= mode), default=0
+        )
+
+    def memory(self, layout: Layout) -> MemoryBytes:
+        """Return the memory of a layout."""
+        space, shape = self.space, self.space.shape(layout)
+        if not shape.gathers_in_fp8 and space.world > 1:
+            shape = replace(shape, fp8=None)  # FP8 matmuls alone change nothing of what shards hold
+        key = (layout.degrees, shape)
+        if key not in self._memories:
+            self.planned += 1
+            self._memories[key] = rank_memory(space.model, layout.degrees, shape)
+        memory, degrees = self._memories[key], layout.degrees
+        cell = Cell(
+            degrees.pp, degrees.cp, degrees.tp, degrees.ep, layout.pipeline, layout.precision,
+            layout.microbatch_size, layout.recompute,
+        )  # fmt: skip
+        if layout == next(space.layouts(cell)):
+            # Recomputation holds a layer's input besides, which may be more than it saves elsewhere.
+            held = shape.tokens(degrees) * space.model.dim * shape.state.compute
+            least = memory.total - (0 if layout.recompute is RecomputeMode.none else held)
+            group = (*cell[:6], self._has_one_microbatch(cell) and cell.microbatch_size)
+            self._known.setdefault(group, []).append(
+                (cell.microbatch_size, _MODES.index(cell.recompute), least)
+            )
+        return memory
+
+    def _has_one_microbatch(self, cell: Cell) -> bool:
+        """Return True where a step is one microbatch: gradients come as activations go, and count less."""
+        ranks = self.space.world // (cell.pp * cell.cp * cell.tp)
+        return self.space.batch.final == cell.microbatch_size * ranks
 
 
 @dataclass
@@ -262,7 +301,7 @@ class _Kept:
         return sorted(self.found, key=lambda found: (-found.speed, found.memory.total))[: self.count]
 
     def front(self) -> list[Found]:
-        """Return the front: from the least memory up, what is faster by more than FRONT_GAIN than all before."""
+        """Return the front: from the least memory up, what is faster by FRONT_GAIN than all before."""
         front: list[Found] = []
         fastest = max((found.speed for found in self.found), default=0.0)
         for each in sorted(self.found, key=lambda found: (found.memory.total, -found.speed)):

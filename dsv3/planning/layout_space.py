@@ -1,8 +1,8 @@
 """The layouts that a search looks through: every value of every open choice that a run would accept.
 
 A layout is refused by the functions that refuse a run (layout.py, pipeline_stages.py, checks.py): there is no
-second set of rules. Of what is legal some values are left out, because they only waste a search's time, unless
-they are typed: the constants below say which.
+second set of rules. Of what is legal some values are left out, unless they are typed, because they only waste
+a search's time: the constants below say which.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +11,13 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from dsv3.config.hardware import HardwareConfig
-from dsv3.config.parallel import AXES, DispatchBackend, ParallelConfig, PipelineConfig, RecomputeMode, Schedule
+from dsv3.config.parallel import (
+    DispatchBackend,
+    ParallelConfig,
+    PipelineConfig,
+    RecomputeMode,
+    Schedule,
+)
 from dsv3.config.precision import PrecisionConfig
 from dsv3.config.root import Config
 from dsv3.errors import UserError
@@ -29,7 +35,7 @@ from dsv3.planning.layout import (
     tensor_degrees,
 )
 from dsv3.planning.memory import MemoryBytes
-from dsv3.planning.pipeline_stages import is_v_shaped, reshard_after_forward
+from dsv3.planning.pipeline_stages import reshard_after_forward
 from dsv3.planning.plan import Plan, shape_of
 from dsv3.planning.step_shape import StepShape
 from dsv3.planning.traffic import TrafficBytes
@@ -242,7 +248,7 @@ class LayoutSpace:
         parallel, typed = self._parallel(pipeline, None), self.choices.microbatch_size
         size = typed or 1
         while size == (typed or 1) or (typed is None and size * self.length <= MOST_TOKENS):
-            if self._accepts(lambda: check_batch(parallel, degrees, self.batch, size)):  # noqa: B023: called here
+            if self._accepts(partial(check_batch, parallel, degrees, self.batch, size)):
                 yield size
             size *= 2
 
@@ -278,5 +284,3 @@ class LayoutSpace:
 def _divisors(number: int) -> list[int]:
     small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
-
-

@@ -12,7 +12,7 @@ from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Weight
 from dsv3.planning.pipeline_stages import StageLayers, stage_weights
 from dsv3.planning.sharding import shard_numel
-from dsv3.planning.step_peak import step_peak
+from dsv3.planning.step_peak import fullest_ranks, step_peak
 from dsv3.planning.step_shape import StateBytes, StepShape
 
 
@@ -55,7 +55,10 @@ class MemoryBytes:
 
 def rank_memory(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> MemoryBytes:
     """Return the bytes of the fullest rank."""
-    return max(pipeline_memory(config, degrees, shape), key=lambda memory: memory.total)
+    held = shape.stages_of_ranks(config, degrees)
+    ranks = fullest_ranks(config, degrees, shape, held)
+    every = (_memory(config, degrees, shape, rank, held[rank]) for rank in ranks)
+    return max(every, key=lambda memory: memory.total)
 
 
 def pipeline_memory(config: ModelConfig, degrees: ParallelDims, shape: StepShape) -> list[MemoryBytes]:
@@ -68,9 +71,8 @@ def _memory(
     config: ModelConfig, degrees: ParallelDims, shape: StepShape, rank: int, stages: list[StageLayers]
 ) -> MemoryBytes:
     state = shape.state
-    groups = [
-        group for stage in stages for group in stage_bytes(config, stage, degrees, state, shape.gathers_in_fp8)
-    ]
+    in_fp8 = shape.gathers_in_fp8
+    groups = [g for stage in stages for g in stage_bytes(config, stage, degrees, state, in_fp8)]
     sizes = [
         sum(group.parameters for group in groups),
         sum(group.gradients for group in groups),

@@ -1,8 +1,8 @@
 """The operators of a layer with the shapes that a rank computes: their FLOPs and the bytes that they move.
 
-A matmul has the rows, columns and depth that are left after tensor and expert parallelism; the experts' one is
-grouped, with as many rows per expert as an even load gives. Every other operator is bound by memory and counts
-the bytes that it reads and writes. `c` is the bytes per value of the compute dtype.
+A matmul has the rows, columns and depth that are left after tensor and expert parallelism; the experts' one
+is grouped, with as many rows per expert as an even load gives. Every other operator is bound by memory and
+counts the bytes that it reads and writes. `c` is the bytes per value of the compute dtype.
 
 torch.compile and fused kernels read each input and write each output once; eager PyTorch passes over some
 values several times. Shapes: T tokens of a microbatch on the ranks of one tp group, R of those on one rank.
@@ -80,7 +80,7 @@ class Operators:
         return passes
 
     def head(self) -> Passes:
-        """Return the work of one prediction: norm, head and loss, whose gradients the forward pass computes."""
+        """Return the work of one prediction: norm, head and loss, with gradients (model/head.py)."""
         c, columns = self.c, self.config.vocab_size / self.degrees.tp
         whole = Passes([], [], [])
         self._norm(whole, self.rows * self.config.dim, 1)
@@ -247,8 +247,8 @@ class Operators:
         fused = self.shape.fused_operators
         # Gathered in FP8, or quantized once per step: the weight comes as codes.
         again = 0.0 if fp8.gather or fused else right
-        # Largest magnitude, scale and rounding pass over the values apart. A fused kernel writes the codes and
-        # those along the tokens with its result, which nobody else reads.
+        # Largest magnitude, scale and rounding pass over the values apart. A fused kernel writes the codes
+        # and those along the tokens with its result, which nobody else reads.
         each = 2 if fused else 3 * self.c + 2 * FP32 + 1
         launched = 0 if fused else 6
         passes.forward.append(Work(Kind.memory, 0.0, each * (left + again), launched))
@@ -258,7 +258,7 @@ class Operators:
 
 
 def recomputed(passes: Passes, keep: tuple[SavedOp, ...] | None) -> Iterator[Work]:
-    """Yield the forward work that the backward pass repeats: all but what `keep` names; None keeps nothing."""
+    """Yield the forward work that the backward pass repeats: what `keep` does not name; None is all."""
     for work in passes.forward:
         if keep is None or work.saved is None or work.saved not in keep:
             yield work

@@ -215,6 +215,23 @@ class FlopsConvention(Enum):
     full_square = "full_square"
 
 
+def training_flops_by_component(
+    config: ModelConfig, sequence_length: int, convention: FlopsConvention = FlopsConvention.causal
+) -> dict[str, int]:
+    """Return FLOPs per token, with the MTP depths, by component; `scores` is attention's square.
+
+    They sum to training_flops_per_token.
+    """
+    heads = 1 + config.mtp_depths
+    found: dict[str, int] = {}
+    for weight in every_weight(config):
+        passes = heads if weight.component is Component.head else 1
+        name = weight.component.value
+        found[name] = found.get(name, 0) + 6 * passes * active_matmul_parameters([weight], config)
+    total = training_flops_per_token(config, sequence_length, convention)
+    return {name: flops for name, flops in found.items() if flops} | {"scores": total - sum(found.values())}
+
+
 def training_flops_per_token(
     config: ModelConfig,
     sequence_length: int,

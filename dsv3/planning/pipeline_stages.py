@@ -278,7 +278,7 @@ def _built_stages(config: ModelConfig, count: int, split: tuple[int, ...] | None
 
 
 def stage_weights(config: ModelConfig, stage: StageLayers) -> list[list[Weight]]:
-    """Group a stage's weights as parallel/fsdp.py does: first those outside of blocks, then block by block."""
+    """Group a stage's weights as parallel/fsdp.py does: those outside of blocks, then block by block."""
     blocks = zip(stage.block_kinds, block_names(stage), strict=True)
     return [root_weights(config, stage), *(parameters.block(config, dense, name) for dense, name in blocks)]
 

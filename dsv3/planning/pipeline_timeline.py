@@ -1,8 +1,8 @@
 """The timeline of a step: when each pipeline rank computes which microbatch, and how long the step lasts.
 
 Every rank works in its schedule's order as soon as its input has arrived. A step of many microbatches is
-simulated for a few rounds of pp microbatches: once the pipeline runs steadily, each further round takes as long as
-the one before it.
+simulated for a few rounds of pp microbatches: once the pipeline runs steadily, each further round takes as
+long as the one before it.
 """
 
 from dataclasses import dataclass

@@ -12,9 +12,14 @@ from dsv3.config.root import Config
 from dsv3.planning import parameters
 from dsv3.planning.batch_schedule import BatchSchedule
 from dsv3.planning.between_steps import BetweenSteps, Upkeep
+from dsv3.planning.collective_time import CollectiveTimes
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.memory import MemoryBytes, rank_memory
-from dsv3.planning.parameters import FlopsConvention, training_flops_per_token
+from dsv3.planning.parameters import (
+    FlopsConvention,
+    training_flops_by_component,
+    training_flops_per_token,
+)
 from dsv3.planning.pipeline_schedules import bubble
 from dsv3.planning.pipeline_stages import PipelineShape, reshard_after_forward, stages_per_rank
 from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
@@ -67,6 +72,12 @@ class Plan:
         return None if limit is None else self.memory.total <= limit
 
     @property
+    def between_nodes(self) -> dict[str, float]:
+        """Return the share of each axis's traffic that leaves a node."""
+        links = CollectiveTimes(self.hardware, self.degrees, self.shape)
+        return links.shares_between_nodes(self.model)
+
+    @property
     def bubble(self) -> float:
         """Share of a step, from 0 to 1, in which a pipeline rank waits for others."""
         p = self.shape.pipelining
@@ -111,11 +122,18 @@ class Plan:
             "device_memory_bytes": self.hardware.memory_bytes,
             "fits": self.fits,
             "traffic_bytes": self.traffic.to_json(),
+            "traffic_between_nodes": self.between_nodes,
             "bubble": self.bubble,
             "tokens_per_second_per_gpu": self.time and self.time.tokens_per_second_per_gpu,
             "mfu": self.mfu(FlopsConvention.causal),
             "mfu_full_square": self.mfu(FlopsConvention.full_square),
             "time": self.time and self.time.to_json(),
+            "flops_per_token": {
+                convention.value: training_flops_by_component(
+                    self.model, self.shape.sequence_length, convention
+                )
+                for convention in FlopsConvention
+            },
             "precision": self.precision,
             "precision_reason": self.precision_reason,
             "between_steps": {

@@ -101,8 +101,17 @@ def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
     sent = {name: value for name, value in vars(plan.traffic).items() if value}
     sent["all axes"] = plan.traffic.total
     unit, scale = _unit(plan.traffic.total)
-    rows = [(f"  {name}", f"{value / scale:>10,.2f}") for name, value in sent.items()]
-    return [("sent per step", f"{unit:>10}"), *rows, ("bubble", f"{plan.bubble:>10.1%}")]
+    crossing, total = plan.between_nodes, plan.traffic.total
+    crossing["all axes"] = sum(sent[name] * crossing[name] for name in crossing if name in sent) / max(
+        total, 1
+    )
+    several = crossing["all axes"] > 0
+    rows = [
+        (f"  {name}", f"{value / scale:>10,.2f}" + f"{crossing[name]:>15.0%}" * several)
+        for name, value in sent.items()
+    ]
+    titles = f"{unit:>10}" + f"{'between nodes':>15}" * several
+    return [("sent per step", titles), *rows, ("bubble", f"{plan.bubble:>10.1%}")]
 
 
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Seconds of one microbatch in one pipeline stage, by cause: kernels, recomputation, host and exposed traffic."""
+"""Seconds of one microbatch in one pipeline stage, by cause: kernels, recomputation, host, traffic."""
 
 from collections.abc import Iterable
 from enum import Enum
@@ -135,8 +135,9 @@ class StageTimes:
         return PassSeconds(forward, inputs, weights)
 
     def _works(self, works: Iterable[Work]) -> Seconds:
-        """Return the seconds of operators by cause; where the host launches more slowly, it counts the rest."""
-        works, total = list(works), {}
+        """Return the seconds of operators by cause; a host that launches more slowly counts the rest."""
+        works = list(works)
+        total: Seconds = {}
         for work in works:
             cause = _CAUSES.get(work.kind, Cause.matmuls)
             total[cause] = total.get(cause, 0.0) + self.kernels.of_work(work)
@@ -157,9 +158,8 @@ class StageTimes:
         if not dense:
             kept = shape.recompute is RecomputeMode.selective and SavedOp.exchange in shape.keep
             axes.append((Cause.ep, self._dispatch_seconds(), hides_ep, 0 if kept else repeats))
-            syncs = {Cause.host: self.hardware.kernels.sync_seconds * (self.degrees.ep > 1)}
-            again = {Cause.host: syncs[Cause.host] * repeats}
-            seconds = seconds.plus(PassSeconds(syncs, again, {}))
+            wait = self.kernels.sync_seconds * (self.degrees.ep > 1)
+            seconds = seconds.plus(PassSeconds({Cause.host: wait}, {Cause.host: wait * repeats}, {}))
         forward = sum(seconds.forward.values())
         inputs = sum(seconds.inputs.values()) + sum(seconds.weights.values())
         for cause, exchanged, share, again in axes:

@@ -54,6 +54,26 @@ def step_peak(
     return max(moments, key=lambda moment: moment.total)
 
 
+def fullest_ranks(
+    config: ModelConfig, degrees: ParallelDims, shape: StepShape, held: list[list[StageLayers]]
+) -> list[int]:
+    """Return ranks of which one is the fullest: of those with alike stages the one with most in flight."""
+    if degrees.pp == 1 or shape.state.frozen:
+        return list(range(degrees.pp))
+    step = _Pipelined(config, degrees, shape, [stage for stages in held for stage in stages])
+    alike: dict[object, int] = {}
+    fullest: dict[object, tuple[int, int]] = {}
+    for rank, stages in enumerate(held):
+        kinds = [(stage.dense, stage.mtp_depths, stage.is_first, stage.is_last) for stage in stages]
+        for kind, stage in zip(kinds, stages, strict=True):
+            if kind not in alike:
+                alike[kind] = step.per_microbatch(stage)
+        each = {stage.index: alike[kind] for kind, stage in zip(kinds, stages, strict=True)}
+        flying = most_in_flight(degrees, shape, rank, each)
+        fullest[tuple(kinds)] = max(fullest.get(tuple(kinds), (flying, rank)), (flying, rank))
+    return sorted(rank for _, rank in fullest.values())
+
+
 class _Step:
     """The common part of a step's moments on every layout."""
 
@@ -234,7 +254,7 @@ class _Pipelined(_Gathered):
     def moments_of(self, rank: int) -> Iterator[Moment]:
         """Yield the moments of pipeline rank `rank`: a layer's backward pass, or the head, at the fullest."""
         shape, boundary = self.shape, self.on_rank(self.saved.block_input())
-        each = {stage.index: self._per_microbatch(stage) for stage in self.stages}
+        each = {stage.index: self.per_microbatch(stage) for stage in self.stages}
         kept = most_in_flight(self.degrees, shape, rank, each)
         # torch's stages receive every microbatch's input and gradient in a buffer of its own.
         buffers = sum(1 + (not stage.is_first) - stage.is_last for stage in self.stages)
@@ -256,7 +276,7 @@ class _Pipelined(_Gathered):
             yield self.in_head(kept, held, shards)
             yield self.in_last_norm(kept, held, shards)
 
-    def _per_microbatch(self, stage: StageLayers) -> int:
+    def per_microbatch(self, stage: StageLayers) -> int:
         """Return what a microbatch keeps in a stage from its forward to its backward pass."""
         kept = TokenBytes(0)
         for dense in stage.block_kinds:

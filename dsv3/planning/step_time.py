@@ -1,8 +1,9 @@
 """Step time: the seconds of one optimizer step on the busiest rank, and what they are spent on.
 
-The layers' operators and exchanges give the seconds of a microbatch in each stage (stage_time.py), the schedule
-puts them on a timeline (pipeline_timeline.py). FSDP's traffic, gradient clipping and the optimizer come on top.
-What hardware reaches and what it hides is assumed in conf/hardware, or measured by task=calibrate.
+The layers' operators and exchanges give the seconds of a microbatch in each stage (stage_time.py), the
+schedule puts them on a timeline (pipeline_timeline.py). FSDP's traffic, gradient clipping and the optimizer
+come on top. What hardware reaches and what it hides is assumed in conf/hardware, or measured by
+task=calibrate.
 """
 
 from collections import Counter
@@ -99,9 +100,9 @@ def step_time(
 def least_seconds(
     model: ModelConfig, degrees: ParallelDims, shape: StepShape, hardware: HardwareConfig
 ) -> float | None:
-    """Return a lower bound of step_time(...).seconds, in a fraction of its time: without waiting for others."""
+    """Return a lower bound of step_time(...).seconds: what the busiest rank does, without any waiting."""
     work = _Work.of(model, degrees, shape, hardware)
-    return work and sum(work.causes.values())
+    return None if work is None else sum(work.causes.values())
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ def _update_seconds(times: StageTimes, held: list[StageLayers]) -> float:
     """Return the seconds of gradient clipping and of the optimizer: bytes of gradients and state."""
     state, moved = times.shape.state, 0
     for group in (group for stage in held for group in _groups(times, stage)):
-        # The norm reads gradients, clipping scales them, the update reads them and reads and writes parameters
-        # and state.
+        # The norm reads gradients, clipping scales them, the update reads them and reads and writes
+        # parameters and state.
         elements = group.gradients // state.gradient
         moved += elements * (4 * FP32 + 2 * state.parameter) + 2 * group.optimizer
     return moved / times.kernels.optimizer

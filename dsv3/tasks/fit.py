@@ -76,7 +76,7 @@ def _family(request: Request, job: Job) -> Iterator[Request]:
 
 
 def _on_world(request: Request, world: int) -> Row:
-    """Return what of a model fits on a world: the longest sequences, and runs at the first and the last length."""
+    """Return what of a model fits on a world: the longest sequences, and runs at the ends of the lengths."""
     typed = request.config.train.sequence_length
     lengths = (typed,) if typed is not None else LENGTHS
     model = {"model": request.model, "parameters": parameters.total(request.config.model)}
@@ -88,9 +88,24 @@ def _on_world(request: Request, world: int) -> Row:
             fitting.append(length)
         if not fitting:
             needed = smallest_world(request.with_length(lengths[0]), 2 * world)
-            return {**model, "fits": False, "longest_sequence_length": None, "runs": [], "smallest_world": needed}
-        runs = [_fastest(request.with_length(length), world) for length in dict.fromkeys((fitting[0], fitting[-1]))]
-    return {**model, "fits": True, "longest_sequence_length": fitting[-1], "runs": runs, "smallest_world": None}
+            return {
+                **model,
+                "fits": False,
+                "longest_sequence_length": None,
+                "runs": [],
+                "smallest_world": needed,
+            }
+        runs = [
+            _fastest(request.with_length(length), world)
+            for length in dict.fromkeys((fitting[0], fitting[-1]))
+        ]
+    return {
+        **model,
+        "fits": True,
+        "longest_sequence_length": fitting[-1],
+        "runs": runs,
+        "smallest_world": None,
+    }
 
 
 def _on_every_gpu(request: Request) -> Iterator[Row]:
@@ -137,7 +152,9 @@ def _family_text(told: Row) -> str:
             rows.append([*name, "-", "-", "-", "-", needs])
     heading = f"full training on {told['world_size']:,} ranks of hardware={told['hardware']}: the shortest "
     heading += "and the longest sequences that fit"
-    return f"{heading}\n{format_table(rows, ('model', 'parameters', *_RUN), left_aligned=('model', 'command'))}"
+    return (
+        f"{heading}\n{format_table(rows, ('model', 'parameters', *_RUN), left_aligned=('model', 'command'))}"
+    )
 
 
 def _hardware_text(told: Row) -> str:
@@ -148,5 +165,3 @@ def _hardware_text(told: Row) -> str:
         rows.append([*name, *(none if row["run"] is None else _cells(row["run"]))])
     titles = ("hardware", "GiB of a GPU", "smallest world", *_RUN)
     return format_table(rows, titles, left_aligned=("hardware", "command"))
-
-

@@ -57,15 +57,15 @@ class SearchTask:
             return
         lines = [
             self._heading(request, search),
-            f"{result.legal:,} legal layouts; {result.planned:,} were planned exactly, bounds ruled out the others",
+            f"{result.legal:,} legal layouts; {result.planned:,} were planned, bounds ruled out the rest",
             f"batch: {told['global_batch_size']:,} sequences of {told['sequence_length']:,} tokens per step: "
             f"{told['global_batch_reason']}",
             f"time {told['source']}",
             "",
             _table(told["best"]),
             "",
-            f"speed against memory, down to {FRONT_SPEED:.0%} of the fastest: each is over {FRONT_GAIN:.0%} faster "
-            "than all with less memory",
+            f"speed against memory, down to {FRONT_SPEED:.0%} of the fastest: each is over "
+            f"{FRONT_GAIN:.0%} faster than all with less memory",
             _table(told["front"]),
             "",
             "to train, start the ranks with torchrun or srun and leave task=plan and launch.world_size out",

@@ -49,7 +49,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Held:
-    """What the busiest rank held before its model was made; zeros on a GPU, where nothing is."""
+    """Memory of the busiest rank before its model was made; zeros on a GPU, where nothing is."""
 
     now: int = 0
     """Bytes."""
@@ -69,7 +69,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the plan says of steps with one batch size."""
+    """The planned speed and memory of steps with one batch size."""
 
     time: StepTime | None
     memory: MemoryBytes
@@ -305,7 +305,7 @@ def largest_causes(time: StepTime) -> str:
 
 
 def _difference(off: float, verdict: str) -> str:
-    """Return a difference in words: `31% slower than planned`, from twofold on `3 times as fast as planned`."""
+    """Return a difference in words: `31% slower than planned`, from twofold on `3 times as fast`."""
     if off < 1:
         return f"{abs(off):.0%} {verdict} than planned"
     return f"{1 + off:.3g} times as {'fast' if verdict == 'faster' else 'much memory'} as planned"

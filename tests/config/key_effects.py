@@ -312,10 +312,10 @@ SMALL = "train.microbatch_size=1"
 FAST = ("task=plan", "parallel=full", "launch.world_size=16", "train.global_batch_size=16", "hardware=h100")
 FAST_NODES = (*FAST, "hardware.devices_per_node=2")
 FAST_FP8 = (*FAST, "precision=fp8")
-FAST_FP32 = (*FAST, "precision=fp32", "hardware.kernels_fp32={matmul: 0.7}")
-FP8_OF_FP32 = ("precision=fp8", "precision.compute=fp32")
-FAST_DEEPEP = ("task=plan", "model=16b", "parallel=tp_ep", "launch.world_size=16", "hardware=h100")
-FAST_DEEPEP += ("parallel.expert.backend=deepep", "train.global_batch_size=16")
+FAST_DEEPEP = (
+    *("task=plan", "model=16b", "parallel=tp_ep", "launch.world_size=16", "hardware=h100"),
+    *("parallel.expert.backend=deepep", "train.global_batch_size=16"),
+)
 STEP = "the time of a step in plan.txt"
 
 WATCHED = (
@@ -490,9 +490,7 @@ EFFECTS: dict[str, Effect] = {
     "hardware.kernels": Effect(STEP, speed, FAST, ("0.5", "0.25")),
     "hardware.kernels.matmul_fp8": Effect(STEP, speed, FAST_FP8, ("0.5", "0.25")),
     "hardware.kernels.grouped_fp8": Effect(STEP, speed, FAST_FP8, ("0.5", "0.25")),
-    "hardware.kernels_fp32": Effect(STEP, speed, FAST_FP32, ("0.5", "0.25")),
-    "hardware.kernels_fp32.matmul_fp8": Effect(STEP, speed, (*FAST_FP32, *FP8_OF_FP32), ("0.5", "0.25")),
-    "hardware.kernels_fp32.grouped_fp8": Effect(STEP, speed, (*FAST_FP32, *FP8_OF_FP32), ("0.5", "0.25")),
+    "hardware.kernels_fp32": Effect(f"{STEP}; a file of task=calibrate has it", "null"),
     "hardware.network": Effect(STEP, speed, FAST, ("0.5", "0.25")),
     "hardware.network.ring_inter": Effect(STEP, speed, FAST_NODES, ("0.5", "0.25")),
     "hardware.network.all_to_all_inter": Effect(STEP, speed, FAST_NODES, ("0.5", "0.25")),

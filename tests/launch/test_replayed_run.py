@@ -1,6 +1,7 @@
 """The way to a step of a run: its checkpoint, the config of its time, and what the run skipped or undid."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def test_data_that_changed_later_is_not_that_of_the_step(run: Run) -> None:
     run.save(6, data_fingerprint="before")
     run.save(9, data_changes=[change])
     assert [run.at(step).data_fingerprint for step in (3, 6, 7)] == ["before", "before", "now"]
+    shutil.rmtree(step_directory(run.directory, 6))  # a later checkpoint tells of the change
+    assert run.at(5).data_fingerprint == "before"
 
 
 def test_rows_of_older_code_come_in_an_order_that_is_not_known(run: Run) -> None:

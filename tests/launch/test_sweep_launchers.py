@@ -72,12 +72,8 @@ def test_the_jobs_of_a_killed_sweep_do_not_go_on(command_line: CommandLine, tmp_
         assert gone(workers, 0)
 
 
-def test_submitit_runs_jobs_as_processes_of_their_own(command_line: CommandLine, tmp_path: Path) -> None:
-    swept = sweep(command_line, tmp_path / "sweep", "hydra/launcher=submitit_local", "train.steps=0,2")
-    assert_one_ran_and_one_failed(swept, tmp_path / "sweep")
-
-
 def test_submitit_submits_jobs_to_slurm(command_line: CommandLine, tmp_path: Path) -> None:
+    """Nothing of ours tells hydra/launcher=submitit_local, which runs the same jobs here, from this one."""
     stubs.install(tmp_path / "bin")
     command_line.environment["PATH"] = f"{tmp_path / 'bin'}:/usr/bin:/bin"
     swept = sweep(command_line, tmp_path / "sweep", "hydra/launcher=submitit_slurm", "train.steps=0,2")

@@ -68,21 +68,23 @@ def test_a_sweep_of_plans_prints_one_json_line_per_job(commands: TrainCommand) -
 
 def test_a_sweep_of_plans_is_one_table(commands: TrainCommand) -> None:
     few = ("-m", "task=plan", "model=671b", "hardware=h800", "parallel=pp", "launch.world_size=100,2048")
-    few = (*few, "recompute=none,full", "precision=fp8")
-    titles, *rows = map(words, commands.run(*few).out.splitlines())
+    recompute = "recompute=full,selective,none"
+    titles, *rows = map(words, commands.run(*few, recompute, "precision=fp8").out.splitlines())
     named = "job overrides fits GiB per rank device GiB tokens/s per GPU mfu bubble largest cause"
     assert titles == named
-    # What fits comes first, then what does not, and last what is refused, with its reason.
+    # What fits comes first, then what does not, the fastest before the others, then what is refused.
     assert [row.split()[:4] for row in rows] == [
         ["3", "launch.world_size=2048", "recompute=full", "yes"],
-        ["2", "launch.world_size=2048", "recompute=none", "no"],
-        ["0", "launch.world_size=100", "recompute=none", "refused"],
-        ["1", "launch.world_size=100", "recompute=full", "refused"],
+        ["5", "launch.world_size=2048", "recompute=none", "no"],
+        ["4", "launch.world_size=2048", "recompute=selective", "no"],
+        ["0", "launch.world_size=100", "recompute=full", "refused"],
+        ["1", "launch.world_size=100", "recompute=selective", "refused"],
+        ["2", "launch.world_size=100", "recompute=none", "refused"],
     ]
     reason = (
         "parallel.degrees: pp=16 x dp_replicate=1 x cp=1 x tp=1 leaves no whole dp_shard of a world of 100"
     )
-    assert all(row.split(" refused - - - - - ")[1].startswith(reason) for row in rows[2:])
+    assert all(row.split(" refused - - - - - ")[1].startswith(reason) for row in rows[3:])
     (left,) = Path("multirun").glob("*/3/result.json")
     plan = json.loads(left.read_text())["plan"]
     cause, seconds = max(plan["time"]["causes"].items(), key=lambda cause: cause[1])

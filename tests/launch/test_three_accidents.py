@@ -1,7 +1,7 @@
 """A run of two ranks with a nan, a spike and a killed rank ends by itself as the one that had none of them.
 
-The other run passes over the two batches by means of its own: PassOver takes no step on them. On the way: what
-a run listens on, what an attacker's pickles in its store do, and a stop behind the last step.
+The other run passes over the two batches by means of its own: PassOver takes no step on them. On the way:
+what a run listens on, what an attacker's pickles in its store do, and a stop behind the last step.
 """
 
 import json

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dsv3.config.hardware import HardwareConfig
-from dsv3.config.parallel import DegreesConfig, ParallelConfig, PipelineConfig, RecomputeMode, Schedule
+from dsv3.config.parallel import AXES, DegreesConfig, ParallelConfig, PipelineConfig, RecomputeMode, Schedule
 from dsv3.config.precision import BlockFP8Config, ComputeType, PrecisionConfig
 from dsv3.config.root import Config
 from dsv3.errors import UserError
@@ -36,12 +36,16 @@ def gpu(memory: int | None = None, **overlap: float) -> HardwareConfig:
 
 def small_config(layers: int = 4, batch: int = 8, length: int = 2048) -> Config:
     """Return the debug model with a few layers, and batches that split in few ways."""
-    config = strict_config(["parallel=fsdp", f"model.num_layers={layers}", "hardware=h800", "model.mtp_depths=1"])
+    config = strict_config(
+        ["parallel=fsdp", f"model.num_layers={layers}", "hardware=h800", "model.mtp_depths=1"]
+    )
     train = replace(config.train, global_batch_size=batch, sequence_length=length)
     return replace(config, train=train)
 
 
-def space_of(world: int, hardware: HardwareConfig, choices: Choices, config: Config | None = None) -> LayoutSpace:
+def space_of(
+    world: int, hardware: HardwareConfig, choices: Choices, config: Config | None = None
+) -> LayoutSpace:
     return LayoutSpace(config or small_config(), world, hardware, choices)
 
 
@@ -54,14 +58,19 @@ def every_plan(space: LayoutSpace) -> Iterator[Planned]:
     schedules = [choices.schedule] if choices.schedule else list(Schedule)
     numbers = [choices.stages_per_rank] if choices.stages_per_rank else [None, *VIRTUAL_STAGES]
     for pp, replicas, shards, cp, tp, ep in itertools.product(whole, repeat=6):
-        typed = dict(zip(("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), (pp, replicas, shards, cp, tp, ep)))
-        if any(typed[axis] != n for axis, n in choices.axes.items()) or pp * replicas * shards * cp * tp != world:
+        typed = dict(zip(AXES, (pp, replicas, shards, cp, tp, ep), strict=True))
+        if (
+            any(typed[axis] != n for axis, n in choices.axes.items())
+            or pp * replicas * shards * cp * tp != world
+        ):
             continue
         if any(typed[axis] < n for axis, n in choices.least.items()):
             continue
         if cp > 1 and train.length // cp < LEAST_TOKENS:
             continue
-        for schedule, number in [(Schedule["1F1B"], None)] if pp == 1 else itertools.product(schedules, numbers):
+        for schedule, number in (
+            [(Schedule["1F1B"], None)] if pp == 1 else itertools.product(schedules, numbers)
+        ):
             interleaved = schedule in (Schedule.Interleaved1F1B, Schedule.InterleavedZeroBubble)
             if interleaved == (number is None) and pp > 1:
                 continue

@@ -7,6 +7,7 @@ from dsv3.config.parallel import DispatchBackend
 from dsv3.planning.collective_time import CollectiveTimes
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.step_shape import StepShape
+from tests.planning.presets import preset
 
 NETWORK = NetworkConfig(0.5, 0.5, 0.25, 0.25, 0.75, 0.75, 0.5, intra_seconds=1e-6, inter_seconds=1e-5)
 FAST = HardwareConfig("x", intra_node_bandwidth=400e9, inter_node_bandwidth=40e9, network=NETWORK)
@@ -51,3 +52,18 @@ def test_token_dispatch_has_the_rate_of_its_backend_and_of_its_links() -> None:
 def test_sends_stay_in_a_node_where_several_stages_share_it() -> None:
     assert links(ParallelDims(pp=4, dp_shard=2)).send(1e9) == pytest.approx(1e-6 + 1e9 / 200e9)
     assert links(ParallelDims(pp=4, dp_shard=8)).send(1e9) == pytest.approx(1e-5 + 1e9 / 20e9)
+
+
+def test_the_share_between_nodes_follows_from_the_places_of_an_axis() -> None:
+    """Of a ring one rank per node sends to another node; of a token's rows those of the first exchange."""
+    found = links(ParallelDims(pp=4, dp_replicate=2, dp_shard=16, cp=2, tp=2, ep=16))
+    shares = found.shares_between_nodes(preset("671b"))
+    assert (shares["tp"], shares["cp"], shares["pp"], shares["dp_replicate"]) == (0, 0, 1, 1)
+    nodes, within = found.shape.dispatch_levels(preset("671b").moe, found.degrees)
+    assert shares["ep"] == pytest.approx(nodes.sent / (nodes.sent + within.sent))
+    # Experts lie 16 apart; most of a layer's weights are theirs, the rest has 8 or 4 ranks in a node.
+    assert 0.8 < shares["dp"] < 1
+    inside = links(ParallelDims(pp=4, dp_shard=2, tp=1, ep=2)).shares_between_nodes(preset("671b"))
+    assert set(inside.values()) == {0.0}
+    spread = links(ParallelDims(dp_shard=8, cp=8, tp=2)).shares_between_nodes(preset("671b"))
+    assert (spread["cp"], spread["tp"]) == (1 / 4, 0)

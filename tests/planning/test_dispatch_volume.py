@@ -56,7 +56,7 @@ def test_across_nodes_a_token_crosses_to_a_node_once() -> None:
 
 
 def test_experts_that_are_dealt_round_robin_are_neighbours() -> None:
-    """Eight consecutive experts of 256 lie on 2 of 64 ranks, and on one node of 8; of 384 by sixes they may not."""
+    """Eight consecutive experts of 256 lie on 2 of 64 ranks, and on one node of 8."""
     dealt = replace(preset("671b").moe, forced_balance=True)
     nodes, ranks = dispatch_levels(dealt, 64, 8)
     assert (nodes.rows, ranks.rows) == (1, 2)

@@ -2,7 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from dsv3.planning.parameters import FlopsConvention, training_flops_per_token
+from dsv3.planning.parameters import (
+    FlopsConvention,
+    training_flops_by_component,
+    training_flops_per_token,
+)
 from tests.planning.presets import preset
 
 CAUSAL, SQUARE = FlopsConvention.causal, FlopsConvention.full_square
@@ -36,3 +40,15 @@ def test_more_experts_cost_their_router_alone_and_more_chosen_ones_their_weights
     assert training_flops_per_token(wider, 512) - base == 6 * 4 * 16 * 128
     busier = replace(config, moe=replace(config.moe, top_k=5))
     assert training_flops_per_token(busier, 512) - base == 6 * 4 * 3 * 128 * 128
+
+
+@pytest.mark.parametrize("convention", FlopsConvention)
+def test_components_sum_to_the_whole(convention: FlopsConvention) -> None:
+    config = preset("671b")
+    parts = training_flops_by_component(config, 4096, convention)
+    assert sum(parts.values()) == training_flops_per_token(config, 4096, convention)
+    # The main model's prediction and that of one MTP depth; 59 layers of 8 experts of 3 matrices.
+    assert parts["head"] == 6 * 2 * 129_280 * 7168
+    assert parts["experts"] == 6 * 59 * 8 * 3 * 7168 * 2048
+    assert parts["scores"] == 62 * 3 * 128 * 320 * 4096 * (1 if convention is CAUSAL else 2)
+    assert "embedding" not in parts

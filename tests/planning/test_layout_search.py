@@ -21,7 +21,9 @@ SPACES = {
 @pytest.mark.parametrize("name", SPACES)
 def test_the_search_finds_what_planning_every_layout_finds(name: str) -> None:
     world, choices = SPACES[name]
-    config = small_config(layers=12 if "pp" in choices.axes and choices.axes["pp"] > 1 else 4, batch=24 if world == 6 else 8)
+    config = small_config(
+        layers=12 if "pp" in choices.axes and choices.axes["pp"] > 1 else 4, batch=24 if world == 6 else 8
+    )
     space = space_of(world, gpu(), choices, config)
     every = sorted(every_plan(space), key=lambda plan: -plan.speed)
     assert len(every) > 50
@@ -36,9 +38,11 @@ def test_the_search_finds_what_planning_every_layout_finds(name: str) -> None:
 
 
 def assert_is_front(front: list[Planned], fitting: list[Planned]) -> None:
-    """Assert that the front has plans of `fitting` alone, and that none is much better with as little memory."""
+    """Assert that the front has plans of `fitting`, and that none is much better with as little memory."""
     assert {round(plan.speed, 6) for plan in front} <= {round(plan.speed, 6) for plan in fitting}
-    assert front == sorted(front, key=lambda plan: -plan.memory) == sorted(front, key=lambda plan: -plan.speed)
+    assert (
+        front == sorted(front, key=lambda plan: -plan.memory) == sorted(front, key=lambda plan: -plan.speed)
+    )
     fastest = max(plan.speed for plan in fitting)
     for plan in fitting:
         if plan.speed >= FRONT_SPEED * fastest * (1 + FRONT_GAIN) ** 2:
@@ -54,7 +58,7 @@ def assert_is_front(front: list[Planned], fitting: list[Planned]) -> None:
     length=st.sampled_from([2048, 8192]),
     data=st.data(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_no_bound_rules_out_a_layout_that_is_better(
     pp: int, paired: float, schedule: Schedule, length: int, data: st.DataObject
 ) -> None:
@@ -63,8 +67,9 @@ def test_no_bound_rules_out_a_layout_that_is_better(
     search = LayoutSearch(space)
     tokens = space.batch.final * space.length
     cell = data.draw(st.sampled_from(sorted(space.cells(), key=repr)))
-    planned = [search.plan(layout) for layout in space.layouts(cell)]
+    search.run(1)  # fills in what floors are made of
     most, floor = search.most_speed(cell, tokens), search.floor(cell)
+    planned = [search.plan(layout) for layout in space.layouts(cell)]
     first = planned[0]
     for found in planned:
         assert found.speed <= most * (1 + 1e-9)

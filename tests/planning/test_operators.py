@@ -1,4 +1,4 @@
-"""The operators of a layer: their FLOPs are those of the model, shared out by the axes, and their bytes by fusion."""
+"""The operators of a layer: the model's FLOPs, shared out by the axes, and bytes that depend on fusion."""
 
 from dataclasses import replace
 
@@ -73,7 +73,8 @@ def test_fp8_takes_the_linear_layers_and_experts_alone() -> None:
     }
     assert {work.kind for work in parts.layer(False).forward}.isdisjoint({Kind.matmul, Kind.grouped})
     assert {work.kind for work in parts.head().forward} == {Kind.matmul, Kind.memory}
-    # Weights that are gathered as codes are not quantized again; the emulation adds every block's sums in fp32.
+    # Weights that are gathered as codes are not quantized again; the emulation adds every block's sums in
+    # fp32.
     quantized, gathered, emulated = (
         moved(Operators(LARGE, ParallelDims(), replace(BF16, fp8=fp8)).layer(False).forward)
         for fp8 in (FP8Shape(), FP8Shape(gather=True), FP8Shape(emulated=True))

@@ -27,8 +27,9 @@ from tests.planning.plans import H800, SHAPE, config_of, plan_16b
 from tests.planning.presets import preset
 
 KEYS = """
-degrees world_size parameters parameters_active memory_bytes device_memory_bytes fits traffic_bytes bubble
-tokens_per_second_per_gpu mfu mfu_full_square time precision precision_reason between_steps run
+degrees world_size parameters parameters_active memory_bytes device_memory_bytes fits traffic_bytes
+traffic_between_nodes bubble tokens_per_second_per_gpu mfu mfu_full_square time flops_per_token precision
+precision_reason between_steps run
 """
 
 

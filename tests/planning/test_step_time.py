@@ -15,6 +15,7 @@ from dsv3.planning.parameters import FlopsConvention
 from dsv3.planning.pipeline_stages import PipelineShape
 from dsv3.planning.plan import plan_from_shape
 from dsv3.planning.report import format_plan
+from dsv3.planning.stage_time import exposed
 from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
 from dsv3.planning.step_time import Cause, StepTime, least_seconds, step_time
 from tests.planning.presets import preset
@@ -65,8 +66,15 @@ def test_tokens_and_rates_are_those_of_the_whole_step() -> None:
     assert found.days_per_trillion_tokens * 24 * 1024 == pytest.approx(found.gpu_hours_per_trillion_tokens)
 
 
-FASTER: dict[str, Callable[[HardwareConfig], HardwareConfig]] = {
-    key: (lambda hardware, key=key: replace(hardware, **{key: 2 * getattr(hardware, key)}))
+Change = Callable[[HardwareConfig], HardwareConfig]
+
+
+def doubled(key: str) -> Change:
+    return lambda hardware: replace(hardware, **{key: 2 * getattr(hardware, key)})
+
+
+FASTER: dict[str, Change] = {
+    key: doubled(key)
     for key in (
         "memory_bandwidth",
         "peak_flops_bf16",
@@ -79,7 +87,7 @@ FASTER: dict[str, Callable[[HardwareConfig], HardwareConfig]] = {
 NODES = {"kernels": KernelConfig, "network": NetworkConfig, "overlap": OverlapConfig}
 
 
-def faster(node: str, key: str) -> Callable[[HardwareConfig], HardwareConfig]:
+def faster(node: str, key: str) -> Change:
     """Return a change to a share that is higher, or to seconds or a cost that are lower."""
 
     def change(hardware: HardwareConfig) -> HardwareConfig:
@@ -112,7 +120,7 @@ def test_more_recomputation_is_never_faster_and_never_takes_more_memory(layout: 
         {**selective, "keep": (SavedOp.attention, SavedOp.exchange)},
         {"recompute": RecomputeMode.full},
     ]
-    times = [timed(layout, **changes).seconds for changes in steps]
+    times = [timed(layout, H100, **changes).seconds for changes in steps]
     assert times == sorted(times)
     assert times[0] < times[1] < times[2] < times[3]
     degrees, shape = LAYOUTS[layout]
@@ -127,6 +135,13 @@ def test_dispatch_is_hidden_where_software_hides_it() -> None:
     assert timed("fp8", paired).seconds == timed("fp8").seconds  # another schedule
     hidden = replace(H100, overlap=replace(H100.overlap, ep=1.0, cost=0.0))
     assert timed("fp8", hidden).causes[Cause.ep] == 0
+
+
+def test_computing_hides_traffic_for_as_long_as_it_lasts() -> None:
+    assert exposed(2.0, 0.75, 10.0) == 0.5
+    assert exposed(2.0, 0.75, 1.0) == 1.0
+    # Hidden traffic slows computing.
+    assert exposed(2.0, 0.75, 10.0, cost=0.2) == pytest.approx(0.5 + 0.2 * 1.5)
 
 
 def test_compiled_layers_and_fp8_are_faster_on_hopper_and_an_emulation_is_many_times_slower() -> None:
