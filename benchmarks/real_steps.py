@@ -1,4 +1,4 @@
-"""Real training steps of any layout on CPU, in processes of their own: their seconds, and the bytes they allocate.
+"""Real training steps of any layout on CPU, in processes of their own: their seconds and their bytes.
 
 A case is a list of overrides, as train.py takes them, and a number of ranks. Its processes go the way of the
 training task (plan, mesh, model, optimizer, step) on random tokens. The bytes are those that PyTorch's CPU
@@ -101,12 +101,10 @@ class AllocatedBytes:
     """Follows PyTorch's CPU allocator from now on, by the profiler's events."""
 
     def __init__(self) -> None:
-        from torch._C._profiler import _ExperimentalConfig
         from torch.autograd.profiler import profile
 
-        # Threads of gloo and of autograd free what another thread has allocated.
-        everywhere = _ExperimentalConfig(profile_all_threads=True)
-        self.profiler = profile(profile_memory=True, use_kineto=True, experimental_config=everywhere)
+        # Only this thread is seen: over several ranks, what gloo's threads free seems to stay.
+        self.profiler = profile(profile_memory=True, use_kineto=True)
         self.profiler.__enter__()
 
     def stop(self) -> int:

@@ -162,15 +162,19 @@ def parse_json(content: bytes | str, path: Path | str, kind: str = "json", uniqu
 
 
 def read_yaml(path: Path | str) -> Any:
-    """Return the YAML of a file as yaml.safe_load would; errors as of `read_bytes` and `parse_yaml`."""
+    """Return the YAML of a file; errors as of `read_bytes` and `parse_yaml`."""
     return parse_yaml(read_text(path, "yaml"), path)
 
 
 def parse_yaml(text: str, path: Path | str) -> Any:
-    """Return the YAML in `text`, which came from `path`; BadFile for what is none or passes the limits."""
+    """Return the YAML in `text`, which came from `path`, as yaml.safe_load would, but for dates.
+
+    These are texts, as Hydra reads them, so a value is one that JSON has. BadFile for what is no YAML, passes
+    the limits, or has another tag than those of such values.
+    """
     try:
         return _BoundedLoader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _no_yaml(error, path) from None
 
 
@@ -188,12 +192,13 @@ def require_bounded_yaml(path: Path | str) -> None:
     """Raise BadFile unless a file may be handed to another reader of YAML.
 
     It is a regular file within the bytes, depth and values that LIMITS allow, those that aliases stand for
-    included. A text that is no YAML passes: that reader will tell.
+    included, and its tags are those that `parse_yaml` reads. A text that is no YAML passes: that reader will
+    tell. Of a value that does not suit its tag it would repeat an error of PyYAML's insides.
     """
     text = read_text(path, "yaml", errors="replace")
     try:
-        _BoundedLoader(text).get_single_node()
-    except _TooMuch as error:
+        _BoundedLoader(text).get_single_data()
+    except (_Refused, RecursionError) as error:
         raise _no_yaml(error, path) from None
     except (yaml.YAMLError, ValueError):
         return
@@ -289,11 +294,24 @@ def _require_depth(value: Any, depth: int, path: Path | str) -> None:
     raise BadFile(path, f"is nested more than {depth} deep")
 
 
-_INT = "tag:yaml.org,2002:int"
+_TAG = "tag:yaml.org,2002:"
+
+_INT, _DATE = f"{_TAG}int", f"{_TAG}timestamp"
+
+_TAGS = {None, "!", *(f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))}
+"""Tags that a value may have: none, or one that says what it would be without."""
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """PyYAML's SafeLoader within LIMITS["yaml"]; `size` counts what aliases stand for."""
+    """PyYAML's SafeLoader within LIMITS["yaml"], for the values that JSON has.
+
+    `nodes` counts what aliases stand for.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's own name
+        first: [(tag, pattern) for tag, pattern in known if tag != _DATE]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -303,9 +321,12 @@ class _BoundedLoader(yaml.SafeLoader):
         """Nodes below each anchor whose node is complete, by its name."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Return the next node; a ConstructorError once the limits are passed."""
+        """Return the next node; _Refused for another tag, and once the limits are passed."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         before, is_alias = self.nodes, isinstance(event, yaml.AliasEvent)
+        if not is_alias and event.tag not in _TAGS:
+            way = "write the value without it, a text in quotes"
+            self._refuse(f"has the tag {_shown_tag(event.tag)}: {way}", event)
         if is_alias:
             # An alias of the node around it would have no end: it is not complete, so it is not in here.
             self._count(self.anchored.get(event.anchor, self.limits.nodes + 1), event)
@@ -323,6 +344,21 @@ class _BoundedLoader(yaml.SafeLoader):
             self.anchored[event.anchor] = self.nodes - before
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node; _Refused where the text does not suit its tag.
+
+        PyYAML's constructors look up, index and match a text unasked: what they raise is the file's fault.
+        """
+        try:
+            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except (yaml.YAMLError, RecursionError, MemoryError):
+            raise
+        except Exception:
+            value = quoted(node.value) if isinstance(node.value, str) else "this"
+            raise _Refused(
+                f"is not YAML: {value} is no {_shown_tag(node.tag)}", node.start_mark.line + 1
+            ) from None
+
     def _count(self, nodes: int, event: Any) -> None:
         self.nodes += nodes
         if self.nodes > self.limits.nodes:
@@ -330,20 +366,26 @@ class _BoundedLoader(yaml.SafeLoader):
             self._refuse(f"{text}: more than {self.limits.nodes:,} values", event)
 
     def _refuse(self, reason: str, event: Any) -> None:
-        raise _TooMuch(reason, event.start_mark.line + 1)
+        raise _Refused(reason, event.start_mark.line + 1)
 
 
-class _TooMuch(yaml.YAMLError):
-    """A YAML file passes the limits at a line."""
+class _Refused(yaml.YAMLError):
+    """A YAML file passes the limits at a line, or has a value there that is none."""
 
     def __init__(self, reason: str, line: int) -> None:
         super().__init__(reason, line)
         self.reason, self.line = reason, line
 
 
+def _shown_tag(tag: str) -> str:
+    """Return a tag as a file writes it: !!int; in quotes where it is none of YAML's own."""
+    name = tag.removeprefix(_TAG)
+    return f"!!{name}" if name != tag and name.isalnum() and len(name) < 20 else quoted(tag)
+
+
 def _no_yaml(error: Exception, path: Path | str) -> BadFile:
     """Return the error for a text that is no YAML, in one line with the line number."""
-    if isinstance(error, _TooMuch):
+    if isinstance(error, _Refused):
         return BadFile(f"{path}:{error.line}:", error.reason)
     mark = getattr(error, "problem_mark", None)
     reason = getattr(error, "problem", None) or " ".join(str(error).split())

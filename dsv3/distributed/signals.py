@@ -1,7 +1,8 @@
 """Signals: before the first step a stop ends the process at once, later it saves and exits with 75.
 
-SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGQUIT mean the same; a second one exits at once with 130. SIGUSR1 saves
-a checkpoint and the run goes on. A signal that was ignored when the command began, as nohup ignores SIGHUP,
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGQUIT mean the same; a second one exits at once with 130. A rank that has
+a launcher hears one stop twice, and takes what comes within ONE_STOP for the first. SIGUSR1 saves a
+checkpoint and the run goes on. A signal that was ignored when the command began, as nohup ignores SIGHUP,
 stays ignored. A thread hears the signals, so that a process that waits in one call of C++ (a collective, a
 compilation, a read) hears them too.
 """
@@ -11,6 +12,7 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -27,6 +29,13 @@ _GROUP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, SAVE_SIGNAL)
 """Signals that a terminal, or `kill -- -GROUP`, sends to the children of a command as well."""
 
 _PR_SET_PDEATHSIG = 1
+
+ONE_STOP = 5.0
+"""Seconds in which further stops mean the first to a rank that has a launcher.
+
+What is sent to a process group, as by `timeout` or systemd, reaches a rank directly and once more through its
+launcher. A second stop to a launcher of dsv3 ends its ranks by SIGKILL.
+"""
 
 
 class Stopped(SystemExit):
@@ -223,7 +232,8 @@ class StopRequest:
         self.save_message = save_message
         self.requested = False
         self.save_requested = False
-        self._heard = 0
+        self.one_stop = ONE_STOP if "RANK" in os.environ else 0.0
+        self._heard, self._first = 0, 0.0
 
     def hear(self, number: int = signal.SIGTERM) -> None:
         """Take note of a signal, in a thread; end this process and its children where that is due."""
@@ -233,7 +243,9 @@ class StopRequest:
                 say(self.save_message)
             return
         self._heard += 1
-        if self.leaves or self._heard > 1:
+        now = time.monotonic()
+        self._first = now if self._heard == 1 else self._first
+        if self.leaves or (self._heard > 1 and now - self._first >= self.one_stop):
             with contextlib.suppress(Exception):
                 kill_children()
             leave(self.message if self.leaves else "")

@@ -13,7 +13,13 @@ Point = tuple[float, float]
 def draw_layouts(
     points: Sequence[Point], front: Sequence[Point], room: float, title: str, picture: str
 ) -> None:
-    """Write a PNG: a dot per planned layout, the front as steps, a line at the device's memory."""
+    """Write a PNG: a dot per planned layout, the front as steps, a line at the device's memory.
+
+    `room` is the device's memory in GiB. A file that is there is replaced in one rename.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -153,7 +153,7 @@ def _left_out(config: HardwareConfig, why: str) -> HardwareConfig:
 
 
 def merged(typed: HardwareConfig, preset: HardwareConfig, measured: Mapping[str, Any]) -> HardwareConfig:
-    """Return `typed` with what was measured; what differs from the preset, the user has typed, and it stays."""
+    """Return `typed` with what was measured, except where it differs from the preset: that was typed."""
     found: HardwareConfig = _merged(typed, preset, measured)
     return found
 

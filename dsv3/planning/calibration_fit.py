@@ -1,9 +1,10 @@
 """From times that task=calibrate has measured to the values of a hardware file: the time model, inverted.
 
-The rates of matmuls, of attention and of the optimizer are their work over their time. What the other operators
-reach, and what a kernel costs besides its work, follows from the forward and backward passes of whole models:
-the share of the memory bandwidth and the seconds per kernel with which the time model (stage_time.py) comes
-closest to all of them. So whatever it counts too high or too low on a kind of device, the shares make up for.
+The rates of matmuls, of attention and of the optimizer are their work over their time. What the other
+operators reach, and what a kernel costs besides its work, follows from the forward and backward passes of
+whole models: the share of the memory bandwidth and the seconds per kernel with which the time model
+(stage_time.py) comes closest to all of them. So whatever it counts too high or too low on a kind of device,
+the shares make up for.
 """
 
 import math

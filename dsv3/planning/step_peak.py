@@ -117,7 +117,7 @@ class _Step:
         return self.trained([weight for weight in root if weight.component is Component.head])
 
     def late(self, gradients: int) -> int:
-        """Return the bytes of `gradients` that are missing still: with one microbatch, as they are added up."""
+        """Return the bytes of `gradients` that are missing still: those of a step with one microbatch."""
         return gradients if self.shape.microbatches == 1 else 0
 
     def in_last_norm(self, kept: int, copies: int, late: int) -> Moment:

@@ -1,8 +1,8 @@
 """task=calibrate: measure what this machine reaches of its peaks, for the plans that are made on it.
 
-All ranks of launch.nproc measure at the same time. The result is a hardware file: the peaks, bandwidths, shares
-and latencies of conf/hardware, measured instead of assumed. It goes to the user's cache, where a plan for as
-many ranks on this machine finds it (planning/calibrated.py), or to task.output. tasks/probes.py times,
+All ranks of launch.nproc measure at the same time. The result is a hardware file: the peaks, bandwidths,
+shares and latencies of conf/hardware, measured instead of assumed. It goes to the user's cache, where a plan
+for as many ranks on this machine finds it (planning/calibrated.py), or to task.output. tasks/probes.py times,
 planning/calibration_fit.py makes values of it.
 """
 
@@ -20,7 +20,7 @@ import yaml
 from dsv3.config.hardware import CPU
 from dsv3.config.task import OutputFormat
 from dsv3.errors import UserError
-from dsv3.launch.job import Job
+from dsv3.launch.job import Job, ranks_per_node
 from dsv3.metrics.console import format_table
 from dsv3.metrics.progress import amount, duration, phase
 from dsv3.planning.calibrated import MeasuredOn, to_yaml_values
@@ -32,8 +32,8 @@ SIZES = {"cpu": 1024, "cuda": 8192}
 """Width of the largest matmul by kind of device."""
 
 HEAD = """\
-# Measured by task=calibrate. Plans on this machine take it where they are for as many ranks; remove it, or give
-# hardware.calibration=off, to plan with what conf/hardware assumes (docs/planning.md).
+# Measured by task=calibrate. Plans on this machine take it where they are for as many ranks; remove it, or
+# give hardware.calibration=off, to plan with what conf/hardware assumes (docs/planning.md).
 """
 
 
@@ -57,7 +57,7 @@ class CalibrateTask:
         """Measure on all ranks; rank 0 writes the file and prints; UserError where it cannot be written."""
         with join_ranks(job) as ranks:
             gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
-            on_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            on_node = ranks_per_node(job.config, ranks.world)
             measured_on = MeasuredOn.here(gpu, on_node, Path("/"), os.environ)
             path = self.output or measured_on.path(os.environ)
             if ranks.is_main:
@@ -133,13 +133,10 @@ def rates(found: Measurements) -> list[tuple[str, float, float, str]]:
         (f"copy of {amount(int(size / 2), 'bytes')}", t, size / t, "bytes/s") for size, t in found.copies
     ]
     rows += [("clipping and AdamW", t, moved / t, "bytes/s") for moved, t in found.updates]
-    rows += [
-        (
-            f"{one.kind} over {one.ranks} ranks, {amount(int(one.sent), 'bytes')} sent{' between nodes' * one.crosses}",
-            one.seconds, one.sent / one.seconds, "bytes/s",
-        )
-        for one in found.collectives
-    ]  # fmt: skip
+    for one in found.collectives:
+        where = " between nodes" if one.crosses else ""
+        told = f"{one.kind} over {one.ranks} ranks{where}, {amount(int(one.sent), 'bytes')} sent"
+        rows.append((told, one.seconds, one.sent / one.seconds, "bytes/s"))
     return rows
 
 

@@ -1,7 +1,7 @@
-"""Time the operators of a training step on this rank's device, while all ranks of the node do the same.
+"""Time the operators of a training step on this rank's device, while all ranks of the node do so.
 
-The sizes follow from one width, that of the largest matmul. A figure is the median over as many repetitions as
-fit into its share of the time, of the slowest rank: the ranks of a CPU share cores and memory bandwidth.
+The sizes follow from one width, that of the largest matmul. A figure is the median over as many repetitions
+as fit into its share of the time, of the slowest rank: the ranks of a CPU share cores and memory bandwidth.
 """
 
 import os
@@ -13,7 +13,6 @@ from statistics import median
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
 
 from dsv3.config.model import AttentionKernel, ModelConfig
 from dsv3.config.optimizer import AdamWConfig
@@ -260,7 +259,7 @@ def host_seconds(watch: Stopwatch, kernels: int = 1000) -> tuple[float, float]:
 
 
 def collectives(watch: Stopwatch, size: int) -> Iterator[CollectiveTime]:
-    """Time the collectives by the size of their group: within a node and, on several nodes, over all ranks."""
+    """Time the collectives by the size of their group: within a node, and over all ranks of several."""
     ranks, here = watch.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     sizes = [n for n in (2, 4, 8, 16, 32, 64) if n <= here and here % n == 0]
     groups = [(n, False) for n in sizes] or [(here, False)] * (here > 1)

@@ -497,12 +497,13 @@ EFFECTS: dict[str, Effect] = {
     "hardware.network.inter_seconds": Effect(STEP, speed, FAST_NODES, ("0.5", "0.25")),
     "hardware.network.deepep_intra": Effect(STEP, speed, FAST_DEEPEP, ("0.5", "0.25")),
     "hardware.network.deepep_inter": Effect(
-        STEP, speed, (*FAST_DEEPEP, "parallel.degrees.ep=16"), ("0.5", "0.25")
+        STEP, speed, (*FAST_DEEPEP, "parallel.degrees.ep=16", "model.moe.num_experts=16"), ("0.5", "0.25")
     ),
     "hardware.overlap": Effect(STEP, speed, FAST, ("0.5", "0.25")),
     "hardware.overlap.ep_paired": Effect(
         STEP, speed, (*FAST, "parallel.schedule=DualPipeV", "model.num_layers=6"), ("0.5", "0.25")
     ),
+    "hardware.calibration": Effect(f"{STEP}, and its source", plan, ("task=plan",), ("null", "'off'")),
     "hardware.source": Effect(STEP, speed, FAST, ("here", "there")),
     "launch.nproc": Effect("processes, plan.txt", plan, ("parallel=fsdp", SMALL), ("2", "4")),
     "launch.nnodes": Effect(

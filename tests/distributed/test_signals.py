@@ -114,6 +114,21 @@ def test_the_second_signal_ends_the_process_and_its_children(
     assert left == ["children", ""]
 
 
+def test_a_rank_takes_its_group_s_signal_and_its_launcher_s_copy_for_one_stop(
+    left: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setenv("RANK", "0")
+    rank = StopRequest()
+    for now in (100.0, 100.1, 104.9):
+        rank.hear()
+    assert (rank.requested, left) == (True, [])
+    now = 105.0
+    rank.hear()
+    assert left == ["children", ""]
+
+
 @pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
 def test_a_signal_that_was_ignored_stays_so(left: list[str], heard: BlockedInC, number: int) -> None:
     other = signal.SIGTERM if number != signal.SIGTERM else signal.SIGINT

@@ -60,7 +60,9 @@ def test_a_rank_that_hangs_is_found_with_every_stack_and_the_run_goes_on(
     more = ["launch.timeout=6", "launch.max_restarts=1", *faulty("HangingOnce")]
     ended = command_line.run(*command_line.training(run_dir, *saved, *TWO, *more))
     assert ended.code == 0
-    assert ended.err.splitlines()[-1] == "restart 1 of 1 from step 1: no progress for 6 s (launch.timeout)"
+    told = "restart 1 of 1 from step 1: no progress for 6 s (launch.timeout); stacks: stacks-1/"
+    assert ended.err.splitlines()[-1] == told
+    assert sorted(path.name for path in (run_dir / "stacks-1").iterdir()) == ["rank-0.txt", "rank-1.txt"]
     (entry,) = map(json.loads, (run_dir / "accidents.jsonl").read_text().splitlines())
     first, *where = entry["reason"].splitlines()
     assert first == "no progress for 6 s (launch.timeout)"

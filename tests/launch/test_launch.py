@@ -1,9 +1,10 @@
 """Workers and signals: who is started, who is stopped, and with which exit code."""
 
+import os
 from pathlib import Path
 
 from dsv3.checkpoint.directory import complete_steps
-from tests.harness.processes import HANGUP, QUIT, SAVE, CommandLine, gone, rows, until
+from tests.harness.processes import QUIT, SAVE, STOP, CommandLine, gone, rows, until
 
 TWO = ("parallel=fsdp", "launch.nproc=2")
 ENDLESS = "train.steps=1000000"
@@ -14,7 +15,7 @@ def test_a_stopped_run_saves_exits_75_and_goes_on_where_it_stopped_on_another_la
 ) -> None:
     run_dir = tmp_path / "a run, it's"
     arguments, steps = command_line.training(run_dir, ENDLESS, *TWO), 0
-    for ranks, number in ((2, HANGUP), (1, QUIT)):
+    for ranks, number in ((2, STOP), (1, QUIT)):
         process = command_line.start(*arguments)
         process.wait_for_steps(run_dir, steps + 1)
         workers = process.workers()
@@ -23,7 +24,7 @@ def test_a_stopped_run_saves_exits_75_and_goes_on_where_it_stopped_on_another_la
         process.send(SAVE)
         until(lambda saved=saved: complete_steps(run_dir) != saved)  # type: ignore[misc]
         process.wait_for_steps(run_dir, len(rows(run_dir)))  # it goes on
-        process.send(number)
+        os.killpg(process.popen.pid, number)  # as `timeout` and systemd do, and a terminal
         stopped = process.wait()
         assert stopped.code == 75
         assert len(stopped.err.splitlines()) == 1

@@ -19,6 +19,7 @@ from dsv3.launch.rendezvous import Attempt, Rendezvous
 from dsv3.launch.restarts import on_nodes, run_in_workers
 from dsv3.launch.workers import EndedElsewhere, RankRaised
 from tests.harness.commands import PlannedCommand
+from tests.harness.processes import until
 
 NODES = ("parallel=fsdp", "launch.nproc=2", "hardware=cpu", "model=debug")
 BATCH = "train.global_batch_size=16"
@@ -36,6 +37,15 @@ class Launchers:
         self.workers: dict[int, Worker] = {}
         monkeypatch.setattr(restarts, "start_workers", self._work)
         monkeypatch.setattr(restarts, "check_same_run", lambda *_: None)
+        self.waits: set[tuple[int, int]] = set()
+        """Nodes and numbers of the attempts that they have come to and wait for."""
+        wait = Rendezvous.wait
+
+        def noted(rendezvous: Rendezvous, number: int) -> Attempt | None:
+            self.waits.add((rendezvous.node, number))
+            return wait(rendezvous, number)
+
+        monkeypatch.setattr(Rendezvous, "wait", noted)
 
     def _work(self, job: Job, rendezvous: Rendezvous, attempt: Attempt, on_run_dir: Any) -> float:
         self.jobs.setdefault(rendezvous.node, []).append(job)
@@ -242,17 +252,14 @@ def test_a_node_that_does_not_come_back_is_done_without_and_comes_in_at_the_next
         if attempt.number == 1:
             run.start(1, lambda job, attempt: 2.5)  # its replacement waits for the next attempt
             replaced.set()
-            threading.Event().wait(1.0)
+            until(lambda: (1, 2) in run.waits)
         if attempt.number < 2:
             raise RankRaised("Connection closed by peer")
         return 1.5
 
     assert run.run(survive, leave)[0] == 1.5
     assert replaced.is_set()
-    for _ in range(100):
-        if run.ended[1] == 2.5:
-            break
-        threading.Event().wait(0.1)
+    until(lambda: bool(run.ended[1] == 2.5))
     whole, fewer, again = run.jobs[0]
     assert (whole.plan.world_size, fewer.plan.world_size, again.plan.world_size) == (4, 2, 4)
     assert fewer.config.train.batch == whole.config.train.batch == 16

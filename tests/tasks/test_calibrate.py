@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dsv3.config.hardware import HardwareConfig
 from dsv3.errors import UserError
 from dsv3.planning import calibrated
 from dsv3.planning.calibrated import MeasuredOn, read_calibration
-from dsv3.planning.hardware import Machine, detect_hardware
+from dsv3.planning.hardware import Machine, detect_hardware, preset_hardware
 from dsv3.tasks.calibrate import require_writable, write_whole
 from tests.harness.commands import PlannedCommand, TrainCommand
 
@@ -43,23 +44,23 @@ def test_it_writes_a_file_that_plans_find(
 ) -> None:
     monkeypatch.setenv("DSV3_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(calibrated, "FOLDER", Path("hardware"))
-    before = json.loads(commands.must("task=plan", "task.format=json", "hardware=cpu").stdout)
+    before = json.loads(commands.must("task=plan", "task.format=json", "hardware=cpu").out)
     assert before["tokens_per_second_per_gpu"] is None
-    told = json.loads(commands.must(*TINY, "task.format=json").stdout)
+    told = json.loads(commands.must(*TINY, "task.format=json").out)
     (path,) = (tmp_path / "cache" / "hardware").iterdir()
     assert Path(told["path"]) == path
     assert all(math.isfinite(number) and number >= 0 for number in numbers(told["hardware"]))
     assert min(row["rate"] for row in told["measurements"]) > 0
     assert read_calibration(path).hardware == told["hardware"]
-    plan = json.loads(commands.must("task=plan", "task.format=json", "hardware=cpu").stdout)
+    plan = json.loads(commands.must("task=plan", "task.format=json", "hardware=cpu").out)
     assert plan["tokens_per_second_per_gpu"] > 0
     assert plan["time"]["source"].startswith("measured: ")
     off = "hardware.calibration=off"
-    assumed = json.loads(commands.must("task=plan", "task.format=json", "hardware=cpu", off).stdout)
+    assumed = json.loads(commands.must("task=plan", "task.format=json", "hardware=cpu", off).out)
     assert assumed["tokens_per_second_per_gpu"] is None
     # A second time the file is replaced whole, and the text names it.
     path.write_text("half a file: [")
-    text = commands.must(*TINY).stdout
+    text = commands.must(*TINY).out
     assert str(path) in text
     assert read_calibration(path).measured_on.ranks == 1
     assert [one.name for one in path.parent.iterdir()] == [path.name]
@@ -80,7 +81,7 @@ def test_it_writes_a_file_that_plans_find(
 def test_what_it_cannot_do_is_refused(planned: PlannedCommand, typed: str, told: str) -> None:
     outcome = planned.run(*TINY, typed)
     assert outcome.code == 2
-    assert told in outcome.stderr
+    assert told in outcome.err
 
 
 def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
@@ -175,5 +176,5 @@ def test_a_named_file_must_be_there_and_of_the_hardware(machine: Machine) -> Non
         detect_hardware(HardwareConfig("h100", calibration=str(path)), 1, machine)
     gpu = MeasuredOn("NVIDIA H100 80GB HBM3", 0, 0, HERE.torch)
     path = stored(machine, gpu, name="h100")
-    found = detect_hardware(HardwareConfig("h100", calibration=str(path)), 8, machine)
+    found = detect_hardware(replace(preset_hardware("h100"), calibration=str(path)), 8, machine)
     assert found.kernels.matmul == 0.9

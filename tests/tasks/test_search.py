@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dsv3.launch.job import plan_job
+from dsv3.planning.layout import check_wrappers
 from tests.harness.commands import TrainCommand
 from tests.harness.composing import strict_config
 
@@ -33,7 +34,11 @@ def searched(commands: TrainCommand, *typed: str) -> Row:
 def planned(row: Row, world: int) -> Row:
     words = shlex.split(row["command"])
     assert words[-1] == f"launch.world_size={world}"
-    return plan_job(strict_config(words[words.index("task=plan") :]), []).plan.to_json()
+    config = strict_config(words[words.index("task=plan") :])
+    job = plan_job(config, [])
+    # A task that builds the model accepts it too: every degree has its wrapper.
+    check_wrappers(config.parallel, job.plan.degrees)
+    return job.plan.to_json()
 
 
 def test_every_command_plans_the_memory_and_the_speed_that_it_is_printed_with(commands: TrainCommand) -> None:

@@ -120,6 +120,9 @@ HOSTILE: dict[str, bytes] = {
     "deep YAML": b"- " * 100_000,
     "a long number": b'{"a": ' + b"9" * 5000 + b"}",
     "no UTF-8": b"\xff\xfe\x00",
+    "a value that does not suit its tag": b"{a: !!bool maybe}",
+    "a tag that no value needs": b"{a: !!timestamp x}",
+    "a number without digits": b"{a: 0x_}",
     "nothing": b"",
     "zeros": b"\0" * 4096,
     "null": b"null",
@@ -192,6 +195,18 @@ def test_the_sound_directories_are_read(kind: str, file: str, number: int, sourc
     read = {"run": RUN, "step": STEP, "release": RELEASE, "presets": PRESETS}[kind][file][number]
     if file != "training.yaml":
         read(sources[kind])
+
+
+@pytest.mark.parametrize("value", ["!!timestamp x", "!!bool maybe", "!!int '-'", "0x_"])
+@pytest.mark.parametrize("read", [_check_presets, _compose_presets])
+def test_a_preset_is_named_with_the_line_of_such_a_value(
+    read: Read, value: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sources["presets"], tmp_path / "presets")
+    with (folder / "model" / "own.yaml").open("a") as file:
+        file.write(f"dim: {value}\n")
+    with pytest.raises(UserError, match=r"own\.yaml:3: (has the tag|is not YAML: '.*' is no) !!"):
+        read(folder)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket", "link to a pipe", "loop"])
