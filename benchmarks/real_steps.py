@@ -32,7 +32,12 @@ def run(overrides: Sequence[str], ranks: int, steps: int, memory: bool, **enviro
     command += ["--memory"] * memory + list(overrides)
     started = []
     for rank in range(ranks):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        own: dict[str, object] = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+        }
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         variables = os.environ | environment | ({k: str(v) for k, v in own.items()} if ranks > 1 else {})
         started.append(
@@ -113,7 +118,8 @@ class AllocatedBytes:
         results = self.profiler.kineto_results
         assert results is not None
         now = most = 0
-        changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+        events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events)
         for _, bytes_ in changes:
             now += bytes_
             most = max(most, now)

@@ -298,8 +298,12 @@ _TAG = "tag:yaml.org,2002:"
 
 _INT, _DATE = f"{_TAG}int", f"{_TAG}timestamp"
 
-_TAGS = {None, "!", *(f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))}
-"""Tags that a value may have: none, or one that says what it would be without."""
+_TAGS: dict[type[yaml.Event], set[str | None]] = {
+    yaml.ScalarEvent: {None, "!", *(f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str"))},
+    yaml.SequenceStartEvent: {None, "!", f"{_TAG}seq"},
+    yaml.MappingStartEvent: {None, "!", f"{_TAG}map"},
+}
+"""Tags that a value may have: none, or one of the values that JSON has."""
 
 
 class _BoundedLoader(yaml.SafeLoader):
@@ -324,7 +328,7 @@ class _BoundedLoader(yaml.SafeLoader):
         """Return the next node; _Refused for another tag, and once the limits are passed."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         before, is_alias = self.nodes, isinstance(event, yaml.AliasEvent)
-        if not is_alias and event.tag not in _TAGS:
+        if not is_alias and event.tag not in _TAGS[type(event)]:
             way = "write the value without it, a text in quotes"
             self._refuse(f"has the tag {_shown_tag(event.tag)}: {way}", event)
         if is_alias:

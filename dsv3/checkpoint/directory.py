@@ -39,7 +39,9 @@ LATEST, BEST = "latest", "best"
 # What file systems without symbolic links answer.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(\d+)", re.ASCII)
+
+_STRAYS_NAMED = 3
 
 _MANIFEST_KEY = "manifest"
 
@@ -118,10 +120,45 @@ def step_number(checkpoint: Path) -> int:
 def complete_steps(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first.
 
-    A directory gets its name only when it is complete.
+    A directory gets its name only when it is complete. One that has lost files is among them: it is damaged,
+    and never passed over silently. What is no directory, or an empty one, is none: `stray_steps` has it.
     """
+    return [path for path in _named_steps(run_dir) if _holds_files(path)]
+
+
+def stray_steps(run_dir: Path) -> list[Path]:
+    """Return what has the name of a step and has never been one: a file, a pipe, an empty directory."""
+    return [path for path in _named_steps(run_dir) if not _holds_files(path)]
+
+
+def stray_notes(run_dir: Path) -> list[str]:
+    """Return a line for the user on the strays of a run, with the command that removes them; else none."""
+    strays = stray_steps(run_dir)
+    if not strays:
+        return []
+    names = ", ".join(path.name for path in strays[:_STRAYS_NAMED])
+    more = f" and {len(strays) - _STRAYS_NAMED} more" if len(strays) > _STRAYS_NAMED else ""
+    return [
+        f"passed over in {run_dir / 'checkpoints'}, as no checkpoint is in it: {names}{more}; "
+        f"to remove: {shlex.join(['rm', '-r', *map(str, strays[:_STRAYS_NAMED])])}"
+    ]
+
+
+def _named_steps(run_dir: Path) -> list[Path]:
+    """Return whatever has the name of a step, in the order of the steps."""
     found = [path for path in (run_dir / "checkpoints").glob("*") if _STEP.fullmatch(path.name)]
     return sorted(found, key=step_number)
+
+
+def _holds_files(path: Path) -> bool:
+    """Return True for a directory that is not empty, and for one that cannot be read: its reader will tell."""
+    try:
+        with os.scandir(path) as entries:
+            return next(entries, None) is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -199,7 +236,7 @@ def _pointed(path: Path) -> Path:
 def prepare_partial(directory: Path) -> Path:
     """Make an empty directory beside `directory`, to write into before `commit`."""
     partial = partial_directory(directory)
-    shutil.rmtree(partial, ignore_errors=True)
+    _delete(partial)
     partial.mkdir(parents=True)
     return partial
 
@@ -218,33 +255,43 @@ def commit(partial: Path, directory: Path, synced: Container[str] = ()) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove a checkpoint; a crash half-way leaves nothing that looks complete."""
-    if directory.exists():
+    """Remove a checkpoint, or what has its name; a crash half-way leaves nothing that looks complete."""
+    if os.path.lexists(directory):
         doomed = directory.with_name(f".removed-{directory.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(doomed)
         directory.rename(doomed)
         # Files that cannot be deleted now (open ones on NFS, say) are swept later: they must not end a run.
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Remove a path, whatever it is, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def sweep_leftovers(run_dir: Path) -> None:
     """Remove what a crash left half-written or half-removed."""
     for pattern in (".partial-*", ".removed-*"):
         for path in (run_dir / "checkpoints").glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _delete(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears complete or not at all."""
     partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:  # names may be no UTF-8
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:  # names may be no UTF-8
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError:
+        _delete(partial)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -130,8 +130,18 @@ def check_newest(newest: Path) -> None:
     """Compare the description of a run's newest checkpoint, before workers start; see `with_way_out`."""
     try:
         verify_description(newest)
+        _require_metadata(newest)
     except UserError as error:
         raise with_way_out(error, newest) from None
+
+
+def _require_metadata(step: Path) -> None:
+    """Raise UserError for a checkpoint without the file that says what its tensors are.
+
+    Its manifest, which may be gone as well, is compared by others.
+    """
+    if not (step / ".metadata").is_file():
+        raise UserError(f"{step} has lost its .metadata, or is no checkpoint")
 
 
 def with_way_out(error: UserError, newest: Path) -> UserError:
@@ -143,6 +153,7 @@ def with_way_out(error: UserError, newest: Path) -> UserError:
     aside, older = [newest], None
     for step in reversed(complete_steps(run_dir)[:-1]):
         try:
+            _require_metadata(step)
             check_sizes(step, read_manifest(step) or {})
         except UserError:
             aside.append(step)

@@ -35,9 +35,10 @@ def update_pointers(run_dir: Path, config: CheckpointConfig) -> None:
         if pointer.is_dir() and not pointer.is_symlink():
             # A copy of the run followed the link and made a directory of it: give it the name of its step.
             step = step_directory(run_dir, Progress.read(pointer).step)
-            if step.exists():
+            if step in complete_steps(run_dir):
                 remove(pointer)
             else:
+                remove(step)
                 pointer.rename(step)
     steps = complete_steps(run_dir)
     point(run_dir, LATEST, steps[-1] if steps else None)

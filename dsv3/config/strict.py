@@ -222,7 +222,8 @@ def _unknown_keys(node: DictConfig, path: str) -> Iterator[tuple[str, list[str]]
     """Yield the dotted paths of keys that no schema has, each with the keys that are known there."""
     schema = OmegaConf.get_type(node)
     known = [f.name for f in fields(schema)] if schema and is_dataclass(schema) else None
-    for key in node:  # a node without a schema may have numbers as keys
+    key: Any  # a node without a schema may have numbers as keys
+    for key in node:
         if known is not None and key not in known:
             yield f"{path}{key}", [name for name in known if not name.startswith("_")]
         elif not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):

@@ -62,7 +62,7 @@ class DirectoryLock:
     Args:
         directory: is made where it is missing, and removed again where nothing has come into it.
         named: what the user calls it, as in `resume=DIRECTORY`.
-        doing: goes on behind that in a message, as in `being written`.
+        doing: what happens to it, for the message to a second comer, as in `being written`.
         stays: the lock's file is still there at the end; not so in a folder that is handed on.
     """
 
@@ -102,7 +102,7 @@ class DirectoryLock:
         before_leaving.append(self._tidy)
         if self._lock.is_locked:
             with contextlib.suppress(OSError):  # a full disk: what is to be written will tell
-                _write_note(directory / NOTE_FILE)
+                _write_note(directory / NOTE_FILE, self.doing)
 
     def release(self) -> None:
         """Give the directory back; remove it where nothing has come into it since this process made it."""
@@ -163,9 +163,9 @@ class DirectoryLock:
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         """Return the message for a directory that another command holds."""
-        subject = f"{self.named} is {self.doing}"
         if "pid" not in holder:
-            return f"{subject} by another process, which has not said who it is: wait for it"
+            return f"{self.named} is in use by another process, which has not said who it is: wait for it"
+        subject = f"{self.named} is {holder['doing']}"  # what the holder does, which may be another task
         who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         command = holder["command"]
         if holder["alive"] is False:
@@ -174,18 +174,22 @@ class DirectoryLock:
         return f"{subject} by {who} ({command})\nwait for it, or stop it: {way}"
 
 
-def _write_note(file: Path) -> None:
-    """Write who holds the lock, for those who come second."""
+def _write_note(file: Path, doing: str) -> None:
+    """Write who holds the lock, for those who come second; nothing is left where it cannot be written."""
     note = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "doing": doing,
     }
     new = file.with_name(f"{file.name}.{os.getpid()}")
-    new.write_text(json.dumps(note), "utf-8")
-    new.replace(file)
+    try:
+        new.write_text(json.dumps(note), "utf-8")
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read_holder(directory: Path) -> dict[str, Any]:
@@ -196,6 +200,7 @@ def read_holder(directory: Path) -> dict[str, Any]:
     try:
         note = read_json(directory / NOTE_FILE)
         found = {name: note[name] for name in ("host", "pid", "started", "since", "command")}
+        found["doing"] = note.get("doing", "in use")  # notes of older code do not say
         pid, host, began = int(found["pid"]), str(found["host"]), float(found["started"])
         if not 0 < pid < 2**31:
             return {}

@@ -1,7 +1,7 @@
 """Signals: before the first step a stop ends the process at once, later it saves and exits with 75.
 
-SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGQUIT mean the same; a second one exits at once with 130. A rank that has
-a launcher hears one stop twice, and takes what comes within ONE_STOP for the first. SIGUSR1 saves a
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGQUIT mean the same; a second one exits at once with 130. A rank that
+has a launcher may hear one stop twice, and takes what comes within ONE_STOP for the first. SIGUSR1 saves a
 checkpoint and the run goes on. A signal that was ignored when the command began, as nohup ignores SIGHUP,
 stays ignored. A thread hears the signals, so that a process that waits in one call of C++ (a collective, a
 compilation, a read) hears them too.

@@ -11,7 +11,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dsv3.checkpoint.directory import CONFIG_FILE, find_checkpoint, newest_checkpoint, step_number
+from dsv3.checkpoint.directory import (
+    CONFIG_FILE,
+    find_checkpoint,
+    newest_checkpoint,
+    step_number,
+    stray_notes,
+)
 from dsv3.checkpoint.retention import doubt_notes
 from dsv3.config.convergence import flatten, shown
 from dsv3.config.logger import LoggerConfig, RunOrigin
@@ -86,7 +92,7 @@ def prepare_job(composed: DictConfig, sweep: SweepJob | None = None) -> Job:
         job.choices = run.named_choices(job.choices)
     job.config = replace(job.config, logger=_named_logger(job))
     if run is not None:
-        job.notes += resume_notes(run, job.config, overrides, job.config_dirs)
+        job.notes += resume_notes(run, job.config, overrides, job.config_dirs) + stray_notes(run.directory)
         job.config_dirs = list(dict.fromkeys([*job.config_dirs, *run.config_dirs]))
     if job.config.task.uses_model and not job.config.launch.submits:
         job.notes += filter(None, [other_gpu(job.config.hardware)])

@@ -111,6 +111,18 @@ def check_run_dir(directory: Path, resume: bool) -> None:
         raise UserError(
             f"run.dir={directory} holds a run already: continue it with resume={directory} or name another"
         )
+    if not resume:
+        require_unused(directory)
+
+
+def require_unused(directory: Path) -> None:
+    """Raise UserError for a run.dir that is the output of another command, whose files a run would replace."""
+    shards, weights = (directory / INDEX_FILE).exists(), (directory / ".metadata").exists()
+    if shards or weights or is_hf_checkpoint(directory):
+        raise UserError(
+            f"run.dir={directory} holds {'token shards' if shards else 'a checkpoint'}: "
+            f"name a new directory, {shlex.join([f'run.dir={directory / "run"}'])}"
+        )
 
 
 @contextmanager

@@ -130,8 +130,8 @@ while :; do
     # A rank that fails ends the others.
     srun --kill-on-bad-exit=1 "${{program[@]}}" &
     ranks=$!
-    # A signal to this shell ends `wait`, and hides the exit code of a srun that ends at the same moment; that of
-    # bash 5.2 even if it waited for another process. So it only sleeps, and hears a signal up to 0.5 s later.
+    # A signal to this shell ends `wait`, and hides the exit code of a srun that ends at the same moment, in
+    # bash 5.2 even if it waited for another process. So it only sleeps, and hears a signal 0.5 s later.
     while kill -0 "$ranks" 2>/dev/null; do sleep 0.5; done
     wait "$ranks"
     code=$?

@@ -16,12 +16,13 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 
+from dsv3.checkpoint.directory import CONFIG_FILE
 from dsv3.config.overrides import absolute_paths
 from dsv3.config.registry import config_groups
 from dsv3.distributed.directory_lock import DirectoryLock
 from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import SweepJob
-from dsv3.launch.run_dir import make_new_dir
+from dsv3.launch.run_dir import make_new_dir, require_unused
 from dsv3.untrusted_files import BadFile, read_json
 
 FAILED_FILE, RESULT_FILE = "failed.json", "result.json"
@@ -69,8 +70,14 @@ class Sweep:
     def _take(self) -> None:
         """Own the directory until the sweep has ended: its jobs and its search are written there."""
         assert self.directory is not None
-        self.lock = self.lock or DirectoryLock(self.directory, f"run.dir={self.directory}")
         try:
+            if (self.directory / CONFIG_FILE).exists():
+                raise UserError(
+                    f"run.dir={self.directory} holds a run, and a sweep makes a directory with one per job: "
+                    "name another"
+                )
+            require_unused(self.directory)
+            self.lock = self.lock or DirectoryLock(self.directory, f"run.dir={self.directory}")
             with contextlib.suppress(OSError):
                 self.lock.take()
         except UserError as error:  # Hydra is about to wrap it

@@ -4,12 +4,19 @@ Nothing here writes a file of the run: the run directory, its checkpoints and it
 tasks/train.py.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dsv3.checkpoint.directory import ASSETS_DIR, TOKENIZER_DIR, Progress, find_checkpoint
+from dsv3.checkpoint.directory import (
+    ASSETS_DIR,
+    TOKENIZER_DIR,
+    Progress,
+    find_checkpoint,
+    newest_checkpoint,
+)
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.manifest import verify_together
 from dsv3.checkpoint.run_statistics import RunStatistics
@@ -20,6 +27,7 @@ from dsv3.data.loader import DataLoader
 from dsv3.data.prefetch import Prefetcher
 from dsv3.data.sources import PreparedData
 from dsv3.distributed.process_group import RankContext
+from dsv3.errors import UserError
 from dsv3.launch.job import Job
 from dsv3.parallel.mesh import assign_data_shard
 from dsv3.parallel.parallel_model import ParallelModel, build_parallel_model
@@ -84,6 +92,23 @@ def assemble(job: Job, world: RankContext, data: PreparedData, initial: bool) ->
     return Assembly(config, data, model, optimizer, assign_data_shard(world, mesh))
 
 
+def _check_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
+    """Raise UserError where a run's tokenizer gives other ids than the copy in its newest checkpoint.
+
+    Both are read now: a fingerprint that was stored by another version of the library may differ by itself.
+    """
+    newest = newest_checkpoint(run_dir)
+    copy = newest / TOKENIZER_DIR if newest else None
+    if copy is None or not copy.is_dir():
+        return
+    if Tokenizer.from_file(copy).fingerprint() != tokenizer.fingerprint():
+        folder = run_dir / TOKENIZER_DIR
+        raise UserError(
+            f"{folder} has changed: the weights know the ids of {copy}\n"
+            f"put that back: {shlex.join(['cp', '-r', f'{copy}/.', f'{folder}/'])}"
+        )
+
+
 def own_tokenizer(job: Job) -> Tokenizer | None:
     """Return the tokenizer whose ids the weights know: the run's own, or that of checkpoint.load."""
     if job.config.run.resume:
@@ -91,6 +116,7 @@ def own_tokenizer(job: Job) -> Tokenizer | None:
         if not folder.is_dir():
             return None
         tokenizer = Tokenizer.from_file(folder)
+        _check_tokenizer(tokenizer, job.run_dir)
         stop_at_assets(tokenizer, job.run_dir / ASSETS_DIR)
         return tokenizer
     if job.config.checkpoint.load:

@@ -61,7 +61,7 @@ class CalibrateTask:
             measured_on = MeasuredOn.here(gpu, on_node, Path("/"), os.environ)
             path = self.output or measured_on.path(os.environ)
             if ranks.is_main:
-                require_writable(path)
+                require_writable(path, replaces_any=self.output is None)
             ranks.meet()
             size = self.size or SIZES[ranks.device.type]
             with phase(f"measuring for {duration(self.seconds)}"):
@@ -88,8 +88,12 @@ class CalibrateTask:
             )
 
 
-def require_writable(path: Path) -> None:
-    """Make the file's folder; UserError where no file can be written there."""
+def require_writable(path: Path, replaces_any: bool = False) -> None:
+    """Make the file's folder; UserError where no file can be written there.
+
+    A file that is there is one of task=calibrate, unless it `replaces_any`, as in the cache, where a damaged
+    one may lie: the YAML of a run or a checkpoint stays as it is.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -98,6 +102,13 @@ def require_writable(path: Path) -> None:
         raise _unwritable(path, error) from None
     if path.is_dir():
         raise UserError(f"task.output={path} is a directory: give the name of a file in it")
+    if os.path.lexists(path) and not replaces_any:
+        try:
+            read_calibration(path)
+        except BadFile:
+            raise UserError(
+                f"task.output={path} is there, and no file of task=calibrate: name another"
+            ) from None
 
 
 def write_whole(path: Path, text: str) -> None:

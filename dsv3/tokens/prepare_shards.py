@@ -7,6 +7,7 @@ At the end the shards move one level up and index.json is written: until then no
 
 import errno
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from dsv3.documents.document_files import FIRST_PIECE, Document, ReadOptions, re
 from dsv3.documents.input_files import Unit
 from dsv3.documents.skip_limit import Skipped
 from dsv3.documents.unit_pool import IN_PROCESS_BELOW, JOURNAL_FILE, run_units
-from dsv3.errors import UserError
+from dsv3.errors import UserError, quoted
 from dsv3.metrics.jsonl import read_whole_lines
 from dsv3.metrics.progress import Phase
 from dsv3.tokens.file_digests import digest
@@ -54,9 +55,19 @@ def claimed_output(output: Path, key: str) -> Iterator[None]:
     """Own a folder that can be written, before anything is done for it; leave no empty one on an error.
 
     Raises:
-        UserError: `output`, which the config calls `key`, cannot be made or written, or is another command's.
+        UserError: `output`, which the config calls `key`, cannot be made or written, or is another command's,
+            or something else lies in it.
     """
     work_folder = output / UNFINISHED
+    try:
+        foreign = _foreign(output)
+    except OSError as error:
+        raise UserError(unwritable(f"{key}={output}", error)) from error
+    if foreign is not None:
+        raise UserError(
+            f"{key}={output} is not empty, {quoted(foreign)} is in it, and shards are not mixed with other "
+            f"files: give a new folder, {shlex.join([f'{key}={output / "shards"}'])}"
+        )
     new = list(takewhile(lambda folder: not folder.exists(), (work_folder, output, *output.parents)))
     try:
         try:
@@ -73,6 +84,19 @@ def claimed_output(output: Path, key: str) -> Iterator[None]:
             with suppress(OSError):  # it holds what a later command goes on with
                 folder.rmdir()
         raise
+
+
+def _foreign(output: Path) -> str | None:
+    """Return the first name in a folder that is none of this work's and not hidden; None where there is none.
+
+    Shards and their tokenizer lie there while finished work moves up, before the index is written.
+    """
+    own, suffixes = {UNFINISHED, "lost+found"}, ()
+    if (output / UNFINISHED / JOURNAL_FILE).exists() or is_finished(output):
+        own |= {TOKENIZER_FOLDER, INDEX_FILE}
+        suffixes = (".tokens.npy", ".offsets.npy")
+    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    return next((n for n in names if n not in own and not n.startswith(".") and not n.endswith(suffixes)), None)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,23 @@ def test_the_second_comer_learns_who_holds_it_and_what_to_type(
         pass
 
 
+def test_the_message_says_what_the_holder_does(tmp_path: Path) -> None:
+    with DirectoryLock(tmp_path, "resume=x"), pytest.raises(UserError, match="task.output=x is in use by process"):
+        DirectoryLock(tmp_path, "task.output=x", "being prepared").take(patience=0)
+    with DirectoryLock(tmp_path, "output=x", "being written"):
+        assert "is being written by process" in refusal(tmp_path)
+        note = tmp_path / NOTE_FILE
+        note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items() if k != "doing"}))
+        assert "is in use by process" in refusal(tmp_path)  # the note of older code
+
+
+def test_a_note_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / NOTE_FILE).mkdir()
+    with DirectoryLock(tmp_path, "run.dir=x"):
+        assert {path.name for path in tmp_path.iterdir()} == {LOCK_FILE, NOTE_FILE}
+        assert "which has not said who it is" in refusal(tmp_path)
+
+
 def test_kill_9_frees_it_and_the_old_note_misleads_nobody(
     hold: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -117,14 +117,13 @@ def test_the_second_signal_ends_the_process_and_its_children(
 def test_a_rank_takes_its_group_s_signal_and_its_launcher_s_copy_for_one_stop(
     left: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = iter((100.0, 100.1, 104.9, 105.0))
+    monkeypatch.setattr("dsv3.distributed.signals.time.monotonic", lambda: next(clock))
     monkeypatch.setenv("RANK", "0")
     rank = StopRequest()
-    for now in (100.0, 100.1, 104.9):
+    for _ in range(3):
         rank.hear()
     assert (rank.requested, left) == (True, [])
-    now = 105.0
     rank.hear()
     assert left == ["children", ""]
 

@@ -120,13 +120,13 @@ def test_conversions_and_downloads_into_one_output(
         tmp_path / "out",
         rf"error: output={tmp_path}/out is being {{}} by process {os.getpid()} on",
     )
-    with DirectoryLock(tmp_path / ".out.partial", "test"):
+    with DirectoryLock(tmp_path / ".out.partial", "test", "being written"):
         outcome = convert("dcp_to_hf", places["RUN"], output)
         assert outcome.code == 2
         assert outcome.err.startswith(told.format("written"))
     listed = "abc", [SimpleNamespace(path="config.json", size=1, blob_id="", lfs=None)]
     monkeypatch.setattr("dsv3.convert.download._list", lambda *_: listed)
-    with DirectoryLock(output / ".cache" / "huggingface", "test"):
+    with DirectoryLock(output / ".cache" / "huggingface", "test", "being downloaded into"):
         outcome = convert.run("direction=download", "repo=owner/name", f"output={output}")
         assert outcome.code == 2
         assert outcome.err.startswith(told.format("downloaded into"))

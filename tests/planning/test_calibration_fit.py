@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,13 @@ PEAKS = {BF16: 400e9, FP32: 100e9}
 
 
 def hardware(compute: int) -> HardwareConfig:
-    peaks = {"peak_flops_bf16": PEAKS[BF16], "peak_flops_fp32": PEAKS[FP32]}
-    return HardwareConfig("cpu", memory_bandwidth=BANDWIDTH, kernels=NODES[compute], **peaks)
+    return HardwareConfig(
+        "cpu",
+        memory_bandwidth=BANDWIDTH,
+        kernels=NODES[compute],
+        peak_flops_bf16=PEAKS[BF16],
+        peak_flops_fp32=PEAKS[FP32],
+    )
 
 
 def measurements() -> Measurements:
@@ -56,9 +62,9 @@ def measurements() -> Measurements:
             found.passes.append(PassTime(f"{width}", model, shape, seconds))
     for ranks in (2, 4):
         for sent in (1e3, 1e9):
-            for kind, share in (("ring", 1.0), ("all_to_all", 0.5), ("send", 0.8)):
+            for name, share in (("ring", 1.0), ("all_to_all", 0.5), ("send", 0.8)):
                 seconds = LATENCY * math.log2(ranks) + sent / (LINK * share)
-                found.collectives.append(CollectiveTime(kind, ranks, sent, seconds))
+                found.collectives.append(CollectiveTime(name, ranks, sent, seconds))
     return found
 
 
@@ -88,9 +94,10 @@ def test_a_device_is_found_again_from_its_times() -> None:
 
 def test_what_was_not_measured_is_left_to_the_preset() -> None:
     found = replace(measurements(), collectives=[])
-    found = replace(
-        found, **{key: [one for one in getattr(found, key) if _compute(one) == BF16] for key in LISTS}
-    )
+    kept: dict[str, Any] = {
+        key: [one for one in getattr(found, key) if _compute(one) == BF16] for key in LISTS
+    }
+    found = replace(found, **kept)
     values = fit("h100", found).values
     assert (
         not {

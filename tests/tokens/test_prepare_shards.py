@@ -307,7 +307,7 @@ def test_unfinished_work_of_something_else_is_refused(source: Path, tmp_path: Pa
     TrainedTokenizer(310).prepare(TEXTS[:20]).save(other / "tokenizer")
     with pytest.raises(UserError, match=r"another command \(ids: .* there, .* now\)"):
         prepare(other, tmp_path / "out")
-    lock = DirectoryLock(tmp_path / "out" / UNFINISHED, "test")
+    lock = DirectoryLock(tmp_path / "out" / UNFINISHED, "test", "being prepared")
     with lock, pytest.raises(UserError, match="is being prepared by process"):
         prepare(source, tmp_path / "out")
 

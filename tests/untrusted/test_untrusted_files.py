@@ -139,7 +139,7 @@ ODD_VALUES = ["", '""', "'-'", "+", "x", "maybe", "1:x", "0x", "0b_", "._", "é"
 ODD_VALUES += ["2001-01-01", "abc=", "[a]", "[[a]]", "[{a: 1}]", "{a: 1}", "{[a]: 1}", "{{a: 1}: 2}", "{<<: 3}"]
 
 
-@pytest.mark.parametrize("tag", filter(None, yaml.SafeLoader.yaml_constructors))
+@pytest.mark.parametrize("tag", [tag for tag in yaml.SafeLoader.yaml_constructors if tag])
 def test_a_tag_on_any_value_is_read_or_refused_with_its_line(tag: str, tmp_path: Path) -> None:
     """PyYAML's own constructors raise KeyError, IndexError, AttributeError and more."""
     path = tmp_path / "f.yaml"
