@@ -354,7 +354,7 @@ class _BoundedLoader(yaml.SafeLoader):
         PyYAML's constructors look up, index and match a text unasked: what they raise is the file's fault.
         """
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError, MemoryError):
             raise
         except Exception:

@@ -151,7 +151,7 @@ def _named_steps(run_dir: Path) -> list[Path]:
 
 
 def _holds_files(path: Path) -> bool:
-    """Return True for a directory that is not empty, and for one that cannot be read: its reader will tell."""
+    """Return True for a directory that is not empty, or cannot be read: its reader will tell."""
     try:
         with os.scandir(path) as entries:
             return next(entries, None) is not None

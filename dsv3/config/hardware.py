@@ -11,6 +11,9 @@ NAMED = re.compile(r"\b(GB300|GB200|B200|H200|H800|H100|A100)\b(?!.*(?:PCI|NVL))
 
 _HOPPER = re.compile(r"\b(G?H(?:100|200|800|20))\b", re.IGNORECASE)
 
+FASTEST = 1e24
+"""Most FLOP/s or bytes/s of a device: with less than 1 or more than this a plan's arithmetic has no meaning."""
+
 AUTO, CPU = "auto", "cpu"
 """The names that are no GPU's: ask this machine, and its CPU."""
 
@@ -22,7 +25,7 @@ def is_hopper(name: str) -> bool:
 
 @dataclass
 class KernelConfig:
-    """What kernels reach, as shares of the peaks, and what each costs besides (docs/planning.md).
+    """Shares of the peaks that kernels reach, and what each costs besides (docs/planning.md).
 
     A kernel takes its FLOPs and its bytes at these shares and `seconds` more: one of little work reaches
     less.
@@ -58,7 +61,7 @@ class KernelConfig:
 
 @dataclass
 class NetworkConfig:
-    """What collectives reach, as shares of the bandwidths, and their latencies."""
+    """Shares of the bandwidths that collectives reach, and their latencies."""
 
     ring_intra: float = 0.8
     """Share of the bandwidth within a node that all-gathers and reduce-scatters reach."""
@@ -108,11 +111,15 @@ class OverlapConfig:
         _require_shares(self, above_zero=False)
 
 
+LONGEST = 3600.0
+"""Most seconds of a latency or a launch."""
+
+
 def _require_shares(node: KernelConfig | NetworkConfig | OverlapConfig, above_zero: bool) -> None:
     for f in fields(node):
         value = getattr(node, f.name)
         if f.name.endswith("seconds"):
-            require(value >= 0, f.name, value, "must be 0 or more")
+            require(0 <= value <= LONGEST, f.name, value, f"must lie between 0 and {LONGEST:g}")
         elif above_zero:
             require(0 < value <= 1, f.name, value, "must be above 0 and at most 1")
         else:
@@ -158,9 +165,13 @@ class HardwareConfig:
     """Where the shares and seconds come from; empty stands for the file of the name, assumed."""
 
     def validate(self) -> None:
-        """Raise InvalidValue for numbers that are not above 0."""
+        """Raise InvalidValue for numbers that are not above 0, and for rates that no device has."""
         others = ("name", "source", "calibration", "kernels", "kernels_fp32", "network", "overlap")
-        require_positive(self, *(f.name for f in fields(self) if f.name not in others))
+        numbers = [f.name for f in fields(self) if f.name not in others]
+        require_positive(self, *numbers)
+        for name in numbers:
+            if isinstance(value := getattr(self, name), float):
+                require(1 <= value <= FASTEST, name, value, f"must lie between 1 and {FASTEST:g}")
 
     @property
     def told_source(self) -> str:

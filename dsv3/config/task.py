@@ -207,7 +207,7 @@ class PlanTaskConfig(TaskConfig):
 @schema("task/calibrate")
 @dataclass
 class CalibrateTaskConfig(TaskConfig):
-    """What this machine reaches of its peaks, measured for plans with launch.nproc ranks."""
+    """Measure, for plans with launch.nproc ranks, how much of its peaks this machine reaches."""
 
     has_result: ClassVar[bool] = False
     lays_out: ClassVar[bool] = False
@@ -279,7 +279,7 @@ class SearchTaskConfig(LayoutTaskConfig):
 @schema("task/fit")
 @dataclass
 class FitTaskConfig(LayoutTaskConfig):
-    """What can be trained on given hardware: every model of the family, or one on every kind of GPU."""
+    """Find what can be trained on given hardware: every model of the family, or one on every kind of GPU."""
 
     _target_: str = "dsv3.tasks.fit.FitTask"
 

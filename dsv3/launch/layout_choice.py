@@ -5,6 +5,7 @@ its degree is auto, or where nothing of `parallel` is typed. A typed choice of `
 it does not split: parallel=pp searches pipelines over sharded data alone.
 """
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ from dsv3.planning.layout_space import Choices, Layout, LayoutSpace
 
 TOKENS_PER_STEP = 2**22
 """Tokens of a step where neither a batch is typed nor the model has a report: about 4 million."""
+
+_ROUNDED = 1.02
+"""Most that the batch of a report may grow to be a multiple of the ranks."""
 
 MOST_RANKS = 2**16
 """Largest world that is tried where a smaller one does not do."""
@@ -91,9 +95,11 @@ class Request:
             tokens = int(values["train.global_batch_size"]) * int(values.get("train.sequence_length", own))
             source = f"the tokens per step of {row['source']}"
         sequences = max(1, tokens // length)
-        odd = world // (world & -world)
-        if sequences % odd:
-            unit = world if sequences >= world else odd
+        # All ranks may be data parallel where that adds little; an odd factor of the world has to divide it.
+        unit = world
+        while unit % 2 == 0 and -(-sequences // unit) * unit > _ROUNDED * sequences:
+            unit //= 2
+        if sequences % unit:
             sequences, source = -(-sequences // unit) * unit, f"{source}, rounded up to suit the ranks"
         return sequences, source
 
@@ -213,11 +219,15 @@ def nothing_fits(request: Request, search: LayoutSearch) -> UserError:
     """Return the error for a world on which nothing is legal or fits: the closest, and a world that fits."""
     space, world = search.space, search.space.world
     closest = search.least_memory()
-    larger = smallest_world(request, 2 * world)
+    typed_degrees = request.config.parallel.degrees.typed
+    typed = math.prod(number for axis, number in typed_degrees.items() if axis in WORLD_AXES)
+    first = math.lcm(world, typed)
+    first = first if first > world else 2 * world
+    larger = smallest_world(request, first)
     fix = (
-        f"the smallest world that fits is launch.world_size={larger}, of {world} doubled and so on"
+        f"the smallest world that fits is launch.world_size={larger}, of {first:,} doubled and so on"
         if larger
-        else f"no world up to {MOST_RANKS:,} ranks fits"
+        else f"none of {first:,} ranks, doubled and so on up to {MOST_RANKS:,}, fits"
     )
     if closest is None:
         why = space.refusal or "no degrees make this world"

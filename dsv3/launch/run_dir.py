@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from dsv3.checkpoint.directory import (
     ENVIRONMENT_FILE,
     MODEL_FILE,
     complete_steps,
+    is_hf_checkpoint,
     newest_checkpoint,
     step_number,
     write_text,
@@ -116,12 +118,14 @@ def check_run_dir(directory: Path, resume: bool) -> None:
 
 
 def require_unused(directory: Path) -> None:
-    """Raise UserError for a run.dir that is the output of another command, whose files a run would replace."""
+    """Raise UserError for a run.dir that another command has written: a run would replace its files."""
+    from dsv3.tokens.shard_index import INDEX_FILE  # it imports numpy
+
     shards, weights = (directory / INDEX_FILE).exists(), (directory / ".metadata").exists()
     if shards or weights or is_hf_checkpoint(directory):
         raise UserError(
             f"run.dir={directory} holds {'token shards' if shards else 'a checkpoint'}: "
-            f"name a new directory, {shlex.join([f'run.dir={directory / "run"}'])}"
+            f"name a new directory, {shlex.join([f'run.dir={directory}-run'])}"
         )
 
 

@@ -82,6 +82,19 @@ class Activations:
             kept += TokenBytes(round(sum(one.rows * (2 * row + 2 * FP32 * one.experts) for one in levels)))
         return kept
 
+    def weight_gradients_due(self, dense: bool) -> TokenBytes:
+        """Return what a layer holds between the halves of a split backward pass, besides its activations.
+
+        These are the gradients of what its matmuls and norms give: those of its weights follow from them.
+        """
+        a, c = self.config.attention, self.compute
+        norms = c * (2 * self.config.dim + (a.q_lora_rank or 0) + a.kv_lora_rank)
+        due = TokenBytes(norms) + self._attention_matmuls() + self._ffn_matmuls(dense)
+        if not dense:
+            moe = self.config.moe
+            due += TokenBytes(moe.top_k * c * (2 * moe.hidden_dim + self.config.dim))
+        return due
+
     def mtp_join(self) -> TokenBytes:
         """Return an MTP depth's bytes besides its layer and prediction: two norms before its projection."""
         return TokenBytes(2 * self._norm(self.config.dim))

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MeasuredOn:
-    """What a measurement is of: it says nothing about another device, number of ranks or version."""
+    """Device, ranks and version that a measurement is of: it says nothing about others."""
 
     device: str
     """Name of the GPU, or model and cores of the CPU."""

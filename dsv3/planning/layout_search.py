@@ -47,7 +47,7 @@ class Found:
 
 @dataclass
 class SearchResult:
-    """What a search has found."""
+    """Results of a search."""
 
     best: list[Found]
     """The fastest, best first."""
@@ -258,7 +258,7 @@ class LayoutSearch:
 
 @dataclass
 class _Kept:
-    """What a search has found so far, and what could still be among its results."""
+    """Results of a search so far, and what could still be among them."""
 
     count: int
     wants_front: bool

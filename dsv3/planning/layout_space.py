@@ -59,7 +59,7 @@ class Pipeline(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a search chooses for a run."""
+    """Choices of a search for a run."""
 
     degrees: ParallelDims
     pipeline: Pipeline | None
@@ -99,7 +99,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Choices:
-    """What is open to a search; everything else is as the config has it."""
+    """All that is open to a search; everything else is as the config has it."""
 
     precisions: Mapping[str, PrecisionConfig]
     axes: Mapping[str, int] = field(default_factory=dict)

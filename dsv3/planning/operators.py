@@ -38,7 +38,7 @@ class Kind(Enum):
 
 
 class Work(NamedTuple):
-    """What one operator does in one pass."""
+    """Work of one operator in one pass."""
 
     kind: Kind
     flops: float

@@ -155,6 +155,38 @@ def most_held(
     return tuple(tuple(zip(stages, moment, strict=True)) for moment in fullest)
 
 
+@lru_cache(maxsize=1024)
+def most_waiting(
+    schedule: Schedule, rank: int, pp: int, per_rank: int, microbatches: int
+) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    """Return moments as `most_held` does, with the microbatches of each stage that wait for their weights.
+
+    Between the halves of a split backward pass a microbatch holds gradients besides. Each entry has (stage,
+    microbatches, those of them that wait) of every stage.
+    """
+    stages = stages_of_rank(schedule, rank, pp, per_rank)
+    held = {stage: [0, 0] for stage in stages}
+    moments: dict[tuple[int, ...], None] = {}
+    grew = False
+    for action in schedule_actions(schedule, rank, pp, per_rank, _few_rounds(pp, microbatches)):
+        own = held[action.stage]
+        if action.kind in "FI":
+            own[action.kind == "I"] += 1
+            grew = True
+            continue
+        if grew:
+            moments[tuple(count for counts in held.values() for count in counts)] = None
+        own[0] -= 1
+        own[1] -= action.kind == "W"
+        grew = False
+    fullest = [
+        moment
+        for moment in moments
+        if not any(other != moment and all(map(int.__ge__, other, moment)) for other in moments)
+    ]
+    return tuple(tuple(zip(stages, moment[0::2], moment[1::2], strict=True)) for moment in fullest)
+
+
 def _few_rounds(pp: int, microbatches: int) -> int:
     """Return fewer microbatches in rounds of the same size, with which every moment of a step occurs."""
     rounds = max(1, microbatches // pp)

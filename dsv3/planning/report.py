@@ -1,5 +1,6 @@
 """Report a plan as a table for people."""
 
+from dsv3.config.hardware import CPU
 from dsv3.planning import parameters
 from dsv3.planning.parameters import FlopsConvention, Weight, numel
 from dsv3.planning.plan import Plan
@@ -141,7 +142,9 @@ def _why_unknown(plan: Plan) -> str:
     """Return why a plan has no time, with what gives it one."""
     if plan.shape.cpu_offload:
         return "the host's optimizer has no assumed speed: parallel.fsdp.cpu_offload=false has one"
-    return f"hardware={plan.hardware.name} tells no peaks or links: python train.py task=calibrate"
+    ranks = min(plan.world_size, plan.shape.ranks_per_node or plan.world_size)
+    measured = f" launch.nproc={ranks}" if plan.hardware.name == CPU and ranks > 1 else ""  # they share its cores
+    return f"hardware={plan.hardware.name} tells no peaks or links: python train.py task=calibrate{measured}"
 
 
 def _upkeep_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from dsv3.planning.step_shape import StepShape
 
 
 class Cause(Enum):
-    """What a step spends its time on."""
+    """A cause for which a step takes time."""
 
     matmuls = "matmuls"
     attention = "attention"

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dsv3.config.model import ModelConfig
-from dsv3.config.parallel import RecomputeMode
+from dsv3.config.parallel import RecomputeMode, Schedule
 from dsv3.planning.activations import Activations, TokenBytes
 from dsv3.planning.group_bytes import GroupBytes, bytes_of, stage_bytes
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.parameters import Component, Weight
-from dsv3.planning.pipeline_schedules import most_held
+from dsv3.planning.pipeline_schedules import most_held, most_waiting
 from dsv3.planning.pipeline_stages import StageLayers, root_weights, stage_weights
 from dsv3.planning.sharding import FP32, is_used_in_fp32, local_numel, uses_fp8_matmul
 from dsv3.planning.step_shape import StepShape
-from dsv3.planning.working_memory import backward_phases, head_chunk, head_weight_gradient
+from dsv3.planning.working_memory import Phase, backward_phases, head_chunk, head_weight_gradient
+
+SPLIT_BACKWARD = (Schedule.ZBVZeroBubble, Schedule.DualPipeV)
+"""Schedules that compute gradients of weights apart from those of inputs."""
 
 GATHERED_BLOCKS = 2
 """FSDP2 gathers the next block while it computes the current one."""
@@ -69,7 +72,7 @@ def fullest_ranks(
             if kind not in alike:
                 alike[kind] = step.per_microbatch(stage)
         each = {stage.index: alike[kind] for kind, stage in zip(kinds, stages, strict=True)}
-        flying = most_in_flight(degrees, shape, rank, each)
+        flying = most_in_flight(degrees, shape, rank, each, {s.index: step.due(s) for s in stages})
         fullest[tuple(kinds)] = max(fullest.get(tuple(kinds), (flying, rank)), (flying, rank))
     return sorted(rank for _, rank in fullest.values())
 
@@ -171,74 +174,30 @@ class _OneProcess(_Step):
         yield Moment(0, 0)  # the optimizer's step
 
     def _in_block(
-        self, dense: bool, block: list[Weight], kept: int, casts: int, late: int
+        self, dense: bool, block: GroupBytes, kept: int, gathered: int, of_root: int, late: int
     ) -> Iterator[Moment]:
-        casts_gradients = self.compute < FP32 and self.shape.fp8 is None
-        own = kept + self.on_rank(self.in_backward(dense))
-        trained = self.trained(block)
-        for phase in backward_phases(self.saved, dense, casts_gradients, self.recomputes):
-            used = phase.used_casts * self.compute if casts_gradients else 0
-            gradients = phase.gradients if trained else 0
-            yield Moment(own + self.on_rank(phase.activations), casts - used + gradients, late)
-
-    def _cast(self, weights: list[Weight]) -> int:
-        """Return the bytes of the casts that the matmuls of `weights` save."""
-        if self.compute == self.shape.state.parameter:
-            return 0
-        # FP8 matmuls save the master weight and quantize it again.
-        in_fp8 = self.shape.fp8 is not None
-        cast = [
-            w for w in weights
-            if w.is_matrix and not is_used_in_fp32(w) and not (in_fp8 and uses_fp8_matmul(w))
-        ]  # fmt: skip
-        return sum(weight.numel for weight in cast) * self.compute
-
-
-class _Gathered(_Step):
-    """FSDP gathers weights in the dtype that they are used in, and reduces gradients in fp32."""
-
-    def groups_of(self, stage: StageLayers) -> list[GroupBytes]:
-        """Return the bytes of a stage's root, then those of each block."""
-        shape = self.shape
-        return stage_bytes(self.config, stage, self.degrees, shape.state, shape.gathers_in_fp8)
-
-    def in_block(self, dense: bool, kept: int, copies: int, late: int) -> Iterator[Moment]:
-        """Yield the moments of a layer's backward pass, beside what is kept by others."""
-        own = kept + self.on_rank(self.in_backward(dense))
-        for phase in backward_phases(self.saved, dense, casts=False, recomputed=self.recomputes):
-            yield Moment(own + self.on_rank(phase.activations), copies, late)
-
-
-class _Sharded(_Gathered):
-    """FSDP without pipeline stages: two blocks are gathered at once, one block's gradients are reduced."""
-
-    def moments(self) -> Iterator[Moment]:
-        """Yield the moments: the last layer of each kind, the head, and the root's gradients at the end."""
-        (stage,) = self.stages
-        outside, *blocks = self.groups_of(stage)
-        root = root_weights(self.config, stage)
-        sizes = sorted((block.gathered for block in blocks), reverse=True)
-        gathered = outside.gathered
-        gathered += sum(sizes[:GATHERED_BLOCKS] if self.shape.reshard_after_forward else sizes)
-        kinds, layers = stage.block_kinds, len(stage.dense)
-        reduced = max(block.in_reduction(self.compute) for block in blocks)
-        kept, missing = 0, outside.gradients
-        for number, (dense, block) in enumerate(zip(kinds, blocks, strict=True)):
-            if number >= layers:
-                kept += self.on_rank(self.saved.prediction() + self.saved.mtp_join())
-            missing += block.gradients
-            if number + 1 in (layers, len(kinds)) or kinds[number + 1] != dense:
-                copies = gathered + reduced + self._held_by_root(root)
-                yield from self.in_block(dense, kept, copies, self.late(missing))
-            kept += self.on_rank(self.kept(dense))
-        kept += self.on_rank(self.saved.prediction())
-        yield self.in_head(kept, gathered, self.late(missing))
-        yield self.in_last_norm(kept, gathered + self._held_by_root(root), self.late(missing))
-        # The root's gradients are reduced after the last layer. tp makes embedding and head their own groups.
-        ends = [outside]
-        if self.degrees.tp > 1:
-            ends = [bytes_of([w], self.degrees, self.shape.state, self.shape.gathers_in_fp8) for w in root]
-        yield Moment(0, outside.gathered + max(end.in_reduction(self.compute) for end in ends))
+        """Yield the moments of a layer's backward pass; its experts are a group that is reduced first."""
+        kept += self.on_rank(self.in_backward(dense))
+        copies = gathered + of_root
+        *phases, attention = backward_phases(self.saved, dense, casts=False, recomputed=self.recomputes)
+        arrived = [self.arrived(phase, dense, block) for phase in phases]
+        experts = 0 if dense else arrived[-1]
+        others = block.trained - experts
+        # Before its gradients are reduced, a group's gathered weights are freed.
+        freed = 1 if self.shape.gathers_in_fp8 else self.compute
+        # What is reduced stays until the next group's reduction: at first that of the layer after this one.
+        waiting = [others * FP32 + count * self.compute for count in arrived]
+        if not dense:
+            waiting[-1] = experts * (FP32 + self.compute - freed)
+            if not self.recomputes:  # the end of its forward pass is before every backward pass
+                waiting[0] = -of_root
+        for phase, gradients in zip(phases, waiting, strict=True):
+            yield Moment(kept + self.on_rank(phase.activations), copies + gradients, late)
+        gradients = experts * (FP32 - freed) + others * self.compute
+        yield Moment(kept + self.on_rank(attention.activations), copies + gradients, late)
+        yield Moment(
+            kept - self.on_rank(self.in_backward(dense)), copies + others * (FP32 + self.compute), late
+        )
 
     def _held_by_root(self, root: list[Weight]) -> int:
         """Return the bytes of the root's gradients that wait, unsharded, for the end of the backward pass."""
@@ -255,7 +214,8 @@ class _Pipelined(_Gathered):
         """Yield the moments of pipeline rank `rank`: a layer's backward pass, or the head, at the fullest."""
         shape, boundary = self.shape, self.on_rank(self.saved.block_input())
         each = {stage.index: self.per_microbatch(stage) for stage in self.stages}
-        kept = most_in_flight(self.degrees, shape, rank, each)
+        due = {stage.index: self.due(stage) for stage in self.stages}
+        kept = most_in_flight(self.degrees, shape, rank, each, due)
         # torch's stages receive every microbatch's input and gradient in a buffer of its own.
         buffers = sum(1 + (not stage.is_first) - stage.is_last for stage in self.stages)
         ends = buffers * boundary * shape.microbatches
@@ -263,18 +223,47 @@ class _Pipelined(_Gathered):
         groups = [group for stage in self.stages for group in self.groups_of(stage)]
         held = sum(group.gathered + group.trained * FP32 for group in groups)
         shards = sum(group.gradients for group in groups)
-        # The shards' gradients come with the last microbatch. Then, without virtual stages, no other is left.
-        last = kept if len(self.stages) > 1 else each[self.stages[0].index] + ends
-        arriving = max(group.trained for group in groups) * self.compute
-        reduced = max(group.in_reduction(self.compute) for group in groups)
-        for dense in {dense for stage in self.stages for dense in stage.block_kinds}:
-            # What the layer itself keeps is among what is in flight.
-            own = self.on_rank(self.kept(dense))
-            yield from self.in_block(dense, kept - own, held + arriving, shards)
-            yield from self.in_block(dense, last - own, held + reduced, 0)
+        for stage in self.stages:
+            for dense, group in dict(zip(stage.block_kinds, self.groups_of(stage)[1:], strict=True)).items():
+                # What the layer itself keeps is among what is in flight.
+                own = self.on_rank(self.kept(dense)) + self._done_in_head(stage)
+                yield from self._in_block(dense, group, kept - own, held, shards)
+        for stage in self.stages:
+            # A stage's gradients are reduced when its last microbatch is through: others may be in flight.
+            left = most_in_flight(self.degrees, shape, rank, each | {stage.index: 0}, due) + ends
+            for group in self.groups_of(stage):
+                yield Moment(left, held - group.gathered + group.trained * FP32, shards)
         if any(stage.is_last for stage in self.stages):
             yield self.in_head(kept, held, shards)
             yield self.in_last_norm(kept, held, shards)
+
+    def _in_block(
+        self, dense: bool, block: GroupBytes, kept: int, copies: int, late: int
+    ) -> Iterator[Moment]:
+        """Yield the moments of a layer's backward pass, with its weights' gradients as they come."""
+        own = kept + self.on_rank(self.in_backward(dense))
+        *phases, attention = backward_phases(self.saved, dense, casts=False, recomputed=self.recomputes)
+        for phase in phases:
+            arrived = self.arrived(phase, dense, block)
+            if self.compute == FP32:  # each is added at once; else a group's wait for its end
+                arrived = min(arrived, phase.gradients // FP32)
+            if self.shape.pipelining.schedule in SPLIT_BACKWARD:
+                arrived = block.trained  # a stage's come in one pass, and wait for the next one
+            yield Moment(own + self.on_rank(phase.activations), copies + arrived * self.compute, late)
+        own += self.on_rank(attention.activations)
+        yield Moment(own, copies + block.trained * self.compute, late)
+
+    def _done_in_head(self, stage: StageLayers) -> int:
+        """Return what a microbatch of the last stage has freed when the layers' backward pass begins."""
+        if not stage.is_last:
+            return 0
+        # In the compute dtype the gradient of the head's weight waits for the end of the backward pass.
+        added = self.head() * FP32 if self.compute == FP32 else 0
+        return self.on_rank(self.saved.prediction()) + added
+
+    def due(self, stage: StageLayers) -> int:
+        """Return what a microbatch holds in a stage between the halves of a split backward pass."""
+        return sum(self.on_rank(self.saved.weight_gradients_due(dense)) for dense in stage.block_kinds)
 
     def per_microbatch(self, stage: StageLayers) -> int:
         """Return what a microbatch keeps in a stage from its forward to its backward pass."""
@@ -289,8 +278,20 @@ class _Pipelined(_Gathered):
         return self.on_rank(kept) + (self.head() * self.compute if stage.is_last else 0)
 
 
-def most_in_flight(degrees: ParallelDims, shape: StepShape, rank: int, each: dict[int, int]) -> int:
-    """Return the most bytes at once, if a microbatch keeps `each` stage's bytes from forward to backward."""
+def most_in_flight(
+    degrees: ParallelDims,
+    shape: StepShape,
+    rank: int,
+    each: dict[int, int],
+    due: dict[int, int] | None = None,
+) -> int:
+    """Return the most bytes at once, if a microbatch keeps `each` stage's bytes from forward to backward.
+
+    Where the schedule splits backward passes, it keeps `due` besides from the first half to the second.
+    """
     p = shape.pipelining
+    if due is not None and p.schedule in SPLIT_BACKWARD:
+        moments = most_waiting(p.schedule, rank, degrees.pp, p.per_rank, shape.microbatches)
+        return max(sum(each[s] * held + due[s] * waiting for s, held, waiting in at) for at in moments)
     counts = most_held(p.schedule, rank, degrees.pp, p.per_rank, shape.microbatches)
     return max(sum(each[stage] * count for stage, count in held) for held in counts)

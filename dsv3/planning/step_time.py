@@ -107,7 +107,7 @@ def least_seconds(
 
 @dataclass(frozen=True)
 class _Work:
-    """What the busiest pipeline rank has to do in a step."""
+    """Work of the busiest pipeline rank in a step."""
 
     rank: int
     causes: Seconds

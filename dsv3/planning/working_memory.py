@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dsv3.config.model import ModelConfig
 from dsv3.planning.activations import FP32, Activations, TokenBytes
+from dsv3.planning.dispatch_volume import dispatch_levels
 
 HEAD_CHUNK_BYTES = 2**28
 """Most bytes of a chunk's fp32 logits (model/head.py, which imports torch; a test holds them equal)."""
@@ -52,7 +53,8 @@ def backward_phases(saved: Activations, dense: bool, casts: bool, recomputed: bo
         # The end of its forward pass: the experts' results before and after their permutation, the residual,
         # the shared experts' result, and if it is recomputed the gradient that has arrived already.
         others = 1 + bool(config.moe.num_shared_experts) + recomputed
-        yield Phase(TokenBytes(others * c * config.dim + config.moe.top_k * c * config.dim))
+        rows = config.moe.top_k + _sum_of_copies(saved)
+        yield Phase(TokenBytes(round((others + rows) * c * config.dim)))
     yield from (_dense if dense else _moe)(config, c, arriving, cast)
     # Attention, after the feed-forward: gradients of the output and of queries, keys and values.
     a = config.attention
@@ -63,6 +65,18 @@ def backward_phases(saved: Activations, dense: bool, casts: bool, recomputed: bo
     if not dense:
         elements = 3 * config.moe.num_experts * config.dim * config.moe.hidden_dim
     yield Phase(done + hidden + TokenBytes(heads), used_casts=elements)
+
+
+def _sum_of_copies(saved: Activations) -> float:
+    """Count the rows per token that live besides while a rank adds up its experts' weighted results.
+
+    A row that has arrived has room for as many results as it could have here (parallel/token_dispatch.py).
+    """
+    moe, ep = saved.config.moe, saved.degrees.ep
+    if ep == 1:
+        return 0
+    arrived = dispatch_levels(moe, ep, saved.ranks_per_node)[-1].rows
+    return moe.top_k + arrived * (1 + min(moe.top_k, moe.num_experts // ep))
 
 
 def _dense(config: ModelConfig, c: int, arriving: int, cast: int) -> Iterator[Phase]:

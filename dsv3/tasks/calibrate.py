@@ -23,10 +23,11 @@ from dsv3.errors import UserError
 from dsv3.launch.job import Job, ranks_per_node
 from dsv3.metrics.console import format_table
 from dsv3.metrics.progress import amount, duration, phase
-from dsv3.planning.calibrated import MeasuredOn, to_yaml_values
+from dsv3.planning.calibrated import MeasuredOn, read_calibration, to_yaml_values
 from dsv3.planning.calibration_fit import Fitted, Measurements, fit
 from dsv3.tasks.probes import measure
 from dsv3.tasks.setup import join_ranks
+from dsv3.untrusted_files import BadFile
 
 SIZES = {"cpu": 1024, "cuda": 8192}
 """Width of the largest matmul by kind of device."""

@@ -64,9 +64,11 @@ def claimed_output(output: Path, key: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(unwritable(f"{key}={output}", error)) from error
     if foreign is not None:
+        run = (output / "config.yaml").is_file()
+        told = "holds a run" if run else f"is not empty, {quoted(foreign)} is in it"
         raise UserError(
-            f"{key}={output} is not empty, {quoted(foreign)} is in it, and shards are not mixed with other "
-            f"files: give a new folder, {shlex.join([f'{key}={output / "shards"}'])}"
+            f"{key}={output} {told}, and shards are not mixed with other files: "
+            f"give a new folder, {shlex.join([f'{key}={output}/shards'])}"
         )
     new = list(takewhile(lambda folder: not folder.exists(), (work_folder, output, *output.parents)))
     try:
@@ -91,12 +93,13 @@ def _foreign(output: Path) -> str | None:
 
     Shards and their tokenizer lie there while finished work moves up, before the index is written.
     """
-    own, suffixes = {UNFINISHED, "lost+found"}, ()
+    own, suffixes = {UNFINISHED, "lost+found"}, tuple[str, ...]()
     if (output / UNFINISHED / JOURNAL_FILE).exists() or is_finished(output):
         own |= {TOKENIZER_FOLDER, INDEX_FILE}
         suffixes = (".tokens.npy", ".offsets.npy")
     names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-    return next((n for n in names if n not in own and not n.startswith(".") and not n.endswith(suffixes)), None)
+    others = (name for name in names if name not in own and not name.endswith(suffixes))
+    return next((name for name in others if not name.startswith(".")), None)
 
 
 @dataclass(frozen=True)

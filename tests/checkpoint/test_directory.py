@@ -1,3 +1,7 @@
+import os
+import shlex
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +14,12 @@ from dsv3.checkpoint.directory import (
     prepare_partial,
     remove,
     step_directory,
+    stray_notes,
+    stray_steps,
     sweep_leftovers,
     write_text,
 )
+from dsv3.checkpoint.manifest import check_newest
 from dsv3.errors import UserError
 
 
@@ -30,6 +37,65 @@ def test_steps_are_ordered_by_number_and_others_are_left_out(tmp_path: Path) -> 
         (tmp_path / "checkpoints" / name).mkdir()
     assert complete_steps(tmp_path) == [nine, ten, hundred]
     assert complete_steps(tmp_path / "nothing") == []
+
+
+STRAYS: dict[str, Callable[[Path], object]] = {
+    "pipe": lambda path: os.mkfifo(path),
+    "file": Path.touch,
+    "empty": Path.mkdir,
+    "link": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_what_has_a_steps_name_and_never_was_one_is_passed_over(tmp_path: Path, kind: str) -> None:
+    (nine,) = _make(tmp_path, 9)
+    stray = step_directory(tmp_path, 99)
+    STRAYS[kind](stray)
+    assert (complete_steps(tmp_path), stray_steps(tmp_path)) == ([nine], [stray])
+    (note,) = stray_notes(tmp_path)
+    told, _, typed = note.partition("; to remove: ")
+    assert told == f"passed over in {tmp_path}/checkpoints, as no checkpoint is in it: step-99"
+    subprocess.run(shlex.split(typed), check=True)
+    assert not os.path.lexists(stray)
+    assert stray_notes(tmp_path) == []
+    # A save that comes to this step takes the place.
+    STRAYS[kind](stray)
+    partial = prepare_partial(stray)
+    (partial / ".metadata").touch()
+    commit(partial, stray)
+    assert complete_steps(tmp_path) == [nine, stray]
+    assert {path.name for path in stray.parent.iterdir()} == {"step-9", "step-99"}
+
+
+def test_many_strays_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for number in range(2000):
+        (folder / f"step-{number}").touch()
+    (note,) = stray_notes(tmp_path)
+    assert "step-0, step-1, step-2 and 1997 more; to remove: " in note
+    assert len(note) < 500 + 4 * len(str(tmp_path))
+
+
+def test_a_step_that_lost_files_is_damaged_and_not_passed_over(tmp_path: Path) -> None:
+    nine, ten = _make(tmp_path, 9, 10)
+    (ten / ".metadata").rename(ten / "__0_0.distcp")
+    assert complete_steps(tmp_path) == [nine, ten]
+    with pytest.raises(UserError, match=rf"{ten} has lost its \.metadata, .*\nto go on from step-9") as error:
+        check_newest(ten)
+    move, _, resume = str(error.value).partition("instead: ")[2].rpartition(" && ")
+    assert resume == f"python train.py resume={tmp_path}"
+    subprocess.run(move, shell=True, check=True)
+    assert complete_steps(tmp_path) == [nine]
+    check_newest(nine)
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_text(tmp_path / "text", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 def test_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:
@@ -203,7 +269,7 @@ def test_hf_before_a_checkpoint_of_ours_or_the_home_is_understood(
     (tmp_path / "released").mkdir()
     (tmp_path / "released" / "config.json").touch()
     assert find_checkpoint("hf:~/released") == tmp_path / "released"
-    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+    _make(tmp_path / "run", 1)
     with pytest.raises(
         UserError, match=f"is no HuggingFace checkpoint: checkpoint.load={tmp_path}/run reads"
     ):

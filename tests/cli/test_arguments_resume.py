@@ -1,5 +1,8 @@
 """`resume=DIR`: the run's stored overrides, the new ones after them."""
 
+import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -111,12 +114,26 @@ def test_what_would_make_it_another_run_is_refused(
 ) -> None:
     directory = stored.store("train.steps=50", "train.seed=4", "train.sequence_length=64")
     (directory / "checkpoints" / "step-9").mkdir(parents=True)
+    (directory / "checkpoints" / "step-9" / ".metadata").touch()
     outcome = planned.run(f"resume={directory}", *change.split())
     assert outcome.code == 2
     assert len(outcome.err.splitlines()) == 1
     for words in CHANGES[change]:
         assert words in outcome.err
     assert planned.run(f"resume={directory}", "train.steps=9").code == 0
+
+
+def test_a_step_that_never_was_one_is_in_nobodys_way_and_is_told(
+    planned: PlannedCommand, stored: StoredRun
+) -> None:
+    directory = stored.store("train.steps=50")
+    (directory / "checkpoints").mkdir()
+    os.mkfifo(directory / "checkpoints" / "step-99")
+    outcome = planned.run(f"resume={directory}", "train.steps=60")
+    assert outcome.code == 0, outcome.err
+    (told,) = [note for note in outcome.job.notes if "step-99" in note]
+    subprocess.run(shlex.split(told.partition("; to remove: ")[2]), check=True)
+    assert not list((directory / "checkpoints").iterdir())
 
 
 def test_a_quoted_directory_is_read_as_hydra_reads_quotes(planned: PlannedCommand, tmp_path: Path) -> None:

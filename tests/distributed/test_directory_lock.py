@@ -92,8 +92,8 @@ def test_the_second_comer_learns_who_holds_it_and_what_to_type(
 
 
 def test_the_message_says_what_the_holder_does(tmp_path: Path) -> None:
-    with DirectoryLock(tmp_path, "resume=x"), pytest.raises(UserError, match="task.output=x is in use by process"):
-        DirectoryLock(tmp_path, "task.output=x", "being prepared").take(patience=0)
+    with DirectoryLock(tmp_path, "resume=x"), pytest.raises(UserError, match="output=x is in use by process"):
+        DirectoryLock(tmp_path, "output=x", "being prepared").take(patience=0)
     with DirectoryLock(tmp_path, "output=x", "being written"):
         assert "is being written by process" in refusal(tmp_path)
         note = tmp_path / NOTE_FILE

@@ -24,7 +24,13 @@ def test_a_mutation_fits_one_place_and_changes_it(mutation: Mutation) -> None:
     broken = mutation.apply(source)  # raises unless there is one place
     compile(broken, str(mutation.file), "exec")
     assert ast.dump(ast.parse(broken)) != ast.dump(ast.parse(source))
-    assert all((ROOT / folder).exists() for folder in mutation.tests.split())
+    places, _, keyword_ = mutation.tests.partition(" -k ")
+    paths = [ROOT / place.partition("::")[0] for place in places.split()]
+    assert all(path.exists() for path in paths)
+    named = [each for each in keyword_.split() if each not in ("and", "or", "not")]
+    named += [place.partition("::")[2] for place in places.split() if "::" in place]
+    text = "".join(path.read_text() for path in paths if path.is_file())
+    assert all(name.partition("[")[0] in text for name in named)
     # A name that is gone would raise, and any test would catch that.
     names = set(re.findall(r"(?<![\w$\"])[a-zA-Z_]\w*", mutation.new)) - set(keyword.kwlist)
     assert names - KNOWN <= set(re.findall(r"\w+", source)) | {"x"}

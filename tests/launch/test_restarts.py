@@ -102,6 +102,7 @@ def begin_run(directory: Path, *steps: int) -> None:
     (directory / CONFIG_FILE).touch()
     for step in steps:
         (directory / "checkpoints" / f"step-{step}").mkdir(parents=True, exist_ok=True)
+        (directory / "checkpoints" / f"step-{step}" / ".metadata").touch()
 
 
 def failing(*failures: BaseException, directory: Path | None = None, steps: tuple[int, ...] = ()) -> Worker:
@@ -255,6 +256,7 @@ def test_a_node_that_does_not_come_back_is_done_without_and_comes_in_at_the_next
             until(lambda: (1, 2) in run.waits)
         if attempt.number < 2:
             raise RankRaised("Connection closed by peer")
+        until(lambda: len(run.jobs[1]) == 2)  # workers would wait for those of the other node
         return 1.5
 
     assert run.run(survive, leave)[0] == 1.5

@@ -9,7 +9,8 @@ from dsv3.config.root import Config
 from dsv3.config.strict import strict
 from dsv3.errors import UserError
 from dsv3.launch.job import Job, plan_job
-from dsv3.launch.run_dir import check_same_run, make_run_dir
+from dsv3.launch.run_dir import check_run_dir, check_same_run, make_run_dir
+from dsv3.launch.sweep import Sweep
 from tests.harness.composing import compose
 
 
@@ -52,3 +53,21 @@ def test_a_config_that_holds_no_model_is_named(tmp_path: Path, text: str) -> Non
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml"):
         check_same_run(a_job().config, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["index.json", ".metadata", "config.json", "config.yaml"])
+def test_no_run_and_no_sweep_begins_in_what_another_command_has_written(tmp_path: Path, name: str) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"run\.dir={output} holds "):
+        check_run_dir(output, resume=False)
+    sweep = Sweep(arguments=["train.steps=1,2"])
+    with pytest.raises(UserError, match=rf"run\.dir={output} holds "):
+        sweep.choose(str(output))
+    assert sweep.refused is not None
+    assert [path.name for path in output.iterdir()] == [name]
+    if name != "config.yaml":
+        with pytest.raises(UserError) as error:
+            check_run_dir(output, resume=False)
+        check_run_dir(Path(str(error.value).rpartition("run.dir=")[2]), resume=False)

@@ -43,6 +43,7 @@ def completed(schedule: ScheduleConfig | None = None, lr: float = 3e-3, **train:
 def stored_run(stored: StoredRun, *overrides: str, done: int = 10) -> Path:
     directory = stored.store(*overrides, total_steps=10)
     (directory / "checkpoints" / f"step-{done}").mkdir(parents=True)
+    (directory / "checkpoints" / f"step-{done}" / ".metadata").touch()
     return directory
 
 

@@ -134,6 +134,7 @@ def experiment(folder: Path, typed: list[str]) -> list[str]:
 def test_a_run_of_older_code_is_described_by_its_own_files(tmp_path: Path) -> None:
     step = tmp_path / "run" / "checkpoints" / "step-2"
     step.mkdir(parents=True)
+    (step / ".metadata").touch()
     assert training_record(step) is None
     stored = {"data": {"_target_": "dsv3.data.table.TokensData"}, "parallel": {"smallest_world": 2}}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored))

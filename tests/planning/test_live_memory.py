@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.live_memory import RESULT, Case, cases, measure
+from benchmarks.live_ranks import RankCase, measure_rank, rank_cases, shape_cases
 from dsv3.model import head
 from dsv3.planning import working_memory
 
@@ -35,6 +36,26 @@ def test_the_stored_figures_are_of_every_case_and_within_the_tolerance() -> None
     rows = json.loads(RESULT.read_text())["cases"]
     assert [Case(row["microbatch"], row["length"], row["overrides"]) for row in rows] == cases()
     assert all(row["planned"] == pytest.approx(row["live"], rel=TOLERANCE) for row in rows)
+
+
+RANKS = [
+    case
+    for case in rank_cases()
+    if (case.rank == 3 and "ZBVZeroBubble" in case.overrides) or "tp_ep precision=fp32" in case.overrides
+]
+"""Peaks at microbatches between the halves of their backward passes, and at the sum of experts' results."""
+
+
+@pytest.mark.parametrize("case", RANKS, ids=lambda case: f"{case.rank} of {case.world} {case.overrides}")
+def test_the_plan_counts_what_a_rank_allocates(case: RankCase) -> None:
+    assert measure_rank(case).ratio == pytest.approx(1, abs=0.05)
+
+
+def test_the_stored_figures_of_ranks_are_of_every_case_and_within_5_percent() -> None:
+    rows = json.loads(RESULT.read_text())["ranks"]
+    stored = [RankCase(row["world"], row["rank"], row["overrides"]) for row in rows]
+    assert stored == [*rank_cases(), *shape_cases()]
+    assert all(row["planned"] == pytest.approx(row["live"], rel=0.05) for row in rows)
 
 
 def test_the_plan_knows_the_size_of_the_heads_chunk() -> None:

@@ -96,6 +96,13 @@ def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> 
     assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "folder.yaml"]
 
 
+def test_only_a_file_of_its_own_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {}\n")  # a run's
+    with pytest.raises(UserError, match=r"config\.yaml is there, and no file of task=calibrate: name"):
+        require_writable(tmp_path / "config.yaml")
+    require_writable(tmp_path / "config.yaml", replaces_any=True)  # in the cache, a damaged one of its own
+
+
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A CPU of two cores; the cache is tmp_path."""

@@ -184,7 +184,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_done(
         (["data.separator=''"], ["data.separator"]),
         (["task.input={}/none"], ["task.input", "does not exist"]),
         (["task.input={}/empty"], ["holds no document", "1 empty"]),
-        (["task.output={}"], ["task.output", "holds the input"]),
+        (["task.output={}"], ["task.output", "is not empty"]),
         (["task.output={}/a.jsonl/x"], ["task.output", "cannot be written", "Not a directory"]),
         (["tokenizer.path={}"], ["tokenizer.path", "holds no tokenizer"]),
         (["train.steps=3"], ["does nothing with task=prepare"]),

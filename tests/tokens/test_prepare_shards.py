@@ -25,7 +25,7 @@ from dsv3.documents.skip_limit import BadDocument, Skipped
 from dsv3.documents.unit_pool import JOURNAL_FILE, run_units
 from dsv3.errors import RunFailed, UserError
 from dsv3.tokens import document_encoder, prepare_shards, shard_writer, tokenize_unit
-from dsv3.tokens.prepare_shards import UNFINISHED, HashedSides
+from dsv3.tokens.prepare_shards import UNFINISHED, HashedSides, claimed_output
 from dsv3.tokens.shard_index import HELD_OUT, TRAIN, Shard, ShardIndex, dtype_for
 from dsv3.tokens.shard_writer import NpyFile, ShardWriter
 from dsv3.tokens.token_inputs import open_side
@@ -438,3 +438,36 @@ def test_an_index_that_cannot_be_is_refused(change: dict[str, Any], told: str, t
 
 def test_the_dtype_is_the_smaller_one_that_holds_the_ids() -> None:
     assert [dtype_for(size) for size in (300, 65536, 65537)] == ["uint16", "uint16", "uint32"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoints", ".metadata", "tokenizer", "a.txt"])
+def test_shards_are_not_mixed_with_what_another_command_has_written(tmp_path: Path, name: str) -> None:
+    output = tmp_path / "output"
+    for file in (output / name, output / "__0_0.distcp") if name == ".metadata" else (output / name,):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    before = {path.name for path in output.iterdir()}
+    held = "holds a run" if name == "config.yaml" else "is not empty, '.*' is in it"
+    told = rf"^task\.output={output} {held}, and .*: give a new folder, task\.output=.*$"
+    with pytest.raises(UserError, match=told) as error, claimed_output(output, "task.output"):
+        pass
+    assert {path.name for path in output.iterdir()} == before
+    with claimed_output(Path(str(error.value).rpartition("task.output=")[2]), "task.output"):
+        assert (output / "shards" / UNFINISHED).is_dir()
+
+
+def test_the_own_work_of_prepare_is_gone_on_with(tmp_path: Path) -> None:
+    """Also where it was killed while the finished shards moved to their place."""
+    (tmp_path / UNFINISHED).mkdir()
+    (tmp_path / ".DS_Store").touch()
+    with claimed_output(tmp_path, "task.output"):
+        pass
+    (tmp_path / UNFINISHED).mkdir(exist_ok=True)
+    (tmp_path / UNFINISHED / JOURNAL_FILE).touch()
+    for name in ("train-00000.tokens.npy", "train-00000.offsets.npy", "tokenizer"):
+        (tmp_path / name).touch()
+    with claimed_output(tmp_path, "task.output"):
+        pass
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="holds a run"), claimed_output(tmp_path, "task.output"):
+        pass

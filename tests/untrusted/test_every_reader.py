@@ -37,6 +37,7 @@ ALLOWED: dict[str, str] = {
     "launch/rendezvous.py:_parsed": "an entry of the launchers' store, whose length is bounded there",
     "metrics/terminal.py:_ResilientRichConsole.on_broken_pipe": "os.devnull",
     "metrics/wandb.py:logged_in": "the user's own netrc, as wandb reads it",
+    "planning/calibrated.py:cpu_name": "the kernel's own file",
     "planning/hardware.py:_read": "the kernel's own files, of a few bytes",
     "planning/hardware.py:_read_preset": OWN,
     "tasks/train.py:_open_logger": "a logger, no file",
@@ -46,6 +47,7 @@ ALLOWED: dict[str, str] = {
     "tokens/file_array.py:map_array": "a file that was opened as a regular one; its length bounds the array",
     "tokens/shard_index.py:sync_folder": FOLDER,
     "tokens/shard_writer.py:NpyFile.__init__": WRITES,
+    "training/plan_check.py:Held.measure": "the kernel's own file",
 }
 """By FILE or FILE:FUNCTION, the reason why it may."""
 

@@ -135,8 +135,9 @@ def test_a_date_is_a_text_as_hydra_reads_it() -> None:
     assert parse_yaml("a: 2001-02-03\nb: 2001-99-99", "f") == {"a": "2001-02-03", "b": "2001-99-99"}
 
 
-ODD_VALUES = ["", '""', "'-'", "+", "x", "maybe", "1:x", "0x", "0b_", "._", "é", "9e999", ".inf", "2001-99-01"]
-ODD_VALUES += ["2001-01-01", "abc=", "[a]", "[[a]]", "[{a: 1}]", "{a: 1}", "{[a]: 1}", "{{a: 1}: 2}", "{<<: 3}"]
+ODD_VALUES = ["", '""', "'-'", "+", "x", "maybe", "1:x", "0x", "0b_", "._", "é", "9e999", ".inf", "abc="]
+ODD_VALUES += ["2001-01-01", "2001-99-01", "[a]", "[[a]]", "[{a: 1}]", "{a: 1}", "{[a]: 1}", "{{a: 1}: 2}"]
+ODD_VALUES += ["{<<: 3}", "<<", "="]
 
 
 @pytest.mark.parametrize("tag", [tag for tag in yaml.SafeLoader.yaml_constructors if tag])
@@ -146,10 +147,12 @@ def test_a_tag_on_any_value_is_read_or_refused_with_its_line(tag: str, tmp_path:
     for value in [f"!<{tag}> {value}" for value in ODD_VALUES] + ODD_VALUES:
         path.write_text(f"b: 1\na: {value}\n")
         for read in (read_yaml, require_bounded_yaml):
+            refused = ""
             try:
                 read(path)
             except BadFile as error:
-                assert str(error).startswith(f"{path}:2: "), value
+                refused = str(error)
+            assert not refused or refused.startswith(f"{path}:2: "), value
         with suppress(BadFile, yaml.YAMLError):  # Hydra's reader behind it: its errors of YAML are explained
             require_bounded_yaml(path)
             OmegaConf.load(path)
