@@ -287,7 +287,9 @@ def main() -> None:
         ratio = round(found.ratio, 3)
         rows.append({**vars(case), "live": found.live, "planned": found.planned, "ratio": ratio})
         print(f"{ratio:.3f} {found.live / GIB:9.3f} GiB, {case.microbatch} x {case.length} {case.overrides}")
-    RESULT.write_text(json.dumps({"torch": torch.__version__, "cases": rows}, indent=2) + "\n")
+    stored = json.loads(RESULT.read_text())  # "ranks" are those of benchmarks/live_ranks.py
+    stored |= {"torch": torch.__version__, "cases": rows}
+    RESULT.write_text(json.dumps(stored, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ NAMED = re.compile(r"\b(GB300|GB200|B200|H200|H800|H100|A100)\b(?!.*(?:PCI|NVL))
 _HOPPER = re.compile(r"\b(G?H(?:100|200|800|20))\b", re.IGNORECASE)
 
 FASTEST = 1e24
-"""Most FLOP/s or bytes/s of a device: with less than 1 or more than this a plan's arithmetic has no meaning."""
+"""Most FLOP/s or bytes/s of a device: with less than 1, or more than this, a plan has no meaning."""
+
+_TOLD = 500
 
 AUTO, CPU = "auto", "cpu"
 """The names that are no GPU's: ask this machine, and its CPU."""
@@ -111,6 +113,9 @@ class OverlapConfig:
         _require_shares(self, above_zero=False)
 
 
+LEAST = 1e-6
+"""Least share of a peak that is reached."""
+
 LONGEST = 3600.0
 """Most seconds of a latency or a launch."""
 
@@ -121,7 +126,7 @@ def _require_shares(node: KernelConfig | NetworkConfig | OverlapConfig, above_ze
         if f.name.endswith("seconds"):
             require(0 <= value <= LONGEST, f.name, value, f"must lie between 0 and {LONGEST:g}")
         elif above_zero:
-            require(0 < value <= 1, f.name, value, "must be above 0 and at most 1")
+            require(LEAST <= value <= 1, f.name, value, f"must be at least {LEAST:g} and at most 1")
         else:
             require(0 <= value <= 1, f.name, value, "must lie between 0 and 1")
 
@@ -172,6 +177,9 @@ class HardwareConfig:
         for name in numbers:
             if isinstance(value := getattr(self, name), float):
                 require(1 <= value <= FASTEST, name, value, f"must lie between 1 and {FASTEST:g}")
+        told = self.source.isprintable() and len(self.source) <= _TOLD
+        allowed = f"must be at most {_TOLD} characters, none that steers a terminal"
+        require(told, "source", self.source, allowed)
 
     @property
     def told_source(self) -> str:

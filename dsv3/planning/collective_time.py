@@ -6,6 +6,7 @@ dp_shard x cp x tp. A ring over several nodes passes through each node once. Wit
 g network ports, so its bandwidth is g times that between nodes, at most that within a node.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -86,9 +87,9 @@ class CollectiveTimes:
         return starts * self._latency(ranks, n.intra_seconds) + sent / (self.intra * share)
 
     def send(self, sent: float) -> float:
-        """Return the seconds of a send from one pipeline stage to the next."""
+        """Return the seconds of the slowest send from one pipeline stage to the next."""
         n = self.network
-        if self.degrees.world_size // self.degrees.pp < self.node:
+        if self._stage_pairs_between_nodes() == 0:
             return n.intra_seconds + sent / (self.intra * n.send)
         return n.inter_seconds + sent / (self.inter * n.send)
 
@@ -108,8 +109,17 @@ class CollectiveTimes:
             "tp": self.tp.between_nodes(node),
             "cp": self.cp.between_nodes(node),
             "ep": first / rows if rows else 0.0,
-            "pp": float(degrees.pp > 1 and degrees.world_size // degrees.pp >= node),
+            "pp": self._stage_pairs_between_nodes(),
         }
+
+    def _stage_pairs_between_nodes(self) -> float:
+        """Return the share of pairs of neighbouring stages whose ranks are not on one node."""
+        degrees, stage = self.degrees, self.degrees.world_size // self.degrees.pp
+        if degrees.pp == 1:
+            return 0.0
+        places = [number * stage // self.node for number in range(degrees.pp)]
+        apart = sum(a != b for a, b in itertools.pairwise(places))
+        return apart / (degrees.pp - 1)
 
     def _latency(self, ranks: int, seconds: float) -> float:
         """Return the latency of one collective, in as many steps as two ranks must double to be `ranks`."""

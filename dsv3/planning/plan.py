@@ -128,6 +128,7 @@ class Plan:
             "mfu": self.mfu(FlopsConvention.causal),
             "mfu_full_square": self.mfu(FlopsConvention.full_square),
             "time": self.time and self.time.to_json(),
+            "time_source": self.hardware.told_source,
             "flops_per_token": {
                 convention.value: training_flops_by_component(
                     self.model, self.shape.sequence_length, convention

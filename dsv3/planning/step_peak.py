@@ -174,6 +174,74 @@ class _OneProcess(_Step):
         yield Moment(0, 0)  # the optimizer's step
 
     def _in_block(
+        self, dense: bool, block: list[Weight], kept: int, casts: int, late: int
+    ) -> Iterator[Moment]:
+        casts_gradients = self.compute < FP32 and self.shape.fp8 is None
+        own = kept + self.on_rank(self.in_backward(dense))
+        trained = self.trained(block)
+        for phase in backward_phases(self.saved, dense, casts_gradients, self.recomputes):
+            used = phase.used_casts * self.compute if casts_gradients else 0
+            gradients = phase.gradients if trained else 0
+            yield Moment(own + self.on_rank(phase.activations), casts - used + gradients, late)
+
+    def _cast(self, weights: list[Weight]) -> int:
+        """Return the bytes of the casts that the matmuls of `weights` save."""
+        if self.compute == self.shape.state.parameter:
+            return 0
+        # FP8 matmuls save the master weight and quantize it again.
+        in_fp8 = self.shape.fp8 is not None
+        cast = [
+            w for w in weights
+            if w.is_matrix and not is_used_in_fp32(w) and not (in_fp8 and uses_fp8_matmul(w))
+        ]  # fmt: skip
+        return sum(weight.numel for weight in cast) * self.compute
+
+
+class _Gathered(_Step):
+    """FSDP gathers weights in the dtype that they are used in, and reduces gradients in fp32."""
+
+    def groups_of(self, stage: StageLayers) -> list[GroupBytes]:
+        """Return the bytes of a stage's root, then those of each block."""
+        shape = self.shape
+        return stage_bytes(self.config, stage, self.degrees, shape.state, shape.gathers_in_fp8)
+
+    def arrived(self, phase: Phase, dense: bool, block: GroupBytes) -> int:
+        """Count the elements of a feed-forward's weights whose gradients have come by the end of `phase`."""
+        elements = phase.used_casts + phase.gradients // FP32
+        return min(block.trained, elements // (self.degrees.tp if dense else self.degrees.ep))
+
+
+class _Sharded(_Gathered):
+    """FSDP without pipeline stages: two blocks are gathered at once, one block's gradients are reduced."""
+
+    def moments(self) -> Iterator[Moment]:
+        """Yield the moments: the last layer of each kind, the head, and the root's gradients at the end."""
+        (stage,) = self.stages
+        outside, *blocks = self.groups_of(stage)
+        root = root_weights(self.config, stage)
+        sizes = sorted((block.gathered for block in blocks), reverse=True)
+        gathered = outside.gathered
+        gathered += sum(sizes[:GATHERED_BLOCKS] if self.shape.reshard_after_forward else sizes)
+        kinds, layers = stage.block_kinds, len(stage.dense)
+        kept, missing = 0, outside.gradients
+        for number, (dense, block) in enumerate(zip(kinds, blocks, strict=True)):
+            if number >= layers:
+                kept += self.on_rank(self.saved.prediction() + self.saved.mtp_join())
+            missing += block.gradients
+            if number + 1 in (layers, len(kinds)) or kinds[number + 1] != dense:
+                of_root = self._held_by_root(root)
+                yield from self._in_block(dense, block, kept, gathered, of_root, self.late(missing))
+            kept += self.on_rank(self.kept(dense))
+        kept += self.on_rank(self.saved.prediction())
+        yield self.in_head(kept, gathered, self.late(missing))
+        yield self.in_last_norm(kept, gathered + self._held_by_root(root), self.late(missing))
+        # The root's gradients are reduced after the last layer. tp makes embedding and head their own groups.
+        ends = [outside]
+        if self.degrees.tp > 1:
+            ends = [bytes_of([w], self.degrees, self.shape.state, self.shape.gathers_in_fp8) for w in root]
+        yield Moment(0, outside.gathered + max(end.in_reduction(self.compute) for end in ends))
+
+    def _in_block(
         self, dense: bool, block: GroupBytes, kept: int, gathered: int, of_root: int, late: int
     ) -> Iterator[Moment]:
         """Yield the moments of a layer's backward pass; its experts are a group that is reduced first."""

@@ -52,6 +52,10 @@ def test_token_dispatch_has_the_rate_of_its_backend_and_of_its_links() -> None:
 def test_sends_stay_in_a_node_where_several_stages_share_it() -> None:
     assert links(ParallelDims(pp=4, dp_shard=2)).send(1e9) == pytest.approx(1e-6 + 1e9 / 200e9)
     assert links(ParallelDims(pp=4, dp_shard=8)).send(1e9) == pytest.approx(1e-5 + 1e9 / 20e9)
+    # Two stages on each of two nodes: the slowest send is the one between the nodes.
+    two = links(ParallelDims(pp=4, dp_shard=4))
+    assert two.send(1e9) == pytest.approx(1e-5 + 1e9 / 20e9)
+    assert two.shares_between_nodes(preset("671b"))["pp"] == pytest.approx(1 / 3)
 
 
 def test_the_share_between_nodes_follows_from_the_places_of_an_axis() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dsv3.config.hardware import HardwareConfig
+from dsv3.config.hardware import HardwareConfig, KernelConfig
 from dsv3.errors import InvalidValue, UserError
 from dsv3.planning import hardware
 from dsv3.planning.hardware import Machine, detect_hardware, host_memory, require_gpu, visible_gpus
@@ -153,3 +153,23 @@ def test_without_nvidia_smi_a_named_gpu_is_taken_where_there_is_a_driver(tmp_pat
 def test_numbers_are_above_zero() -> None:
     with pytest.raises(InvalidValue, match="memory_bytes=0"):
         HardwareConfig(name="x", memory_bytes=0).validate()
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"memory_bandwidth": 1e-320}, "memory_bandwidth"),
+        ({"intra_node_bandwidth": 0.5}, "intra_node_bandwidth"),
+        ({"peak_flops_bf16": 1e30}, "peak_flops_bf16"),
+        ({"source": "\x1b[2J"}, "source"),
+        ({"source": "x" * 501}, "source"),
+    ],
+)
+def test_rates_that_no_device_has_are_refused(values: dict[str, Any], key: str) -> None:
+    """A plan divides by them, and a file of measurements is somebody's."""
+    with pytest.raises(InvalidValue) as caught:
+        HardwareConfig("x", **values).validate()
+    assert caught.value.key == key
+    for node in (KernelConfig(memory=1e-320), KernelConfig(launch_seconds=1e300)):
+        with pytest.raises(InvalidValue):
+            node.validate()
