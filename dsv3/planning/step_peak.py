@@ -234,7 +234,9 @@ class _Sharded(_Gathered):
             kept += self.on_rank(self.kept(dense))
         kept += self.on_rank(self.saved.prediction())
         yield self.in_head(kept, gathered, self.late(missing))
-        yield self.in_last_norm(kept, gathered + self._held_by_root(root), self.late(missing))
+        # No layer has begun its backward pass: of the root's gradients only the head's is there.
+        of_head = self.head() * self.compute if self.degrees.tp == 1 else 0
+        yield self.in_last_norm(kept, gathered + of_head, self.late(missing))
         # The root's gradients are reduced after the last layer. tp makes embedding and head their own groups.
         ends = [outside]
         if self.degrees.tp > 1:
