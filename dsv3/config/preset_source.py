@@ -26,7 +26,8 @@ class FileConfigSource(HydraSource):
         """Return what a file holds; BadFile for one that passes the limits."""
         file = Path(os.path.realpath(Path(self.path) / self._normalize_file_name(config_path)))
         if file.exists() and not (self.own and file.is_relative_to(self.own)):
-            require_bounded_yaml(file)
+            here = Path.cwd()  # messages name a file as one would type it
+            require_bounded_yaml(file.relative_to(here) if file.is_relative_to(here) else file)
         return super().load_config(config_path)
 
 

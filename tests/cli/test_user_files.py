@@ -29,7 +29,7 @@ MISTAKES: dict[str, tuple[str, list[str], str]] = {
         ["twice.yaml:4: not YAML", "duplicate key steps"],
         "",
     ),
-    "tag": (f"{GLOBAL}train: !!python/object:os.system {{}}\n", ["tag.yaml:2: not YAML", "os.system"], ""),
+    "tag": (f"{GLOBAL}train: !!python/object:os.system {{}}\n", ["tag.yaml:2: has the tag", "os.system"], ""),
     "latin": (f"{GLOBAL}# caf\xe9\n", ["latin.yaml:2: not UTF-8: byte 0xe9"], ""),
     "control": (f"{GLOBAL}train: \x01\n", ["control.yaml:2: not YAML: the character"], ""),
     "key": (
