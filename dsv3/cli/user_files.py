@@ -56,7 +56,7 @@ class UserFiles:
                 if name != choice.strip():
                     raise UserError(f"{key}={value}: a choice is named without its suffix: {key}={name}")
         for file in self.used:
-            require_bounded_yaml(file)
+            require_bounded_yaml(shown(file))
             _require_keys(file)
         self.check_texts()
 

@@ -19,6 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from dsv3.config.convergence import CONTRACT, Kind, entry, kind
+from dsv3.config.hardware import KernelConfig
 from dsv3.config.overrides import compose as compose_overrides
 from dsv3.config.registry import SCHEMAS
 from dsv3.config.strict import strict
@@ -365,6 +366,7 @@ def values_of(key: SchemaKey, files: dict[str, str]) -> tuple[Any, Any]:
 UNTYPED = {
     *("run.resume", "run.dir", "run.allow_targets", "checkpoint.load", "model.path", "train.callbacks"),
     "data.sources",
+    *(f"hardware.kernels_fp32.{f.name}" for f in fields(KernelConfig)),  # a node of calibrated hardware alone
 }
 """Keys with tests of their own, where they do not stand in the config as they are typed."""
 

@@ -79,7 +79,8 @@ def test_a_plan_is_one_json_object_and_needs_no_torch(command_line: CommandLine)
     plan = json.loads(finished.stdout)
     assert set(plan) == {
         *("degrees", "world_size", "parameters", "parameters_active", "memory_bytes", "device_memory_bytes"),
-        *("fits", "traffic_bytes", "bubble", "tokens_per_second_per_gpu", "mfu"),
+        *("fits", "traffic_bytes", "traffic_between_nodes", "bubble", "tokens_per_second_per_gpu"),
+        *("mfu", "mfu_full_square", "time", "time_source", "flops_per_token"),
         *("precision", "precision_reason", "between_steps", "run"),
     }
     assert plan["precision"] == "bf16"
