@@ -143,8 +143,8 @@ def _why_unknown(plan: Plan) -> str:
     if plan.shape.cpu_offload:
         return "the host's optimizer has no assumed speed: parallel.fsdp.cpu_offload=false has one"
     ranks = min(plan.world_size, plan.shape.ranks_per_node or plan.world_size)
-    measured = f" launch.nproc={ranks}" if plan.hardware.name == CPU and ranks > 1 else ""  # they share its cores
-    return f"hardware={plan.hardware.name} tells no peaks or links: python train.py task=calibrate{measured}"
+    together = f" launch.nproc={ranks}" if plan.hardware.name == CPU and ranks > 1 else ""
+    return f"hardware={plan.hardware.name} tells no peaks or links: python train.py task=calibrate{together}"
 
 
 def _upkeep_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -28,8 +28,8 @@ from tests.planning.presets import preset
 
 KEYS = """
 degrees world_size parameters parameters_active memory_bytes device_memory_bytes fits traffic_bytes
-traffic_between_nodes bubble tokens_per_second_per_gpu mfu mfu_full_square time time_source flops_per_token precision
-precision_reason between_steps run
+traffic_between_nodes bubble tokens_per_second_per_gpu mfu mfu_full_square time time_source flops_per_token
+precision precision_reason between_steps run
 """
 
 
