@@ -124,7 +124,7 @@ MUTATIONS = [
     Mutation(
         "a preset that Hydra reads is bounded",
         "dsv3.config.preset_source:FileConfigSource.load_config",
-        "require_bounded_yaml(file)",
+        "require_bounded_yaml($path)",
         "None",
         "tests/untrusted/test_entrances.py",
     ),

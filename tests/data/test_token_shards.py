@@ -147,7 +147,8 @@ def test_what_files_mark_is_held_out_and_never_trained_on(tmp_path: Path) -> Non
 
 
 @given(
-    st.lists(st.integers(0, 30), min_size=2, max_size=30).filter(lambda n: sum(n) > 20),
+    # A fifth is held out, in whole documents: a row must be left to train on.
+    st.lists(st.integers(0, 30), min_size=2, max_size=30).filter(lambda n: 0.8 * sum(n) - max(n) > 10),
     st.sampled_from(["megatron", "shards", "npy"]),
     st.integers(1, 8),
     st.booleans(),
