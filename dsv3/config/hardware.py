@@ -25,6 +25,11 @@ def is_hopper(name: str) -> bool:
     return _HOPPER.search(name) is not None
 
 
+def calibrate_command(ranks: int) -> str:
+    """Return the command that measures what a plan lacks for `ranks` that share a CPU's cores."""
+    return f"python train.py task=calibrate{f' launch.nproc={ranks}' if ranks > 1 else ''}"
+
+
 @dataclass
 class KernelConfig:
     """Shares of the peaks that kernels reach, and what each costs besides (docs/planning.md).

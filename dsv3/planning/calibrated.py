@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from dsv3.config.data import cache_root
-from dsv3.config.hardware import HardwareConfig
+from dsv3.config.hardware import HardwareConfig, calibrate_command
 from dsv3.config.strict import validate
 from dsv3.distributed.device import cpu_threads
 from dsv3.errors import UserError, quoted
@@ -99,12 +99,6 @@ def read_calibration(path: Path) -> Calibration:
     return Calibration(measured_on, told["hardware"])
 
 
-def calibrate_command(measured_on: MeasuredOn) -> str:
-    """Return the command that measures what a plan lacks."""
-    ranks = f" launch.nproc={measured_on.ranks}" if measured_on.ranks > 1 else ""
-    return f"python train.py task=calibrate{ranks}"
-
-
 def calibrated(
     config: HardwareConfig,
     preset: HardwareConfig,
@@ -137,7 +131,7 @@ def calibrated(
     kind, fix = found.hardware.get("name"), ""
     if here is not None and found.measured_on != here:
         told = f"{path} was measured on {found.measured_on}, not on {here}"
-        fix = f"measure here: {calibrate_command(here)}"
+        fix = f"measure here: {calibrate_command(here.ranks)}"
     elif kind != config.name:
         told = f"{path} is of hardware={kind}, and this plan is for hardware={config.name}"
         fix = f"give hardware={kind}"

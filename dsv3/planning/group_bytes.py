@@ -16,12 +16,9 @@ from dsv3.planning.parameters import Weight
 from dsv3.planning.pipeline_stages import StageLayers, block_names, root_weights
 from dsv3.planning.sharding import (
     FP32,
-    fp8_bytes,
     gathered_bytes,
-    is_gathered_in_fp8,
-    is_used_in_fp32,
+    gathered_from,
     local_numel,
-    local_shape,
     shard_count,
     shard_numel,
     shard_shape,
@@ -67,18 +64,11 @@ def bytes_of(weights: list[Weight], degrees: ParallelDims, state: StateBytes, in
         gathered=sum(gathered_bytes(weight, degrees, state.compute, in_fp8) for weight in weights),
         trained=sum(local_numel(weight, degrees) for weight, *_ in trained),
         all_gather=_sent(
-            (shard_count(w, degrees), _gathered_from(w, degrees, count, state.compute, in_fp8))
+            (shard_count(w, degrees), gathered_from(w, degrees, count, state.compute, in_fp8))
             for w, _, count in held
         ),
         reduce_scatter=_sent((shard_count(w, degrees), count * FP32) for w, _, count in trained),
     )
-
-
-def _gathered_from(weight: Weight, degrees: ParallelDims, held: int, compute: int, in_fp8: bool) -> int:
-    """Return the bytes that a rank gives to an all-gather of a weight of which it holds `held` elements."""
-    if in_fp8 and is_gathered_in_fp8(weight, degrees):
-        return fp8_bytes(local_shape(weight, degrees)) // shard_count(weight, degrees)
-    return held * (FP32 if is_used_in_fp32(weight) else compute)
 
 
 def _sent(shards: Iterable[tuple[int, int]]) -> Sent:

@@ -66,6 +66,11 @@ class Plan:
         return self.degrees.world_size
 
     @property
+    def ranks_on_node(self) -> int:
+        """Ranks that share a node."""
+        return min(self.world_size, self.shape.ranks_per_node or self.world_size)
+
+    @property
     def fits(self) -> bool | None:
         """True if the fullest rank fits its device; None if the device's memory is unknown."""
         limit = self.hardware.memory_bytes

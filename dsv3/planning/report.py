@@ -1,6 +1,6 @@
 """Report a plan as a table for people."""
 
-from dsv3.config.hardware import CPU
+from dsv3.config.hardware import CPU, calibrate_command
 from dsv3.planning import parameters
 from dsv3.planning.parameters import FlopsConvention, Weight, numel
 from dsv3.planning.plan import Plan
@@ -142,9 +142,8 @@ def _why_unknown(plan: Plan) -> str:
     """Return why a plan has no time, with what gives it one."""
     if plan.shape.cpu_offload:
         return "the host's optimizer has no assumed speed: parallel.fsdp.cpu_offload=false has one"
-    ranks = min(plan.world_size, plan.shape.ranks_per_node or plan.world_size)
-    together = f" launch.nproc={ranks}" if plan.hardware.name == CPU and ranks > 1 else ""
-    return f"hardware={plan.hardware.name} tells no peaks or links: python train.py task=calibrate{together}"
+    measured = calibrate_command(plan.ranks_on_node if plan.hardware.name == CPU else 0)
+    return f"hardware={plan.hardware.name} tells no peaks or links: {measured}"
 
 
 def _upkeep_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -89,3 +89,10 @@ def gathered_bytes(weight: Weight, degrees: ParallelDims, compute: int, in_fp8: 
     if in_fp8 and is_gathered_in_fp8(weight, degrees):
         return fp8_bytes(local_shape(weight, degrees))
     return local_numel(weight, degrees) * (FP32 if is_used_in_fp32(weight) else compute)
+
+
+def gathered_from(weight: Weight, degrees: ParallelDims, held: int, compute: int, in_fp8: bool) -> int:
+    """Return the bytes that a rank gives to an all-gather of a weight of which it holds `held` elements."""
+    if in_fp8 and is_gathered_in_fp8(weight, degrees):
+        return fp8_bytes(local_shape(weight, degrees)) // shard_count(weight, degrees)
+    return held * (FP32 if is_used_in_fp32(weight) else compute)

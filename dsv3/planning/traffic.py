@@ -21,9 +21,7 @@ from dsv3.planning.sharding import (
     FP8_BLOCK,
     FP32,
     fp8_bytes,
-    is_gathered_in_fp8,
-    is_used_in_fp32,
-    local_shape,
+    gathered_from,
     shard_count,
     shard_numel,
 )
@@ -169,10 +167,7 @@ def _fsdp_weight(
     """Count one weight's part of _fsdp; uneven shards are sent at the length of the longest."""
     ranks, held = shard_count(weight, degrees), shard_numel(weight, degrees)
     reductions *= shape.state.trains(weight)
-    if shape.gathers_in_fp8 and is_gathered_in_fp8(weight, degrees):
-        gathered = fp8_bytes(local_shape(weight, degrees)) // ranks
-    else:
-        gathered = held * (FP32 if is_used_in_fp32(weight) else shape.state.compute)
+    gathered = gathered_from(weight, degrees, held, shape.state.compute, shape.gathers_in_fp8)
     return _ring(ranks, ranks * (gathers * gathered + reductions * held * FP32))
 
 

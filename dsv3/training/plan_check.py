@@ -274,7 +274,7 @@ class PlanCheck:
         """Return how to replace assumed speeds by measured ones; nothing where they are measured."""
         if time.source.startswith("measured"):
             return []
-        ranks = min(self.plan.world_size, self.plan.shape.ranks_per_node or self.plan.world_size)
+        ranks = self.plan.ranks_on_node
         nproc = f" launch.nproc={ranks}" if ranks > 1 else ""
         return [f"its speeds are {time.source}; measure them: task=calibrate{nproc}"]
 
