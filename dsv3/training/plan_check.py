@@ -4,11 +4,12 @@ A row of metrics.jsonl has the plan's values beside the measured ones. After the
 where a run leaves its plan later on, the console has both in a line. Where they differ by more than LIMIT a
 second line names the largest causes of the planned time, and what to look at.
 
-Medians of the steps with the present batch are compared, none of the first WARM_UP steps of a process: they
-compile, choose kernels and fill caches.
+Medians of the newest steps with the present batch are compared, none of the first WARM_UP steps of a process:
+they compile, choose kernels and fill caches.
 """
 
 import resource
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,10 @@ WARM_UP = 10
 
 WINDOW = 10
 """Steps that a comparison needs at least; after a change of the batch they are counted anew."""
+
+RECENT = 500
+"""Steps that a comparison looks back at most. So a run that becomes slow after weeks is told soon, and a run
+does not keep its rows."""
 
 SLACK_GIB = {"cpu": 1.0, "cuda": 0.25}
 """Differences of memory that are no news, by device: libraries that are imported late, pools of threads and
@@ -160,7 +165,7 @@ class PlanCheck:
         """Peak of the busiest rank, as last measured."""
         self._known: dict[tuple[int, bool], Prediction] = {}
         self._tokens, self._steps = 0, 0
-        self._rows: list[MetricsRow] = []
+        self._rows: deque[MetricsRow] = deque(maxlen=RECENT)
         self._told: set[str] | None = None
 
     def start(self, tokens: int) -> None:
