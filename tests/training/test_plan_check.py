@@ -10,7 +10,7 @@ from dsv3.config.parallel import RecomputeMode
 from dsv3.metrics.row import MetricsRow
 from dsv3.planning.plan import Plan, plan_from_shape
 from dsv3.planning.step_time import Cause
-from dsv3.training.plan_check import GIB, SLACK_GIB, WARM_UP, WINDOW, Held, PlanCheck
+from dsv3.training.plan_check import GIB, RECENT, SLACK_GIB, WARM_UP, WINDOW, Held, PlanCheck
 from tests.metrics.planned import GPU, plan_of_stages
 
 LENGTH = 4096
@@ -110,6 +110,16 @@ def test_a_run_that_becomes_slow_later_is_told_so_once() -> None:
     assert "50% slower than planned" in steps.told()
     steps.take(WINDOW, speed=0.5)
     assert steps.told() == ""
+
+
+def test_a_run_of_weeks_that_becomes_slow_is_told_so_soon() -> None:
+    steps = Steps(plan_of_stages())
+    steps.take(5 * RECENT)
+    assert "slower" not in steps.told()
+    steps.take(RECENT // 2 - 1, speed=0.5)
+    assert "slower" not in steps.told()
+    steps.take(2, speed=0.5)
+    assert "50% slower than planned" in steps.told()
 
 
 def test_in_a_ramp_the_plan_of_the_present_batch_counts() -> None:
