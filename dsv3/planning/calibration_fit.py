@@ -17,7 +17,7 @@ from dsv3.config.model import ModelConfig
 from dsv3.planning.calibrated import to_yaml_values
 from dsv3.planning.kernel_time import KernelTimes
 from dsv3.planning.layout import ParallelDims
-from dsv3.planning.operators import Kind
+from dsv3.planning.operators import Kind, Work
 from dsv3.planning.pipeline_stages import build_stages
 from dsv3.planning.stage_time import StageTimes
 from dsv3.planning.step_shape import StepShape
@@ -43,7 +43,12 @@ class OperatorTime:
     flops: float
     bytes: float
     seconds: float
-    kernels: int = 1
+    kernels: float = 1
+
+    @classmethod
+    def of(cls, name: str, compute: int, work: Work, seconds: float) -> "OperatorTime":
+        """Return the time of what the time model counts as `work`."""
+        return cls(name, work.kind, compute, work.flops, work.bytes, seconds, work.kernels)
 
 
 @dataclass(frozen=True)

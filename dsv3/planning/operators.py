@@ -20,7 +20,10 @@ from dsv3.planning.sharding import FP8_BLOCK, FP32
 from dsv3.planning.step_shape import StepShape
 
 ROWS = 128
-"""Rows of the tiles of a grouped matmul: the last tile of each expert is computed whole."""
+"""Rows of the tiles of a grouped matmul on a GPU: the last tile of each expert is computed whole."""
+
+QUERIES = 128
+"""Queries per block of attention on a CPU (model/cpu_attention.py)."""
 
 
 class Kind(Enum):
@@ -135,14 +138,10 @@ class Operators:
             kernels=14,
             backward=1,
         )
-        widths, c = a.qk_head_dim + a.v_head_dim, self.c
-        square = shape.microbatch_size * shape.sequence_length**2 * heads * widths / d.cp
-        moved = c * heads * (self.tokens * widths + keys * widths)
-        passes.forward.append(Work(Kind.attention, square, moved, 1, SavedOp.attention))
-        # Scores again, and the gradients of queries, keys, values and probabilities: 5 matmuls for 2.
-        scores, values = a.qk_head_dim / widths, a.v_head_dim / widths
-        again = square * (3 * scores + 2 * values)
-        passes.inputs.append(Work(Kind.attention_backward, again, 2.5 * moved, 3))
+        rows, length, widths = shape.microbatch_size, shape.sequence_length, (a.qk_head_dim, a.v_head_dim)
+        forward, backward = attention_work(heads, rows, length, widths, self.c, shape.fused_kernels, d.cp)
+        passes.forward.append(forward)
+        passes.inputs.append(backward)
         self._matmul(passes, self.tokens, dim, heads * a.v_head_dim)
 
     def _dense(self, passes: Passes) -> None:
@@ -163,7 +162,8 @@ class Operators:
         experts = moe.num_experts / self.degrees.ep
         chosen = rows * moe.top_k
         per_expert = chosen / experts
-        padded = -(-per_expert // ROWS) * ROWS * experts if per_expert > ROWS // 8 else chosen
+        in_tiles = self.shape.fused_kernels and per_expert > ROWS // 8
+        padded = -(-per_expert // ROWS) * ROWS * experts if in_tiles else chosen
         self._matmul(passes, padded, 2 * moe.hidden_dim, dim, experts)
         self._memory(passes, chosen * moe.hidden_dim, 3 * c, 5 * c, kernels=2, backward=5 / 3)
         self._matmul(passes, padded, dim, moe.hidden_dim, experts)
@@ -255,6 +255,39 @@ class Operators:
         passes.inputs.append(Work(Kind.memory, 0.0, each * (out + again), launched))
         if not fused:
             passes.weights.append(Work(Kind.memory, 0.0, each * (left + out), 2 * launched))
+
+
+def attention_work(
+    heads: float,
+    rows: float,
+    length: int,
+    widths: tuple[int, int],
+    compute: int,
+    on_gpu: bool,
+    cp: int = 1,
+) -> tuple[Work, Work]:
+    """Return the work of causal attention in the forward and in the backward pass.
+
+    Args:
+        heads: those of this rank.
+        rows: sequences.
+        length: tokens of a sequence.
+        widths: of a head's queries and keys, and of its values.
+        compute: bytes per value.
+        on_gpu: the kernel's tiles follow the diagonal; a CPU's blocks are larger.
+        cp: ranks that share the queries of a sequence.
+    """
+    qk, v = widths
+    queries, keys = rows * length / cp, rows * length
+    moved = compute * heads * (queries + keys) * (qk + v)
+    # On a CPU all queries of a block meet the keys that the last of them sees.
+    pairs = queries * (length + (0 if on_gpu else min(QUERIES, length))) / 2
+    # The scores again, and the gradients of queries, keys, values and probabilities: 5 matmuls for 2.
+    forward, backward = (2 * heads * pairs * width for width in (qk + v, 3 * qk + 2 * v))
+    return (
+        Work(Kind.attention, forward, moved, 1, SavedOp.attention),
+        Work(Kind.attention_backward, backward, 2.5 * moved, 3),
+    )
 
 
 def recomputed(passes: Passes, keep: tuple[SavedOp, ...] | None) -> Iterator[Work]:

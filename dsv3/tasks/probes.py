@@ -26,15 +26,16 @@ from dsv3.model.attention_kernels import attention_kernel
 from dsv3.model.moe import grouped_linear
 from dsv3.parallel.parallelize import build_model
 from dsv3.planning.calibration_fit import CollectiveTime, Measurements, OperatorTime, PassTime
-from dsv3.planning.operators import Kind
+from dsv3.planning.operators import Kind, attention_work
 from dsv3.planning.step_shape import StateBytes, StepShape
 from dsv3.training.loss import LossDenominators
 from dsv3.training.optimizer import build_optimizer, gradient_norm, scale_gradients
 from dsv3.training.schedule import StepHyperparameters
 from dsv3.training.step import LocalForwardBackward
 
-HEADS, KEYS, VALUES = 16, 192, 128
-"""Heads of MLA and their widths, of queries and keys and of values."""
+HEADS = 16
+KEYS, VALUES = 192, 128
+"""Widths of MLA's heads, of queries and keys and of values."""
 
 EXPERTS, TOP_K = 8, 2
 
@@ -165,6 +166,7 @@ def grouped(watch: Stopwatch, size: int, dtype: torch.dtype) -> Iterator[Operato
 def attention(watch: Stopwatch, size: int, dtype: torch.dtype) -> Iterator[OperatorTime]:
     """Time causal attention of MLA's widths, forward and backward."""
     device, c = watch.ranks.device, dtype.itemsize
+    on_gpu = device.type != "cpu"
     attend = attention_kernel(AttentionKernel.auto)
     for length in (size // 2, size):
         rows = max(1, size // 2 // length)
@@ -172,17 +174,15 @@ def attention(watch: Stopwatch, size: int, dtype: torch.dtype) -> Iterator[Opera
             torch.randn(rows, length, HEADS, KEYS, device=device).to(dtype).requires_grad_() for _ in range(2)
         )
         v = torch.randn(rows, length, HEADS, VALUES, device=device).to(dtype).requires_grad_()
-        square = float(rows * length**2 * HEADS * (KEYS + VALUES))
-        bytes_ = float(c * 2 * rows * length * HEADS * (KEYS + VALUES))
+        work = attention_work(HEADS, rows, length, (KEYS, VALUES), c, on_gpu)
         told = f"attention, {rows} x {length} tokens, {HEADS} heads"
         with torch.no_grad():
             seconds = watch.time(lambda: attend(q, k, v, KEYS**-0.5, None))  # noqa: B023
-        yield OperatorTime(f"{told}, forward", Kind.attention, c, square, bytes_, seconds)
+        yield OperatorTime.of(f"{told}, forward", c, work[0], seconds)
         out = attend(q, k, v, KEYS**-0.5, None)
         gradient = torch.randn_like(out)
         seconds = watch.time(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True))  # noqa: B023
-        again = square * (3 * KEYS + 2 * VALUES) / (KEYS + VALUES)
-        yield OperatorTime(f"{told}, backward", Kind.attention_backward, c, again, 2.5 * bytes_, seconds, 3)
+        yield OperatorTime.of(f"{told}, backward", c, work[1], seconds)
 
 
 def probe_model(model: ModelConfig, dim: int) -> ModelConfig:

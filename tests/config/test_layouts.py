@@ -17,7 +17,7 @@ from tests.harness.composing import strict_config
 # What the preset of a model is made for, on GPUs of 80 GB, and the least recomputation that it needs there.
 NEEDS = {
     "16b": dict.fromkeys(PRESETS, "none"),
-    "moonlight_16b": {**dict.fromkeys(PRESETS, "none"), "pp": "selective"},  # rows of 8,192 tokens
+    "moonlight_16b": dict.fromkeys(PRESETS, "none"),
     "236b": {**dict.fromkeys(PRESETS, "full"), "tp_ep": "none", "cp": "selective", "full": "selective"},
     "671b": {**dict.fromkeys(PRESETS, "full"), "tp_ep": "selective", "full": "selective"},
     "kimi_k2": {**dict.fromkeys(PRESETS, "full"), "tp_ep": "none", "full": "selective"},

@@ -19,6 +19,9 @@ MODELS = ("16b", "moonlight_16b", "236b", "671b", "kimi_k2")
 
 HARDWARE = ("h100", "h800", "h200", "b200")
 
+PRESETS = "## The rows of conf/layouts.yaml"
+"""Heading of the first table, which preset_layouts.py makes."""
+
 WORLDS = tuple(2**n for n in range(3, 13))
 """8 to 4,096 GPUs."""
 
@@ -30,7 +33,7 @@ the fullest rank. The command plans the layout; to train, start the ranks with t
 `task=plan` and `launch.world_size` out. Worlds on which no layout fits are left out. Speeds are predictions:
 planning.md says how far they are from published ones.
 
-Made by `python -m tests.docs.layouts_table`.
+Made by `python -m tests.docs.layouts_table`, the first table by `python -m tests.docs.preset_layouts`.
 """
 
 
@@ -88,7 +91,7 @@ def sections(text: str) -> dict[str, str]:
 
 def document(made: dict[str, str]) -> str:
     """Return the document with the tables in their order, as far as they are made."""
-    order = [title(model, hardware) for model in MODELS for hardware in HARDWARE]
+    order = [PRESETS, *(title(model, hardware) for model in MODELS for hardware in HARDWARE)]
     return "\n".join([HEAD, *(made[name] for name in order if name in made)])
 
 
