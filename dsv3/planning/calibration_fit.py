@@ -90,6 +90,8 @@ class Measurements:
     """Seconds of the host per kernel; 0 where the host is the device."""
     sync_seconds: float = 0.0
     """Seconds to read a value that the device has computed."""
+    waiting: float = 0.0
+    """Share of the time in which other processes had the core of a rank."""
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,19 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import RecomputeMode, Schedule
+from dsv3.planning import parameters
 from dsv3.planning.group_bytes import stage_bytes
 from dsv3.planning.kernel_time import KernelTimes
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.layout_space import Cell, Layout, LayoutSpace
 from dsv3.planning.memory import MemoryBytes, rank_memory
+from dsv3.planning.parameters import Component
 from dsv3.planning.pipeline_stages import build_stages
+from dsv3.planning.sharding import FP32, local_numel
 from dsv3.planning.stage_time import StageTimes
+from dsv3.planning.step_shape import StepShape
 from dsv3.planning.step_time import Cause, StepTime, step_time
 
 FRONT_SPEED = 0.5
@@ -241,9 +246,7 @@ class LayoutSearch:
             layout.microbatch_size, layout.recompute,
         )  # fmt: skip
         if layout == next(space.layouts(cell)):
-            # Recomputation holds a layer's input besides, which may be more than it saves elsewhere.
-            held = shape.tokens(degrees) * space.model.dim * shape.state.compute
-            least = memory.total - (0 if layout.recompute is RecomputeMode.none else held)
+            least = memory.total - recomputed_besides(space.model, degrees, shape)
             group = (*cell[:6], self._has_one_microbatch(cell) and cell.microbatch_size)
             self._known.setdefault(group, []).append(
                 (cell.microbatch_size, _MODES.index(cell.recompute), least)
@@ -254,6 +257,24 @@ class LayoutSearch:
         """Return True where a step is one microbatch: gradients come as activations go, and count less."""
         ranks = self.space.world // (cell.pp * cell.cp * cell.tp)
         return self.space.batch.final == cell.microbatch_size * ranks
+
+
+def recomputed_besides(model: ModelConfig, degrees: ParallelDims, shape: StepShape) -> int:
+    """Return the most by which a step's fullest moment may grow because it recomputes, if that saves nothing.
+
+    A layer's input and the gradient that has arrived are there while the layer is computed again. With FSDP
+    alone the end of its forward pass then also meets gradients of weights (step_peak.py): those that wait for
+    the end of the backward pass, and those of the layer after it but for its experts.
+    """
+    if shape.recompute is RecomputeMode.none:
+        return 0
+    inputs = 2 * shape.tokens(degrees) * model.dim * shape.state.compute
+    if degrees.pp > 1 or degrees.world_size == 1:
+        return inputs
+    root = [*parameters.embedding(model), *parameters.output(model)] if degrees.tp == 1 else []
+    layer = [w for w in parameters.block(model, dense=False) if w.component is not Component.experts]
+    of_root, of_layer = (sum(local_numel(w, degrees) for w in each) for each in (root, layer))
+    return inputs + of_root * shape.state.compute + of_layer * FP32
 
 
 @dataclass

@@ -32,6 +32,9 @@ from dsv3.untrusted_files import BadFile
 SIZES = {"cpu": 1024, "cuda": 8192}
 """Width of the largest matmul by kind of device."""
 
+DISTURBED = 0.05
+"""Share of the time that other work may take from a rank before the file says so."""
+
 HEAD = """\
 # Measured by task=calibrate. Plans on this machine take it where they are for as many ranks; remove it, or
 # give hardware.calibration=off, to plan with what conf/hardware assumes (docs/planning.md).
@@ -73,6 +76,8 @@ class CalibrateTask:
         fitted = fit(name, found)
         today = date.today().isoformat()
         source = f"measured: {platform.node()}, {measured_on}, {today}"
+        if is_disturbed(found.waiting, measured_on.ranks, measured_on.threads):
+            source += f", beside other work ({found.waiting:.0%} of the time without a core)"
         values = fitted.values | {"source": source}
         content = {"measured_on": to_yaml_values(measured_on), "hardware": values}
         write_whole(path, HEAD + yaml.safe_dump(content, sort_keys=False, width=100))
@@ -87,6 +92,11 @@ class CalibrateTask:
                 if self.output is None
                 else f"{source}\n{path}: use it by hardware.calibration={path}"
             )
+
+
+def is_disturbed(waiting: float, ranks: int, threads: int) -> bool:
+    """Return True if other work had cores of the ranks; ranks that share cores wait for each other."""
+    return waiting > DISTURBED and ranks * threads <= len(os.sched_getaffinity(0))
 
 
 def require_writable(path: Path, replaces_any: bool = False) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -95,6 +96,7 @@ def measure(config: Config, ranks: RankContext, size: int, seconds: float) -> Me
     """Time everything with matmuls of up to `size` values wide, in about `seconds`."""
     watch = Stopwatch(ranks, seconds / shares_of_time())
     found = Measurements()
+    began, waited = time.perf_counter(), waited_seconds()
     found.copies += copies(watch, size)
     for dtype in (torch.float32, torch.bfloat16):
         found.operators += list(matmuls(watch, size, dtype))
@@ -106,7 +108,17 @@ def measure(config: Config, ranks: RankContext, size: int, seconds: float) -> Me
         found.launch_seconds, found.sync_seconds = host_seconds(watch)
     if ranks.world > 1:
         found.collectives += list(collectives(watch, size))
+    share = (waited_seconds() - waited) / (time.perf_counter() - began)
+    found.waiting = float(ranks.max(torch.tensor(share, dtype=torch.float64, device=ranks.device)).item())
     return found
+
+
+def waited_seconds() -> float:
+    """Return how long this process has been ready to run without a core; 0 where no kernel tells."""
+    try:
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def copies(watch: Stopwatch, size: int) -> list[tuple[float, float]]:

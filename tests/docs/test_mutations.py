@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Placement
 
 from benchmarks.code_patterns import edit
-from benchmarks.mutations import MUTATIONS, ROOT, Mutation, stored
+from benchmarks.mutations import ROOT, stored
+from benchmarks.rules import MUTATIONS
+from benchmarks.rules.mutation import Mutation
 
 KNOWN = {name for owner in (torch, torch.Tensor, F, Placement, math, builtins) for name in dir(owner)}
 KNOWN |= {"alpha", "_replace", "first"}  # of add_, of named tuples, and a local that a mutation makes itself

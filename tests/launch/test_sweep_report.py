@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.launch.job import SweepJob
-from dsv3.launch.sweep import Sweep
+from dsv3.launch.sweep import Sweep, record_result
 from dsv3.launch.sweep_report import reported
 from dsv3.planning.step_time import Cause
 from tests.harness.commands import TrainCommand
@@ -64,6 +64,34 @@ def test_a_sweep_of_plans_prints_one_json_line_per_job(commands: TrainCommand) -
     headings = [line for line in outcome.err.splitlines() if line.startswith("job 2 (3 of 4): ")]
     (directory,) = Path("multirun").iterdir()
     assert headings == [f"job 2 (3 of 4): parallel=tp_ep launch.world_size=100 -> {directory}/2"]
+
+
+def test_plans_in_order_of_their_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Those that fit by their speed, then what may fit, what does not, and what was refused."""
+
+    def plan(fits: bool | None, speed: float) -> dict[str, object]:
+        sizes = {"memory_bytes": {"total": 2**30}, "device_memory_bytes": None, "mfu": None, "bubble": 0.125}
+        causes = {"matmuls": 3.0, "ep": 5.0, "optimizer": 2.0}
+        time = {"seconds": 10.0, "causes": causes}
+        return {**sizes, "fits": fits, "tokens_per_second_per_gpu": speed, "time": time}
+
+    plans = [plan(True, 100.0), plan(False, 900.0), plan(None, 800.0), plan(True, 700.0)]
+    sweep = Sweep(tmp_path, arguments=["-m", "task=plan"])
+    for number, each in enumerate(plans):
+        record_result(tmp_path / str(number), {"task": "plan", "differs": [f"a={number}"], "plan": each})
+    refused = {"task": "plan", "differs": ["a=4"], "reason": "no layout\nof 4 ranks"}
+    record_result(tmp_path / "4", refused)
+    with reported(sweep):
+        pass
+    titles, *rows = map(words, capsys.readouterr().out.splitlines())
+    assert titles.startswith("job overrides fits")
+    assert rows == [
+        "3 a=3 yes 1.00 - 700 - 12.5% exposed all-to-all 50%",
+        "0 a=0 yes 1.00 - 100 - 12.5% exposed all-to-all 50%",
+        "2 a=2 unknown 1.00 - 800 - 12.5% exposed all-to-all 50%",
+        "1 a=1 no 1.00 - 900 - 12.5% exposed all-to-all 50%",
+        "4 a=4 refused - - - - - no layout of 4 ranks",
+    ]
 
 
 def test_a_sweep_of_plans_is_one_table(commands: TrainCommand) -> None:

@@ -55,6 +55,9 @@ def measurements() -> Measurements:
             # So large that bytes and the kernel itself cost next to nothing, as for the probes' peak.
             seconds = 1e13 / rate + 1e6 / (BANDWIDTH * node.memory) + node.seconds
             found.operators.append(OperatorTime("", kind, compute, 1e13, 1e6, seconds))
+            if kind is not Kind.matmul:  # and small, where bytes and kernel take a part of the time
+                seconds = 3e7 / rate + 1e5 / (BANDWIDTH * node.memory) + node.seconds
+                found.operators.append(OperatorTime("", kind, compute, 3e7, 1e5, seconds))
         for width in (128, 512):
             model = replace(preset("debug"), dim=width, num_layers=3)
             shape = StepShape(1, 2 * width, state=StateBytes(compute=compute), fused_kernels=False)

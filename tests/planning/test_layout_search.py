@@ -2,18 +2,28 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.config.parallel import RecomputeMode, Schedule
+from dsv3.config.parallel import RecomputeMode, SavedOp, Schedule
 from dsv3.planning.layout import ParallelDims
-from dsv3.planning.layout_search import FRONT_GAIN, FRONT_SPEED, LayoutSearch
-from dsv3.planning.layout_space import Choices
-from dsv3.planning.memory import pipeline_memory, rank_memory
+from dsv3.planning.layout_search import (
+    FRONT_GAIN,
+    FRONT_SPEED,
+    Found,
+    LayoutSearch,
+    _Kept,
+    recomputed_besides,
+)
+from dsv3.planning.layout_space import Choices, Layout
+from dsv3.planning.memory import MemoryBytes, pipeline_memory, rank_memory
 from dsv3.planning.pipeline_schedules import most_held, schedule_actions
 from dsv3.planning.pipeline_stages import PipelineShape, is_v_shaped, stages_of_rank, supports_microbatches
+from dsv3.planning.step_time import StepTime
 from tests.planning.layout_spaces import BF16, FORMATS, Planned, every_plan, gpu, small_config, space_of
 from tests.planning.plans import SHAPE
 from tests.planning.presets import preset
@@ -88,6 +98,80 @@ def test_no_bound_rules_out_a_layout_that_is_better(
         assert found.speed <= search.common_speed(first, tokens) * (1 + 1e-9)
     fewer = search.most_speed(cell._replace(recompute=RecomputeMode.none), tokens)
     assert most <= fewer * (1 + 1e-9)
+
+
+def test_what_may_be_a_result_is_among_the_best_or_on_the_front() -> None:
+    def found(speed: float, memory: int) -> Found:
+        time = SimpleNamespace(tokens_per_second_per_gpu=speed)
+        return Found(cast("Layout", None), MemoryBytes(memory, 0, 0, 0), cast("StepTime", time))
+
+    kept = _Kept(1, wants_front=True)
+    assert kept.wants(1.0, 10**9)
+    for speed, memory in ((60.0, 20), (100.0, 50), (40.0, 5), (60.3, 30)):
+        kept.add(found(speed, memory))
+    assert kept.wants(100.0, 10**9)  # as fast as the best
+    assert kept.wants(80.0, 30)  # faster than all with less memory
+    assert not kept.wants(80.0, 50)
+    assert not kept.wants(60.5, 30)  # by less than a gain
+    assert kept.wants(55.0, 10)
+    assert not kept.wants(49.0, 1)  # beyond the end of the front
+    assert (kept.is_complete(55.0), kept.is_complete(49.0)) == (False, True)
+    assert [(each.speed, each.memory.total) for each in kept.front()] == [(100.0, 50), (60.0, 20)]
+    assert [each.speed for each in kept.best()] == [100.0]
+
+
+BOUNDED = {
+    "pipelines": (gpu(), Choices(ONE, axes={"pp": 2}, schedule=Schedule["1F1B"]), 2048),
+    "pairs of microbatches": (
+        gpu(ep_paired=0.9),
+        Choices(ONE, axes={"pp": 2, "cp": 1, "tp": 1}, schedule=Schedule.DualPipeV),
+        2048,
+    ),
+    "long sequences": (gpu(), Choices(ONE, axes={"pp": 1}), 8192),
+    "gradients beyond activations": (gpu(), Choices(ONE, axes={"pp": 1, "cp": 1}), 64),
+    "one layer": (gpu(), Choices(ONE, axes={"pp": 1, "cp": 1, "tp": 1}), 2048),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_bounds_of_cells_hold_for_their_layouts(name: str) -> None:
+    hardware, choices, length = BOUNDED[name]
+    config = small_config(layers=8, batch=16, length=length)
+    if name == "one layer":  # of a width at which recomputation adds more than it saves
+        wide = replace(preset("16b"), num_layers=1, num_dense_layers=0, vocab_size=512)
+        config = replace(config, model=wide)
+    space = space_of(8, hardware, choices, config)
+    search, tokens = LayoutSearch(space), 16 * length
+    search.run(1)  # fills in what floors are made of
+    for cell in list(space.cells())[::4]:  # of every recomputation
+        most, floor = search.most_speed(cell, tokens), search.floor(cell)
+        planned = [search.plan(layout) for layout in space.layouts(cell)]
+        common = search.common_speed(planned[0], tokens)
+        for found in planned:
+            assert found.speed <= min(most, common) * (1 + 1e-9), cell
+            assert found.memory.total >= floor, cell
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("degrees", [ParallelDims(), ParallelDims(dp_shard=8, ep=8), ParallelDims(pp=2)])
+def test_recomputation_that_saves_nothing_adds_no_more_than_is_known(
+    layers: int, degrees: ParallelDims
+) -> None:
+    """The bound of a search for less recomputation: what one or two layers keep is less than what it adds."""
+    model = replace(preset("16b"), num_layers=layers, num_dense_layers=0, vocab_size=512)
+    if degrees.pp > layers:
+        return
+    grown = 0
+    for length, keep in itertools.product((64, 2048), ((), tuple(SavedOp))):
+        shape = replace(SHAPE, sequence_length=length, microbatches=4, recompute=RecomputeMode.none)
+        shape = replace(shape, ranks_per_node=8)
+        plain = rank_memory(model, degrees, shape).total
+        for mode in (RecomputeMode.selective, RecomputeMode.full):
+            own = replace(shape, recompute=mode, keep=keep)
+            besides = recomputed_besides(model, degrees, own)
+            grown = max(grown, rank_memory(model, degrees, own).total - plain)
+            assert rank_memory(model, degrees, own).total - plain <= besides
+    assert grown > 0 or degrees.dp_shard == 1
 
 
 def test_what_does_not_fit_is_told_by_the_layout_that_takes_least() -> None:

@@ -29,7 +29,9 @@ OTHERS = [
 def test_the_plan_counts_what_lives_at_the_peak(case: Case) -> None:
     assert case in cases()
     found = measure(case.config())
-    assert found.planned == pytest.approx(found.live, rel=TOLERANCE)
+    # Of what is computed again every tensor is counted; the rest saves some that are not told apart.
+    tolerance = 0.005 if "recompute=full" in case.overrides else TOLERANCE
+    assert found.planned == pytest.approx(found.live, rel=tolerance)
 
 
 def test_the_stored_figures_are_of_every_case_and_within_the_tolerance() -> None:

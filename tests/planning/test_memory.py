@@ -156,6 +156,24 @@ def test_a_rank_keeps_the_activations_of_the_microbatches_under_way() -> None:
     assert kept_microbatches(Schedule.ZBVZeroBubble, 2, 8)[1:] == [8, 8, 8]
 
 
+def test_a_stage_receives_every_microbatch_in_buffers_of_its_own() -> None:
+    """An input but on the first rank, a gradient but on the last, for one more microbatch."""
+    config, degrees = preset("16b"), ParallelDims(pp=4)
+    more, fewer = (
+        [memory.activations for memory in pipeline_memory(config, degrees, replace(BF16, microbatches=count))]
+        for count in (17, 16)
+    )
+    row = 4096 * 2 * config.dim
+    assert [(a - b) / row for a, b in zip(more, fewer, strict=True)] == [1, 2, 2, 1]
+
+
+def test_with_one_microbatch_no_gradient_is_there_at_the_head() -> None:
+    config, degrees = preset("16b"), ParallelDims(dp_shard=8)
+    one, two = (rank_memory(config, degrees, replace(BF16, microbatches=count)) for count in (1, 2))
+    assert (one.late_gradients, two.late_gradients) == (one.gradients, 0)
+    assert two.total - one.total == one.gradients
+
+
 def test_full_recomputation_keeps_block_inputs_and_the_block_at_work() -> None:
     def activations(layers: int, recompute: RecomputeMode) -> int:
         config = replace(preset("16b"), mtp_depths=1, num_layers=layers)

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from dsv3.config.parallel import RecomputeMode, SavedOp
+from dsv3.model import cpu_attention
 from dsv3.planning.layout import ParallelDims
-from dsv3.planning.operators import Kind, Operators, Passes, Work, recomputed
+from dsv3.planning.operators import QUERIES, Kind, Operators, Passes, Work, recomputed
 from dsv3.planning.parameters import training_flops_per_token
 from dsv3.planning.step_shape import FP8Shape, StateBytes, StepShape
 from tests.planning.presets import preset
@@ -91,6 +92,38 @@ def test_fused_operators_move_fewer_bytes_by_fewer_kernels() -> None:
         assert moved(fast) < moved(slow)
         assert sum(work.kernels for work in fast) < sum(work.kernels for work in slow)
     assert flops(eager) == flops(compiled)
+
+
+def test_the_backward_pass_of_attention_is_five_matmuls_for_two() -> None:
+    """The scores again and their two gradients are as wide as queries, the other two as values."""
+    layer, a = Operators(LARGE, ParallelDims(), BF16).layer(False), LARGE.attention
+    (forward,) = (work.flops for work in layer.forward if work.kind is Kind.attention)
+    (backward,) = (work.flops for work in layer.inputs if work.kind is Kind.attention_backward)
+    widths = a.qk_head_dim + a.v_head_dim
+    assert backward / forward == pytest.approx((3 * a.qk_head_dim + 2 * a.v_head_dim) / widths)
+
+
+@pytest.mark.parametrize("kind", [Kind.attention, Kind.attention_backward])
+def test_on_a_cpu_a_block_of_queries_meets_the_keys_of_its_last_one(kind: Kind) -> None:
+    def work(length: int, on_gpu: bool) -> float:
+        shape = replace(BF16, sequence_length=length, fused_kernels=on_gpu)
+        layer = Operators(LARGE, ParallelDims(), shape).layer(True)
+        return sum(work.flops for work in [*layer.forward, *layer.inputs] if work.kind is kind)
+
+    blocks = range(QUERIES, 1024 + 1, QUERIES)  # the keys that each block sees
+    share = sum(QUERIES * keys for keys in blocks) / (1024**2 / 2)
+    assert work(1024, False) / work(1024, True) == pytest.approx(share)
+    assert work(64, False) / work(64, True) == pytest.approx(2)
+    assert QUERIES == cpu_attention.BLOCK
+
+
+def test_on_a_cpu_experts_compute_their_rows_alone() -> None:
+    short = replace(BF16, sequence_length=1024)
+    layers = [Operators(LARGE, ParallelDims(), replace(short, fused_kernels=on)) for on in (True, False)]
+    tiles, rows = (
+        sum(work.flops for work in each.layer(False).forward if work.kind is Kind.grouped) for each in layers
+    )
+    assert tiles == 4 * rows
 
 
 def test_recomputation_repeats_all_but_what_is_kept() -> None:

@@ -49,6 +49,8 @@ def test_causes_sum_to_the_seconds_of_the_slowest_rank(layout: str) -> None:
     assert min(found.causes.values()) >= 0
     outside = found.causes[Cause.dp] + found.causes[Cause.optimizer]
     assert found.seconds == pytest.approx(found.pipeline.seconds + outside)
+    busiest = max(map(found.pipeline.busy, range(LAYOUTS[layout][0].pp)))
+    assert found.causes[Cause.bubble] == pytest.approx(found.pipeline.seconds - busiest, abs=1e-9)
     least = least_seconds(LARGE, *LAYOUTS[layout], H100)
     assert least is not None
     assert least == pytest.approx(found.seconds - found.causes[Cause.bubble])
@@ -56,6 +58,15 @@ def test_causes_sum_to_the_seconds_of_the_slowest_rank(layout: str) -> None:
     axes = {Cause.tp: degrees.tp, Cause.cp: degrees.cp, Cause.ep: degrees.ep, Cause.bubble: degrees.pp}
     for cause, degree in axes.items():
         assert (found.causes[cause] > 0) is (degree > 1)
+
+
+def test_the_optimizer_moves_40_bytes_per_element_of_a_shard() -> None:
+    """The norm, clipping and the update read 4 x 4; parameters and two moments are read and written: 24."""
+    degrees, shape = LAYOUTS["fsdp"]
+    elements = rank_memory(LARGE, degrees, shape).gradients // 4
+    assert H100.memory_bandwidth is not None
+    rate = H100.memory_bandwidth * H100.kernels.optimizer
+    assert timed("fsdp").causes[Cause.optimizer] == pytest.approx(40 * elements / rate)
 
 
 def test_tokens_and_rates_are_those_of_the_whole_step() -> None:
@@ -135,6 +146,35 @@ def test_dispatch_is_hidden_where_software_hides_it() -> None:
     assert timed("fp8", paired).seconds == timed("fp8").seconds  # another schedule
     hidden = replace(H100, overlap=replace(H100.overlap, ep=1.0, cost=0.0))
     assert timed("fp8", hidden).causes[Cause.ep] == 0
+
+
+def test_a_layer_that_is_computed_again_dispatches_again_unless_that_is_kept() -> None:
+    """There and back in the forward pass, and in the backward pass; recomputation adds a third time."""
+    nothing_hides = replace(H100, overlap=replace(H100.overlap, ep=0.0))
+
+    def dispatched(mode: RecomputeMode, *keep: SavedOp) -> float:
+        return timed("short", nothing_hides, recompute=mode, keep=keep).causes[Cause.ep]
+
+    twice = dispatched(RecomputeMode.none)
+    assert dispatched(RecomputeMode.full) == pytest.approx(1.5 * twice)
+    assert dispatched(RecomputeMode.selective, SavedOp.attention) == pytest.approx(1.5 * twice)
+    assert dispatched(RecomputeMode.selective, SavedOp.exchange) == pytest.approx(twice)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_traffic_of_fsdp_takes_as_long_as_the_bytes_that_the_plan_sends(reshard: bool) -> None:
+    network = replace(H100.network, intra_seconds=0.0, inter_seconds=0.0)
+    shown = replace(H100, network=network, overlap=replace(H100.overlap, dp=0.0))
+    degrees, shape = LAYOUTS["fsdp"]
+    plan = plan_from_shape(LARGE, degrees, shown, replace(shape, reshard_after_forward=reshard))
+    assert shown.intra_node_bandwidth
+    assert shown.inter_node_bandwidth
+    # Eight ports of a node at most reach what is within it.
+    within, between = shown.intra_node_bandwidth * network.ring_intra, 8 * shown.inter_node_bandwidth
+    rate = min(within, between * network.ring_inter)
+    found = timed("fsdp", shown, reshard_after_forward=reshard).causes[Cause.dp]
+    # What lies outside of blocks is not freed: its second all-gather, which is counted here, is none.
+    assert found == pytest.approx(plan.traffic.dp / rate, rel=1e-3)
 
 
 def test_computing_hides_traffic_for_as_long_as_it_lasts() -> None:

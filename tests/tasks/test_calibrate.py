@@ -15,6 +15,7 @@ from dsv3.errors import UserError
 from dsv3.planning import calibrated
 from dsv3.planning.calibrated import MeasuredOn, read_calibration
 from dsv3.planning.hardware import Machine, detect_hardware, preset_hardware
+from dsv3.tasks import calibrate, probes
 from dsv3.tasks.calibrate import require_writable, write_whole
 from tests.harness.commands import PlannedCommand, TrainCommand
 
@@ -29,6 +30,9 @@ VALUES: dict[str, Any] = {
     "kernels_fp32": {"matmul": 0.7},
     "source": "measured: here, today",
 }
+
+
+FASTER = {"memory_bandwidth": 2.9e12}
 
 
 def numbers(values: object) -> Iterator[float]:
@@ -103,6 +107,21 @@ def test_only_a_file_of_its_own_is_replaced(tmp_path: Path) -> None:
     require_writable(tmp_path / "config.yaml", replaces_any=True)  # in the cache, a damaged one of its own
 
 
+def test_a_half_written_file_takes_nothing_s_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cpu.yaml"
+    path.write_text("old")
+    write = Path.write_text
+
+    def fill_the_disk(self: Path, text: str, encoding: str | None = None) -> int:
+        write(self, text[: len(text) // 2], encoding)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        write_whole(path, "a new file")
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("cpu.yaml", "old")]
+
+
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A CPU of two cores; the cache is tmp_path."""
@@ -135,6 +154,17 @@ def test_measured_values_take_the_place_of_assumed_ones_but_not_of_typed_ones(ma
         assert found.told_source == "measured: here, today"
 
 
+def test_a_gpu_s_file_is_for_any_number_of_ranks(machine: Machine) -> None:
+    gpu = MeasuredOn("NVIDIA H100 80GB HBM3", 0, 0, HERE.torch)
+    path = gpu.path(machine.environment)
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump({"measured_on": vars(gpu), "hardware": {"name": "h100", **FASTER}}))
+    with_gpu = replace(machine, nvidia_smi=lambda: "NVIDIA H100 80GB HBM3, 81559\n" * 8)
+    for ranks in (1, 8):
+        found = detect_hardware(HardwareConfig("auto"), ranks, with_gpu)
+        assert (found.name, found.memory_bandwidth) == ("h100", 2.9e12)
+
+
 def test_a_file_of_other_ranks_is_not_found(machine: Machine) -> None:
     stored(machine)
     found = detect_hardware(HardwareConfig("cpu"), 2, machine)
@@ -164,7 +194,8 @@ def test_a_stale_or_foreign_file_is_left_out_and_told(
 
 
 @pytest.mark.parametrize(
-    "changed", [{"peak_flops_bf16": "fast"}, {"speed": 1.0}, {"kernels": {"matmul": 2.0}}]
+    "changed",
+    [{"peak_flops_bf16": "fast"}, {"peak_flops_bf16": True}, {"speed": 1.0}, {"kernels": {"matmul": 2.0}}],
 )
 def test_a_file_that_is_damaged_is_left_out_or_refused(machine: Machine, changed: dict[str, Any]) -> None:
     path = stored(machine, **changed)
@@ -185,3 +216,30 @@ def test_a_named_file_must_be_there_and_of_the_hardware(machine: Machine) -> Non
     path = stored(machine, gpu, name="h100")
     found = detect_hardware(replace(preset_hardware("h100"), calibration=str(path)), 8, machine)
     assert found.kernels.matmul == 0.9
+
+
+def test_a_measurement_beside_other_work_says_so(
+    commands: TrainCommand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = iter((0.0, 1e6))
+    monkeypatch.setattr(probes, "waited_seconds", lambda: next(clock))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {*range(64)})
+    path = tmp_path / "busy.yaml"
+    assert "% of the time without a core)" in commands.must(*TINY, f"task.output={path}").out
+    told = commands.must("task=plan", "hardware=cpu", f"hardware.calibration={path}").out
+    assert ", beside other work (" in told
+
+
+@pytest.mark.parametrize(
+    ("waiting", "ranks", "threads", "told"),
+    [(0.04, 1, 2, False), (0.06, 1, 2, True), (0.06, 2, 1, True), (0.5, 4, 1, False)],
+)
+def test_ranks_that_share_cores_disturb_each_other_alone(
+    waiting: float, ranks: int, threads: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    assert calibrate.is_disturbed(waiting, ranks, threads) is told
+
+
+def test_the_kernel_tells_how_long_a_process_has_waited() -> None:
+    assert 0 <= probes.waited_seconds() < 1e6

@@ -40,6 +40,7 @@ ALLOWED: dict[str, str] = {
     "planning/calibrated.py:cpu_name": "the kernel's own file",
     "planning/hardware.py:_read": "the kernel's own files, of a few bytes",
     "planning/hardware.py:_read_preset": OWN,
+    "tasks/probes.py:waited_seconds": "the kernel's own file",
     "tasks/train.py:_open_logger": "a logger, no file",
     "tokens/block_cache.py:BlockCache.__init__": WRITES,
     "tokens/cache.py:read_entry": FOLDER,

@@ -1,0 +1,193 @@
+"""Rules for processes: the owner of a directory, stores, signals and restarts."""
+
+from benchmarks.rules.mutation import Mutation
+
+NETWORK = "tests/launch/test_network.py"
+RESTARTS = "tests/launch/test_restarts.py"
+LOCK = "tests/distributed/test_directory_lock.py"
+SIGNALS = "tests/distributed/test_signals.py"
+
+RULES = [
+    Mutation(
+        "lock: the second comer is refused",
+        "dsv3.distributed.directory_lock:DirectoryLock.take",
+        "not self._acquired()",
+        "False",
+        f"{LOCK} -k second_comer",
+    ),
+    Mutation(
+        "lock: workers of a killed holder are waited for",
+        "dsv3.distributed.directory_lock:DirectoryLock.take",
+        "holder.get('alive') or time.monotonic() > deadline",
+        "True",
+        f"{LOCK} -k who_waits",
+    ),
+    Mutation(
+        "lock: workers hold it too",
+        "dsv3.distributed.directory_lock:DirectoryLock.__getstate__",
+        "DupFd(self.descriptor) if self.descriptor is not None and get_spawning_popen() else None",
+        "None",
+        f"{LOCK} -k workers_of_a_killed",
+    ),
+    Mutation(
+        "lock: a directory that was made for nothing goes again",
+        "dsv3.distributed.directory_lock:DirectoryLock._tidy",
+        "path.rmdir()",
+        "None",
+        f"{LOCK} -k made_for_nothing",
+    ),
+    Mutation(
+        "lock: one that something has come into stays",
+        "dsv3.distributed.directory_lock:DirectoryLock._tidy",
+        "{path.name for path in self.directory.iterdir()} <= {LOCK_FILE}",
+        "True",
+        f"{LOCK} -k made_for_nothing",
+    ),
+    Mutation(
+        "lock: a note cannot steer a terminal",
+        "dsv3.distributed.directory_lock:_shown",
+        "char if char.isprintable() else '?'",
+        "char",
+        f"{LOCK} -k message_is_short",
+    ),
+    Mutation(
+        "lock: a file system without locks lets a command go on",
+        "dsv3.distributed.directory_lock:has_no_locks",
+        "getattr(error, 'errno', None) in _NO_LOCKS",
+        "False",
+        f"{LOCK} -k no_locks",
+    ),
+    Mutation(
+        "lock: a run owns its directory",
+        "dsv3.launch.run_dir:own_run_dir",
+        "lock.take()",
+        "None",
+        "tests/launch/test_owned_run_dir.py -k who_owns",
+    ),
+    Mutation(
+        "network: a name that means the loopback only here is bound to all",
+        "dsv3.distributed.store:listen",
+        "loops and not _is_local_name(host)",
+        "False",
+        f"{NETWORK} -k only_here",
+    ),
+    Mutation(
+        "network: a port that is taken is told with the remedy",
+        "dsv3.distributed.store:listen",
+        "error.errno == errno.EADDRINUSE",
+        "False",
+        f"{NETWORK} -k cannot_be_listened",
+    ),
+    Mutation(
+        "signals: the second ends the process",
+        "dsv3.distributed.signals:StopRequest.hear",
+        "self._heard > 1",
+        "False",
+        f"{SIGNALS} -k second_signal",
+    ),
+    Mutation(
+        "signals: one that was ignored stays so",
+        "dsv3.distributed.signals:heeded",
+        "signal.getsignal(number) not in (signal.SIG_IGN, None)",
+        "True",
+        f"{SIGNALS} -k was_ignored",
+    ),
+    Mutation(
+        "signals: a worker obeys its launcher alone",
+        "dsv3.distributed.signals:obey_launcher_alone",
+        "number != signal.SIGTERM",
+        "False",
+        f"{SIGNALS} -k obeys_its_launcher",
+    ),
+    Mutation(
+        "signals: SIGUSR1 asks to save",
+        "dsv3.distributed.signals:StopRequest.hear",
+        "self.save_requested = True",
+        "pass",
+        f"{SIGNALS} -k asks_to_save",
+    ),
+    Mutation(
+        "signals: a save that was asked for is taken once",
+        "dsv3.distributed.signals:StopSignal.take_save",
+        "saves, self._saves = self._saves, False",
+        "saves = self._saves",
+        f"{SIGNALS} -k asks_to_save",
+    ),
+    Mutation(
+        "signals: a group's are left to the command by its children",
+        "dsv3.distributed.signals:heard_by",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [])",
+        f"{SIGNALS} -k leave_a_group",
+    ),
+    Mutation(
+        "signals: when all is done a stop changes nothing",
+        "dsv3.distributed.signals:Leave.__call__",
+        "self.over()",
+        "False",
+        f"{SIGNALS} -k when_all_is_done",
+    ),
+    Mutation(
+        "signals: work whose ranks advance together ends early",
+        "dsv3.distributed.signals:must_stop_early",
+        "bool(_listeners) and _listeners[-1].poll()",
+        "False",
+        f"{SIGNALS} -k advance_together",
+    ),
+    Mutation(
+        "signals: a launcher remembers the stop",
+        "dsv3.launch.worker_signals:WorkerSignals.hear",
+        "self.asked = True",
+        "pass",
+        "tests/launch/test_worker_signals.py -k reaches_every_worker",
+    ),
+    Mutation(
+        "signals: a launcher kills its workers alone",
+        "dsv3.launch.worker_signals:WorkerSignals._kill",
+        "kill_children(self.others)",
+        "kill_children(())",
+        "tests/launch/test_worker_signals.py -k before_all_workers",
+    ),
+    Mutation(
+        "rendezvous: a node that does not come is named",
+        "dsv3.launch.rendezvous:Rendezvous.meet",
+        "missing and number == 0",
+        "False",
+        f"{RESTARTS} -k not_come_at_all",
+    ),
+    Mutation(
+        "rendezvous: a mistake of one node is told as a mistake on all",
+        "dsv3.launch.rendezvous:_as_error",
+        "end.get('failure') in ('UserError', 'InvalidValue')",
+        "False",
+        f"{RESTARTS} -k mistake_on_one_node",
+    ),
+    Mutation(
+        "restarts: a run without its config begins anew",
+        "dsv3.launch.restarts:_Run._restart",
+        "(directory / CONFIG_FILE).is_file()",
+        "True",
+        f"{RESTARTS} -k without_its_config",
+    ),
+    Mutation(
+        "restarts: there is a pause between those without progress",
+        "dsv3.launch.restarts:_Run._restart",
+        "0.0 if self.used == 1 else min(...)",
+        "0.0",
+        f"{RESTARTS} -k stop_between",
+    ),
+    Mutation(
+        "restarts: the log of the run tells them",
+        "dsv3.launch.restarts:_Run.job_of",
+        "notes = [restart_line(restart)]",
+        "notes = []",
+        f"{RESTARTS} -k newest_checkpoint_and_told",
+    ),
+    Mutation(
+        "restarts: they tell which nodes are missing",
+        "dsv3.launch.restarts:restart_line",
+        "restart.get('missing') or []",
+        "[]",
+        f"{RESTARTS} -k is_done_without",
+    ),
+]
