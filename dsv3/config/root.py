@@ -37,7 +37,7 @@ class Config:
     """The configuration of train.py: a field per config group, and the plain nodes train, checkpoint, run."""
 
     task: TaskConfig
-    """Work of the command: train, evaluate, generate, replay, plan, verify or compare."""
+    """Work: train, evaluate, generate, replay, plan, search, fit, calibrate, verify or compare."""
     model: ModelConfig
     """Size and architecture of the model."""
     parallel: ParallelConfig

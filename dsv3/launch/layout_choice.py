@@ -32,6 +32,10 @@ TOKENS_PER_STEP = 2**22
 _ROUNDED = 1.02
 """Most that the batch of a report may grow to be a multiple of the ranks."""
 
+_ROUNDED_FOR_ODD, _SEQUENCES = 1.1, 64
+"""Where it has to grow because the ranks have an odd factor: most that it may, and sequences per rank that a
+larger batch makes room for, so that a microbatch can have more than one."""
+
 MOST_RANKS = 2**16
 """Largest world that is tried where a smaller one does not do."""
 
@@ -96,8 +100,10 @@ class Request:
             source = f"the tokens per step of {row['source']}"
         sequences = max(1, tokens // length)
         # All ranks may be data parallel where that adds little; an odd factor of the world has to divide it.
-        unit = world
-        while unit % 2 == 0 and -(-sequences // unit) * unit > _ROUNDED * sequences:
+        unit, grown = world, _ROUNDED
+        if sequences % (world // (world & -world)):
+            unit, grown = world * _SEQUENCES, _ROUNDED_FOR_ODD
+        while unit % 2 == 0 and -(-sequences // unit) * unit > grown * sequences:
             unit //= 2
         if sequences % unit:
             sequences, source = -(-sequences // unit) * unit, f"{source}, rounded up to suit the ranks"
@@ -112,6 +118,7 @@ class Request:
             raise UserError(
                 f"hardware={hardware.name} has no known speed to rank layouts by: name a GPU, such as "
                 f"hardware=h100 (known: {known}), or measure this machine with task=calibrate"
+                + (f"\n{hardware.source}" if hardware.source else "")
             )
         train = replace(config.train, sequence_length=self.length(), global_batch_size=self.batch(world)[0])
         parallel = config.parallel
@@ -149,6 +156,10 @@ class Request:
             else:
                 least[axis] = 2 if degree not in (None, 1) and axis != "ep" else 1
         pipeline = config.parallel.pipeline
+        if "parallel.schedule" in self.typed or any(
+            key.startswith("parallel.pipeline") for key in self.typed
+        ):
+            least["pp"] = 2  # what is typed of pipelines acts on nothing else
         return Choices(
             self._precisions(config, hardware),
             axes,

@@ -112,7 +112,11 @@ def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
         for name, value in sent.items()
     ]
     titles = f"{unit:>10}" + f"{'between nodes':>15}" * several
-    return [("sent per step", titles), *rows, ("bubble", f"{plan.bubble:>10.1%}")]
+    return [
+        ("sent per step", titles),
+        *rows,
+        ("bubble", f"{plan.bubble:>10.1%}  of the schedule, if all stages were alike"),
+    ]
 
 
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -169,6 +173,9 @@ def _upkeep_rows(plan: Plan) -> list[tuple[str, str]]:
 def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
     parts = {name.replace("_", " "): value for name, value in vars(plan.memory).items()}
     on_host, pinned = parts.pop("offloaded"), parts.pop("pinned")
+    # Gradients that are not there yet at the fullest moment count less: the rows sum to the total.
+    if late := parts.pop("late gradients"):
+        parts["gradients to come"] = -late
     if not plan.shape.host_copies:
         del parts["save copies"]
     parts["total"] = plan.memory.total

@@ -7,8 +7,10 @@ planning/layout_search.py finds them. docs/planning.md describes the search.
 import json
 import os
 import sys
+from pathlib import Path
 
 from dsv3.config.task import OutputFormat
+from dsv3.errors import UserError
 from dsv3.launch.job import Job
 from dsv3.launch.layout_choice import Request, chosen_world, nothing_fits, told_layout
 from dsv3.metrics.console import format_table
@@ -38,6 +40,8 @@ class SearchTask:
         if os.environ.get("RANK", "0") != "0":
             return
         request, world = Request.of(job), chosen_world(job)
+        if self.picture is not None:
+            require_folder(self.picture)  # a search may take half a minute
         with phase(f"searching layouts of {world:,} ranks"):
             search = LayoutSearch(request.space(world))
             result = search.run(self.top)
@@ -47,6 +51,7 @@ class SearchTask:
         if self.picture is not None:
             from dsv3.metrics.layout_picture import draw_layouts
 
+            Path(self.picture).parent.mkdir(parents=True, exist_ok=True)
             points = [(found.memory.total / GIB, found.speed) for found in result.seen]
             front = [(found.memory.total / GIB, found.speed) for found in result.front]
             room = (search.space.hardware.memory_bytes or 0) / GIB
@@ -93,6 +98,17 @@ class SearchTask:
             "best": [told_layout(request, found, space.world) for found in result.best],
             "front": [told_layout(request, found, space.world) for found in result.front],
         }
+
+
+def require_folder(picture: str) -> None:
+    """Raise UserError where neither the picture nor the folder that it needs can be made."""
+    folder = Path(picture).absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"task.picture={picture} cannot be written: {folder} is no folder")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"task.picture={picture} cannot be written: {folder} may not be written to")
 
 
 def _table(rows: object) -> str:

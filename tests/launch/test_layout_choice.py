@@ -69,13 +69,27 @@ def test_the_batch_of_a_report_suits_the_ranks() -> None:
     large = request(model="671b")
     assert large.batch(1024)[0] == 15360
     sequences, source = large.batch(28)
-    assert (sequences, source.rpartition(", ")[2]) == (15372, "rounded up to suit the ranks")
+    assert (sequences, source.rpartition(", ")[2]) == (16128, "rounded up to suit the ranks")
     # 3 x 2^13 ranks are not all data parallel: the batch would grow by half.
     assert large.batch(24576)[0] == 15360
     assert large.with_length(8192).batch(1024)[0] == 7680
     assert request("train.global_batch_size=100").batch(28) == (100, "as typed")
     small = request()
     assert small.batch(1) == (TOKENS_PER_STEP // small.length(), f"about {TOKENS_PER_STEP:,} tokens")
+
+
+@pytest.mark.parametrize(("model", "world"), [("671b", 136), ("16b", 7), ("debug", 7), ("671b", 1100)])
+def test_an_odd_world_has_room_for_larger_microbatches(model: str, world: int) -> None:
+    """Else each rank would have an odd number of sequences, which only microbatches of one take."""
+    own = request(model=model)
+    batch, _ = own.batch(world)
+    assert batch % world == 0
+    assert batch // world % 2 == 0
+    assert own.batch(8)[0] <= batch <= 1.1 * own.batch(8)[0]
+
+
+def test_a_typed_schedule_asks_for_pipelines() -> None:
+    assert choices("parallel.schedule=DualPipeV").least["pp"] == 2
 
 
 def test_what_has_no_predicted_speed_is_refused() -> None:

@@ -34,13 +34,26 @@ def test_text_tells_both_conventions_every_part_and_the_verdict() -> None:
     assert all(len(line) < 111 for line in lines)
 
 
+@pytest.mark.parametrize("microbatches", [1, 8])
+def test_the_rows_of_memory_sum_to_the_total(microbatches: int) -> None:
+    """Of a step of one microbatch gradients are still to come at its fullest moment."""
+    shape = replace(SHAPE, microbatches=microbatches, sequence_length=32768)
+    plan = plan_from_shape(preset("16b"), ParallelDims(dp_shard=8, ep=8), H800, shape)
+    assert (plan.memory.late_gradients > 0) == (microbatches == 1)
+    table = format_plan(plan).partition("memory per rank")[2].partition("\n\n")[0].splitlines()
+    sizes = {line[2:].rsplit(None, 1)[0]: float(line.split()[-1]) for line in table[1:]}
+    parts = list(sizes)[: list(sizes).index("total")]
+    assert ("gradients to come" in parts) == (microbatches == 1)
+    assert sum(sizes[part] for part in parts) == pytest.approx(sizes["total"], abs=0.04)
+
+
 def test_a_pipelined_plan_tells_schedule_bubble_and_what_is_sent() -> None:
     pipelining = PipelineShape(Schedule.Interleaved1F1B, 3)
     shape = replace(SHAPE, microbatches=8, pipelining=pipelining, recompute=RecomputeMode.selective)
     plan = plan_from_shape(preset("16b"), ParallelDims(pp=4, dp_shard=2, tp=2, ep=4), H800, shape)
     lines = [line.split() for line in format_plan(plan).splitlines()]
     assert ["schedule", "Interleaved1F1B,", "4", "ranks", "x", "3", "stages"] in lines
-    assert ["bubble", "11.1%"] in lines
+    assert ["bubble", "11.1%", "of", "the", "schedule,", "if", "all", "stages", "were", "alike"] in lines
     assert plan.to_json()["bubble"] == pytest.approx(3 / 27)
     sent = {line[0]: float(line[1]) for line in lines if line and line[0] in vars(plan.traffic)}
     assert set(sent) == {"dp", "tp", "ep", "pp"}

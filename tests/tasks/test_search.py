@@ -153,6 +153,11 @@ def test_the_picture_is_written_and_the_text_names_every_command(
     outcome = commands.must("task=search", *SMALL, *few, "task.picture=front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert outcome.out.count("task=plan model.num_layers=4") >= 4
-    refused = commands.run("task=search", *SMALL, *few, "task.picture=missing/front.png")
+    commands.must("task=search", *SMALL, *few, "task.picture=new/folder/front.png")
+    assert (tmp_path / "new" / "folder" / "front.png").is_file()
+    (tmp_path / "file").write_text("")
+    refused = commands.run("task=search", *SMALL, *few, "task.picture=file/front.png")
     assert refused.code == 2
-    assert "task.picture=" in refused.err
+    assert refused.out == ""
+    assert "task.picture=file/front.png cannot be written" in refused.err
+    assert "searching" not in refused.err
