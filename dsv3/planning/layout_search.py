@@ -8,7 +8,7 @@ left out that the results would have contained (tests/planning/test_layout_searc
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from dsv3.config.model import ModelConfig
@@ -66,6 +66,13 @@ class SearchResult:
     """Layouts whose memory or time was computed, because bounds did not decide."""
 
 
+def merged(parts: Sequence[SearchResult], count: int) -> SearchResult:
+    """Return what one search would have found, from those of all parts of its space."""
+    kept = _Kept(count, wants_front=True, found=[found for part in parts for found in part.seen])
+    legal, planned = (sum(getattr(part, name) for part in parts) for name in ("legal", "planned"))
+    return SearchResult(kept.best(), kept.front(), kept.found, legal, planned)
+
+
 class LayoutSearch:
     """One search through a space of layouts."""
 
@@ -83,8 +90,14 @@ class LayoutSearch:
         self._smallest_sizes: dict[object, int] = {}
         self._most_recompute = space.choices.recompute or _MODES[-1]
 
-    def run(self, count: int, front: bool = True) -> SearchResult:
-        """Return the `count` fastest layouts that fit, and with `front` the front of speed against memory."""
+    def run(self, count: int, front: bool = True, part: tuple[int, int] = (0, 1)) -> SearchResult:
+        """Return the `count` fastest layouts that fit, and with `front` the front of speed against memory.
+
+        Args:
+            part: (k, n) searches only every n-th (pp, cp, tp, ep), from number k on; see `merged`.
+        """
+        number, parts = part
+        own = set(itertools.islice(self.space.splits, number, None, parts))
         kept = _Kept(count, front)
         order = itertools.count()
         tokens = self.space.batch.final * self.space.length
@@ -92,6 +105,8 @@ class LayoutSearch:
         refined: set[Cell] = set()
         legal = 0
         for cell in self.space.cells():
+            if cell[:4] not in own:
+                continue
             self._smallest_sizes.setdefault(cell[:6], cell.microbatch_size)
             legal += len(self.space.splits[cell[:4]]) * len(self.space.reshards(cell.pp, cell.pipeline))
             # Recomputation only adds work: without it the bound serves three cells.

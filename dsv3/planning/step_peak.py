@@ -89,6 +89,7 @@ class _Step:
         self.tokens = shape.tokens(degrees)
         self.recomputes = shape.recompute is not RecomputeMode.none
         self._kept: dict[bool, TokenBytes] = {}
+        self._groups: dict[object, list[GroupBytes]] = {}
 
     def on_rank(self, bytes_: TokenBytes) -> int:
         """Return the bytes of a microbatch."""
@@ -202,8 +203,14 @@ class _Gathered(_Step):
 
     def groups_of(self, stage: StageLayers) -> list[GroupBytes]:
         """Return the bytes of a stage's root, then those of each block."""
-        shape = self.shape
-        return stage_bytes(self.config, stage, self.degrees, shape.state, shape.gathers_in_fp8)
+        state = self.shape.state
+        names = stage.index if state.frozen else stage.is_first  # what is frozen is told by names
+        kind = (stage.dense, stage.mtp_depths, names, stage.is_last)
+        if kind not in self._groups:
+            self._groups[kind] = stage_bytes(
+                self.config, stage, self.degrees, state, self.shape.gathers_in_fp8
+            )
+        return self._groups[kind]
 
     def arrived(self, phase: Phase, dense: bool, block: GroupBytes) -> int:
         """Count the elements of a feed-forward's weights whose gradients have come by the end of `phase`."""
@@ -301,8 +308,8 @@ class _Pipelined(_Gathered):
         for stage in self.stages:
             # A stage's gradients are reduced when its last microbatch is through: others may be in flight.
             left = most_in_flight(self.degrees, shape, rank, each | {stage.index: 0}, due) + ends
-            for group in self.groups_of(stage):
-                yield Moment(left, held - group.gathered + group.trained * FP32, shards)
+            more = max(group.trained * FP32 - group.gathered for group in self.groups_of(stage))
+            yield Moment(left, held + more, shards)
         if any(stage.is_last for stage in self.stages):
             yield self.in_head(kept, held, shards)
             yield self.in_last_norm(kept, held, shards)

@@ -4,19 +4,32 @@ launch/layout_choice.py says what the command leaves open and types the layouts 
 planning/layout_search.py finds them. docs/planning.md describes the search.
 """
 
+import itertools
 import json
+import multiprocessing
 import os
+import signal
 import sys
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from dsv3.config.task import OutputFormat
-from dsv3.errors import UserError
+from dsv3.distributed.signals import die_with_parent
+from dsv3.errors import RunFailed, UserError
 from dsv3.launch.job import Job
 from dsv3.launch.layout_choice import Request, chosen_world, nothing_fits, told_layout
 from dsv3.metrics.console import format_table
 from dsv3.metrics.progress import phase
 from dsv3.planning.checks import GIB
-from dsv3.planning.layout_search import FRONT_GAIN, FRONT_SPEED, LayoutSearch, SearchResult
+from dsv3.planning.layout_search import FRONT_GAIN, FRONT_SPEED, LayoutSearch, SearchResult, merged
+from dsv3.planning.layout_space import LayoutSpace
+
+MOST_PROCESSES = 8
+"""Parts of a space know less of what others have found: more of them gain little."""
+
+LARGE = 20_000
+"""Cells of a space whose search is worth the start of processes, which takes a second."""
 
 _TITLES = ("", "tokens/s/GPU", "GiB", "command")
 
@@ -44,7 +57,7 @@ class SearchTask:
             require_folder(self.picture)  # a search may take half a minute
         with phase(f"searching layouts of {world:,} ranks"):
             search = LayoutSearch(request.space(world))
-            result = search.run(self.top)
+            result = run_on_all_cores(search, self.top)
             if not result.best:
                 raise nothing_fits(request, search)
         told = self._told(request, search, result)
@@ -98,6 +111,37 @@ class SearchTask:
             "best": [told_layout(request, found, space.world) for found in result.best],
             "front": [told_layout(request, found, space.world) for found in result.front],
         }
+
+
+def run_on_all_cores(search: LayoutSearch, count: int) -> SearchResult:
+    """Search, a large space by one process per core: each takes a part of the degrees."""
+    processes = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    cells = itertools.islice(search.space.cells(), LARGE)
+    if processes == 1 or sum(1 for _ in cells) < LARGE:
+        return search.run(count)
+    context = multiprocessing.get_context("spawn")
+    started: list[tuple[Connection, BaseProcess]] = []
+    try:
+        for number in range(processes):
+            here, there = context.Pipe(duplex=False)
+            arguments = (there, search.space, count, (number, processes))
+            process = context.Process(target=_search_part, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            started.append((here, process))
+        return merged([pipe.recv() for pipe, _ in started], count)
+    except EOFError:
+        raise RunFailed("a process of the search has died: for want of memory, perhaps") from None
+    finally:
+        for _, each in started:
+            each.kill()
+            each.join()
+
+
+def _search_part(pipe: Connection, space: LayoutSpace, count: int, part: tuple[int, int]) -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that has started this one ends it
+    pipe.send(LayoutSearch(space).run(count, part=part))
 
 
 def require_folder(picture: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dsv3.launch.job import plan_job
 from dsv3.planning.layout import check_wrappers
+from dsv3.tasks import search
 from tests.harness.commands import TrainCommand
 from tests.harness.composing import strict_config
 
@@ -161,3 +162,24 @@ def test_the_picture_is_written_and_the_text_names_every_command(
     assert refused.out == ""
     assert "task.picture=file/front.png cannot be written" in refused.err
     assert "searching" not in refused.err
+
+
+def test_several_processes_find_what_one_finds(
+    commands: TrainCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("task=search", *SMALL, "launch.world_size=8", "hardware=h100", "task.format=json")
+    one = json.loads(commands.must(*words).out)
+    monkeypatch.setattr(search, "LARGE", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    several = json.loads(commands.must(*words).out)
+    assert several.pop("planned") >= one.pop("planned")
+    assert several == one
+
+
+def test_a_search_whose_process_dies_is_told(commands: TrainCommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LARGE", 1)
+    monkeypatch.setattr(search, "_search_part", abs)  # ends with an error
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    outcome = commands.run("task=search", *SMALL, "launch.world_size=8", "hardware=h100")
+    assert outcome.code == 1
+    assert "a process of the search has died" in outcome.err
