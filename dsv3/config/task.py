@@ -203,6 +203,9 @@ class PlanTaskConfig(TaskConfig):
     pictures: str | None = field(default=None, metadata=PATH)
     """Directory for memory.png, timeline.png and timeline.html; null draws none."""
 
+    def validate(self) -> None:
+        require(self.pictures != "", "pictures", "", "must be a directory; null draws none")
+
 
 @schema("task/calibrate")
 @dataclass

@@ -35,6 +35,9 @@ SIZES = {"cpu": 1024, "cuda": 8192}
 DISTURBED = 0.05
 """Share of the time that other work may take from a rank before the file says so."""
 
+FAR = 0.15
+"""Error of the plan for a measured pass from which the measurement is in doubt."""
+
 HEAD = """\
 # Measured by task=calibrate. Plans on this machine take it where they are for as many ranks; remove it, or
 # give hardware.calibration=off, to plan with what conf/hardware assumes (docs/planning.md).
@@ -167,10 +170,13 @@ def report(found: Measurements, fitted: Fitted) -> str:
     rows = [(name, f"{1e3 * t:,.3f}", f"{rate / 1e9:,.2f} G{unit}") for name, t, rate, unit in rates(found)]
     told = [(name, f"{1e3 * t:,.1f}", f"{1e3 * again:,.1f}") for name, t, again in fitted.passes]
     values = [(key, f"{value:.4g}") for key, value in flat(fitted.values)]
+    worst = max(abs(again / t - 1) for _, t, again in fitted.passes)
     return "\n\n".join(
         (
             format_table(rows, ("measured", "ms", "rate"), ("measured",)),
             format_table(told, ("model", "measured, ms", "as planned, ms"), ("model",)),
+            f"the plan is within {worst:.0%} of what these passes took"
+            + ("; on a quiet machine it comes nearer" if worst > FAR else ""),
             format_table(values, ("key of hardware", "value"), ("key of hardware",)),
         )
     )

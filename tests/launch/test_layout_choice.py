@@ -97,6 +97,11 @@ def test_what_has_no_predicted_speed_is_refused() -> None:
         choices("parallel=fsdp", "parallel.fsdp.cpu_offload=true")
     with pytest.raises(UserError, match="hardware=cpu has no known speed"):
         choices(hardware="cpu")
+    # Where this machine was measured for other ranks, the error says so.
+    own = request("hardware=cpu")
+    hardware = replace(own.config.hardware, source="assumed; a.yaml was measured on ranks 1, not on ranks 8")
+    with pytest.raises(UserError, match="a.yaml was measured on ranks 1"):
+        replace(own, config=replace(own.config, hardware=hardware)).space(8)
 
 
 def test_a_backend_is_tried_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

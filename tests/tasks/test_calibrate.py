@@ -65,6 +65,7 @@ def test_it_writes_a_file_that_plans_find(
     # A second time the file is replaced whole, and the text names it.
     path.write_text("half a file: [")
     text = commands.must(*TINY).out
+    assert "the plan is within " in text
     assert str(path) in text
     assert read_calibration(path).measured_on.ranks == 1
     assert [one.name for one in path.parent.iterdir()] == [path.name]

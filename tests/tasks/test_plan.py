@@ -59,6 +59,12 @@ def test_of_hardware_without_a_known_speed_the_memory_is_drawn_and_the_remedy_wo
     assert sorted(path.name for path in Path("p").iterdir()) == PICTURES
 
 
+def test_pictures_without_a_directory_are_refused(commands: TrainCommand) -> None:
+    outcome = commands.run(*STAGES, "hardware=h100", "task.pictures=")
+    assert outcome.code == 2
+    assert "task.pictures= is not possible: must be a directory; null draws none" in outcome.err
+
+
 def test_a_directory_that_cannot_be_is_refused_before_anything_is_drawn(commands: TrainCommand) -> None:
     Path("file").write_text("kept")
     outcome = commands.run(*STAGES, "hardware=h100", "task.pictures=file")
