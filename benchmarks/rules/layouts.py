@@ -256,8 +256,8 @@ RULES = [
     Mutation(
         "search: a typed schedule stays",
         "dsv3.launch.layout_choice:Request._choices",
-        "'parallel.schedule' in self.typed",
-        "False",
+        "config.parallel.schedule if 'parallel.schedule' in self.typed else None",
+        "None",
         CHOICE,
     ),
     Mutation(
@@ -305,7 +305,7 @@ RULES = [
     Mutation(
         "search: it grows by little",
         "dsv3.launch.layout_choice:Request.batch",
-        "unit % 2 == 0 and -(-sequences // unit) * unit > _ROUNDED * sequences",
+        "unit % 2 == 0 and -(-sequences // unit) * unit > grown * sequences",
         "False",
         CHOICE,
     ),
@@ -336,5 +336,40 @@ RULES = [
         "replace(self.config, hardware=hardware)",
         "self.config",
         f"{FIT} -k every_kind_of_gpu",
+    ),
+    Mutation(
+        "search: a batch suits ranks with an odd factor",
+        "dsv3.launch.layout_choice:Request.batch",
+        "world * _SEQUENCES, _ROUNDED_FOR_ODD",
+        "world, _ROUNDED",
+        CHOICE,
+    ),
+    Mutation(
+        "search: a typed schedule asks for pipelines",
+        "dsv3.launch.layout_choice:Request._choices",
+        "least['pp'] = 2",
+        "pass",
+        CHOICE,
+    ),
+    Mutation(
+        "search: each process takes its own part of the degrees",
+        "dsv3.planning.layout_search:LayoutSearch.run",
+        "cell[:4] not in own",
+        "False",
+        "tests/tasks/test_search.py -k several_processes",
+    ),
+    Mutation(
+        "search: a picture's folder is looked at first",
+        "dsv3.tasks.search:require_folder",
+        "not folder.is_dir()",
+        "False",
+        "tests/tasks/test_search.py -k picture",
+    ),
+    Mutation(
+        "memory: gradients to come count less in the text",
+        "dsv3.planning.report:_memory_rows",
+        "parts['gradients to come'] = -late",
+        "parts['gradients to come'] = late",
+        "tests/planning/test_report.py",
     ),
 ]

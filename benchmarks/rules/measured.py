@@ -261,4 +261,18 @@ RULES = [
         "min(time['causes'].items(), key=$key)",
         f"{SWEEP} -k plans_in_order",
     ),
+    Mutation(
+        "calibrate: a measurement beside other work says so",
+        "dsv3.tasks.calibrate:is_disturbed",
+        "waiting > DISTURBED",
+        "False",
+        "tests/tasks/test_calibrate.py -k disturb",
+    ),
+    Mutation(
+        "calibrate: ranks that share cores disturb each other alone",
+        "dsv3.tasks.calibrate:is_disturbed",
+        "ranks * threads <= len($affinity)",
+        "True",
+        "tests/tasks/test_calibrate.py -k disturb",
+    ),
 ]

@@ -248,4 +248,18 @@ RULES = [
         "self.rows",
         DISPATCH,
     ),
+    Mutation(
+        "plan: on a CPU a block of queries meets the keys of its last one",
+        "dsv3.planning.operators:attention_work",
+        "0 if on_gpu else min(QUERIES, length)",
+        "0",
+        "tests/planning/test_operators.py",
+    ),
+    Mutation(
+        "plan: on a CPU experts compute no tiles",
+        "dsv3.planning.operators:Operators._moe",
+        "self.shape.fused_kernels and per_expert > ROWS // 8",
+        "per_expert > ROWS // 8",
+        "tests/planning/test_operators.py",
+    ),
 ]

@@ -100,7 +100,7 @@ def test_what_has_no_predicted_speed_is_refused() -> None:
     # Where this machine was measured for other ranks, the error says so.
     own = request("hardware=cpu")
     hardware = replace(own.config.hardware, source="assumed; a.yaml was measured on ranks 1, not on ranks 8")
-    with pytest.raises(UserError, match="a.yaml was measured on ranks 1"):
+    with pytest.raises(UserError, match=r"a\.yaml was measured on ranks 1"):
         replace(own, config=replace(own.config, hardware=hardware)).space(8)
 
 
