@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,8 @@ class Launchers:
         monkeypatch.setattr(restarts, "check_same_run", lambda *_: None)
         self.waits: set[tuple[int, int]] = set()
         """Nodes and numbers of the attempts that they have come to and wait for."""
+        self.begun: set[tuple[int, int]] = set()
+        """Nodes and numbers of the attempts that they have begun."""
         wait = Rendezvous.wait
 
         def noted(rendezvous: Rendezvous, number: int) -> Attempt | None:
@@ -50,6 +53,13 @@ class Launchers:
     def _work(self, job: Job, rendezvous: Rendezvous, attempt: Attempt, on_run_dir: Any) -> float:
         self.jobs.setdefault(rendezvous.node, []).append(job)
         on_run_dir(self.job.run_dir)
+        # Ranks meet before any of them can end: a node that begins late finds the others.
+        self.begun.add((rendezvous.node, attempt.number))
+        ends = time.monotonic() + 20
+        while any((node, attempt.number) not in self.begun for node in attempt.nodes):
+            if time.monotonic() > ends:
+                break
+            time.sleep(0.01)
         with rendezvous.watch(attempt.number, lambda: None):
             return self.workers[rendezvous.node](job, attempt)
 
