@@ -9,6 +9,7 @@ CHEAP = [(model, preset) for model, preset in rows() if preset not in ("pp", "fu
 """Rows whose search takes less than a second."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "preset"), CHEAP)
 def test_a_preset_is_the_fastest_of_its_kind_or_has_a_reason(model: str, preset: str) -> None:
     row = compare(model, preset)

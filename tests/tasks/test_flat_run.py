@@ -29,6 +29,7 @@ class Count(Callback):
             counted[run.step] = len(gc.get_objects()), sys.getallocatedblocks()
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_per_step(
     commands: TrainCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
