@@ -360,9 +360,9 @@ RULES = [
     ),
     Mutation(
         "search: a picture's folder is looked at first",
-        "dsv3.tasks.search:require_folder",
-        "not folder.is_dir()",
-        "False",
+        "dsv3.tasks.search:SearchTask.run",
+        "require_room_for(Path(self.picture).parent, $told)",
+        "pass",
         "tests/tasks/test_search.py -k picture",
     ),
     Mutation(

@@ -97,12 +97,17 @@ def check_can_make(directory: Path, resume: bool = False) -> None:
             f"resume={directory} is not writable, and a run goes on in its own directory: "
             f"checkpoint.load={directory} begins a new run from its weights"
         )
+    require_room_for(directory, f"run.dir={directory} cannot be made")
+
+
+def require_room_for(directory: Path, told: str) -> None:
+    """Raise UserError, which begins with `told`, where a directory could not be made or written."""
     path = directory.absolute()
     above = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not above.is_dir():
-        raise UserError(f"run.dir={directory} cannot be made: {above} is no directory")
+        raise UserError(f"{told}: {above} is no directory")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"run.dir={directory} cannot be made: {above} is not writable; name another")
+        raise UserError(f"{told}: {above} is not writable; name another")
 
 
 def check_run_dir(directory: Path, resume: bool) -> None:

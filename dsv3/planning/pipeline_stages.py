@@ -236,6 +236,11 @@ class StageLayers:
         return [*self.dense, *[False] * self.mtp_depths]
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """Return what decides the shapes of a stage's weights: stages of one kind differ in names alone."""
+        return self.dense, self.mtp_depths, self.is_first, self.is_last
+
+    @property
     def is_first(self) -> bool:
         """True if the stage has the embedding."""
         return self.index == 0

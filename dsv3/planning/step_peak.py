@@ -67,7 +67,7 @@ def fullest_ranks(
     alike: dict[object, int] = {}
     fullest: dict[object, tuple[int, int]] = {}
     for rank, stages in enumerate(held):
-        kinds = [(stage.dense, stage.mtp_depths, stage.is_first, stage.is_last) for stage in stages]
+        kinds = [stage.kind for stage in stages]
         for kind, stage in zip(kinds, stages, strict=True):
             if kind not in alike:
                 alike[kind] = step.per_microbatch(stage)
@@ -204,8 +204,7 @@ class _Gathered(_Step):
     def groups_of(self, stage: StageLayers) -> list[GroupBytes]:
         """Return the bytes of a stage's root, then those of each block."""
         state = self.shape.state
-        names = stage.index if state.frozen else stage.is_first  # what is frozen is told by names
-        kind = (stage.dense, stage.mtp_depths, names, stage.is_last)
+        kind = stage.index if state.frozen else stage.kind  # names tell what is frozen
         if kind not in self._groups:
             self._groups[kind] = stage_bytes(
                 self.config, stage, self.degrees, state, self.shape.gathers_in_fp8

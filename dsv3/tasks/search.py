@@ -16,9 +16,10 @@ from pathlib import Path
 
 from dsv3.config.task import OutputFormat
 from dsv3.distributed.signals import die_with_parent
-from dsv3.errors import RunFailed, UserError
+from dsv3.errors import RunFailed
 from dsv3.launch.job import Job
 from dsv3.launch.layout_choice import Request, chosen_world, nothing_fits, told_layout
+from dsv3.launch.run_dir import require_room_for
 from dsv3.metrics.console import format_table
 from dsv3.metrics.progress import phase
 from dsv3.planning.checks import GIB
@@ -54,7 +55,8 @@ class SearchTask:
             return
         request, world = Request.of(job), chosen_world(job)
         if self.picture is not None:
-            require_folder(self.picture)  # a search may take half a minute
+            # A search may take half a minute.
+            require_room_for(Path(self.picture).parent, f"task.picture={self.picture} cannot be written")
         with phase(f"searching layouts of {world:,} ranks"):
             search = LayoutSearch(request.space(world))
             result = run_on_all_cores(search, self.top)
@@ -142,17 +144,6 @@ def _search_part(pipe: Connection, space: LayoutSpace, count: int, part: tuple[i
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that has started this one ends it
     pipe.send(LayoutSearch(space).run(count, part=part))
-
-
-def require_folder(picture: str) -> None:
-    """Raise UserError where neither the picture nor the folder that it needs can be made."""
-    folder = Path(picture).absolute().parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UserError(f"task.picture={picture} cannot be written: {folder} is no folder")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"task.picture={picture} cannot be written: {folder} may not be written to")
 
 
 def _table(rows: object) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dsv3.launch.layout_choice import Request, told_layout
 from dsv3.planning.checks import GIB
+from dsv3.planning.layout import ParallelDims
 from dsv3.planning.layout_search import LayoutSearch
 from tests.harness.composing import strict_config
 
@@ -62,13 +63,18 @@ def table_row(model: str, hardware: str, world: int) -> Row | None:
         return None
     (best,) = search.run(1, front=False).best
     told = told_layout(request, best, world)
-    degrees = " ".join(f"{axis} {n}" for axis, n in best.layout.degrees.to_json().items() if n > 1)
+    degrees = told_degrees(best.layout.degrees)
     pipeline = best.layout.pipeline
     schedule = f", {pipeline.schedule.name}" if pipeline else ""
     virtual = f" x {pipeline.stages_per_rank}" if pipeline and pipeline.stages_per_rank else ""
     parts = f"{degrees}{schedule}{virtual}, microbatch {best.layout.microbatch_size}"
     layout = f"{parts}, recompute {best.layout.recompute.value}, {best.layout.precision}"
     return Row(world, best.speed, best.memory.total / GIB, layout, str(told["command"]))
+
+
+def told_degrees(degrees: ParallelDims) -> str:
+    """Return the degrees above 1."""
+    return " ".join(f"{axis} {n}" for axis, n in degrees.to_json().items() if n > 1)
 
 
 def section(model: str, hardware: str) -> str:

@@ -14,7 +14,7 @@ from dsv3.launch.layout_choice import Request
 from dsv3.planning.checks import GIB
 from dsv3.planning.layout import ParallelDims
 from dsv3.planning.layout_search import LayoutSearch
-from tests.docs.layouts_table import DOCUMENT, PRESETS, document, sections
+from tests.docs.layouts_table import DOCUMENT, PRESETS, document, sections, told_degrees
 from tests.harness.composing import strict_config
 
 NEAR = 0.9
@@ -43,14 +43,9 @@ class Preset(NamedTuple):
 
     def to_markdown(self) -> str:
         names = f"| {self.model} | {self.preset} | {self.world:,}"
-        own, fastest = told(self.degrees), told(self.fastest)
+        own, fastest = told_degrees(self.degrees), told_degrees(self.fastest)
         figures = f"{own} | {self.share:.0%} | {self.memory:.1f} | {fastest} | {self.memory_of_fastest:.1f} |"
         return f"{names} | {figures}"
-
-
-def told(degrees: ParallelDims) -> str:
-    """Return the degrees above 1."""
-    return " ".join(f"{axis} {n}" for axis, n in degrees.to_json().items() if n > 1)
 
 
 def compare(model: str, preset: str) -> Preset:
