@@ -2,13 +2,14 @@
 
 import json
 import pickle
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dsv3.config.data import IdType, Verify
@@ -147,12 +148,13 @@ def test_what_files_mark_is_held_out_and_never_trained_on(tmp_path: Path) -> Non
 
 
 @given(
-    # A fifth is held out, in whole documents: a row must be left to train on.
+    # A fifth is held out, in whole documents: a row is left to train on, or refused.
     st.lists(st.integers(0, 30), min_size=2, max_size=30).filter(lambda n: 0.8 * sum(n) - max(n) > 10),
     st.sampled_from(["megatron", "shards", "npy"]),
     st.integers(1, 8),
     st.booleans(),
 )
+@example([1, 19, 22], "megatron", 1, False)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_token_of_every_document_is_read_once_an_epoch(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], kind: str, length: int, seven: bool
@@ -167,7 +169,14 @@ def test_every_token_of_every_document_is_read_once_an_epoch(
         if sum(map(len, part)):
             write(folder / f"{number}", part)
     for shuffle in (False, True):
-        prepared = prepare(folder, length, held_out=0.2, shuffle=shuffle)
+        try:
+            prepared = prepare(folder, length, held_out=0.2, shuffle=shuffle)
+        except UserError as error:  # of a few long documents nearly all may be held out
+            needed, left = map(
+                int, re.findall(r"needs (\d+) tokens, the training data has (\d+)", str(error))[0]
+            )
+            assert left < needed == length + 1
+            return
         held_out, train = prepared.stores
         scored = held_out.read(0, held_out.num_tokens).tolist()
         assert sorted(scored + train.read(0, train.num_tokens).tolist()) == list(range(bounds[-1]))
